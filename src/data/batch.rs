@@ -1,0 +1,213 @@
+//! An encoded set on the training device, and the batches gathered from it.
+//!
+//! B sentences, T tokens of the longest, W words of the longest, b sentences with a label for a task.
+
+use tch::{Device, IndexOp, Kind, Tensor};
+
+use super::encoded::{EncodedSet, TargetValues};
+use super::labels::NO_LABEL;
+use crate::task::TaskId;
+
+/// Lengths of the rows of a batch, known to the host and on the device.
+#[derive(Debug)]
+pub struct Lengths {
+    pub host: Vec<i64>,
+    /// [B]
+    pub device: Tensor,
+    pub max: i64,
+}
+
+impl Lengths {
+    pub fn new(host: Vec<i64>, device: Device) -> Self {
+        let max = host.iter().copied().max().unwrap_or(0);
+        let tensor = Tensor::from_slice(&host).to_device(device);
+        Lengths { host, device: tensor, max }
+    }
+
+    /// Whether no row is padded.
+    pub fn even(&self) -> bool {
+        self.host.iter().all(|&length| length == self.max)
+    }
+
+    /// True where a row has content, [B, max].
+    pub fn mask(&self) -> Tensor {
+        let positions = Tensor::arange(self.max, (Kind::Int64, self.device.device()));
+        positions.unsqueeze(0).lt_tensor(&self.device.unsqueeze(1)) // [B, max]
+    }
+
+    pub fn select(&self, rows: &[usize], index: &Tensor) -> Lengths {
+        // The width stays that of the batch, so that tensors of selected rows keep their shape.
+        let host = rows.iter().map(|&row| self.host[row]).collect();
+        Lengths { host, device: self.device.index_select(0, index), max: self.max }
+    }
+}
+
+/// The labels of one task in a batch.
+#[derive(Debug)]
+pub struct Targets {
+    /// The rows of the batch that carry a label, and the same on the device.
+    pub rows: Vec<usize>,
+    pub index: Tensor,
+    /// [b] for classes, [b, W] for tags with -1 beyond a sentence's end.
+    pub labels: Tensor,
+    /// How many decisions are labelled: sentences, or words.
+    pub n_decisions: i64,
+}
+
+/// Sentences to run through the model at once.
+#[derive(Debug)]
+pub struct Batch {
+    /// Row numbers in the set.
+    pub rows: Vec<usize>,
+    /// [B, T]
+    pub token_ids: Tensor,
+    pub lengths: Lengths,
+    /// Position of each word's first token, [B, W]; `None` where every word is one token.
+    pub first_tokens: Option<Tensor>,
+    pub word_lengths: Lengths,
+    /// By [`TaskId`]; `None` for a task without a label in this batch.
+    pub targets: Vec<Option<Targets>>,
+}
+
+impl Batch {
+    pub fn n_tokens(&self) -> i64 {
+        self.lengths.host.iter().sum()
+    }
+}
+
+/// An [`EncodedSet`] with its arrays on a device.
+pub struct DeviceSet {
+    pub set: EncodedSet,
+    device: Device,
+    padding: i64,
+    token_ids: Tensor,
+    first_tokens: Option<Tensor>,
+    targets: Vec<Tensor>,
+}
+
+impl DeviceSet {
+    pub fn new(set: EncodedSet, padding: u32, device: Device) -> Self {
+        let resident = |values: &[i32]| Tensor::from_slice(values).to_device(device);
+        let targets = set.targets.iter().map(|target| match target {
+            TargetValues::Classes(values) | TargetValues::Tags(values) => resident(values),
+        });
+        DeviceSet {
+            token_ids: resident(&set.token_ids),
+            first_tokens: set.first_tokens.as_deref().map(resident),
+            targets: targets.collect(),
+            padding: padding.into(),
+            device,
+            set,
+        }
+    }
+
+    /// Gathers `rows` (at least one) on the device.
+    pub fn batch(&self, rows: &[usize]) -> Batch {
+        let lengths = Lengths::new(rows.iter().map(|&row| self.set.n_tokens(row)).collect(), self.device);
+        let words = Lengths::new(rows.iter().map(|&row| self.set.n_words(row)).collect(), self.device);
+        let token_starts = self.starts(&self.set.token_offsets, rows);
+        let word_starts = self.starts(&self.set.word_offsets, rows);
+        let targets = (0..self.targets.len()).map(|task| self.targets(TaskId(task), rows, &words, &word_starts));
+        Batch {
+            token_ids: gather(&self.token_ids, &token_starts, &lengths, self.padding),
+            first_tokens: self.first_tokens.as_ref().map(|first| gather(first, &word_starts, &words, 0)),
+            targets: targets.collect(),
+            rows: rows.to_vec(),
+            lengths,
+            word_lengths: words,
+        }
+    }
+
+    fn starts(&self, offsets: &[i64], rows: &[usize]) -> Tensor {
+        let starts: Vec<i64> = rows.iter().map(|&row| offsets[row]).collect();
+        Tensor::from_slice(&starts).to_device(self.device)
+    }
+
+    fn targets(&self, task: TaskId, rows: &[usize], words: &Lengths, word_starts: &Tensor) -> Option<Targets> {
+        let labelled: Vec<usize> =
+            (0..rows.len()).filter(|&at| self.set.labels(task, rows[at]).is_some()).collect();
+        if labelled.is_empty() {
+            return None;
+        }
+        let at: Vec<i64> = labelled.iter().map(|&at| at as i64).collect();
+        let index = Tensor::from_slice(&at).to_device(self.device);
+        let values = &self.targets[task.0];
+        let (labels, n_decisions) = match &self.set.targets[task.0] {
+            TargetValues::Classes(_) => {
+                let at: Vec<i64> = labelled.iter().map(|&at| rows[at] as i64).collect();
+                let labels = values.index_select(0, &Tensor::from_slice(&at).to_device(self.device));
+                (labels.to_kind(Kind::Int64), labelled.len() as i64) // [b]
+            }
+            TargetValues::Tags(_) => {
+                let lengths = words.select(&labelled, &index);
+                let starts = word_starts.index_select(0, &index);
+                let n_decisions = lengths.host.iter().sum();
+                (gather(values, &starts, &lengths, NO_LABEL.into()), n_decisions) // [b, W]
+            }
+        };
+        Some(Targets { rows: labelled, index, labels, n_decisions })
+    }
+}
+
+/// `flat[starts[b] + t]` where `t` is within row `b`, else `fill`: [B, max] of 64-bit integers.
+fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tensor {
+    let positions = Tensor::arange(lengths.max, (Kind::Int64, flat.device()));
+    let index = starts.unsqueeze(1) + positions.unsqueeze(0); // [B, max]
+    if lengths.even() {
+        return flat.i(&index).to_kind(Kind::Int64);
+    }
+    let last = flat.size()[0] - 1;
+    let values = flat.i(&index.clamp_max(last)).to_kind(Kind::Int64);
+    values.masked_fill(&lengths.mask().logical_not(), fill)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::{Scheme, Task, TaskKind};
+
+    fn set() -> EncodedSet {
+        EncodedSet {
+            token_ids: vec![5, 6, 7, 8, 9, 4],
+            token_offsets: vec![0, 2, 5, 6],
+            word_offsets: vec![0, 2, 4, 5],
+            first_tokens: Some(vec![0, 1, 0, 2, 0]),
+            targets: vec![
+                TargetValues::Classes(vec![1, NO_LABEL, 0]),
+                TargetValues::Tags(vec![NO_LABEL, NO_LABEL, 2, 3, 1]),
+            ],
+            set_starts: vec![0, 3],
+            places: vec![],
+        }
+    }
+
+    fn numbers(tensor: &Tensor) -> Vec<i64> {
+        Vec::try_from(tensor.flatten(0, -1)).unwrap()
+    }
+
+    #[test]
+    fn batches_gather_pad_and_know_who_is_labelled() {
+        let set = DeviceSet::new(set(), 0, Device::Cpu);
+        let batch = set.batch(&[2, 1, 0]);
+        assert_eq!(numbers(&batch.token_ids), [4, 0, 0, 7, 8, 9, 5, 6, 0]);
+        assert_eq!(numbers(batch.first_tokens.as_ref().unwrap()), [0, 0, 0, 2, 0, 1]);
+        let class = batch.targets[0].as_ref().unwrap();
+        assert_eq!((class.rows.clone(), numbers(&class.labels), class.n_decisions), (vec![0, 2], vec![0, 1], 2));
+        let tags = batch.targets[1].as_ref().unwrap();
+        assert_eq!((tags.rows.clone(), numbers(&tags.labels), tags.n_decisions), (vec![0, 1], vec![1, -1, 2, 3], 3));
+        assert!(set.batch(&[0]).targets[1].is_none());
+        assert_eq!(numbers(&set.batch(&[1]).token_ids), [7, 8, 9]);
+    }
+
+    #[test]
+    fn words_without_labels_encode() {
+        let json = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel",
+            "vocab":{"[PAD]":0,"[UNK]":1,"hi":2},"unk_token":"[UNK]"}}"#;
+        let tokenizer =
+            super::super::Tokenizer::from_json(json.as_bytes(), super::super::words::Splitter::Whitespace).unwrap();
+        let task = Task { name: "t".into(), kind: TaskKind::Tagging(Scheme::Bio), labels: vec!["O".into()] };
+        let set = EncodedSet::of_words(&[vec!["hi", "you"], vec!["hi"]], &tokenizer, &[task]).unwrap();
+        assert_eq!((set.token_ids.clone(), set.token_offsets.clone()), (vec![2, 1, 2], vec![0, 2, 3]));
+        assert_eq!(set.labels(TaskId(0), 0), None);
+    }
+}

@@ -1,0 +1,144 @@
+//! One split of all sets, encoded: flat arrays of token ids and label ids, built once.
+
+use anyhow::Result;
+
+use super::labels::{Labels, NO_LABEL};
+use super::set::{Corpus, Split};
+use super::tokenizer::Tokenizer;
+use crate::problem::Place;
+use crate::task::{Task, TaskId};
+
+/// The labels of one task over all rows of a split.
+pub enum TargetValues {
+    /// One a row.
+    Classes(Vec<i32>),
+    /// One a word.
+    Tags(Vec<i32>),
+}
+
+/// One split of all sets, one set after the other. Row `r` has the tokens `token_offsets[r]..token_offsets[r + 1]` and the
+/// words `word_offsets[r]..word_offsets[r + 1]`.
+pub struct EncodedSet {
+    pub token_ids: Vec<i32>,
+    pub token_offsets: Vec<i64>,
+    pub word_offsets: Vec<i64>,
+    /// The position in its row of each word's first token; `None` where every word is one token.
+    pub first_tokens: Option<Vec<i32>>,
+    /// By [`TaskId`].
+    pub targets: Vec<TargetValues>,
+    /// First row of each set, and the number of rows at the end.
+    pub set_starts: Vec<usize>,
+    /// Where each row stands, for error messages; empty for text that comes from no file.
+    pub places: Vec<Place>,
+}
+
+impl EncodedSet {
+    /// Encodes `split` of every set.
+    pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
+        let mut set = EncodedSet::empty(tasks);
+        let mut pieces_differ = false;
+        let mut first_tokens = Vec::new();
+        for loaded in &corpus.sets {
+            let rows = &loaded.splits[split as usize];
+            let pieces = tokenizer.encode_words(&rows.words)?;
+            for row in 0..rows.len() {
+                let start = set.token_ids.len();
+                for &word in rows.words_of(row) {
+                    first_tokens.push((set.token_ids.len() - start) as i32);
+                    set.token_ids.extend(pieces.of(word).iter().map(|&id| id as i32));
+                }
+                set.end_row(rows.words_of(row).len());
+                set.places.push(rows.place(row));
+            }
+            pieces_differ |= pieces.ids.len() + 1 != pieces.offsets.len();
+            for (id, task) in tasks.iter().enumerate() {
+                let column = loaded.tasks.iter().position(|&known| known == TaskId(id));
+                let values = column.map(|column| Labels::new(task).encode(rows, column));
+                match &mut set.targets[id] {
+                    TargetValues::Classes(all) => all.extend(values.unwrap_or(vec![NO_LABEL; rows.len()])),
+                    TargetValues::Tags(all) => all.extend(values.unwrap_or(vec![NO_LABEL; rows.word_ids.len()])),
+                }
+            }
+            set.set_starts.push(set.len());
+        }
+        set.first_tokens = pieces_differ.then_some(first_tokens);
+        Ok(set)
+    }
+
+    /// Encodes sentences that carry no labels.
+    pub fn of_words(sentences: &[Vec<&str>], tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
+        let mut words = super::rows::Strings::default();
+        let ids: Vec<Vec<u32>> =
+            sentences.iter().map(|words_of| words_of.iter().map(|word| words.add(word)).collect()).collect();
+        let pieces = tokenizer.encode_words(&words)?;
+        let mut set = EncodedSet::empty(tasks);
+        let mut first_tokens = Vec::new();
+        for sentence in &ids {
+            let start = set.token_ids.len();
+            for &word in sentence {
+                first_tokens.push((set.token_ids.len() - start) as i32);
+                set.token_ids.extend(pieces.of(word).iter().map(|&id| id as i32));
+            }
+            set.end_row(sentence.len());
+        }
+        let n_words = first_tokens.len();
+        for target in &mut set.targets {
+            match target {
+                TargetValues::Classes(all) => all.resize(sentences.len(), NO_LABEL),
+                TargetValues::Tags(all) => all.resize(n_words, NO_LABEL),
+            }
+        }
+        set.first_tokens = (pieces.ids.len() + 1 != pieces.offsets.len()).then_some(first_tokens);
+        set.set_starts.push(set.len());
+        Ok(set)
+    }
+
+    fn empty(tasks: &[Task]) -> EncodedSet {
+        let target = |task: &Task| match task.kind {
+            crate::task::TaskKind::Classification => TargetValues::Classes(Vec::new()),
+            crate::task::TaskKind::Tagging(_) => TargetValues::Tags(Vec::new()),
+        };
+        EncodedSet {
+            token_ids: Vec::new(),
+            token_offsets: vec![0],
+            word_offsets: vec![0],
+            first_tokens: None,
+            targets: tasks.iter().map(target).collect(),
+            set_starts: vec![0],
+            places: Vec::new(),
+        }
+    }
+
+    fn end_row(&mut self, n_words: usize) {
+        let last = self.word_offsets.last().copied().unwrap_or(0);
+        self.word_offsets.push(last + n_words as i64);
+        self.token_offsets.push(self.token_ids.len() as i64);
+    }
+
+    pub fn len(&self) -> usize {
+        self.token_offsets.len() - 1
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn n_tokens(&self, row: usize) -> i64 {
+        self.token_offsets[row + 1] - self.token_offsets[row]
+    }
+
+    pub fn n_words(&self, row: usize) -> i64 {
+        self.word_offsets[row + 1] - self.word_offsets[row]
+    }
+
+    /// The labels of a row: one for a class, one a word for tags; `None` where it has none.
+    pub fn labels(&self, task: TaskId, row: usize) -> Option<&[i32]> {
+        let labels = match &self.targets[task.0] {
+            TargetValues::Classes(values) => &values[row..row + 1],
+            TargetValues::Tags(values) => {
+                &values[self.word_offsets[row] as usize..self.word_offsets[row + 1] as usize]
+            }
+        };
+        (labels.first() != Some(&NO_LABEL)).then_some(labels)
+    }
+}

@@ -1,0 +1,84 @@
+//! Rows with a value a column: CSV and TSV with a header, and plain lines.
+
+use std::path::Path;
+
+use super::{Cut, Format, Layout, Parsed, in_parts, lines, text_fields, words_of};
+use crate::data::rows::{Field, RowsBuilder, Wanted};
+use crate::problem::{Place, Problem};
+
+/// The number of each needed column: the text or the tokens first, then the wanted ones.
+fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<usize>, String> {
+    let main = layout.text.as_deref().or(layout.tokens.as_deref()).unwrap_or("text");
+    let needed = std::iter::once(main).chain(wanted.iter().map(|wanted| wanted.column.as_str()));
+    needed
+        .map(|name| {
+            let found = names.iter().position(|known| *known == name);
+            found.ok_or_else(|| format!("no column `{name}`; the columns are {}", names.join(", ")))
+        })
+        .collect()
+}
+
+fn add_row(line: usize, values: &[&str], positions: &[usize], layout: &Layout, builder: &mut RowsBuilder) {
+    let mut wanted = positions[1..].iter().map(|&position| values[position]);
+    let fields: Vec<Field> = text_fields(builder.wanted, |_| wanted.next());
+    let words = match layout.tokens {
+        Some(_) => values[positions[0]].split_whitespace().collect(),
+        None => words_of(layout.splitter, values[positions[0]]).0,
+    };
+    builder.push(line, &words, &fields);
+}
+
+pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
+    let default = if layout.format == Format::Tsv { b'\t' } else { b',' };
+    let delimiter = layout.separator.as_ref().and_then(|separator| separator.bytes().next()).unwrap_or(default);
+    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());
+    let mut builder = RowsBuilder::new(path, wanted);
+    let header: Vec<String> = match reader.headers() {
+        Ok(header) => header.iter().map(|name| name.trim().to_owned()).collect(),
+        Err(error) => return (Vec::new(), vec![Problem::error(Place::new(path, 1), error.to_string())]),
+    };
+    let names: Vec<&str> = header.iter().map(String::as_str).collect();
+    let positions = match positions(&names, layout, wanted) {
+        Ok(positions) => positions,
+        Err(message) => return (Vec::new(), vec![Problem::error(Place::new(path, 1), message)]),
+    };
+    for record in reader.records() {
+        match record {
+            Ok(record) => {
+                // The reader's lines count line ends before the record, a quoted field's included.
+                let line = record.position().map_or(0, |position| position.line() as usize);
+                let values: Vec<&str> = record.iter().collect();
+                if values.len() == names.len() {
+                    add_row(line, &values, &positions, layout, &mut builder);
+                } else {
+                    let message = format!("{} values, but the header has {}", values.len(), names.len());
+                    builder.error(line, message);
+                }
+            }
+            Err(error) => builder.error(0, error.to_string()),
+        }
+    }
+    (vec![builder.rows], builder.problems)
+}
+
+pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
+    let names: Vec<&str> = layout.columns.iter().map(String::as_str).collect();
+    let positions = match positions(&names, layout, wanted) {
+        Ok(positions) => positions,
+        Err(message) => return (Vec::new(), vec![Problem::error(Place::new(path, 0), message)]),
+    };
+    let separator = layout.separator.as_deref().unwrap_or(" ");
+    in_parts((path, text), Cut::Line, wanted, |part, first_line, builder| {
+        for (number, line) in lines(part, first_line) {
+            if line.trim().is_empty() {
+                continue;
+            }
+            let values: Vec<&str> = line.splitn(names.len(), separator).collect();
+            if values.len() == names.len() {
+                add_row(number, &values, &positions, layout, builder);
+            } else {
+                builder.error(number, format!("{} values, but {} columns are declared", values.len(), names.len()));
+            }
+        }
+    })
+}

@@ -1,0 +1,142 @@
+//! One word a line with its columns, sentences apart by empty lines: CoNLL of any columns, and CoNLL-U.
+
+use std::path::Path;
+
+use super::{Cut, Format, Layout, Parsed, in_parts, lines};
+use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+use crate::problem::{Place, Problem};
+
+const CONLLU: [&str; 10] = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"];
+
+/// Where a wanted column stands: in each word's line, or in a comment of the sentence.
+enum Source<'a> {
+    Column(usize),
+    Comment(&'a str),
+}
+
+struct Plan<'a> {
+    conllu: bool,
+    separator: Option<&'a str>,
+    word: usize,
+    sources: Vec<Source<'a>>,
+}
+
+pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
+    let conllu = layout.format == Format::Conllu;
+    let names: Vec<&str> =
+        if conllu { CONLLU.to_vec() } else { layout.columns.iter().map(String::as_str).collect() };
+    let mut problems = Vec::new();
+    let mut position = |name: &str| {
+        let found = names.iter().position(|known| *known == name).or_else(|| name.parse().ok());
+        if found.is_none() {
+            let known = if names.is_empty() { "give `columns:`".to_owned() } else { names.join(", ") };
+            let message = format!("no column `{name}`: use its number from 0, or one of: {known}");
+            problems.push(Problem::error(Place::new(path, 0), message));
+        }
+        found.unwrap_or(0)
+    };
+    let plan = Plan {
+        conllu,
+        separator: layout.separator.as_deref(),
+        word: position(layout.tokens.as_deref().unwrap_or(if conllu { "form" } else { "0" })),
+        sources: wanted
+            .iter()
+            .map(|wanted| match wanted.kind {
+                WantedKind::Tags => Source::Column(position(&wanted.column)),
+                WantedKind::Class => Source::Comment(&wanted.column),
+            })
+            .collect(),
+    };
+    if !problems.is_empty() {
+        return (Vec::new(), problems);
+    }
+    in_parts((path, text), Cut::EmptyLine, wanted, |part, first_line, builder| {
+        let mut sentence = Sentence::default();
+        for (number, line) in lines(part, first_line) {
+            if line.trim().is_empty() {
+                sentence.finish(&plan, builder);
+            } else {
+                sentence.add(number, line, &plan, builder);
+            }
+        }
+        sentence.finish(&plan, builder);
+    })
+}
+
+#[derive(Default)]
+struct Sentence<'a> {
+    first_line: usize,
+    words: Vec<&'a str>,
+    tags: Vec<Vec<&'a str>>,
+    comments: Vec<(&'a str, &'a str)>,
+    broken: bool,
+}
+
+impl<'a> Sentence<'a> {
+    fn add(&mut self, number: usize, line: &'a str, plan: &Plan, builder: &mut RowsBuilder) {
+        if line.starts_with("-DOCSTART-") {
+            return;
+        }
+        let comment = line.strip_prefix('#').filter(|_| self.words.is_empty());
+        if let Some((name, value)) = comment.and_then(|rest| rest.split_once(" = ")) {
+            self.comments.push((name.trim(), value.trim()));
+            return;
+        }
+        if plan.conllu && line.starts_with('#') {
+            return;
+        }
+        let fields: Vec<&str> = match plan.separator {
+            Some(separator) => line.split(separator).collect(),
+            None if plan.conllu || line.contains('\t') => line.split('\t').collect(),
+            None => line.split_ascii_whitespace().collect(),
+        };
+        // Ranges (`3-4`) and empty nodes (`5.1`) are no words of the sentence.
+        if plan.conllu && fields[0].contains(['-', '.']) {
+            return;
+        }
+        if self.words.is_empty() {
+            self.first_line = number;
+            self.tags = vec![Vec::new(); plan.sources.len()];
+        }
+        let columns = plan.sources.iter().filter_map(|source| match source {
+            Source::Column(index) => Some(*index),
+            Source::Comment(_) => None,
+        });
+        let needed = columns.chain([plan.word]).max().unwrap_or(0) + 1;
+        if fields.len() < needed {
+            builder.error(number, format!("{} columns, but {needed} are needed", fields.len()));
+            self.broken = true;
+            return;
+        }
+        self.words.push(fields[plan.word]);
+        for (source, tags) in plan.sources.iter().zip(&mut self.tags) {
+            if let Source::Column(index) = source {
+                tags.push(fields[*index].trim());
+            }
+        }
+    }
+
+    fn finish(&mut self, plan: &Plan, builder: &mut RowsBuilder) {
+        let sentence = std::mem::take(self);
+        if sentence.broken || sentence.words.is_empty() {
+            return;
+        }
+        let mut fields = Vec::with_capacity(plan.sources.len());
+        for (source, tags) in plan.sources.iter().zip(sentence.tags) {
+            let n_missing = tags.iter().filter(|tag| tag.is_empty() || (plan.conllu && **tag == "_")).count();
+            fields.push(match source {
+                Source::Comment(name) => match sentence.comments.iter().find(|(known, _)| known == name) {
+                    Some((_, value)) if !value.is_empty() => Field::Class(value),
+                    _ => Field::Absent,
+                },
+                Source::Column(_) if n_missing == tags.len() => Field::Absent,
+                Source::Column(_) if n_missing > 0 => {
+                    let message = format!("{n_missing} of {} words have no tag; tag all or none", tags.len());
+                    return builder.error(sentence.first_line, message);
+                }
+                Source::Column(_) => Field::Tags(tags),
+            });
+        }
+        builder.push(sentence.first_line, &sentence.words, &fields);
+    }
+}

@@ -1,0 +1,212 @@
+//! JSON: one object a line, an array of rows within one file, and Rasa's training data.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::{CharacterSpan, Cut, Format, Layout, Parsed, in_parts, lines, tags_of_spans, words_of};
+use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+use crate::problem::{Place, Problem};
+
+pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
+    in_parts((path, text), Cut::Line, wanted, |part, first_line, builder| {
+        for (number, line) in lines(part, first_line) {
+            if line.trim().is_empty() {
+                continue;
+            }
+            match serde_json::from_str::<Value>(line) {
+                Ok(row) => add_row(number, &row, layout, builder),
+                Err(error) => builder.error(number, format!("not JSON: {}", without_line(&error))),
+            }
+        }
+    })
+}
+
+/// `serde_json` counts lines within the text it was given, which here is one line: only the column says something.
+fn without_line(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    match text.rsplit_once(" at line ") {
+        Some((message, _)) => format!("{message} (column {})", error.column()),
+        None => text,
+    }
+}
+
+/// `file.json#a/b` as the file and the path to the array of rows in it.
+pub fn split_pointer(path: &Path, format: Format) -> (PathBuf, Vec<String>) {
+    let text = path.to_string_lossy();
+    let default = if format == Format::Rasa { "rasa_nlu_data/common_examples" } else { "" };
+    let (file, pointer) = text.split_once('#').unwrap_or((&text, default));
+    let steps = pointer.split('/').filter(|step| !step.is_empty()).map(str::to_owned);
+    (PathBuf::from(file), steps.collect())
+}
+
+pub fn read_array(path: &Path, text: &str, pointer: &[String], layout: &Layout, wanted: &[Wanted]) -> Parsed {
+    let mut builder = RowsBuilder::new(path, wanted);
+    match rows_at(text, pointer) {
+        Err((line, message)) => return (Vec::new(), vec![Problem::error(Place::new(path, line), message)]),
+        Ok(rows) => {
+            let (mut seen, mut line) = (0, 1);
+            for row in rows {
+                let start = row.get().as_ptr() as usize - text.as_ptr() as usize;
+                line += text.as_bytes()[seen..start].iter().filter(|&&byte| byte == b'\n').count();
+                seen = start;
+                match serde_json::from_str::<Value>(row.get()) {
+                    Ok(row) => add_row(line, &row, layout, &mut builder),
+                    Err(error) => builder.error(line, format!("not JSON: {error}")),
+                }
+            }
+        }
+    }
+    (vec![builder.rows], builder.problems)
+}
+
+/// The array at `pointer`, each row still as text, so that its line can be told.
+fn rows_at<'a>(text: &'a str, pointer: &[String]) -> Result<Vec<&'a RawValue>, (usize, String)> {
+    let not_json = |error: serde_json::Error| (error.line(), format!("not JSON: {error}"));
+    let mut value: &RawValue = serde_json::from_str(text).map_err(not_json)?;
+    for step in pointer {
+        let object: indexmap::IndexMap<Cow<str>, &RawValue> =
+            serde_json::from_str(value.get()).map_err(|_| (0, format!("no object with a key `{step}`")))?;
+        let keys = || object.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
+        value = object.get(step.as_str()).ok_or_else(|| (0, format!("no key `{step}`; the keys are {}", keys())))?;
+    }
+    serde_json::from_str(value.get()).map_err(|_| {
+        let message = "no array of rows here; name the array after the file, as in `data.json#train`";
+        (0, message.to_owned())
+    })
+}
+
+/// The value of a column in a row: by key in an object, by number in an array.
+fn value<'a>(row: &'a Value, column: &str) -> Option<&'a Value> {
+    let found = match row {
+        Value::Object(object) => object.get(column),
+        Value::Array(array) => column.parse::<usize>().ok().and_then(|index| array.get(index)),
+        _ => None,
+    };
+    found.filter(|value| !value.is_null())
+}
+
+fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder) {
+    let (words, ranges) = match words(row, layout) {
+        Ok(words) => words,
+        Err(message) => return builder.error(line, message),
+    };
+    // Tags that are made here, not borrowed from the row; filled before the fields borrow them.
+    let mut made: Vec<Option<Vec<String>>> = Vec::new();
+    for wanted in builder.wanted {
+        let spans = match (value(row, &wanted.column), wanted.kind) {
+            (Some(found), WantedKind::Tags) => spans(found),
+            _ => None,
+        };
+        made.push(match spans {
+            None => None,
+            Some(Err(message)) => return builder.error(line, format!("`{}`: {message}", wanted.column)),
+            Some(Ok(spans)) => match tags_of_spans(&ranges, spans, (line, builder)) {
+                Some(tags) => Some(tags),
+                None => return,
+            },
+        });
+    }
+    let mut scalars: Vec<Option<Cow<str>>> = Vec::new();
+    for wanted in builder.wanted {
+        scalars.push(match (value(row, &wanted.column), wanted.kind) {
+            (Some(found), WantedKind::Class) => match scalar(found) {
+                Some(text) => Some(text),
+                None => return builder.error(line, format!("`{}` is no label: {found}", wanted.column)),
+            },
+            _ => None,
+        });
+    }
+    let mut fields = Vec::new();
+    for ((wanted, made), scalar) in builder.wanted.iter().zip(&made).zip(&scalars) {
+        fields.push(match (value(row, &wanted.column), made, scalar) {
+            (_, Some(tags), _) => Field::Tags(tags.iter().map(String::as_str).collect()),
+            (_, _, Some(label)) if !label.is_empty() => Field::Class(label),
+            (None, ..) | (_, _, Some(_)) => Field::Absent,
+            (Some(Value::String(tags)), ..) => Field::Tags(tags.split_whitespace().collect()),
+            (Some(Value::Array(tags)), ..) if tags.iter().all(Value::is_string) => {
+                Field::Tags(tags.iter().filter_map(Value::as_str).collect())
+            }
+            (Some(_), ..) => {
+                let message = format!("`{}` is neither tags nor spans ({{start, end, label}})", wanted.column);
+                return builder.error(line, message);
+            }
+        });
+    }
+    builder.push(line, &words, &fields);
+}
+
+fn scalar(value: &Value) -> Option<Cow<'_, str>> {
+    match value {
+        Value::String(text) => Some(Cow::Borrowed(text.trim())),
+        Value::Number(_) | Value::Bool(_) => Some(Cow::Owned(value.to_string())),
+        _ => None,
+    }
+}
+
+type Words<'a> = (Vec<&'a str>, Vec<(usize, usize)>);
+
+fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
+    if let Some(column) = &layout.tokens {
+        let found = value(row, column).ok_or_else(|| missing(row, column))?;
+        let words: Vec<&str> = match found {
+            Value::Array(words) if words.iter().all(Value::is_string) => {
+                words.iter().filter_map(Value::as_str).collect()
+            }
+            Value::String(words) => words.split_whitespace().collect(),
+            _ => return Err(format!("`{column}` is no list of words")),
+        };
+        let mut at = 0;
+        let range = |word: &&str| {
+            let start = at;
+            at += word.chars().count() + 1;
+            (start, at - 1)
+        };
+        let ranges = words.iter().map(range).collect();
+        return Ok((words, ranges));
+    }
+    let column = layout.text.as_deref().unwrap_or("text");
+    match value(row, column) {
+        Some(Value::String(text)) => Ok(words_of(layout.splitter, text)),
+        Some(_) => Err(format!("`{column}` is no text")),
+        None => Err(missing(row, column)),
+    }
+}
+
+fn missing(row: &Value, column: &str) -> String {
+    match row {
+        Value::Object(object) => {
+            let keys: Vec<String> = object.keys().map(|key| format!("`{key}`")).collect();
+            format!("no `{column}`; the keys are {}", keys.join(", "))
+        }
+        Value::Array(array) => format!("no column {column}: the row has {}", array.len()),
+        _ => "the row is neither an object nor an array".to_owned(),
+    }
+}
+
+/// Reads spans: objects with `start`, `end` and `label` (or `entity`, `type`), or `[start, end, label]`. `None` when the
+/// value holds no spans; an empty list is a sentence without spans.
+fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
+    let Value::Array(items) = value else { return None };
+    if items.iter().any(Value::is_string) {
+        return None;
+    }
+    let number = |value: Option<&Value>| value.and_then(Value::as_u64).map(|n| n as usize);
+    let read = |item| {
+        let (start, end, label) = match item {
+            Value::Object(object) => {
+                let label = ["label", "entity", "type"].iter().find_map(|key| object.get(*key));
+                (number(object.get("start")), number(object.get("end")), label)
+            }
+            Value::Array(array) => (number(array.first()), number(array.get(1)), array.get(2)),
+            _ => (None, None, None),
+        };
+        match (start, end, label.and_then(Value::as_str)) {
+            (Some(start), Some(end), Some(label)) => Ok(CharacterSpan { start, end, label }),
+            _ => Err(format!("{item} is no span: it needs start, end and label")),
+        }
+    };
+    Some(items.iter().map(read).collect())
+}

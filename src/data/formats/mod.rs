@@ -1,0 +1,242 @@
+//! Readers of data files, one file a family of formats. Each turns text into rows and names what is wrong by line.
+
+mod columns;
+mod conll;
+mod json;
+mod parallel;
+
+use std::path::Path;
+
+use encoding_rs::Encoding;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::rows::{Field, Rows, RowsBuilder, Wanted, WantedKind};
+use super::words::{Splitter, character_ranges};
+use crate::problem::{Place, Problem};
+
+/// How a data set is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// A folder of files with one line a sentence: words in one, labels or tags in the others (`seq.in`, `seq.out`, `label`).
+    Parallel,
+    /// One word a line with its columns, an empty line after each sentence; `# name = value` lines carry sentence labels.
+    Conll,
+    /// CoNLL-U: ten columns, known by name (`form`, `upos`, `xpos`, `feats`, ...).
+    Conllu,
+    /// One JSON object a line.
+    Jsonl,
+    /// One JSON file; `file.json#key` names the array of rows in it, which are objects or arrays.
+    Json,
+    /// Comma-separated values with a header.
+    Csv,
+    /// Tab-separated values with a header.
+    Tsv,
+    /// `columns` separated by `separator`, the last one takes the rest of the line; no header and no quoting.
+    Lines,
+    /// Rasa's training data as JSON: `text`, `intent`, `entities`.
+    Rasa,
+}
+
+/// How to read the files of one set.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub format: Format,
+    /// The column with raw text, or with words: exactly one of the two.
+    pub text: Option<String>,
+    pub tokens: Option<String>,
+    pub columns: Vec<String>,
+    pub separator: Option<String>,
+    pub splitter: Splitter,
+    pub encoding: &'static Encoding,
+}
+
+/// What came out of one file: its rows in order, in parts, and what is wrong with it.
+pub type Parsed = (Vec<Rows>, Vec<Problem>);
+
+/// Reads one file (for `parallel`: one folder). Problems that end the reading are among the problems too.
+pub fn read(path: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
+    match layout.format {
+        Format::Parallel => parallel::read(path, layout, wanted),
+        Format::Conll | Format::Conllu => with_text(path, layout, |text| conll::read(path, text, layout, wanted)),
+        Format::Jsonl => with_text(path, layout, |text| json::read_lines(path, text, layout, wanted)),
+        Format::Json | Format::Rasa => {
+            let (file, pointer) = json::split_pointer(path, layout.format);
+            with_text(&file, layout, |text| json::read_array(&file, text, &pointer, layout, wanted))
+        }
+        Format::Csv | Format::Tsv => with_text(path, layout, |text| columns::read_csv(path, text, layout, wanted)),
+        Format::Lines => with_text(path, layout, |text| columns::read_lines(path, text, layout, wanted)),
+    }
+}
+
+/// The file that a path of this format stands for, without a pointer into it.
+pub fn file_of(path: &Path, format: Format) -> std::path::PathBuf {
+    match format {
+        Format::Json | Format::Rasa => json::split_pointer(path, format).0,
+        _ => path.to_owned(),
+    }
+}
+
+fn with_text(path: &Path, layout: &Layout, parse: impl FnOnce(&str) -> Parsed) -> Parsed {
+    match text_of(path, layout) {
+        Ok(text) => parse(&text),
+        Err(problems) => (Vec::new(), problems),
+    }
+}
+
+/// The text of a file, or each line that is not in the layout's encoding.
+fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
+    let bytes = std::fs::read(path).map_err(|error| {
+        let message = match error.kind() {
+            std::io::ErrorKind::NotFound => "no such file".to_owned(),
+            _ => format!("cannot be read: {error}"),
+        };
+        vec![Problem::error(Place::new(path, 0), message)]
+    })?;
+    if layout.encoding != encoding_rs::UTF_8 {
+        let (text, _, malformed) = layout.encoding.decode(&bytes);
+        if malformed {
+            let message = format!("has bytes that are not {}", layout.encoding.name());
+            return Err(vec![Problem::error(Place::new(path, 0), message)]);
+        }
+        return Ok(text.into_owned());
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(match text.strip_prefix('\u{feff}') {
+            Some(rest) => rest.to_owned(),
+            None => text,
+        }),
+        Err(error) => {
+            let broken = error.as_bytes().split(|&byte| byte == b'\n').enumerate();
+            let broken = broken.filter(|(_, line)| std::str::from_utf8(line).is_err());
+            let message = "invalid UTF-8; if the file is in another encoding, name it with `encoding:`";
+            Err(broken.map(|(i, _)| Problem::error(Place::new(path, i + 1), message)).collect())
+        }
+    }
+}
+
+/// Where a text may be cut for reading in parallel.
+#[derive(Clone, Copy)]
+enum Cut {
+    Line,
+    EmptyLine,
+}
+
+/// Reads parts of `text` in parallel, cut at `cut`; `parse` gets each part with the number of its first line.
+fn in_parts(
+    (path, text): (&Path, &str),
+    cut: Cut,
+    wanted: &[Wanted],
+    parse: impl Fn(&str, usize, &mut RowsBuilder) + Sync,
+) -> Parsed {
+    const PART_BYTES: usize = 1 << 20;
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = end_of_part(rest, PART_BYTES, cut);
+        parts.push(&rest[..end]);
+        rest = &rest[end..];
+    }
+    let n_lines: Vec<usize> = parts.par_iter().map(|part| part.bytes().filter(|&b| b == b'\n').count()).collect();
+    let first_lines: Vec<usize> = n_lines
+        .iter()
+        .scan(1, |line, n| {
+            let first = *line;
+            *line += n;
+            Some(first)
+        })
+        .collect();
+    let read: Vec<(Rows, Vec<Problem>)> = parts
+        .par_iter()
+        .zip(&first_lines)
+        .map(|(part, &first_line)| {
+            let mut builder = RowsBuilder::new(path, wanted);
+            parse(part, first_line, &mut builder);
+            (builder.rows, builder.problems)
+        })
+        .collect();
+    let (rows, problems): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+    (rows, problems.into_iter().flatten().collect())
+}
+
+fn end_of_part(text: &str, wished: usize, cut: Cut) -> usize {
+    let bytes = text.as_bytes();
+    let mut end = wished.min(bytes.len());
+    while end < bytes.len() {
+        match bytes[end..].iter().position(|&b| b == b'\n') {
+            None => return bytes.len(),
+            Some(at) => end += at + 1,
+        }
+        let line_end = bytes[end..].iter().position(|&b| b == b'\n').map_or(bytes.len(), |at| end + at);
+        match cut {
+            Cut::Line => return end,
+            Cut::EmptyLine if bytes[end..line_end].trim_ascii().is_empty() => return line_end.min(bytes.len()),
+            Cut::EmptyLine => {}
+        }
+    }
+    bytes.len()
+}
+
+/// The lines of a text with their numbers, without line ends of either kind. Only `\n` ends a line.
+fn lines(text: &str, first_line: usize) -> impl Iterator<Item = (usize, &str)> {
+    let lines = text.strip_suffix('\n').unwrap_or(text).split('\n');
+    lines.enumerate().map(move |(i, line)| (first_line + i, line.strip_suffix('\r').unwrap_or(line)))
+}
+
+/// The fields of a row that has its values as text: tags are separated by white space, an empty class is absent.
+fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a str>) -> Vec<Field<'a>> {
+    let field = |wanted: &Wanted| match (value(&wanted.column).map(str::trim), wanted.kind) {
+        (None | Some(""), _) => Field::Absent,
+        (Some(label), WantedKind::Class) => Field::Class(label),
+        (Some(tags), WantedKind::Tags) => Field::Tags(tags.split_whitespace().collect()),
+    };
+    wanted.iter().map(field).collect()
+}
+
+/// A span as data states it: characters `start..end` of the text.
+struct CharacterSpan<'a> {
+    start: usize,
+    end: usize,
+    label: &'a str,
+}
+
+/// BIO tags of `words` (character ranges) for spans of characters. Where a span ends inside a word it takes the whole
+/// word, with a warning; a span of no word and spans that share a word are errors.
+fn tags_of_spans(
+    words: &[(usize, usize)],
+    mut spans: Vec<CharacterSpan>,
+    (line, builder): (usize, &mut RowsBuilder),
+) -> Option<Vec<String>> {
+    let mut tags = vec!["O".to_owned(); words.len()];
+    spans.sort_by_key(|span| (span.start, span.end));
+    let mut sound = true;
+    for span in spans {
+        let first = words.partition_point(|&(_, end)| end <= span.start);
+        let last = words.partition_point(|&(start, _)| start < span.end);
+        let name = format!("span {}..{} `{}`", span.start, span.end, span.label);
+        if span.start >= span.end || first >= last {
+            builder.error(line, format!("{name} covers no word"));
+            sound = false;
+            continue;
+        }
+        if words[first].0 != span.start || words[last - 1].1 != span.end {
+            builder.warning(line, format!("{name} does not end at word boundaries; it takes the whole words"));
+        }
+        if tags[first..last].iter().any(|tag| tag != "O") {
+            builder.error(line, format!("{name} shares a word with another span"));
+            sound = false;
+            continue;
+        }
+        for (i, tag) in tags[first..last].iter_mut().enumerate() {
+            *tag = format!("{}-{}", if i == 0 { "B" } else { "I" }, span.label);
+        }
+    }
+    sound.then_some(tags)
+}
+
+/// Words of a text with their character ranges.
+fn words_of<'a>(splitter: Splitter, text: &'a str) -> (Vec<&'a str>, Vec<(usize, usize)>) {
+    let ranges = splitter.split(text);
+    (ranges.iter().map(|&(start, end)| &text[start..end]).collect(), character_ranges(text, &ranges))
+}

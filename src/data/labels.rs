@@ -1,0 +1,169 @@
+//! From labels as written to label ids: class names, plain tags, and spans as BIO.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::rows::{ABSENT, Column, Rows};
+use crate::problem::{Problem, Severity};
+use crate::task::{Scheme, Span, Tag, Task, TaskKind, from_bio, spans_of};
+
+/// Marks a decision without a label in encoded targets.
+pub const NO_LABEL: i32 = -1;
+
+/// The labels of one task over all the columns that carry it: classes and plain tags sorted, BIO as `O`, then `B-` and
+/// `I-` of each type, sorted.
+pub fn collect(kind: TaskKind, columns: &[&Column]) -> Vec<String> {
+    let written = || columns.iter().flat_map(|column| column.strings.iter());
+    match kind {
+        TaskKind::Classification | TaskKind::Tagging(Scheme::Plain) => {
+            written().map(str::to_owned).collect::<BTreeSet<_>>().into_iter().collect()
+        }
+        TaskKind::Tagging(scheme) => {
+            let types: BTreeSet<&str> = written()
+                .filter_map(|tag| scheme.parse(tag))
+                .map(|tag| tag.kind)
+                .filter(|kind| !kind.is_empty())
+                .collect();
+            let tags = types.iter().flat_map(|kind| [format!("B-{kind}"), format!("I-{kind}")]);
+            std::iter::once("O".to_owned()).chain(tags).collect()
+        }
+    }
+}
+
+/// Label ids by name.
+pub struct Labels<'a> {
+    task: &'a Task,
+    ids: BTreeMap<&'a str, i32>,
+}
+
+impl<'a> Labels<'a> {
+    pub fn new(task: &'a Task) -> Self {
+        let ids = task.labels.iter().enumerate().map(|(id, label)| (label.as_str(), id as i32)).collect();
+        Labels { task, ids }
+    }
+
+    /// The label ids of a whole column: one a row for classes, one a word for tags, [`NO_LABEL`] where absent.
+    pub fn encode(&self, rows: &Rows, column: usize) -> Vec<i32> {
+        let strings = &rows.columns[column].strings;
+        let values = &rows.columns[column].values;
+        match self.task.kind {
+            TaskKind::Tagging(scheme) if scheme != Scheme::Plain => self.encode_spans(scheme, rows, column),
+            _ => {
+                let ids: Vec<i32> = strings.iter().map(|label| self.id(label)).collect();
+                values.iter().map(|&value| if value == ABSENT { NO_LABEL } else { ids[value as usize] }).collect()
+            }
+        }
+    }
+
+    fn encode_spans(&self, scheme: Scheme, rows: &Rows, column: usize) -> Vec<i32> {
+        let parsed = parse_all(scheme, &rows.columns[column]);
+        // (first, inside) label of each type.
+        let types: BTreeMap<&str, (i32, i32)> = self
+            .task
+            .labels
+            .iter()
+            .filter_map(|label| label.strip_prefix("B-"))
+            .map(|kind| (kind, (self.id(&format!("B-{kind}")), self.id(&format!("I-{kind}")))))
+            .collect();
+        let mut ids = Vec::with_capacity(rows.word_ids.len());
+        for row in 0..rows.len() {
+            let n = rows.words_of(row).len();
+            let Some(values) = rows.tags_of(column, row) else {
+                ids.extend(std::iter::repeat_n(NO_LABEL, n));
+                continue;
+            };
+            let start = ids.len();
+            ids.extend(std::iter::repeat_n(self.id("O"), n));
+            let tags = values.iter().map(|&value| parsed[value as usize].unwrap_or(Tag::OUTSIDE));
+            for span in spans_of(tags) {
+                let (first, inside) = types.get(span.kind).copied().unwrap_or((NO_LABEL, NO_LABEL));
+                ids[start + span.start] = first;
+                ids[start + span.start + 1..start + span.end].fill(inside);
+            }
+        }
+        ids
+    }
+
+    fn id(&self, label: &str) -> i32 {
+        self.ids.get(label).copied().unwrap_or(NO_LABEL)
+    }
+}
+
+fn parse_all(scheme: Scheme, column: &Column) -> Vec<Option<Tag<'_>>> {
+    column.strings.iter().map(|tag| scheme.parse(tag)).collect()
+}
+
+/// Tags that are none of their scheme (errors) and sequences that break it (warnings), by file and line.
+pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    if scheme == Scheme::Plain {
+        return problems;
+    }
+    let strings = &rows.columns[column].strings;
+    let parsed = parse_all(scheme, &rows.columns[column]);
+    let mut add = |severity, row, message: String| {
+        problems.push(Problem { severity, place: Some(rows.place(row)), message });
+    };
+    for row in 0..rows.len() {
+        let Some(values) = rows.tags_of(column, row) else { continue };
+        let mut previous = None;
+        for (i, &value) in values.iter().enumerate() {
+            let written = strings.get(value);
+            let Some(tag) = parsed[value as usize] else {
+                let scheme = format!("{scheme:?}").to_lowercase();
+                add(Severity::Error, row, format!("`{name}`, word {}: `{written}` is no {scheme} tag", i + 1));
+                previous = None;
+                continue;
+            };
+            if let Some(reason) = scheme.broken(previous, tag) {
+                let word = rows.words.get(rows.words_of(row)[i]);
+                add(Severity::Warning, row, format!("`{name}`, word {} `{word}`: `{written}`: {reason}", i + 1));
+            }
+            previous = Some(tag);
+        }
+        if previous.is_some_and(|tag| scheme.left_open(tag)) {
+            add(Severity::Warning, row, format!("`{name}`: the last span is not closed with E-"));
+        }
+    }
+    problems
+}
+
+/// Label ids of a sentence as the data would write them, with the spans that they hold.
+pub fn written(task: &Task, ids: &[usize]) -> (Vec<String>, Vec<Span<String>>) {
+    let labels: Vec<&str> = ids.iter().map(|&id| task.labels[id].as_str()).collect();
+    match task.kind {
+        TaskKind::Tagging(scheme) if scheme != Scheme::Plain => {
+            let parsed = labels.iter().map(|tag| Scheme::Bio.parse(tag).unwrap_or(Tag::OUTSIDE));
+            let spans = spans_of(parsed);
+            let owned = |span: &Span<&str>| Span { start: span.start, end: span.end, kind: span.kind.to_owned() };
+            (from_bio(scheme, &labels), spans.iter().map(owned).collect())
+        }
+        _ => (labels.into_iter().map(str::to_owned).collect(), Vec::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+    use std::path::Path;
+
+    #[test]
+    fn tags_become_bio_ids_and_come_back_as_written() {
+        let wanted = [Wanted { column: "ner".into(), kind: WantedKind::Tags }];
+        let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
+        builder.push(1, &["a", "b", "c"], &[Field::Tags(vec!["B-x", "E-x", "S-y"])]);
+        builder.push(2, &["d"], &[Field::Absent]);
+        builder.push(3, &["e", "f"], &[Field::Tags(vec!["B-x", "O"])]);
+        let rows = builder.rows;
+        let kind = TaskKind::Tagging(Scheme::Bioes);
+        let task = Task { name: "ner".into(), kind, labels: collect(kind, &[&rows.columns[0]]) };
+        assert_eq!(task.labels, ["O", "B-x", "I-x", "B-y", "I-y"]);
+        assert_eq!(Labels::new(&task).encode(&rows, 0), [1, 2, 3, NO_LABEL, 1, 0]);
+        let (tags, spans) = written(&task, &[1, 2, 3]);
+        assert_eq!(tags, ["B-x", "E-x", "S-y"]);
+        assert_eq!(spans[0], Span { start: 0, end: 2, kind: "x".to_owned() });
+        let problems = check_tags(Scheme::Bioes, "ner", &rows, 0);
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].to_string(), "f:3: `ner`, word 2 `f`: `O`: the span before it was not closed with E-");
+    }
+}

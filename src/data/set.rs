@@ -1,0 +1,370 @@
+//! The data of an experiment: which files hold which split of which set, and reading them all.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use indexmap::IndexMap;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::formats::{self, Format, Layout};
+use super::labels;
+use super::rows::{ABSENT, Rows, Wanted, WantedKind};
+use super::words::Splitter;
+use crate::problem::{InvalidInput, Place, Problem, Severity};
+use crate::rng::{Purpose, Seed};
+use crate::task::{TaskId, TaskKind};
+
+/// The `data:` of an experiment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// The folder that paths of sets are relative to; itself relative to the working directory. Default: `data`.
+    #[serde(default = "default_root")]
+    pub root: PathBuf,
+    /// The sets by name.
+    pub sets: IndexMap<String, SetConfig>,
+}
+
+fn default_root() -> PathBuf {
+    PathBuf::from("data")
+}
+
+/// One data set.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetConfig {
+    /// How the files are written.
+    pub format: Format,
+    /// File or files of the training split.
+    pub train: Paths,
+    /// File or files of the dev split, which chooses the best checkpoint. Required unless `dev_fraction` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dev: Option<Paths>,
+    /// File or files of the test split. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Paths>,
+    /// Share of the training rows cut off as dev, stratified by class (or by the rarest tag). Between 0 and 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dev_fraction: Option<f64>,
+    /// Seed of that cut, apart from the experiment's, so that runs of many seeds share their dev rows. Default 0.
+    #[serde(default)]
+    pub dev_seed: u64,
+    /// The column or field with raw text. Default `text`, for formats that hold text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The column or field with words, instead of text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<String>,
+    /// Names of the columns, for `conll` and `lines`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub columns: Vec<String>,
+    /// What stands between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub separator: Option<String>,
+    /// Character encoding by its WHATWG name, such as `latin1` or `gbk`. Default `utf-8`.
+    #[serde(default = "default_encoding")]
+    pub encoding: String,
+    /// Where the set comes from: said when it is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+}
+
+fn default_encoding() -> String {
+    "utf-8".to_owned()
+}
+
+/// One path or a list of paths.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Paths(pub Vec<String>);
+
+impl<'de> Deserialize<'de> for Paths {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Paths;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a text or a list of texts")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Paths, E> {
+                Ok(Paths(vec![text.to_owned()]))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<Paths, A::Error> {
+                let mut paths = Vec::new();
+                while let Some(path) = items.next_element()? {
+                    paths.push(path);
+                }
+                Ok(Paths(paths))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// A part of a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Split {
+    Train,
+    Dev,
+    Test,
+}
+
+impl Split {
+    pub const ALL: [Split; 3] = [Split::Train, Split::Dev, Split::Test];
+
+    pub fn name(self) -> &'static str {
+        ["train", "dev", "test"][self as usize]
+    }
+}
+
+/// Where a task finds its labels.
+#[derive(Clone, Debug)]
+pub struct TaskColumn {
+    pub name: String,
+    pub kind: TaskKind,
+    pub sets: Vec<String>,
+    pub column: String,
+}
+
+/// One set as read.
+pub struct LoadedSet {
+    pub name: String,
+    pub wanted: Vec<Wanted>,
+    /// The task of each wanted column.
+    pub tasks: Vec<TaskId>,
+    /// Train, dev and test; a split that the set lacks is empty.
+    pub splits: [Rows; 3],
+}
+
+/// All sets as read.
+pub struct Corpus {
+    pub sets: Vec<LoadedSet>,
+}
+
+impl Corpus {
+    pub fn rows(&self, split: Split) -> Vec<&Rows> {
+        self.sets.iter().map(|set| &set.splits[split as usize]).collect()
+    }
+
+    /// Each set's column of a task.
+    pub fn columns_of(&self, task: TaskId) -> impl Iterator<Item = (&LoadedSet, usize)> {
+        self.sets.iter().filter_map(move |set| {
+            let column = set.tasks.iter().position(|&known| known == task)?;
+            Some((set, column))
+        })
+    }
+}
+
+/// Reads every file of every set that a task uses. `progress` hears of each file before it is read.
+///
+/// # Errors
+/// [`InvalidInput`] with every file that is missing. What is wrong inside files is returned beside the corpus.
+pub fn load(
+    config: &DataConfig,
+    columns: &[TaskColumn],
+    splitter: Splitter,
+    progress: &dyn Fn(&Path),
+) -> Result<(Corpus, Vec<Problem>)> {
+    let used: Vec<_> = config
+        .sets
+        .iter()
+        .filter(|(name, _)| columns.iter().any(|column| column.sets.contains(name)))
+        .collect();
+    fail_on_missing(config, &used)?;
+    let mut problems = Vec::new();
+    let mut sets = Vec::new();
+    for (name, set) in used {
+        let carried = columns.iter().enumerate().filter(|(_, column)| column.sets.contains(name));
+        let (tasks, wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
+        let mut splits = [&Some(set.train.clone()), &set.dev, &set.test].map(|paths| {
+            let paths = paths.as_ref().map_or(&[][..], |paths| &paths.0);
+            read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
+        });
+        for (i, wanted) in wanted.iter().enumerate() {
+            if let TaskKind::Tagging(scheme) = columns[tasks[i].0].kind {
+                for rows in &splits {
+                    problems.extend(labels::check_tags(scheme, &wanted.column, rows, i));
+                }
+            }
+        }
+        if let Some(fraction) = set.dev_fraction {
+            splits[1] = cut_dev(&mut splits[0], &wanted, fraction, Seed(set.dev_seed));
+        }
+        sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits });
+    }
+    problems.extend(check_presence(config, columns, &sets));
+    Ok((Corpus { sets }, problems))
+}
+
+fn wanted(column: &TaskColumn) -> Wanted {
+    let kind = match column.kind {
+        TaskKind::Classification => WantedKind::Class,
+        TaskKind::Tagging(_) => WantedKind::Tags,
+    };
+    Wanted { column: column.column.clone(), kind }
+}
+
+fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)]) -> Result<()> {
+    let mut problems = Vec::new();
+    for (name, set) in sets {
+        let paths = [Some(&set.train), set.dev.as_ref(), set.test.as_ref()];
+        let missing: Vec<PathBuf> = paths
+            .into_iter()
+            .flatten()
+            .flat_map(|paths| &paths.0)
+            .map(|path| formats::file_of(&config.root.join(path), set.format))
+            .filter(|path| !path.exists())
+            .collect();
+        let Some(first) = missing.first() else { continue };
+        let mut message = format!("data of set `{name}` is missing: {} does not exist", first.display());
+        if missing.len() > 1 {
+            message += &format!(" (nor {} more)", missing.len() - 1);
+        }
+        if let Some(source) = &set.source {
+            message += &format!("\n  It comes from: {source}");
+        }
+        message += &format!(
+            "\n  Put it below {}, or point data.root at the folder that holds it (the experiments of this project read \
+             POLYTASK_DATA)",
+            config.root.display()
+        );
+        problems.push(Problem::general(Severity::Error, message));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(InvalidInput(problems).into()) }
+}
+
+fn read_split(
+    config: &DataConfig,
+    set: &SetConfig,
+    paths: &[String],
+    wanted: &[Wanted],
+    splitter: Splitter,
+    progress: &dyn Fn(&Path),
+    problems: &mut Vec<Problem>,
+) -> Rows {
+    let layout = layout(set, splitter);
+    let mut rows = Rows::new(wanted.len());
+    for path in paths {
+        let path = config.root.join(path);
+        progress(&path);
+        let (parts, found) = formats::read(&path, &layout, wanted);
+        // A parallel folder's rows stand in its file of words.
+        let main = layout.tokens.as_deref().or(layout.text.as_deref()).unwrap_or("seq.in");
+        let file = match set.format {
+            Format::Parallel => path.join(main),
+            format => formats::file_of(&path, format),
+        };
+        rows.append_file(&file, parts);
+        problems.extend(found);
+    }
+    rows
+}
+
+fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
+    Layout {
+        format: set.format,
+        text: set.text.clone(),
+        tokens: set.tokens.clone(),
+        columns: set.columns.clone(),
+        separator: set.separator.clone(),
+        splitter,
+        encoding: encoding_rs::Encoding::for_label(set.encoding.as_bytes()).unwrap_or(encoding_rs::UTF_8),
+    }
+}
+
+/// Errors where a split has no row, or a task no label to learn from.
+fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet]) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for set in sets {
+        for split in [Split::Train, Split::Dev] {
+            if set.splits[split as usize].is_empty() {
+                let message = format!("set `{}` has no usable row in {}", set.name, split.name());
+                problems.push(Problem::general(Severity::Error, message));
+            }
+        }
+        for (i, task) in set.tasks.iter().enumerate() {
+            let train = &set.splits[0];
+            if !train.is_empty() && train.columns[i].values.iter().all(|&value| value == ABSENT) {
+                let place = Place::new(&config.root.join(&config.sets[&set.name].train.0[0]), 0);
+                let message =
+                    format!("no row has a `{}` for task `{}`", set.wanted[i].column, columns[task.0].name);
+                problems.push(Problem::error(place, message));
+            }
+        }
+    }
+    problems
+}
+
+/// Takes `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
+/// share their rarest tag.
+fn cut_dev(train: &mut Rows, wanted: &[Wanted], fraction: f64, seed: Seed) -> Rows {
+    let class = wanted.iter().position(|wanted| wanted.kind == WantedKind::Class);
+    let tags = wanted.iter().position(|wanted| wanted.kind == WantedKind::Tags);
+    let stratum: Vec<u32> = match (class, tags) {
+        (Some(column), _) => train.columns[column].values.clone(),
+        (None, Some(column)) => {
+            let mut counts = vec![0usize; train.columns[column].strings.len()];
+            for &tag in train.columns[column].values.iter().filter(|&&tag| tag != ABSENT) {
+                counts[tag as usize] += 1;
+            }
+            let rarest = |tags: &[u32]| tags.iter().copied().min_by_key(|&tag| (counts[tag as usize], tag));
+            (0..train.len()).map(|row| train.tags_of(column, row).and_then(rarest).unwrap_or(ABSENT)).collect()
+        }
+        (None, None) => vec![ABSENT; train.len()],
+    };
+    let mut strata: std::collections::BTreeMap<u32, Vec<usize>> = Default::default();
+    for (row, stratum) in stratum.into_iter().enumerate() {
+        strata.entry(stratum).or_default().push(row);
+    }
+    let mut generator = seed.generator(Purpose::Split, 0);
+    let mut taken = vec![false; train.len()];
+    // The running sum keeps the total right where strata are too small for a share of their own.
+    let (mut due, mut n_taken) = (0.0, 0);
+    for rows in strata.values_mut() {
+        rows.shuffle(&mut generator);
+        due += rows.len() as f64 * fraction;
+        let n = (due.round() as usize - n_taken).min(rows.len());
+        n_taken += n;
+        for &row in &rows[..n] {
+            taken[row] = true;
+        }
+    }
+    let kinds: Vec<WantedKind> = wanted.iter().map(|wanted| wanted.kind).collect();
+    train.split_off(&taken, &kinds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rows::{Field, RowsBuilder};
+    use super::*;
+
+    #[test]
+    fn a_dev_cut_is_stratified_seeded_and_loses_nothing() {
+        let wanted = [Wanted { column: "label".into(), kind: WantedKind::Class }];
+        let build = || {
+            let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
+            for i in 0..200 {
+                let label = if i % 4 == 0 { "rare" } else { "common" };
+                builder.push(i + 1, &[&format!("w{i}")], &[Field::Class(label)]);
+            }
+            let mut rows = Rows::new(1);
+            rows.append_file(Path::new("f"), vec![builder.rows]);
+            rows
+        };
+        let (mut train, mut again, mut other) = (build(), build(), build());
+        let dev = cut_dev(&mut train, &wanted, 0.1, Seed(0));
+        let rare = dev.columns[0].values.iter().filter(|&&v| dev.columns[0].strings.get(v) == "rare").count();
+        assert_eq!((dev.len(), train.len(), rare), (20, 180, 5));
+        let lines = |rows: &Rows| (0..rows.len()).map(|r| rows.place(r).line).collect::<Vec<_>>();
+        assert_eq!(lines(&dev), lines(&cut_dev(&mut again, &wanted, 0.1, Seed(0))));
+        assert_ne!(lines(&dev), lines(&cut_dev(&mut other, &wanted, 0.1, Seed(1))));
+        let mut all = [lines(&dev), lines(&train)].concat();
+        all.sort();
+        assert_eq!(all, (1..=200).collect::<Vec<_>>());
+        assert_eq!(dev.text_of(0), format!("w{}", dev.place(0).line - 1));
+    }
+}

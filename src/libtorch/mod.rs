@@ -1,0 +1,252 @@
+//! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, global
+//! switches, and CUDA libraries opened at run time. The only `unsafe` code of the project.
+
+use std::ffi::{CStr, c_char};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+#[repr(C)]
+struct AdamOptions {
+    learning_rate: f64,
+    beta1: f64,
+    beta2: f64,
+    weight_decay: f64,
+    epsilon: f64,
+}
+
+type List = *const *mut C_tensor;
+
+unsafe extern "C" {
+    fn pt_free(text: *mut c_char);
+    fn pt_fused_adam(
+        decoupled: bool,
+        n: usize,
+        parameters: List,
+        gradients: List,
+        first: List,
+        second: List,
+        steps: List,
+        options: *const AdamOptions,
+        skip: *mut C_tensor,
+    ) -> *mut c_char;
+    fn pt_fused_sgd(
+        n: usize,
+        parameters: List,
+        gradients: List,
+        momenta: List,
+        learning_rate: f64,
+        momentum: f64,
+        weight_decay: f64,
+        first_step: bool,
+        skip: *mut C_tensor,
+    ) -> *mut c_char;
+    fn pt_clip(n: usize, gradients: List, limit: f64, norm: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_add(n: usize, into: List, from: List) -> *mut c_char;
+    fn pt_configure(deterministic: bool, tf32: bool) -> *mut c_char;
+}
+
+fn checked(text: *mut c_char) -> Result<()> {
+    if text.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the shim returns null or a NUL-terminated string that it allocated and that nobody else frees.
+    let message = unsafe {
+        let message = CStr::from_ptr(text).to_string_lossy().into_owned();
+        pt_free(text);
+        message
+    };
+    Err(anyhow!("libtorch: {}", message.lines().next().unwrap_or_default().trim()))
+}
+
+/// The handles of a list. tch hands out `*const`, yet its in-place operators write through the same pointer.
+fn handles(tensors: &[&Tensor]) -> Vec<*mut C_tensor> {
+    tensors.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect()
+}
+
+/// The tensors of one fused Adam step, in one order; all of one device and kind (float32).
+pub struct AdamLists<'a> {
+    pub parameters: &'a [&'a Tensor],
+    pub gradients: &'a [&'a Tensor],
+    pub first_moments: &'a [&'a Tensor],
+    pub second_moments: &'a [&'a Tensor],
+    /// One scalar tensor each: how many steps the parameter has had. Counted up by the call.
+    pub steps: &'a [&'a Tensor],
+}
+
+/// Hyperparameters of Adam and AdamW, in PyTorch's meaning.
+#[derive(Clone, Copy, Debug)]
+pub struct Adam {
+    pub learning_rate: f64,
+    pub betas: (f64, f64),
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// True for AdamW (decay apart from the gradient), false for Adam with an L2 term.
+    pub decoupled: bool,
+}
+
+/// One step of `torch._fused_adamw_` or `torch._fused_adam_`, in place. Where `skip` (one float) is 1, on the device,
+/// no parameter and no moment changes.
+pub fn fused_adam(lists: &AdamLists, adam: Adam, skip: &Tensor) -> Result<()> {
+    let n = lists.parameters.len();
+    for list in [lists.gradients, lists.first_moments, lists.second_moments, lists.steps] {
+        ensure!(list.len() == n, "lists of {n} and {} tensors in one optimizer step", list.len());
+    }
+    let (parameters, gradients) = (handles(lists.parameters), handles(lists.gradients));
+    let (first, second) = (handles(lists.first_moments), handles(lists.second_moments));
+    let steps = handles(lists.steps);
+    let options = AdamOptions {
+        learning_rate: adam.learning_rate,
+        beta1: adam.betas.0,
+        beta2: adam.betas.1,
+        weight_decay: adam.weight_decay,
+        epsilon: adam.epsilon,
+    };
+    // SAFETY: every list holds `n` live tensors, borrowed for the length of the call.
+    checked(unsafe {
+        pt_fused_adam(
+            adam.decoupled,
+            n,
+            parameters.as_ptr(),
+            gradients.as_ptr(),
+            first.as_ptr(),
+            second.as_ptr(),
+            steps.as_ptr(),
+            &options,
+            skip.as_ptr().cast_mut(),
+        )
+    })
+}
+
+/// Hyperparameters of SGD with momentum, in PyTorch's meaning.
+#[derive(Clone, Copy, Debug)]
+pub struct Sgd {
+    pub learning_rate: f64,
+    pub momentum: f64,
+    pub weight_decay: f64,
+}
+
+/// One step of `torch._fused_sgd_`, in place. `first` fills the momentum buffers instead of reading them.
+pub fn fused_sgd(
+    (parameters, gradients, momenta): (&[&Tensor], &[&Tensor], &[&Tensor]),
+    sgd: Sgd,
+    first: bool,
+    skip: &Tensor,
+) -> Result<()> {
+    let n = parameters.len();
+    ensure!(gradients.len() == n && momenta.len() == n, "lists of different lengths in one optimizer step");
+    let (parameters, gradients, momenta) = (handles(parameters), handles(gradients), handles(momenta));
+    // SAFETY: as in `fused_adam`.
+    checked(unsafe {
+        pt_fused_sgd(
+            n,
+            parameters.as_ptr(),
+            gradients.as_ptr(),
+            momenta.as_ptr(),
+            sgd.learning_rate,
+            sgd.momentum,
+            sgd.weight_decay,
+            first,
+            skip.as_ptr().cast_mut(),
+        )
+    })
+}
+
+/// Scales `gradients` in place so that their common 2-norm is at most `limit` (0: no limit), without a host
+/// synchronization. Returns the norm before scaling, a scalar on the device.
+pub fn clip_gradients(gradients: &[&Tensor], limit: f64) -> Result<Tensor> {
+    let list = handles(gradients);
+    let mut norm = std::ptr::null_mut();
+    // SAFETY: the list is live; on success the shim hands over one new tensor in `norm`.
+    unsafe {
+        checked(pt_clip(list.len(), list.as_ptr(), limit, &mut norm))?;
+        let tensor = Tensor::clone_from_ptr(norm);
+        drop(Tensor::from_ptr(norm));
+        Ok(tensor)
+    }
+}
+
+/// `into[i] += from[i]`, in place.
+pub fn add_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
+    ensure!(into.len() == from.len(), "lists of different lengths");
+    let (into, from) = (handles(into), handles(from));
+    // SAFETY: both lists are live and of one length.
+    checked(unsafe { pt_add(into.len(), into.as_ptr(), from.as_ptr()) })
+}
+
+/// Process-wide switches of libtorch: deterministic kernels (a warning where an operator has none), TF32 products on
+/// CUDA, and the number of threads within one operator.
+pub fn configure(threads: usize, tf32: bool) -> Result<()> {
+    let threads = i32::try_from(threads).context("too many threads")?;
+    if tch::get_num_threads() != threads {
+        tch::set_num_threads(threads);
+    }
+    // SAFETY: takes and returns plain values.
+    checked(unsafe { pt_configure(true, tf32) })
+}
+
+/// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.
+fn open_cuda() -> Result<()> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    // SAFETY: the library's initializers are those of libtorch, made for being loaded into a running process.
+    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
+    // Its kernels are registered for the life of the process: it must never be closed.
+    std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda fetches it")?);
+    Ok(())
+}
+
+/// The device that `wish` names: `auto`, `cpu`, `cuda` or `cuda:N`.
+///
+/// # Errors
+/// An unknown name, or CUDA where its libraries, its driver or the device is missing. `auto` falls back to the CPU.
+pub fn device(wish: &str) -> Result<Device> {
+    let index = match wish {
+        "cpu" => return Ok(Device::Cpu),
+        "auto" if !std::path::Path::new("/dev/nvidiactl").exists() => return Ok(Device::Cpu),
+        "auto" | "cuda" => 0,
+        _ => match wish.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(index)) => index,
+            _ => bail!("unknown device `{wish}`: use auto, cpu, cuda or cuda:N"),
+        },
+    };
+    let found = open_cuda().and_then(|()| {
+        let count = tch::Cuda::device_count();
+        ensure!(count > 0, "libtorch sees no NVIDIA GPU; is the driver installed and new enough for CUDA 13");
+        ensure!((index as i64) < count, "there are {count} CUDA devices, numbered from 0");
+        Ok(Device::Cuda(index))
+    });
+    match found {
+        Err(error) if wish == "auto" => {
+            log::warn!("running on the CPU: {error:#}");
+            Ok(Device::Cpu)
+        }
+        other => other.with_context(|| format!("device `{wish}` cannot be used")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clipping_scales_to_the_limit_and_reports_the_norm() {
+        let (a, b) = (Tensor::from_slice(&[3.0f32, 0.0]), Tensor::from_slice(&[4.0f32]));
+        let norm = clip_gradients(&[&a, &b], 1.0).unwrap();
+        assert_eq!(norm.double_value(&[]), 5.0);
+        assert!((a.double_value(&[0]) - 0.6).abs() < 1e-6 && (b.double_value(&[0]) - 0.8).abs() < 1e-6);
+        clip_gradients(&[&a, &b], 0.0).unwrap();
+        assert!((b.double_value(&[0]) - 0.8).abs() < 1e-6, "a limit of 0 leaves gradients alone");
+    }
+
+    #[test]
+    fn an_exception_of_libtorch_becomes_an_error() {
+        let error = add_lists(&[&Tensor::from_slice(&[1.0f32, 2.0])], &[&Tensor::from_slice(&[1.0f32, 2.0, 3.0])]);
+        assert!(error.unwrap_err().to_string().starts_with("libtorch:"));
+    }
+
+    #[test]
+    fn unknown_devices_are_named() {
+        assert!(device("gpu").unwrap_err().to_string().contains("unknown device `gpu`"));
+    }
+}

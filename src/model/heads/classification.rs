@@ -1,0 +1,126 @@
+//! Sentence classification: a pooled sentence, an optional hidden layer, a softmax.
+//!
+//! p = softmax(W2 relu(W1 pool(h) + b1) + b2); without a hidden layer p = softmax(W pool(h) + b).
+//!
+//! b sentences, T tokens, F = D*H features, C classes.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::{Decoded, Head};
+use crate::data::{Paths, Targets};
+use crate::metrics::{ClassMetric, Metric};
+use crate::model::parameters::{Linear, Scope};
+use crate::model::{Encoded, Mode};
+use crate::task::Task;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClassificationConfig {
+    /// The set, or sets, whose rows carry this label.
+    pub set: Paths,
+    /// The column or field with the label.
+    pub column: String,
+    /// How word states become one: `last` (the last state of each direction), `mean`, `max`, `attention`. Default `max`.
+    #[serde(default)]
+    pub pooling: Pooling,
+    /// Width of a hidden layer with ReLU; 0 is none. Default 0.
+    #[serde(default)]
+    pub hidden: i64,
+    /// Dropout before each layer of the head, beyond the trunk's own. Default 0, from 0 to below 1.
+    #[serde(default)]
+    pub dropout: f64,
+    /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
+    #[serde(default = "crate::config::one")]
+    pub priority: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    Last,
+    Mean,
+    #[default]
+    Max,
+    /// sum_t softmax_t(v . tanh(A h_t + a)) h_t (Yang 2016, "Hierarchical Attention Networks", eq. 5-7).
+    Attention,
+}
+
+pub struct Classification {
+    pooling: Pooling,
+    attention: Option<(Linear, Linear)>,
+    hidden: Option<Linear>,
+    output: Linear,
+    dropout: f64,
+    n_labels: usize,
+}
+
+impl Classification {
+    pub fn new(mut scope: Scope, config: &ClassificationConfig, task: &Task, inputs: i64) -> Self {
+        let attention = (config.pooling == Pooling::Attention).then(|| {
+            let mut scope = scope.sub("attention");
+            (scope.linear("projection", inputs, inputs), scope.linear("score", inputs, 1))
+        });
+        let hidden = (config.hidden > 0).then(|| scope.linear("hidden", inputs, config.hidden));
+        let width = if config.hidden > 0 { config.hidden } else { inputs };
+        Classification {
+            pooling: config.pooling,
+            attention,
+            hidden,
+            output: scope.linear("output", width, task.labels.len() as i64),
+            dropout: config.dropout,
+            n_labels: task.labels.len(),
+        }
+    }
+
+    /// [b, T, F] to [b, F]; padding has no part in it.
+    fn pool(&self, encoded: &Encoded) -> Tensor {
+        let tokens = &encoded.tokens;
+        let mask = (!encoded.lengths.even()).then(|| encoded.lengths.mask().unsqueeze(-1)); // [b, T, 1]
+        let filled = |x: &Tensor, value: f64| match &mask {
+            Some(mask) => x.masked_fill(&mask.logical_not(), value),
+            None => x.shallow_clone(),
+        };
+        match self.pooling {
+            Pooling::Last => encoded.last.shallow_clone(),
+            Pooling::Max => filled(tokens, f64::NEG_INFINITY).amax([1], false),
+            Pooling::Mean => {
+                let lengths = encoded.lengths.device.to_kind(tokens.kind()).unsqueeze(-1); // [b, 1]
+                filled(tokens, 0.0).sum_dim_intlist([1].as_slice(), false, tokens.kind()) / lengths
+            }
+            Pooling::Attention => {
+                let (projection, score) = self.attention.as_ref().expect("invariant: made with the pooling");
+                let scores = score.forward(&projection.forward(tokens).tanh()); // [b, T, 1]
+                let weights = filled(&scores, f64::NEG_INFINITY).softmax(1, tokens.kind());
+                // Zeros, not weights of zero: beyond the end a state may hold anything.
+                (weights * filled(tokens, 0.0)).sum_dim_intlist([1].as_slice(), false, tokens.kind())
+            }
+        }
+    }
+}
+
+impl Head for Classification {
+    fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
+        let mut x = self.pool(encoded).dropout(self.dropout, mode.training());
+        if let Some(hidden) = &self.hidden {
+            x = hidden.forward(&x).relu().dropout(self.dropout, mode.training());
+        }
+        self.output.forward(&x) // [b, C]
+    }
+
+    fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {
+        logits.cross_entropy_for_logits(&targets.labels)
+    }
+
+    fn decode(&self, logits: &Tensor, _: &[i64]) -> Vec<Decoded> {
+        let (scores, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false);
+        let scores: Vec<f32> = Vec::try_from(scores).expect("invariant: one float a row");
+        let labels: Vec<i64> = Vec::try_from(labels).expect("invariant: one label a row");
+        let one = |(label, score)| Decoded { labels: vec![label as usize], scores: vec![score] };
+        labels.into_iter().zip(scores).map(one).collect()
+    }
+
+    fn metric(&self) -> Box<dyn Metric> {
+        Box::new(ClassMetric::new(self.n_labels))
+    }
+}

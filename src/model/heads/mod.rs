@@ -1,0 +1,78 @@
+//! Task heads: from the trunk's states to logits, a loss, labels and a metric. One file a kind of head.
+
+mod classification;
+mod crf;
+mod tagging;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use super::parameters::Scope;
+use super::{Encoded, Mode};
+use crate::data::Targets;
+use crate::metrics::Metric;
+use crate::task::{Task, TaskKind};
+
+pub use classification::{ClassificationConfig, Pooling};
+pub use tagging::{Decoder, Scoring, TaggingConfig};
+
+/// An entry of `tasks:`; `type:` names the variant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadConfig {
+    Classification(ClassificationConfig),
+    Tagging(TaggingConfig),
+}
+
+impl HeadConfig {
+    pub fn sets(&self) -> &[String] {
+        match self {
+            HeadConfig::Classification(config) => &config.set.0,
+            HeadConfig::Tagging(config) => &config.set.0,
+        }
+    }
+
+    pub fn column(&self) -> &str {
+        match self {
+            HeadConfig::Classification(config) => &config.column,
+            HeadConfig::Tagging(config) => &config.column,
+        }
+    }
+
+    pub fn kind(&self) -> TaskKind {
+        match self {
+            HeadConfig::Classification(_) => TaskKind::Classification,
+            HeadConfig::Tagging(config) => TaskKind::Tagging(config.scheme),
+        }
+    }
+
+    pub fn build(&self, scope: Scope, task: &Task, inputs: i64) -> Box<dyn Head> {
+        match self {
+            HeadConfig::Classification(config) => {
+                Box::new(classification::Classification::new(scope, config, task, inputs))
+            }
+            HeadConfig::Tagging(config) => Box::new(tagging::Tagging::new(scope, config, task, inputs)),
+        }
+    }
+}
+
+/// What a head says of one sentence: a label and its probability, for the sentence or for each word.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decoded {
+    pub labels: Vec<usize>,
+    pub scores: Vec<f32>,
+}
+
+/// A task's part of the model. Logits are [b, C] for classes and [b, W, C] for tags.
+pub trait Head {
+    fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor;
+
+    /// The mean negative log-likelihood in nats a labelled decision (sentence or word): a scalar with a gradient.
+    /// `logits` are those of the labelled rows.
+    fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor;
+
+    /// The best labels of each row with their probabilities. `n_words` of each row; classes do not need it.
+    fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded>;
+
+    fn metric(&self) -> Box<dyn Metric>;
+}

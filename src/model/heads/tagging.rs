@@ -1,0 +1,131 @@
+//! Word tagging: a linear layer a word, decoded word by word (softmax) or as a sequence (CRF).
+//!
+//! softmax: loss = -log softmax(W h_t + b)[y_t], mean over words.
+//! crf: see `crf.rs`; loss = -log p(y | h) a sentence, summed and divided by the number of words.
+//!
+//! b sentences, W words, F = D*H features, C tags.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Reduction, Tensor};
+
+use super::crf::Crf;
+use super::{Decoded, Head};
+use crate::data::labels::NO_LABEL;
+use crate::data::{Lengths, Paths, Targets};
+use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
+use crate::model::parameters::{Linear, Scope};
+use crate::model::{Encoded, Mode};
+use crate::task::{Scheme, Task};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaggingConfig {
+    /// The set, or sets, whose rows carry these tags.
+    pub set: Paths,
+    /// The column or field with the tags.
+    pub column: String,
+    /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`; or `plain` for tags without spans. Default `bio`.
+    #[serde(default = "default_scheme")]
+    pub scheme: Scheme,
+    /// `softmax` (each word alone) or `crf` (the best sequence). Default `softmax`.
+    #[serde(default)]
+    pub decoder: Decoder,
+    /// With a CRF over spans: no I- tag without its span, neither in training nor in decoding. Default false.
+    #[serde(default)]
+    pub constraints: bool,
+    /// Which spans count for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict mode:
+    /// only a span that starts with B-). Default `conlleval`. Both are reported.
+    #[serde(default)]
+    pub scoring: Scoring,
+    /// Dropout before the head, beyond the trunk's own. Default 0, from 0 to below 1.
+    #[serde(default)]
+    pub dropout: f64,
+    /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
+    #[serde(default = "crate::config::one")]
+    pub priority: f64,
+}
+
+fn default_scheme() -> Scheme {
+    Scheme::Bio
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decoder {
+    #[default]
+    Softmax,
+    Crf,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scoring {
+    #[default]
+    Conlleval,
+    Strict,
+}
+
+pub struct Tagging {
+    output: Linear,
+    crf: Option<Crf>,
+    dropout: f64,
+    task: Task,
+    scoring: Scoring,
+}
+
+impl Tagging {
+    pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, inputs: i64) -> Self {
+        let output = scope.linear("output", inputs, task.labels.len() as i64);
+        let constrained = config.constraints && task.kind.has_spans();
+        let crf = match config.decoder {
+            Decoder::Softmax => None,
+            Decoder::Crf => Some(Crf::new(scope.sub("crf"), &task.labels, constrained)),
+        };
+        Tagging { output, crf, dropout: config.dropout, task: task.clone(), scoring: config.scoring }
+    }
+}
+
+impl Head for Tagging {
+    fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
+        self.output.forward(&encoded.words.dropout(self.dropout, mode.training())) // [b, W, C]
+    }
+
+    fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {
+        match &self.crf {
+            Some(crf) => crf.negative_log_likelihood(logits, &targets.labels) / targets.n_decisions as f64,
+            None => {
+                let (flat, labels) = (logits.flatten(0, 1), targets.labels.flatten(0, 1)); // [b*W, C], [b*W]
+                let none = None::<&Tensor>;
+                flat.cross_entropy_loss(&labels, none, Reduction::Mean, NO_LABEL.into(), 0.0)
+            }
+        }
+    }
+
+    fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded> {
+        if let Some(crf) = &self.crf {
+            return crf.decode(logits, &Lengths::new(n_words.to_vec(), logits.device()));
+        }
+        let (scores, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false); // [b, W]
+        let width = logits.size()[1] as usize;
+        let scores: Vec<f32> = Vec::try_from(scores.flatten(0, 1)).expect("invariant: a float a word");
+        let labels: Vec<i64> = Vec::try_from(labels.flatten(0, 1)).expect("invariant: a label a word");
+        let row = |(b, &n): (usize, &i64)| {
+            let range = b * width..b * width + n as usize;
+            let labels = labels[range.clone()].iter().map(|&label| label as usize).collect();
+            Decoded { labels, scores: scores[range].to_vec() }
+        };
+        n_words.iter().enumerate().map(row).collect()
+    }
+
+    fn metric(&self) -> Box<dyn Metric> {
+        if self.task.kind.has_spans() {
+            let rule = match self.scoring {
+                Scoring::Conlleval => SpanRule::Conlleval,
+                Scoring::Strict => SpanRule::Strict,
+            };
+            Box::new(SpanMetric::new(&self.task.labels, rule))
+        } else {
+            Box::new(ClassMetric::new(self.task.labels.len()))
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The trainable tensors of a model under unique names, in the order of their creation.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
+use tch::{Device, Kind, Tensor};
+
+/// All parameters of a model. Order is creation order, so that it is the same in every run.
+pub struct Parameters {
+    entries: Vec<(String, Tensor)>,
+    device: Device,
+}
+
+impl Parameters {
+    pub fn new(device: Device) -> Self {
+        Parameters { entries: Vec::new(), device }
+    }
+
+    pub fn root(&mut self) -> Scope<'_> {
+        Scope { parameters: self, prefix: String::new() }
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.entries.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        self.entries.iter().map(|(_, tensor)| tensor).collect()
+    }
+
+    /// The number of trainable numbers.
+    pub fn count(&self) -> usize {
+        self.entries.iter().map(|(_, tensor)| tensor.numel()).sum()
+    }
+
+    /// Copies `values` in. Names, shapes and kinds must be exactly those of the model.
+    pub fn load(&self, mut values: BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, tensor) in &self.entries {
+            let value = values.remove(name).with_context(|| format!("no weights named `{name}`"))?;
+            ensure!(
+                value.size() == tensor.size() && value.kind() == tensor.kind(),
+                "weights `{name}` are {:?} {:?}, the model needs {:?} {:?}",
+                value.kind(),
+                value.size(),
+                tensor.kind(),
+                tensor.size()
+            );
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(&value))?;
+        }
+        if let Some(name) = values.keys().next() {
+            bail!("weights `{name}` belong to no part of the model");
+        }
+        Ok(())
+    }
+}
+
+/// A name prefix under which a part of the model creates its parameters.
+pub struct Scope<'a> {
+    parameters: &'a mut Parameters,
+    prefix: String,
+}
+
+impl Scope<'_> {
+    pub fn sub(&mut self, name: &str) -> Scope<'_> {
+        Scope { prefix: format!("{}{name}.", self.prefix), parameters: self.parameters }
+    }
+
+    pub fn device(&self) -> Device {
+        self.parameters.device
+    }
+
+    /// Creates a parameter with values drawn on the CPU, so that every device starts from the same weights.
+    fn add(&mut self, name: &str, values: Tensor) -> Tensor {
+        let name = format!("{}{name}", self.prefix);
+        assert!(self.parameters.entries.iter().all(|(known, _)| *known != name), "invariant: {name} is unique");
+        let tensor = values.to_device(self.parameters.device).set_requires_grad(true);
+        self.parameters.entries.push((name, tensor.shallow_clone()));
+        tensor
+    }
+
+    /// Uniform in (-bound, bound).
+    pub fn uniform(&mut self, name: &str, size: &[i64], bound: f64) -> Tensor {
+        let mut values = Tensor::zeros(size, (Kind::Float, Device::Cpu));
+        let _ = values.uniform_(-bound, bound);
+        self.add(name, values)
+    }
+
+    /// Standard normal, with row `zero` (padding) set to zero.
+    pub fn normal_rows(&mut self, name: &str, size: &[i64], zero: i64) -> Tensor {
+        let mut values = Tensor::zeros(size, (Kind::Float, Device::Cpu));
+        let _ = values.normal_(0.0, 1.0);
+        let _ = values.get(zero).zero_();
+        self.add(name, values)
+    }
+
+    /// An affine map with PyTorch's initialization of `nn.Linear`: weight and bias uniform within 1 / sqrt(inputs).
+    pub fn linear(&mut self, name: &str, inputs: i64, outputs: i64) -> Linear {
+        let bound = 1.0 / (inputs as f64).sqrt();
+        let mut scope = self.sub(name);
+        Linear {
+            weight: scope.uniform("weight", &[outputs, inputs], bound),
+            bias: scope.uniform("bias", &[outputs], bound),
+        }
+    }
+}
+
+/// y = x W^T + b
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Linear {
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, Some(&self.bias))
+    }
+}

@@ -1,0 +1,141 @@
+//! The shared trunk: a stack of LSTM layers.
+//!
+//! B sentences, T tokens, E embedding, H hidden, D directions.
+//!
+//! Each layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run it. Where a batch has
+//! padding, the reverse direction reads each row turned round within its own length, which equals what packing computes.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::Mode;
+use super::parameters::Scope;
+use crate::data::Lengths;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrunkConfig {
+    /// Hidden size of each direction. Default 256, at least 1.
+    pub hidden: i64,
+    /// Number of LSTM layers. Default 1, at least 1.
+    pub layers: usize,
+    /// Read both ways. Default true.
+    pub bidirectional: bool,
+    /// Dropout on the output of every layer, the last included. Default 0.3, from 0 to below 1.
+    pub dropout: f64,
+}
+
+impl Default for TrunkConfig {
+    fn default() -> Self {
+        TrunkConfig { hidden: 256, layers: 1, bidirectional: true, dropout: 0.3 }
+    }
+}
+
+impl TrunkConfig {
+    /// Numbers a token in the trunk's output: D*H.
+    pub fn width(&self) -> i64 {
+        self.hidden * if self.bidirectional { 2 } else { 1 }
+    }
+}
+
+/// The weights of one direction of one layer: weight_ih, weight_hh, bias_ih, bias_hh.
+type Direction = [Tensor; 4];
+
+struct Layer {
+    forward: Direction,
+    reverse: Option<Direction>,
+}
+
+pub struct Trunk {
+    layers: Vec<Layer>,
+    hidden: i64,
+    dropout: f64,
+}
+
+/// What the trunk makes of a batch.
+pub struct States {
+    /// [B, T, D*H]; what stands beyond a row's end has no meaning.
+    pub tokens: Tensor,
+    /// The last state of each direction, [B, D*H].
+    pub last: Tensor,
+}
+
+impl Trunk {
+    /// Names and initialization (uniform within 1 / sqrt(H)) are those of PyTorch's `nn.LSTM`.
+    pub fn new(mut scope: Scope, config: &TrunkConfig, inputs: i64) -> Self {
+        let (hidden, bound) = (config.hidden, 1.0 / (config.hidden as f64).sqrt());
+        let mut direction = |layer: usize, suffix: &str| {
+            let inputs = if layer == 0 { inputs } else { config.width() };
+            let sizes: [(&str, &[i64]); 4] = [
+                ("weight_ih", &[4 * hidden, inputs]),
+                ("weight_hh", &[4 * hidden, hidden]),
+                ("bias_ih", &[4 * hidden]),
+                ("bias_hh", &[4 * hidden]),
+            ];
+            sizes.map(|(name, size)| scope.uniform(&format!("{name}_l{layer}{suffix}"), size, bound))
+        };
+        let layers = (0..config.layers)
+            .map(|layer| Layer {
+                forward: direction(layer, ""),
+                reverse: config.bidirectional.then(|| direction(layer, "_reverse")),
+            })
+            .collect();
+        Trunk { layers, hidden, dropout: config.dropout }
+    }
+
+    /// [B, T, E] to the states of the last layer.
+    pub fn forward(&self, embedded: &Tensor, lengths: &Lengths, mode: Mode) -> States {
+        let turned = (!lengths.even()).then(|| turned_positions(lengths));
+        let mut tokens = embedded.shallow_clone();
+        for layer in &self.layers {
+            tokens = self.layer(layer, &tokens, turned.as_ref()).dropout(self.dropout, mode.training());
+        }
+        let last = self.last_states(&tokens, lengths);
+        States { tokens, last }
+    }
+
+    fn layer(&self, layer: &Layer, input: &Tensor, turned: Option<&Tensor>) -> Tensor {
+        match (&layer.reverse, turned) {
+            (None, _) => self.lstm(input, &[&layer.forward]),
+            (Some(reverse), None) => self.lstm(input, &[&layer.forward, reverse]),
+            (Some(reverse), Some(turned)) => {
+                let forward = self.lstm(input, &[&layer.forward]);
+                let backward = self.lstm(&reorder(input, turned), &[reverse]);
+                Tensor::cat(&[forward, reorder(&backward, turned)], -1) // [B, T, 2*H]
+            }
+        }
+    }
+
+    fn lstm(&self, input: &Tensor, directions: &[&Direction]) -> Tensor {
+        let (batch, _, _) = input.size3().expect("invariant: [B, T, E]");
+        let n = directions.len() as i64;
+        let zero = Tensor::zeros([n, batch, self.hidden], (input.kind(), input.device()));
+        let weights: Vec<&Tensor> = directions.iter().copied().flatten().collect();
+        let train = weights[0].requires_grad();
+        let (output, _, _) = input.lstm(&[&zero, &zero], &weights, true, 1, 0.0, train, n == 2, true);
+        output
+    }
+
+    /// The forward direction at each row's last token and the reverse direction at its first, [B, D*H].
+    fn last_states(&self, tokens: &Tensor, lengths: &Lengths) -> Tensor {
+        let index = (&lengths.device - 1).view([-1, 1, 1]).expand([-1, 1, self.hidden], false);
+        let forward = tokens.narrow(2, 0, self.hidden).gather(1, &index, false).squeeze_dim(1); // [B, H]
+        match tokens.size()[2] == self.hidden {
+            true => forward,
+            false => Tensor::cat(&[forward, tokens.select(1, 0).narrow(1, self.hidden, self.hidden)], -1),
+        }
+    }
+}
+
+/// For each position the one it trades places with when a row is turned round within its length: [B, T].
+fn turned_positions(lengths: &Lengths) -> Tensor {
+    let positions = Tensor::arange(lengths.max, (Kind::Int64, lengths.device.device())).unsqueeze(0);
+    let turned = lengths.device.unsqueeze(1) - 1 - &positions;
+    turned.where_self(&turned.ge(0), &positions.expand_as(&turned))
+}
+
+/// x[b, positions[b, t]], for x of [B, T, F].
+pub fn reorder(x: &Tensor, positions: &Tensor) -> Tensor {
+    let index = positions.unsqueeze(-1).expand([-1, -1, x.size()[2]], false);
+    x.gather(1, &index, false)
+}

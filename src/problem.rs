@@ -1,0 +1,97 @@
+//! What is wrong with an input, and where: the one shape of every message about experiment files and data.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// A file, and a line in it counted from 1 (0: the file as a whole).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub file: PathBuf,
+    pub line: usize,
+}
+
+impl Place {
+    pub fn new(file: &Path, line: usize) -> Self {
+        Place { file: file.to_owned(), line }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if self.line > 0 { write!(f, ":{}", self.line) } else { Ok(()) }
+    }
+}
+
+/// Whether training may start in spite of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    Error,
+    Warning,
+}
+
+/// One thing wrong with an input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub severity: Severity,
+    pub place: Option<Place>,
+    pub message: String,
+}
+
+impl Problem {
+    pub fn error(place: Place, message: impl Into<String>) -> Self {
+        Problem { severity: Severity::Error, place: Some(place), message: message.into() }
+    }
+
+    pub fn warning(place: Place, message: impl Into<String>) -> Self {
+        Problem { severity: Severity::Warning, place: Some(place), message: message.into() }
+    }
+
+    pub fn general(severity: Severity, message: impl Into<String>) -> Self {
+        Problem { severity, place: None, message: message.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match &self.place {
+            Some(place) => write!(f, "{place}: {}", self.message),
+            None => f.write_str(&self.message),
+        }
+    }
+}
+
+/// An input that cannot be used: the command line, an experiment file or data. The process exits with 2.
+#[derive(Debug)]
+pub struct InvalidInput(pub Vec<Problem>);
+
+/// So many problems of one kind are enough to see what is wrong.
+const SHOWN: usize = 20;
+
+impl fmt::Display for InvalidInput {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        for (i, problem) in self.0.iter().take(SHOWN).enumerate() {
+            if i > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{problem}")?;
+        }
+        if self.0.len() > SHOWN {
+            write!(f, "\n... and {} more", self.0.len() - SHOWN)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for InvalidInput {}
+
+/// An [`InvalidInput`] of one message without a place.
+pub fn invalid(message: impl Into<String>) -> anyhow::Error {
+    InvalidInput(vec![Problem::general(Severity::Error, message)]).into()
+}
+
+/// Fails with all errors among `problems`; without one, gives back the warnings.
+pub fn fail_on_errors(problems: Vec<Problem>) -> anyhow::Result<Vec<Problem>> {
+    let (errors, warnings): (Vec<_>, Vec<_>) = problems.into_iter().partition(|p| p.severity == Severity::Error);
+    if errors.is_empty() { Ok(warnings) } else { Err(InvalidInput(errors).into()) }
+}

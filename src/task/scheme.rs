@@ -1,0 +1,220 @@
+//! Tag schemes: how spans are written as one tag a word.
+//!
+//! Whatever the data uses, spans are read by the rules of CoNLL's `conlleval` (a chunk ends and starts where prefixes or
+//! types say so, broken sequences included), kept as BIO inside, and written back in the data's own scheme.
+
+use serde::{Deserialize, Serialize};
+
+/// How tags are written in the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scheme {
+    /// Every span starts with `B-` (also called IOB2).
+    Bio,
+    /// `B-` only where a span follows another of the same type at once (CoNLL-2003's original files).
+    Iob1,
+    /// `B- I- E-`, and `S-` for spans of one word.
+    Bioes,
+    /// `B- M- E-`, and `S-` for spans of one word.
+    Bmes,
+    /// Tags of their own, no spans: parts of speech.
+    Plain,
+}
+
+/// A tag taken apart: the letter before the hyphen and the type after it. `O` has no type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tag<'a> {
+    pub prefix: u8,
+    pub kind: &'a str,
+}
+
+impl<'a> Tag<'a> {
+    pub const OUTSIDE: Tag<'static> = Tag { prefix: b'O', kind: "" };
+
+    fn new(prefix: u8, kind: &'a str) -> Self {
+        Tag { prefix, kind }
+    }
+
+    fn is_outside(self) -> bool {
+        self.prefix == b'O'
+    }
+}
+
+/// Words `start..end` of a sentence, under one type.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Span<T> {
+    pub start: usize,
+    pub end: usize,
+    pub kind: T,
+}
+
+impl Scheme {
+    fn letters(self) -> &'static str {
+        match self {
+            Scheme::Bio | Scheme::Iob1 => "BIO",
+            Scheme::Bioes => "BIOES",
+            Scheme::Bmes => "BMOES",
+            Scheme::Plain => "",
+        }
+    }
+
+    /// Takes a tag apart; `None` when it is none of this scheme. `Plain` has no parts to take apart.
+    pub fn parse(self, tag: &str) -> Option<Tag<'_>> {
+        if tag == "O" {
+            return Some(Tag::OUTSIDE);
+        }
+        let (prefix, kind) = tag.split_once('-')?;
+        let [letter] = prefix.as_bytes() else { return None };
+        let known = *letter != b'O' && self.letters().as_bytes().contains(letter);
+        (known && !kind.is_empty()).then(|| Tag::new(*letter, kind))
+    }
+
+    /// Why `tag` cannot follow `previous` (`None`: at the start of a sentence), or `None` if it can.
+    pub fn broken(self, previous: Option<Tag>, tag: Tag) -> Option<&'static str> {
+        let before = previous.unwrap_or(Tag::OUTSIDE);
+        let continues = |letter: u8| {
+            (before.prefix == b'B' || before.prefix == letter) && before.kind == tag.kind && !before.is_outside()
+        };
+        let open = |letter: u8| before.prefix == b'B' || before.prefix == letter;
+        match (self, tag.prefix) {
+            (Scheme::Plain, _) => None,
+            (Scheme::Bio, b'I') => (!continues(b'I')).then_some("no span of its type is open before it"),
+            (Scheme::Iob1, b'B') => {
+                (!continues(b'I')).then_some("IOB1 has B- only right after a span of the same type")
+            }
+            (Scheme::Bio | Scheme::Iob1, _) => None,
+            (Scheme::Bioes | Scheme::Bmes, letter) => {
+                let inside = if self == Scheme::Bmes { b'M' } else { b'I' };
+                if letter == inside || letter == b'E' {
+                    (!continues(inside)).then_some("no span of its type is open before it")
+                } else {
+                    open(inside).then_some("the span before it was not closed with E-")
+                }
+            }
+        }
+    }
+
+    /// Whether a sentence may not end in `tag`.
+    pub fn left_open(self, tag: Tag) -> bool {
+        matches!((self, tag.prefix), (Scheme::Bioes, b'B' | b'I') | (Scheme::Bmes, b'B' | b'M'))
+    }
+}
+
+/// The spans that conlleval counts in a sequence of tags of any scheme.
+///
+/// Source: `endOfChunk` and `startOfChunk` of the CoNLL-2000 evaluation script, as facts.
+pub fn spans_of<'a>(tags: impl IntoIterator<Item = Tag<'a>>) -> Vec<Span<&'a str>> {
+    let mut spans = Vec::new();
+    let mut open: Option<(usize, &str)> = None;
+    let mut previous = Tag::OUTSIDE;
+    let mut n = 0;
+    for (i, tag) in tags.into_iter().enumerate() {
+        n = i + 1;
+        let ended = matches!(previous.prefix, b'E' | b'S')
+            || matches!(tag.prefix, b'B' | b'S' | b'O')
+            || previous.kind != tag.kind;
+        if let (true, Some((start, kind))) = (ended, open) {
+            spans.push(Span { start, end: i, kind });
+            open = None;
+        }
+        if !tag.is_outside() && open.is_none() {
+            open = Some((i, tag.kind));
+        }
+        previous = tag;
+    }
+    if let Some((start, kind)) = open {
+        spans.push(Span { start, end: n, kind });
+    }
+    spans
+}
+
+/// The tags of `spans` in a sentence of `n` words. Spans must be in order and must not overlap.
+pub fn tags_of<'a>(scheme: Scheme, spans: &[Span<&'a str>], n: usize) -> Vec<Tag<'a>> {
+    let mut tags = vec![Tag::OUTSIDE; n];
+    let mut previous: Option<&Span<&str>> = None;
+    for span in spans {
+        let touches = previous.is_some_and(|p| p.end == span.start && p.kind == span.kind);
+        let single = span.end - span.start == 1;
+        for (i, tag) in tags.iter_mut().enumerate().take(span.end).skip(span.start) {
+            let (first, last) = (i == span.start, i + 1 == span.end);
+            let letter = match scheme {
+                Scheme::Bio | Scheme::Plain => if first { b'B' } else { b'I' },
+                Scheme::Iob1 => if first && touches { b'B' } else { b'I' },
+                Scheme::Bioes | Scheme::Bmes if single => b'S',
+                Scheme::Bioes | Scheme::Bmes if last => b'E',
+                Scheme::Bioes => if first { b'B' } else { b'I' },
+                Scheme::Bmes => if first { b'B' } else { b'M' },
+            };
+            *tag = Tag::new(letter, span.kind);
+        }
+        previous = Some(span);
+    }
+    tags
+}
+
+fn text(tag: Tag) -> String {
+    if tag.is_outside() { "O".to_owned() } else { format!("{}-{}", tag.prefix as char, tag.kind) }
+}
+
+/// Rewrites the tags of one sentence from `scheme` to BIO. Tags that are none of the scheme count as `O`.
+pub fn to_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
+    let parsed = tags.iter().map(|tag| scheme.parse(tag).unwrap_or(Tag::OUTSIDE));
+    tags_of(Scheme::Bio, &spans_of(parsed), tags.len()).into_iter().map(text).collect()
+}
+
+/// Rewrites BIO tags, valid or not, in `scheme`.
+pub fn from_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
+    let parsed = tags.iter().map(|tag| Scheme::Bio.parse(tag).unwrap_or(Tag::OUTSIDE));
+    tags_of(scheme, &spans_of(parsed), tags.len()).into_iter().map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(scheme: Scheme, written: &str, bio: &str) {
+        let (written, bio): (Vec<_>, Vec<_>) = (written.split(' ').collect(), bio.split(' ').collect());
+        assert_eq!(to_bio(scheme, &written), bio, "{scheme:?} to BIO");
+        assert_eq!(from_bio(scheme, &bio), written, "BIO to {scheme:?}");
+    }
+
+    #[test]
+    fn schemes_convert_to_bio_and_back() {
+        check(Scheme::Bio, "B-a I-a O B-a B-a", "B-a I-a O B-a B-a");
+        check(Scheme::Iob1, "I-a I-a O I-b B-b I-a", "B-a I-a O B-b B-b B-a");
+        check(Scheme::Bioes, "B-a E-a O S-b S-b B-a I-a E-a", "B-a I-a O B-b B-b B-a I-a I-a");
+        check(Scheme::Bmes, "B-a M-a E-a S-b O", "B-a I-a I-a B-b O");
+    }
+
+    #[test]
+    fn broken_sequences_are_read_as_conlleval_reads_them() {
+        assert_eq!(to_bio(Scheme::Bio, &["I-a", "I-b", "O", "I-b"]), ["B-a", "B-b", "O", "B-b"]);
+        assert_eq!(to_bio(Scheme::Bioes, &["E-a", "I-a", "B-a", "O"]), ["B-a", "B-a", "B-a", "O"]);
+        assert_eq!(to_bio(Scheme::Bio, &["B-a", "weird"]), ["B-a", "O"]);
+    }
+
+    #[test]
+    fn breaks_are_found() {
+        let broken = |scheme: Scheme, a: &str, b: &str| {
+            scheme.broken(scheme.parse(a), scheme.parse(b).unwrap()).is_some()
+        };
+        for (scheme, a, b, expected) in [
+            (Scheme::Bio, "O", "I-a", true),
+            (Scheme::Bio, "B-a", "I-b", true),
+            (Scheme::Bio, "I-a", "I-a", false),
+            (Scheme::Iob1, "O", "I-a", false),
+            (Scheme::Iob1, "O", "B-a", true),
+            (Scheme::Iob1, "I-a", "B-a", false),
+            (Scheme::Bioes, "B-a", "O", true),
+            (Scheme::Bioes, "B-a", "E-a", false),
+            (Scheme::Bioes, "S-a", "I-a", true),
+            (Scheme::Bmes, "M-a", "E-a", false),
+            (Scheme::Bmes, "M-a", "B-a", true),
+        ] {
+            assert_eq!(broken(scheme, a, b), expected, "{scheme:?} {a} {b}");
+        }
+        assert!(Scheme::Bioes.left_open(Scheme::Bioes.parse("B-a").unwrap()));
+        assert_eq!(Scheme::Bio.parse("E-a"), None);
+        assert_eq!(Scheme::Bio.parse("B-"), None);
+    }
+}
