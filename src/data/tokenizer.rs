@@ -290,8 +290,8 @@ fn learn_words(config: &WordConfig, train: &[&Rows]) -> Result<Engine> {
     let probe = json!({"type": "WordLevel", "vocab": {PADDING: 0, UNKNOWN: 1}, "unk_token": UNKNOWN});
     let probe = engine_from(&tokenizer_json(probe, config.lowercase, config.fold_digits, config.split))?;
     let counted = count_words(train);
-    let parts: Vec<Vec<String>> =
-        counted.par_iter().map(|(word, _)| parts_of(&probe, word)).collect::<Result<_>>()?;
+    let words: Vec<&str> = counted.keys().copied().collect();
+    let parts: Vec<Vec<String>> = words.par_iter().map(|word| parts_of(&probe, word)).collect::<Result<_>>()?;
     let mut counts: FxHashMap<&str, u64> = FxHashMap::default();
     for (parts, count) in parts.iter().zip(counted.values()) {
         for part in parts {

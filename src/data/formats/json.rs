@@ -193,8 +193,8 @@ fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
     if items.iter().any(Value::is_string) {
         return None;
     }
-    let number = |value: Option<&Value>| value.and_then(Value::as_u64).map(|n| n as usize);
-    let read = |item| {
+    fn read(item: &Value) -> Result<CharacterSpan<'_>, String> {
+        let number = |value: Option<&Value>| value.and_then(Value::as_u64).map(|n| n as usize);
         let (start, end, label) = match item {
             Value::Object(object) => {
                 let label = ["label", "entity", "type"].iter().find_map(|key| object.get(*key));
@@ -207,6 +207,6 @@ fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
             (Some(start), Some(end), Some(label)) => Ok(CharacterSpan { start, end, label }),
             _ => Err(format!("{item} is no span: it needs start, end and label")),
         }
-    };
+    }
     Some(items.iter().map(read).collect())
 }

@@ -46,6 +46,13 @@ impl HeadConfig {
         }
     }
 
+    pub fn priority(&self) -> f64 {
+        match self {
+            HeadConfig::Classification(config) => config.priority,
+            HeadConfig::Tagging(config) => config.priority,
+        }
+    }
+
     pub fn build(&self, scope: Scope, task: &Task, inputs: i64) -> Box<dyn Head> {
         match self {
             HeadConfig::Classification(config) => {

@@ -1,0 +1,192 @@
+//! `polytask check`: everything that can be known to be wrong, or odd, before training.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use anyhow::Result;
+
+use super::End;
+use super::cli::CheckArgs;
+use super::table::{count, percent, table};
+use super::prepare;
+use crate::config::Experiment;
+use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split, Tokenizer, WantedKind};
+use crate::problem::{Problem, Severity};
+use crate::task::{TaskId, TaskKind};
+
+/// Of each kind of finding, so many are shown without --all.
+const SHOWN: usize = 10;
+
+pub fn run(args: &CheckArgs) -> Result<End> {
+    let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let (corpus, mut problems) = prepare::corpus(&experiment)?;
+    problems.extend(unseen_labels(&experiment, &corpus));
+    problems.extend(duplicates(&corpus));
+    problems.sort_by_key(|problem| problem.severity);
+    println!("{}", sizes(&corpus));
+    println!("{}", unknown_words(&experiment, &corpus)?);
+    for (i, (name, head)) in experiment.tasks.iter().enumerate() {
+        println!("{}", label_counts(TaskId(i), name, head.kind(), &corpus));
+    }
+    for severity in [Severity::Error, Severity::Warning] {
+        let of_kind: Vec<&Problem> = problems.iter().filter(|problem| problem.severity == severity).collect();
+        let name = if severity == Severity::Error { "error" } else { "warning" };
+        let shown = if args.all { of_kind.len() } else { SHOWN.min(of_kind.len()) };
+        for problem in &of_kind[..shown] {
+            println!("{name}: {problem}");
+        }
+        if shown < of_kind.len() {
+            println!("{name}: ... and {} more; --all lists them", of_kind.len() - shown);
+        }
+    }
+    let n_errors = problems.iter().filter(|problem| problem.severity == Severity::Error).count();
+    println!("{n_errors} errors, {} warnings", problems.len() - n_errors);
+    Ok(if n_errors == 0 { End::Done } else { End::Invalid })
+}
+
+/// Sentences, words and lengths of every split, and how many rows carry labels for which task.
+fn sizes(corpus: &Corpus) -> comfy_table::Table {
+    let mut out = table(&["set", "split", "sentences", "words", "length median", "longest", "rows with labels"], 2);
+    for set in &corpus.sets {
+        for split in Split::ALL {
+            let rows = &set.splits[split as usize];
+            if rows.is_empty() {
+                continue;
+            }
+            let mut lengths: Vec<usize> = (0..rows.len()).map(|row| rows.words_of(row).len()).collect();
+            lengths.sort();
+            let labelled: Vec<String> = (0..set.tasks.len())
+                .map(|column| format!("{} {}", set.wanted[column].column, count(n_labelled(set, rows, column))))
+                .collect();
+            out.add_row(vec![
+                set.name.clone(),
+                split.name().to_owned(),
+                count(rows.len()),
+                count(rows.word_ids.len()),
+                lengths[lengths.len() / 2].to_string(),
+                lengths[lengths.len() - 1].to_string(),
+                labelled.join(", "),
+            ]);
+        }
+    }
+    out
+}
+
+fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
+    match set.wanted[column].kind {
+        WantedKind::Class => rows.columns[column].values.iter().filter(|&&value| value != ABSENT).count(),
+        WantedKind::Tags => (0..rows.len()).filter(|&row| rows.tags_of(column, row).is_some()).count(),
+    }
+}
+
+/// Share of words that become unknown tokens in dev and test.
+fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table::Table> {
+    let mut out = table(&["set", "split", "unknown words %", "most frequent"], 2);
+    if corpus.rows(Split::Train).iter().all(|rows| rows.is_empty()) {
+        return Ok(out);
+    }
+    let tokenizer = Tokenizer::build(&experiment.tokenizer, &experiment.data.root, &corpus.rows(Split::Train))?;
+    for set in &corpus.sets {
+        for split in Split::ALL {
+            let rows = &set.splits[split as usize];
+            if rows.is_empty() {
+                continue;
+            }
+            let pieces = tokenizer.encode_words(&rows.words)?;
+            let mut unknown: BTreeMap<u32, usize> = BTreeMap::new();
+            for &word in &rows.word_ids {
+                if pieces.of(word).contains(&tokenizer.unknown) {
+                    *unknown.entry(word).or_default() += 1;
+                }
+            }
+            let n: usize = unknown.values().sum();
+            let mut frequent: Vec<_> = unknown.into_iter().collect();
+            frequent.sort_by_key(|&(word, n)| (std::cmp::Reverse(n), word));
+            let examples: Vec<&str> = frequent.iter().take(5).map(|&(word, _)| rows.words.get(word)).collect();
+            let share = percent(n as f64 / rows.word_ids.len() as f64);
+            out.add_row(vec![set.name.clone(), split.name().to_owned(), share, examples.join(" ")]);
+        }
+    }
+    Ok(out)
+}
+
+/// How often each label stands in each split; of span tags, how often each type begins.
+fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus) -> comfy_table::Table {
+    let mut counts: BTreeMap<String, [usize; 3]> = BTreeMap::new();
+    for (set, column) in corpus.columns_of(task) {
+        for split in Split::ALL {
+            let labels = &set.splits[split as usize].columns[column];
+            for &value in labels.values.iter().filter(|&&value| value != ABSENT) {
+                let label = labels.strings.get(value);
+                if kind.has_spans() && label != "O" && !label.starts_with("B-") && !label.starts_with("S-") {
+                    continue;
+                }
+                counts.entry(label.to_owned()).or_default()[split as usize] += 1;
+            }
+        }
+    }
+    let header = format!("{name}: {} labels", counts.len());
+    let mut out = table(&[&header, "train", "dev", "test"], 1);
+    let mut rows: Vec<_> = counts.into_iter().collect();
+    rows.sort_by(|a, b| b.1[0].cmp(&a.1[0]).then(a.0.cmp(&b.0)));
+    let cut = rows.len().saturating_sub(20);
+    for (label, counts) in rows.iter().take(20) {
+        out.add_row(std::iter::once(label.clone()).chain(counts.map(count)));
+    }
+    if cut > 0 {
+        out.add_row(vec![format!("... and {cut} more")]);
+    }
+    out
+}
+
+/// Labels that dev or test have and train has not.
+fn unseen_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (i, name) in experiment.tasks.keys().enumerate() {
+        let used = |split: Split| {
+            let mut used: BTreeMap<String, (usize, &LoadedSet, usize)> = BTreeMap::new();
+            for (set, column) in corpus.columns_of(TaskId(i)) {
+                let labels = &set.splits[split as usize].columns[column];
+                for (at, &value) in labels.values.iter().enumerate().filter(|(_, value)| **value != ABSENT) {
+                    used.entry(labels.strings.get(value).to_owned()).or_insert((at, set, column));
+                }
+            }
+            used
+        };
+        let train: BTreeSet<String> = used(Split::Train).into_keys().collect();
+        for split in [Split::Dev, Split::Test] {
+            for (label, (at, set, column)) in used(split).into_iter().filter(|(label, _)| !train.contains(label)) {
+                let rows = &set.splits[split as usize];
+                let row = match set.wanted[column].kind {
+                    WantedKind::Class => at,
+                    WantedKind::Tags => rows.offsets.partition_point(|&offset| offset <= at) - 1,
+                };
+                let message = format!("`{name}`: label `{label}` is in {} but never in train", split.name());
+                problems.push(Problem::warning(rows.place(row), message));
+            }
+        }
+    }
+    problems
+}
+
+/// Sentences of dev and test that stand in an earlier split of the same set too.
+fn duplicates(corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for set in &corpus.sets {
+        let mut seen: HashMap<String, (Split, usize)> = HashMap::new();
+        for split in Split::ALL {
+            let rows = &set.splits[split as usize];
+            for row in 0..rows.len() {
+                match seen.get(&rows.text_of(row)) {
+                    Some(&(before, other)) if before != split => {
+                        let place = set.splits[before as usize].place(other);
+                        let message = format!("the same sentence stands in {} ({place})", before.name());
+                        problems.push(Problem::warning(rows.place(row), message));
+                    }
+                    Some(_) => {}
+                    None => drop(seen.insert(rows.text_of(row), (split, row))),
+                }
+            }
+        }
+    }
+    problems
+}

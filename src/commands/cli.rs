@@ -1,0 +1,121 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::data::Split;
+
+/// Multi-task language models on a shared embedding + LSTM trunk, from one YAML file an experiment.
+#[derive(Parser)]
+#[command(name = "polytask", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// More of what happens (-v), or all of it (-vv)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Errors alone
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train an experiment, evaluate its best checkpoint on test, print a table
+    Train(TrainArgs),
+    /// Evaluate a trained run on dev or test
+    Evaluate(EvaluateArgs),
+    /// Label text with a trained run: text or JSON lines in, JSON lines out
+    Predict(PredictArgs),
+    /// Find everything wrong or odd in an experiment and its data, before training
+    Check(CheckArgs),
+}
+
+#[derive(Args)]
+pub struct Machine {
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+    /// Threads on the CPU [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    /// The experiment file
+    pub experiment: PathBuf,
+    /// The run directory [default: runs/NAME, numbered when taken]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Change a value of the experiment, as in --set model.trunk.hidden=128
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Go on with the run in --out from its last checkpoint [without --out: the newest run of this name]
+    #[arg(long)]
+    pub resume: bool,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+#[derive(Args)]
+pub struct EvaluateArgs {
+    /// The run directory
+    pub run: PathBuf,
+    /// Which split
+    #[arg(long, value_enum, default_value = "test")]
+    pub split: EvaluatedSplit,
+    /// Which checkpoint: best, last or best-TASK
+    #[arg(long, default_value = "best")]
+    pub checkpoint: String,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EvaluatedSplit {
+    Dev,
+    Test,
+}
+
+impl From<EvaluatedSplit> for Split {
+    fn from(split: EvaluatedSplit) -> Split {
+        match split {
+            EvaluatedSplit::Dev => Split::Dev,
+            EvaluatedSplit::Test => Split::Test,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct PredictArgs {
+    /// The run directory
+    pub run: PathBuf,
+    /// A sentence a line, or JSON lines with `text` or `tokens` [default: standard input]
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+    /// Where the JSON lines go [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Which checkpoint: best, last or best-TASK
+    #[arg(long, default_value = "best")]
+    pub checkpoint: String,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+#[derive(Args)]
+pub struct CheckArgs {
+    /// The experiment file
+    pub experiment: PathBuf,
+    /// Change a value of the experiment, as in --set model.trunk.hidden=128
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// List every problem, not the first of each kind
+    #[arg(long)]
+    pub all: bool,
+}

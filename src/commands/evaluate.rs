@@ -1,0 +1,36 @@
+//! `polytask evaluate`: scores of a checkpoint on dev or test.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::End;
+use super::cli::EvaluateArgs;
+use super::{prepare, table};
+use crate::data::Split;
+use crate::evaluate::evaluate;
+use crate::problem::{fail_on_errors, invalid};
+
+pub fn run(args: &EvaluateArgs) -> Result<End> {
+    let (device, _) = prepare::machine(&args.machine)?;
+    let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
+    let (corpus, problems) = prepare::corpus(&trained.experiment)?;
+    fail_on_errors(problems)?;
+    let split: Split = args.split.into();
+    let data = prepare::encoded(&corpus, split, &trained.tokenizer, &trained.tasks, device)?;
+    if data.set.is_empty() {
+        return Err(invalid(format!("the experiment has no {} split", split.name())));
+    }
+    let report = evaluate(&trained.model, &data, &trained.tasks);
+    if args.json {
+        let content = json!({
+            "checkpoint": args.checkpoint,
+            "epoch": trained.about["epoch"],
+            "split": split.name(),
+            "report": report,
+        });
+        println!("{}", serde_json::to_string_pretty(&content)?);
+    } else {
+        println!("{}", table::reports(&[(split.name(), &report)]));
+    }
+    Ok(End::Done)
+}

@@ -1,0 +1,108 @@
+//! What several verbs need first: threads and device, data, tasks, a trained model.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::Device;
+
+use super::cli::Machine;
+use crate::config::Experiment;
+use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, labels};
+use crate::libtorch;
+use crate::model::{HeadConfig, Model};
+use crate::problem::{Problem, invalid};
+use crate::rng::Seed;
+use crate::run::{RunDirectory, checkpoint};
+use crate::task::{Task, TaskId};
+
+/// Sets the number of threads and opens the device.
+pub fn machine(machine: &Machine) -> Result<(Device, usize)> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = machine.threads.map_or(cores, usize::from);
+    let device = libtorch::device(&machine.device).map_err(|error| invalid(format!("{error:#}")))?;
+    libtorch::configure(threads, true)?;
+    // Fails only where a pool exists already.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    Ok((device, threads))
+}
+
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
+/// Reads all data of an experiment, saying which file is being read.
+pub fn corpus(experiment: &Experiment) -> Result<(Corpus, Vec<Problem>)> {
+    let spinner = super::progress::spinner("reading");
+    let tell = |path: &Path| spinner.set_message(path.display().to_string());
+    let splitter = experiment.tokenizer.splitter();
+    let corpus = data::load(&experiment.data, &experiment.task_columns(), splitter, &tell);
+    spinner.finish_and_clear();
+    corpus
+}
+
+/// The task table: labels are those of all splits.
+pub fn tasks(experiment: &Experiment, corpus: &Corpus) -> Vec<Task> {
+    let task = |(i, (name, head)): (usize, (&String, &HeadConfig))| {
+        let columns: Vec<_> = corpus
+            .columns_of(TaskId(i))
+            .flat_map(|(set, column)| set.splits.iter().map(move |rows| &rows.columns[column]))
+            .collect();
+        Task { name: name.clone(), kind: head.kind(), labels: labels::collect(head.kind(), &columns) }
+    };
+    experiment.tasks.iter().enumerate().map(task).collect()
+}
+
+pub fn encoded(
+    corpus: &Corpus,
+    split: Split,
+    tokenizer: &Tokenizer,
+    tasks: &[Task],
+    device: Device,
+) -> Result<DeviceSet> {
+    Ok(DeviceSet::new(EncodedSet::build(corpus, split, tokenizer, tasks)?, tokenizer.padding, device))
+}
+
+pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<Model> {
+    let heads: Vec<&HeadConfig> = experiment.tasks.values().collect();
+    let vocabulary = (tokenizer.size(), tokenizer.padding);
+    Model::new(&experiment.model, &heads, tasks, vocabulary, (Seed(experiment.seed), device))
+}
+
+/// A run as training left it, with one of its checkpoints.
+pub struct Trained {
+    pub experiment: Experiment,
+    pub tasks: Vec<Task>,
+    pub tokenizer: Tokenizer,
+    pub model: Model,
+    /// What the checkpoint says of itself.
+    pub about: serde_json::Value,
+}
+
+/// The experiment, the task table and the tokenizer of a run directory.
+pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> {
+    let experiment = Experiment::load(&run.file("resolved.yaml"), &[])?;
+    let json = run.read("tokenizer.json")?;
+    let tokenizer = Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter())
+        .with_context(|| format!("{}", run.file("tokenizer.json").display()))?;
+    Ok((experiment, run.read_tasks()?, tokenizer))
+}
+
+pub fn trained(path: &Path, name: &str, device: Device) -> Result<Trained> {
+    let run = RunDirectory::open(path)?;
+    let (experiment, tasks, tokenizer) = of_run(&run)?;
+    let file = run.checkpoint(name);
+    if !file.is_file() {
+        let entries = std::fs::read_dir(run.file("checkpoints")).into_iter().flatten().flatten();
+        let mut known: Vec<String> =
+            entries.filter_map(|entry| Some(entry.path().file_stem()?.to_string_lossy().into_owned())).collect();
+        known.sort();
+        return Err(invalid(format!("{} has no checkpoint `{name}`; it has: {}", path.display(), known.join(", "))));
+    }
+    let saved = checkpoint::load(&file)?;
+    let model = model(&experiment, &tasks, &tokenizer, device)?;
+    model.parameters.load(saved.model).with_context(|| format!("{} does not fit its run", file.display()))?;
+    Ok(Trained { experiment, tasks, tokenizer, model, about: saved.state })
+}

@@ -1,0 +1,102 @@
+//! Progress on standard error: bars on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::table::percent;
+use crate::evaluate::Report;
+use crate::task::Task;
+use crate::train::Observer;
+
+fn shown() -> bool {
+    std::io::stderr().is_terminal() && log::log_enabled!(log::Level::Info)
+}
+
+/// A spinner with a message; invisible where there is no terminal.
+pub fn spinner(verb: &str) -> ProgressBar {
+    let target = if shown() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let spinner = ProgressBar::with_draw_target(None, target);
+    let style = ProgressStyle::with_template(&format!("{{spinner}} {verb} {{msg}}"));
+    spinner.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
+
+/// Shows training: a bar an epoch, and a line when it is over.
+pub struct TrainingProgress<'a> {
+    tasks: &'a [Task],
+    n_epochs: usize,
+    bar: ProgressBar,
+    started: Instant,
+    n_tokens: i64,
+    losses: String,
+}
+
+impl<'a> TrainingProgress<'a> {
+    pub fn new(tasks: &'a [Task], n_epochs: usize) -> Self {
+        TrainingProgress {
+            tasks,
+            n_epochs,
+            bar: ProgressBar::hidden(),
+            started: Instant::now(),
+            n_tokens: 0,
+            losses: String::new(),
+        }
+    }
+
+    fn named(&self, losses: &[Option<f64>]) -> String {
+        let pairs = self.tasks.iter().zip(losses);
+        pairs.filter_map(|(task, loss)| Some(format!("{} {:.3}", task.name, (*loss)?))).collect::<Vec<_>>().join("  ")
+    }
+
+    fn tokens_per_sec(&self) -> f64 {
+        self.n_tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+impl Observer for TrainingProgress<'_> {
+    fn epoch_started(&mut self, epoch: usize, n_steps: usize, done: usize) {
+        if shown() {
+            self.bar = ProgressBar::new(n_steps as u64);
+            let template = "epoch {prefix} {bar:25} {pos}/{len}  {msg}  {eta} left";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                self.bar.set_style(style.progress_chars("━╸ "));
+            }
+            self.bar.set_prefix(format!("{epoch}/{}", self.n_epochs));
+            self.bar.set_position(done as u64);
+            self.bar.reset_eta();
+        }
+        self.started = Instant::now();
+        self.n_tokens = 0;
+    }
+
+    fn step_taken(&mut self, n_tokens: i64, losses: Option<&[Option<f64>]>) {
+        self.n_tokens += n_tokens;
+        if let Some(losses) = losses {
+            self.losses = self.named(losses);
+        }
+        self.bar.inc(1);
+        let speed = self.tokens_per_sec() / 1e3;
+        self.bar.set_message(format!("{speed:.1}k tokens/s  loss {}", self.losses));
+    }
+
+    fn epoch_ended(&mut self, epoch: usize, losses: &[Option<f64>], report: &Report, improved: bool) {
+        let speed = self.tokens_per_sec() / 1e3;
+        self.bar.finish_and_clear();
+        let score = |task: &crate::evaluate::TaskReport| {
+            let score = task.main_score()?;
+            Some(format!("{} {} {}", task.name, score.name.replace('_', " "), percent(score.value)))
+        };
+        let mut scores: Vec<String> = report.tasks.iter().filter_map(score).collect();
+        scores.extend(report.sentence_accuracy.map(|accuracy| format!("sentences {}", percent(accuracy))));
+        log::info!(
+            "epoch {epoch:>2}/{}  {speed:5.1}k tokens/s  loss {}  dev {}{}",
+            self.n_epochs,
+            self.named(losses),
+            scores.join("  "),
+            if improved { "  best" } else { "" },
+        );
+    }
+}

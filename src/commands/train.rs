@@ -1,0 +1,227 @@
+//! `polytask train`: train, evaluate the best checkpoint, print a table.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use tch::Device;
+
+use super::End;
+use super::cli::TrainArgs;
+use super::prepare;
+use super::progress::TrainingProgress;
+use super::table;
+use crate::config::Experiment;
+use crate::data::{Corpus, Sampler, Split, Tokenizer};
+use crate::evaluate::evaluate;
+use crate::model::{HeadConfig, Model};
+use crate::optim::Optimizer;
+use crate::problem::{fail_on_errors, invalid};
+use crate::rng::Seed;
+use crate::run::{RunDirectory, checkpoint};
+use crate::task::Task;
+use crate::train::{Outcome, State, Trainer, UnknownWords};
+
+pub fn run(args: &TrainArgs) -> Result<End> {
+    let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let (device, threads) = prepare::machine(&args.machine)?;
+    if args.resume {
+        let run = RunDirectory::open(&resumed_path(args, &experiment)?)?;
+        fail_on_change(&run, &experiment)?;
+        return go(args, &run, device);
+    }
+    let path = args.out.clone().unwrap_or_else(|| free_path(&experiment.name));
+    let run = RunDirectory::create(&path)?;
+    if let Err(error) = start(args, &experiment, &run, (device, threads)) {
+        // Nothing was trained: the directory would only be in the way of the next try.
+        std::fs::remove_dir_all(&run.path).ok();
+        return Err(error);
+    }
+    go(args, &run, device)
+}
+
+/// `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is free.
+fn free_path(name: &str) -> PathBuf {
+    let numbered = |n: usize| PathBuf::from(if n == 1 { format!("runs/{name}") } else { format!("runs/{name}-{n}") });
+    (1..).map(numbered).find(|path| !path.exists()).unwrap_or_else(|| numbered(1))
+}
+
+fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
+    if let Some(out) = &args.out {
+        return Ok(out.clone());
+    }
+    let name = &experiment.name;
+    let newest = |n: usize| if n == 1 { format!("runs/{name}") } else { format!("runs/{name}-{n}") };
+    let last = (1..).take_while(|&n| Path::new(&newest(n)).exists()).last();
+    last.map(|n| newest(n).into()).ok_or_else(|| invalid(format!("there is no runs/{name} to resume")))
+}
+
+/// A run goes on with the experiment that it began with, or not at all.
+fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
+    let (old, new) = (run.read("resolved.yaml")?, experiment.to_yaml()?);
+    let changed = new.lines().zip(old.lines()).find(|(new, old)| new != old);
+    match changed {
+        None if new.lines().count() == old.lines().count() => Ok(()),
+        changed => {
+            let detail = changed.map_or(String::new(), |(new, old)| format!(": `{}` was `{}`", new.trim(), old.trim()));
+            Err(invalid(format!(
+                "the experiment is not the one that {} began with{detail}; resume with {} instead",
+                run.path.display(),
+                run.file("resolved.yaml").display()
+            )))
+        }
+    }
+}
+
+/// Reads the data, learns the tokenizer, and writes what the run is made of.
+fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine: (Device, usize)) -> Result<()> {
+    let (corpus, problems) = prepare::corpus(experiment)?;
+    let warnings = fail_on_errors(problems)?;
+    if let Some(first) = warnings.first() {
+        log::warn!("{first}");
+        if warnings.len() > 1 {
+            let file = args.experiment.display();
+            log::warn!("{} more warnings about the data; `polytask check {file}` lists them", warnings.len() - 1);
+        }
+    }
+    let tokenizer = Tokenizer::build(&experiment.tokenizer, &experiment.data.root, &corpus.rows(Split::Train))?;
+    let tasks = prepare::tasks(experiment, &corpus);
+    let written = std::fs::read_to_string(&args.experiment).context("the experiment file is gone")?;
+    run.write("experiment.yaml", &written)?;
+    run.write("tokenizer.json", &tokenizer.to_json()?)?;
+    run.write_tasks(&tasks)?;
+    let environment = json!({
+        "polytask": env!("CARGO_PKG_VERSION"),
+        "libtorch": "2.11.0",
+        "device": prepare::device_name(machine.0),
+        "threads": machine.1,
+        "command": std::env::args().collect::<Vec<_>>(),
+    });
+    run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
+    run.write("resolved.yaml", &experiment.to_yaml()?)
+}
+
+/// Trains from wherever the run stands to its end.
+fn go(args: &TrainArgs, run: &RunDirectory, device: Device) -> Result<End> {
+    let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
+    let corpus = prepare::corpus(&experiment)?.0;
+    let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
+    let dev = prepare::encoded(&corpus, Split::Dev, &tokenizer, &tasks, device)?;
+    let config = &experiment.training;
+    let seed = Seed(experiment.seed);
+    let names: Vec<&str> = tasks.iter().map(|task| task.name.as_str()).collect();
+    let priorities: Vec<f64> = experiment.tasks.values().map(HeadConfig::priority).collect();
+    let rate = experiment.tokenizer.unknown_rate();
+    let mut trainer = Trainer {
+        config,
+        tasks: &tasks,
+        model: &model,
+        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+        weighting: experiment.weighting.build(&names, &priorities),
+        sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
+        unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
+        train: &train,
+        dev: &dev,
+        seed,
+        run,
+    };
+    log::info!(
+        "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
+        experiment.name,
+        table::count(train.set.len()),
+        table::count(train.set.token_ids.len()),
+        table::count(tokenizer.size()),
+        table::count(model.parameters.count()),
+        prepare::device_name(device),
+        run.path.display(),
+    );
+    let state = match args.resume && run.checkpoint("last").exists() {
+        true => trainer.resume()?,
+        false => State::new(tasks.len()),
+    };
+    if state.step > 0 {
+        log::info!("going on after step {} of {}", state.step, trainer.n_steps());
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    install_handler(&stop)?;
+    let started = Instant::now();
+    let mut progress = TrainingProgress::new(&tasks, config.max_epochs);
+    match trainer.train(state, &mut progress, &stop)? {
+        Outcome::Interrupted(step) => {
+            let command = resume_command(args, run);
+            log::info!("stopped after step {step}, everything is saved; go on with:\n  {command}");
+            Ok(End::Interrupted)
+        }
+        Outcome::Finished => {
+            let seconds = started.elapsed().as_secs_f64();
+            report(run, &tasks, &model, (&corpus, &tokenizer, device), seconds)?;
+            Ok(End::Done)
+        }
+    }
+}
+
+/// The first signal ends training after the step at hand; the second ends the process.
+fn install_handler(stop: &Arc<AtomicBool>) -> Result<()> {
+    let stop = stop.clone();
+    ctrlc::set_handler(move || {
+        if stop.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to stop at once");
+    })
+    .context("signals cannot be handled")
+}
+
+fn resume_command(args: &TrainArgs, run: &RunDirectory) -> String {
+    let quoted = |text: &str| match text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,".contains(c)) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    };
+    let mut words = vec!["polytask".to_owned(), "train".to_owned(), quoted(&args.experiment.to_string_lossy())];
+    words.extend(args.overrides.iter().map(|value| format!("--set {}", quoted(value))));
+    words.push(format!("--out {}", quoted(&run.path.to_string_lossy())));
+    if args.machine.device != "auto" {
+        words.push(format!("--device {}", args.machine.device));
+    }
+    if let Some(threads) = args.machine.threads {
+        words.push(format!("--threads {threads}"));
+    }
+    words.push("--resume".to_owned());
+    words.join(" ")
+}
+
+/// Evaluates the best checkpoint, writes `report.json` and prints the table.
+fn report(
+    run: &RunDirectory,
+    tasks: &[Task],
+    model: &Model,
+    (corpus, tokenizer, device): (&Corpus, &Tokenizer, Device),
+    seconds: f64,
+) -> Result<()> {
+    let best = checkpoint::load(&run.checkpoint("best"))?;
+    model.parameters.load(best.model)?;
+    let mut reports = Vec::new();
+    for split in [Split::Dev, Split::Test] {
+        let data = prepare::encoded(corpus, split, tokenizer, tasks, device)?;
+        if !data.set.is_empty() {
+            reports.push((split.name(), evaluate(model, &data, tasks)));
+        }
+    }
+    let splits: Vec<(&str, &_)> = reports.iter().map(|(name, report)| (*name, report)).collect();
+    let content = json!({
+        "checkpoint": "best",
+        "epoch": best.state["epoch"],
+        "step": best.state["step"],
+        "parameters": model.parameters.count(),
+        "training_secs": seconds,
+        "splits": reports.iter().map(|(name, report)| (name.to_string(), json!(report))).collect::<serde_json::Map<_, _>>(),
+    });
+    run.write("report.json", &serde_json::to_string_pretty(&content)?)?;
+    log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", best.state["epoch"]);
+    println!("{}", table::reports(&splits));
+    Ok(())
+}

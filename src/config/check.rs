@@ -1,0 +1,201 @@
+//! What types cannot say: ranges, names that must exist, options that need each other.
+
+use super::Experiment;
+use super::decode::suggestion;
+use super::source::Layer;
+use crate::data::{Format, SetConfig, TokenizerConfig};
+use crate::model::HeadConfig;
+use crate::model::heads::Decoder;
+use crate::optim::OptimizerConfig;
+use crate::problem::{Problem, Severity};
+use crate::task::Scheme;
+use crate::weighting::WeightingConfig;
+
+struct Checker<'a> {
+    layer: &'a Layer,
+    problems: Vec<Problem>,
+}
+
+impl Checker<'_> {
+    fn error(&mut self, path: &str, message: impl AsRef<str>) {
+        let place = self.layer.place(path);
+        let message = format!("{path}: {}", message.as_ref());
+        self.problems.push(Problem { severity: Severity::Error, place, message });
+    }
+
+    fn require(&mut self, path: &str, holds: bool, message: &str) {
+        if !holds {
+            self.error(path, message);
+        }
+    }
+
+    fn positive(&mut self, path: &str, value: f64) {
+        self.require(path, value > 0.0, "must be more than 0");
+    }
+
+    fn at_least_one(&mut self, path: &str, value: usize) {
+        self.require(path, value >= 1, "must be at least 1");
+    }
+
+    fn dropout(&mut self, path: &str, value: f64) {
+        self.require(path, (0.0..1.0).contains(&value), "must be from 0 to below 1");
+    }
+
+    fn fraction(&mut self, path: &str, value: f64) {
+        self.require(path, (0.0..=1.0).contains(&value), "must be from 0 to 1");
+    }
+}
+
+/// Everything wrong with an experiment whose types are right.
+pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
+    let mut c = Checker { layer, problems: Vec::new() };
+    let name_ok = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let name = &experiment.name;
+    c.require("name", !name.is_empty() && name.chars().all(name_ok), "use letters, digits, `-`, `_` and `.`");
+    c.require("data.sets", !experiment.data.sets.is_empty(), "name at least one set");
+    for (name, set) in &experiment.data.sets {
+        check_set(&mut c, &format!("data.sets.{name}"), set);
+    }
+    // A map that lost a broken entry is not empty in the file.
+    let empty = layer.value.get("tasks").and_then(|tasks| tasks.as_object()).is_none_or(|tasks| tasks.is_empty());
+    c.require("tasks", !empty, "name at least one task");
+    for (name, head) in &experiment.tasks {
+        check_task(&mut c, name, head, experiment);
+    }
+    check_model(&mut c, experiment);
+    check_training(&mut c, experiment);
+    c.problems
+}
+
+fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
+    match set.dev_fraction {
+        None => c.require(path, set.dev.is_some(), "give `dev:` or `dev_fraction:`"),
+        Some(fraction) => {
+            c.require(&format!("{path}.dev_fraction"), set.dev.is_none(), "give `dev:` or `dev_fraction:`, not both");
+            c.require(&format!("{path}.dev_fraction"), fraction > 0.0 && fraction < 1.0, "must be between 0 and 1");
+        }
+    }
+    let both = set.text.is_some() && set.tokens.is_some();
+    c.require(&format!("{path}.text"), !both, "give `text:` or `tokens:`, not both");
+    if encoding_rs::Encoding::for_label(set.encoding.as_bytes()).is_none() {
+        c.error(&format!("{path}.encoding"), format!("unknown encoding `{}`", set.encoding));
+    }
+    let has_columns = !set.columns.is_empty();
+    match set.format {
+        Format::Lines => c.require(path, set.columns.len() > 1, "format `lines` needs `columns:` (two or more)"),
+        Format::Conll => {}
+        _ => c.require(&format!("{path}.columns"), !has_columns, "has a meaning for conll and lines alone"),
+    }
+    let separated = matches!(set.format, Format::Conll | Format::Lines | Format::Csv | Format::Tsv);
+    c.require(&format!("{path}.separator"), set.separator.is_none() || separated, "has no meaning for this format");
+    let needs_words = matches!(set.format, Format::Conll | Format::Conllu);
+    c.require(&format!("{path}.text"), !(needs_words && set.text.is_some()), "this format holds words: use `tokens:`");
+    for (split, paths) in [("train", Some(&set.train)), ("dev", set.dev.as_ref()), ("test", set.test.as_ref())] {
+        c.require(&format!("{path}.{split}"), paths.is_none_or(|paths| !paths.0.is_empty()), "name at least one file");
+    }
+}
+
+fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Experiment) {
+    let path = format!("tasks.{name}");
+    let valid = name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    c.require(&path, valid, "a task's name is [a-z][a-z0-9_]*");
+    c.require(&path, name != "mean", "`mean` stands for the mean of the tasks");
+    // As written: a set that was taken out for its own errors is still known.
+    let written = c.layer.value.pointer("/data/sets").and_then(|sets| sets.as_object());
+    let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());
+    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    c.require(&format!("{path}.set"), !head.sets().is_empty(), "name at least one set");
+    for set in head.sets() {
+        if !known.contains(&set.as_str()) {
+            c.error(&format!("{path}.set"), format!("no set `{set}`{}", suggestion(set, &known)));
+        } else if let Some(config) = experiment.data.sets.get(set) {
+            let tags = matches!(head, HeadConfig::Tagging(_));
+            let raw = tags && config.format == Format::Parallel && config.text.is_some();
+            c.require(&format!("{path}.set"), !raw, "tags need words: give the set `tokens:` instead of `text:`");
+        }
+    }
+    let (dropout, priority) = match head {
+        HeadConfig::Classification(config) => {
+            c.require(&format!("{path}.hidden"), config.hidden >= 0, "must not be negative");
+            (config.dropout, config.priority)
+        }
+        HeadConfig::Tagging(config) => {
+            let can = config.decoder == Decoder::Crf && config.scheme != Scheme::Plain;
+            let message = "needs `decoder: crf` and a scheme of spans";
+            c.require(&format!("{path}.constraints"), can || !config.constraints, message);
+            (config.dropout, config.priority)
+        }
+    };
+    c.dropout(&format!("{path}.dropout"), dropout);
+    c.positive(&format!("{path}.priority"), priority);
+}
+
+fn check_model(c: &mut Checker, experiment: &Experiment) {
+    let (embedding, trunk) = (&experiment.model.embedding, &experiment.model.trunk);
+    c.require("model.embedding.dim", embedding.dim >= 1, "must be at least 1");
+    c.dropout("model.embedding.dropout", embedding.dropout);
+    c.require("model.trunk.hidden", trunk.hidden >= 1, "must be at least 1");
+    c.at_least_one("model.trunk.layers", trunk.layers);
+    c.dropout("model.trunk.dropout", trunk.dropout);
+    match &experiment.tokenizer {
+        TokenizerConfig::Word(word) => {
+            c.require("tokenizer.min_count", word.min_count >= 1, "must be at least 1");
+            c.fraction("tokenizer.unknown_rate", word.unknown_rate);
+            c.require("tokenizer.max_size", word.max_size.is_none_or(|size| size > 2), "must be more than 2");
+        }
+        TokenizerConfig::Bpe(piece) | TokenizerConfig::Wordpiece(piece) | TokenizerConfig::Unigram(piece) => {
+            c.require("tokenizer.size", piece.size >= 100, "must be at least 100");
+        }
+        TokenizerConfig::File(_) => {}
+    }
+    if let WeightingConfig::Fixed(fixed) = &experiment.weighting {
+        let names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+        for (name, &weight) in &fixed.weights {
+            let path = format!("weighting.weights.{name}");
+            if !names.contains(&name.as_str()) {
+                c.error(&path, format!("no task `{name}`{}", suggestion(name, &names)));
+            }
+            c.positive(&path, weight);
+        }
+        for name in names.iter().filter(|name| !fixed.weights.contains_key(**name)) {
+            c.error("weighting.weights", format!("no weight for task `{name}`"));
+        }
+    }
+}
+
+fn check_training(c: &mut Checker, experiment: &Experiment) {
+    let training = &experiment.training;
+    c.at_least_one("training.batch_size", training.batch_size);
+    c.at_least_one("training.accumulate_steps", training.accumulate_steps);
+    c.at_least_one("training.max_epochs", training.max_epochs);
+    c.require("training.max_steps", training.max_steps != Some(0), "must be at least 1");
+    c.require("training.checkpoint_every_steps", training.checkpoint_every_steps != Some(0), "must be at least 1");
+    c.at_least_one("training.log_every_steps", training.log_every_steps);
+    c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 is off");
+    c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());
+    match &training.optimizer {
+        OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) => {
+            let (first, second) = adam.betas;
+            let valid = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
+            c.require("training.optimizer.betas", valid, "must be from 0 to below 1");
+            c.require("training.optimizer.weight_decay", adam.weight_decay >= 0.0, "must not be negative");
+            c.positive("training.optimizer.epsilon", adam.epsilon);
+        }
+        OptimizerConfig::Sgd(sgd) => {
+            c.dropout("training.optimizer.momentum", sgd.momentum);
+            c.require("training.optimizer.weight_decay", sgd.weight_decay >= 0.0, "must not be negative");
+        }
+    }
+    c.dropout("training.schedule.warmup_fraction", training.schedule.warmup_fraction());
+    if let crate::data::SamplingConfig::Temperature(config) = &training.sampling {
+        c.positive("training.sampling.temperature", config.temperature);
+    }
+    let metric = &training.early_stopping.metric;
+    let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+    names.push("mean");
+    if !names.contains(&metric.as_str()) {
+        c.error("training.early_stopping.metric", format!("no task `{metric}`{}", suggestion(metric, &names)));
+    }
+    c.require("training.early_stopping.patience_epochs", training.early_stopping.patience_epochs != Some(0), "must be at least 1");
+}

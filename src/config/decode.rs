@@ -1,0 +1,204 @@
+//! From the tree of values to types, telling every error and not only the first: what is wrong is noted and taken out, and
+//! the rest is read again.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use serde_path_to_error::Segment;
+
+use super::source::Layer;
+use crate::problem::{Place, Problem, Severity};
+
+/// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
+const TAGGED: [(&str, &str); 6] = [
+    ("tasks.*", "type"),
+    ("tokenizer", "model"),
+    ("weighting", "strategy"),
+    ("training.optimizer", "kind"),
+    ("training.schedule", "kind"),
+    ("training.sampling", "strategy"),
+];
+
+/// The key that names the kind of the mapping at `path`, if that has one.
+pub fn tag_key(path: &str) -> Option<&'static str> {
+    let fits = |pattern: &str| match pattern.strip_suffix(".*") {
+        Some(parent) => path.rsplit_once('.').is_some_and(|(before, _)| before == parent),
+        None => path == pattern,
+    };
+    TAGGED.iter().find(|(pattern, _)| fits(pattern)).map(|(_, key)| *key)
+}
+
+/// `{strategy: gradnorm, alpha: 1}` becomes `{gradnorm: {alpha: 1}}`, which serde reads with the path of every error.
+fn to_external(value: Value, path: &str, missing: &mut Vec<(String, &'static str)>) -> Value {
+    let Value::Object(object) = value else { return value };
+    let mut out = Map::new();
+    for (key, value) in object {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        out.insert(key, to_external(value, &path, missing));
+    }
+    let Some(tag) = tag_key(path) else { return Value::Object(out) };
+    match out.shift_remove(tag) {
+        Some(Value::String(kind)) => Value::Object(Map::from_iter([(kind, Value::Object(out))])),
+        Some(other) => Value::Object(Map::from_iter([(other.to_string(), Value::Object(out))])),
+        None => {
+            missing.push((path.to_owned(), tag));
+            Value::Null
+        }
+    }
+}
+
+/// The inverse, for writing a file.
+pub fn to_written(value: Value) -> Value {
+    fn walk(value: Value, path: &str) -> Value {
+        let Value::Object(object) = value else { return value };
+        let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+        if let (Some(tag), Some((kind, inner))) = (tag_key(path), object.iter().next()) {
+            let mut out = Map::from_iter([(tag.to_owned(), Value::String(kind.clone()))]);
+            if let Value::Object(inner) = inner {
+                out.extend(inner.clone());
+            }
+            return Value::Object(out);
+        }
+        object.into_iter().map(|(key, value)| (key.clone(), walk(value, &join(&key)))).collect::<Map<_, _>>().into()
+    }
+    walk(value, "")
+}
+
+/// Reads the tree as `T`. What is wrong goes to `problems`; `None` when too little is left to make a `T`.
+pub fn decode<T: DeserializeOwned>(layer: &Layer, problems: &mut Vec<Problem>) -> Option<T> {
+    let mut missing = Vec::new();
+    let mut value = to_external(layer.value.clone(), "", &mut missing);
+    let mut removed: Vec<String> = Vec::new();
+    for (path, tag) in missing {
+        remove(&mut value, &path.split('.').map(str::to_owned).collect::<Vec<_>>());
+        let kinds = kinds_of::<T>(&path);
+        report(layer, problems, &path, format!("{path}: missing key `{tag}`: one of {kinds}"));
+        removed.push(path);
+    }
+    loop {
+        let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
+            Ok(decoded) => return Some(decoded),
+            Err(error) => error,
+        };
+        let mut raw: Vec<String> = Vec::new();
+        let mut shown: Vec<String> = Vec::new();
+        for segment in error.path() {
+            match segment {
+                Segment::Map { key } => {
+                    raw.push(key.clone());
+                    shown.push(key.clone());
+                }
+                Segment::Seq { index } => {
+                    raw.push(index.to_string());
+                    shown.push(index.to_string());
+                }
+                Segment::Enum { variant } => raw.push(variant.clone()),
+                Segment::Unknown => {}
+            }
+        }
+        let message = error.inner().to_string();
+        let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+        if message.starts_with("unknown field") {
+            let key = quoted[0];
+            if shown.last().is_some_and(|last| last == key) {
+                shown.pop();
+                raw.pop();
+            }
+            let at = shown.join(".");
+            let inner = if at.is_empty() { key.to_owned() } else { format!("{at}.{key}") };
+            let owner = if at.is_empty() { String::new() } else { format!("{at}: ") };
+            report(layer, problems, &inner, format!("{owner}unknown key `{key}`{}", suggestion(key, &quoted[1..])));
+            raw.push(key.to_owned());
+        } else if message.starts_with("unknown variant") {
+            let kind = quoted[0];
+            let mut path = shown.join(".");
+            if let Some(tag) = tag_key(&path) {
+                // The mapping's only key is the unknown kind: all of it goes.
+                path = format!("{path}.{tag}");
+                raw.truncate(shown.len());
+            } else if raw.last().is_some_and(|last| last == kind) && raw.len() > shown.len() {
+                raw.pop();
+            }
+            report(layer, problems, &path, format!("{path}: unknown value `{kind}`{}", suggestion(kind, &quoted[1..])));
+        } else if message.starts_with("missing field") {
+            let path = shown.join(".");
+            let inner = if path.is_empty() { quoted[0].to_owned() } else { format!("{path}.{}", quoted[0]) };
+            let told = removed.iter().any(|gone| *gone == inner || gone.starts_with(&format!("{inner}.")));
+            if !told {
+                let owner = if path.is_empty() { String::new() } else { format!("{path}: ") };
+                report(layer, problems, &path, format!("{owner}missing key `{}`", quoted[0]));
+            }
+            if raw.is_empty() {
+                return None;
+            }
+            raw.truncate(raw.len() - usize::from(raw.len() > shown.len()));
+        } else {
+            let path = shown.join(".");
+            report(layer, problems, &path, format!("{path}: {}", plain(&message)));
+        }
+        removed.push(shown.join("."));
+        if !remove(&mut value, &raw) {
+            return None;
+        }
+    }
+}
+
+/// The kinds that a tagged mapping may have, learned from serde by offering one that cannot be.
+fn kinds_of<T: DeserializeOwned>(path: &str) -> String {
+    let mut probe = serde_json::json!({"?": {}});
+    for key in path.split('.').rev() {
+        probe = Value::Object(Map::from_iter([(key.to_owned(), probe)]));
+    }
+    let message = serde_path_to_error::deserialize::<_, T>(probe).err().map(|error| error.inner().to_string());
+    let message = message.unwrap_or_default();
+    message.split('`').skip(3).step_by(2).collect::<Vec<_>>().join(", ")
+}
+
+fn report(layer: &Layer, problems: &mut Vec<Problem>, path: &str, message: String) {
+    let place: Option<Place> = layer.place(path);
+    problems.push(Problem { severity: Severity::Error, place, message });
+}
+
+/// Takes the value at `path` out of the tree, or, where it stands in a list, the whole list; false when there is none.
+fn remove(value: &mut Value, path: &[String]) -> bool {
+    let Some((last, parents)) = path.split_last() else { return false };
+    let pointer = |keys: &[String]| keys.iter().map(|key| format!("/{key}")).collect::<String>();
+    match value.pointer_mut(&pointer(parents)) {
+        Some(Value::Object(object)) => object.shift_remove(last).is_some(),
+        Some(Value::Array(_)) => remove(value, parents),
+        _ => false,
+    }
+}
+
+/// The nearest of the known names, or all of them.
+pub fn suggestion(name: &str, known: &[&str]) -> String {
+    let near = known.iter().min_by_key(|known| strsim::damerau_levenshtein(name, known));
+    match near {
+        Some(near) if strsim::damerau_levenshtein(name, near) <= 1 + near.len() / 4 => format!("; did you mean `{near}`?"),
+        _ if known.is_empty() => "; there are none here".to_owned(),
+        _ => format!("; one of {}", known.join(", ")),
+    }
+}
+
+/// serde's words in the user's.
+fn plain(message: &str) -> String {
+    let Some((found, expected)) = message.split_once(", expected ") else { return message.to_owned() };
+    let found = found.trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
+    let found = found
+        .replace("string ", "the text ")
+        .replace("integer ", "the number ")
+        .replace("floating point ", "the number ")
+        .replace("boolean ", "")
+        .replace("map", "a mapping")
+        .replace("sequence", "a list")
+        .replace('`', "");
+    let expected = match expected.split(' ').next().unwrap_or_default() {
+        "u64" | "usize" | "u32" | "i64" => "a whole number",
+        "f64" => "a number",
+        "a" if expected.starts_with("a boolean") => "true or false",
+        "a" if expected.starts_with("a string") => "a text",
+        "a" if expected.starts_with("a map") => "a mapping",
+        "struct" => "a mapping of keys to values",
+        _ => expected,
+    };
+    format!("expected {expected}, found {found}")
+}

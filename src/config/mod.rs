@@ -1,0 +1,175 @@
+//! The experiment: as written in one YAML file, and as checked, with every default filled in.
+
+mod check;
+mod decode;
+mod source;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use crate::data::{DataConfig, TaskColumn, TokenizerConfig};
+use crate::model::{HeadConfig, ModelConfig};
+use crate::problem::{InvalidInput, Problem};
+use crate::train::TrainingConfig;
+use crate::weighting::WeightingConfig;
+
+/// Default of fields that are 1.
+pub(crate) fn one() -> f64 {
+    1.0
+}
+
+/// One experiment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// Names the run directory. Letters, digits, `-` and `_`.
+    pub name: String,
+    /// The seed from which every use of chance derives its own. Default 13.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    pub data: DataConfig,
+    /// The tasks by name, in the order that they have everywhere. Names are `[a-z][a-z0-9_]*`.
+    pub tasks: IndexMap<String, HeadConfig>,
+    #[serde(default)]
+    pub tokenizer: TokenizerConfig,
+    #[serde(default)]
+    pub model: ModelConfig,
+    #[serde(default)]
+    pub weighting: WeightingConfig,
+    #[serde(default)]
+    pub training: TrainingConfig,
+}
+
+fn default_seed() -> u64 {
+    13
+}
+
+impl Experiment {
+    /// Reads, completes and checks an experiment file; `overrides` are `path.to.key=value`.
+    ///
+    /// # Errors
+    /// [`InvalidInput`] with everything that is wrong, each with file and line.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Experiment> {
+        let layer = source::load(path, overrides)?;
+        let mut problems: Vec<Problem> = layer.problems.clone();
+        let decoded = decode::decode::<Experiment>(&layer, &mut problems);
+        let Some(mut experiment) = decoded else { return Err(InvalidInput(problems).into()) };
+        problems.extend(check::check(&experiment, &layer));
+        if !problems.is_empty() {
+            return Err(InvalidInput(problems).into());
+        }
+        experiment.data.root = std::path::absolute(&experiment.data.root).context("the working directory is gone")?;
+        Ok(experiment)
+    }
+
+    /// The file with every default filled in; training from it repeats the run.
+    pub fn to_yaml(&self) -> Result<String> {
+        let value = decode::to_written(serde_json::to_value(self)?);
+        Ok(serde_yaml::to_string(&value)?)
+    }
+
+    pub fn task_columns(&self) -> Vec<TaskColumn> {
+        let column = |(name, head): (&String, &HeadConfig)| TaskColumn {
+            name: name.clone(),
+            kind: head.kind(),
+            sets: head.sets().to_vec(),
+            column: head.column().to_owned(),
+        };
+        self.tasks.iter().map(column).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "\
+name: demo
+data:
+  root: /data
+  sets:
+    snips:
+      format: parallel
+      train: train
+      dev: dev
+tasks:
+  intent: {type: classification, set: snips, column: label}
+  slots: {type: tagging, set: snips, column: seq.out, decoder: crf}
+training:
+  optimizer: {kind: adamw, learning_rate: 1e-3}
+";
+
+    fn load(text: &str, overrides: &[&str]) -> Result<Experiment> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.yaml");
+        std::fs::write(&path, text).unwrap();
+        let overrides: Vec<String> = overrides.iter().map(|o| o.to_string()).collect();
+        Experiment::load(&path, &overrides)
+    }
+
+    fn check_error(text: &str, expected: &[&str]) {
+        let error = load(text, &[]).unwrap_err().to_string();
+        for part in expected {
+            assert!(error.contains(part), "`{part}` is not in:\n{error}");
+        }
+    }
+
+    #[test]
+    fn defaults_are_filled_in_and_the_resolved_file_reads_back_the_same() {
+        let experiment = load(GOOD, &["seed=5", "model.trunk.hidden=64"]).unwrap();
+        assert_eq!((experiment.seed, experiment.model.trunk.hidden, experiment.tasks.len()), (5, 64, 2));
+        let yaml = experiment.to_yaml().unwrap();
+        assert!(yaml.contains("strategy: equal") && yaml.contains("type: tagging"), "{yaml}");
+        assert_eq!(load(&yaml, &[]).unwrap().to_yaml().unwrap(), yaml);
+    }
+
+    #[test]
+    fn every_error_is_told_at_once_with_its_line_and_the_nearest_key() {
+        let text = GOOD.replace("seq.out, decoder: crf", "seq.out, decoder: crv, shceme: bio")
+            + "  bach_size: 3\n  max_epochs: many\nweighting: {strategy: equall}\n";
+        check_error(
+            &text,
+            &[
+                "e.yaml:11: tasks.slots: unknown key `shceme`; did you mean `scheme`?",
+                "e.yaml:11: tasks.slots.decoder: unknown value `crv`; did you mean `crf`?",
+                "e.yaml:14: training: unknown key `bach_size`; did you mean `batch_size`?",
+                "e.yaml:15: training.max_epochs: expected a whole number, found the text \"many\"",
+                "e.yaml:16: weighting.strategy: unknown value `equall`; did you mean `equal`?",
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_missing_or_does_not_fit_is_named() {
+        check_error(&GOOD.replace(", column: label", ""), &["e.yaml:10: tasks.intent: missing key `column`"]);
+        check_error(&GOOD.replace("type: classification, ", ""), &["tasks.intent: missing key `type`: one of classification"]);
+        check_error(&GOOD.replace("set: snips, column: label", "set: snaps, column: label"), &[
+            "e.yaml:10: tasks.intent.set: no set `snaps`; did you mean `snips`?",
+        ]);
+        check_error(&GOOD.replace("      dev: dev\n", ""), &["e.yaml:5: data.sets.snips: give `dev:` or `dev_fraction:`"]);
+        check_error(&GOOD.replace("learning_rate: 1e-3", "learning_rate: -1"), &["e.yaml:13: training.optimizer.learning_rate: must be more than 0"]);
+        check_error("name: [", &["e.yaml:1"]);
+    }
+
+    #[test]
+    fn files_extend_others_and_a_new_kind_replaces_the_old_options() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("base.yaml"), GOOD.replace("1e-3", "oops")).unwrap();
+        let child = folder.path().join("child.yaml");
+        std::fs::write(&child, "extends: base.yaml\ntraining: {optimizer: {kind: sgd, momentum: 0.5}}\n").unwrap();
+        let experiment = Experiment::load(&child, &[]).unwrap();
+        assert_eq!(experiment.training.optimizer.learning_rate(), 0.1);
+        std::fs::write(&child, "extends: base.yaml\nseed: x\n").unwrap();
+        let error = Experiment::load(&child, &[]).unwrap_err().to_string();
+        assert!(error.contains("base.yaml:13") && error.contains("child.yaml:2"), "{error}");
+    }
+
+    #[test]
+    fn overrides_are_checked_like_the_file() {
+        let error = load(GOOD, &["model.trunk.hiden=3"]).unwrap_err().to_string();
+        assert!(error.contains("--set model.trunk.hiden=3: model.trunk: unknown key `hiden`; did you mean `hidden`?"), "{error}");
+    }
+}

@@ -1,0 +1,261 @@
+//! From files to one tree of values that remembers where each value stands: YAML, `extends`, `--set`, environment.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use saphyr_parser::{Event, Parser};
+use serde_json::{Map, Value};
+
+use super::decode::tag_key;
+use crate::problem::{InvalidInput, Place, Problem, invalid};
+
+/// A tree of values with the place of each by its dotted path.
+pub struct Layer {
+    pub value: Value,
+    pub places: BTreeMap<String, Place>,
+    pub problems: Vec<Problem>,
+}
+
+impl Layer {
+    /// Where `path` stands, or the nearest thing around it that has a place.
+    pub fn place(&self, path: &str) -> Option<Place> {
+        let mut path = path;
+        loop {
+            if let Some(place) = self.places.get(path) {
+                return Some(place.clone());
+            }
+            path = match path.rsplit_once('.') {
+                Some((parent, _)) => parent,
+                None if path.is_empty() => return None,
+                None => "",
+            };
+        }
+    }
+}
+
+pub fn load(path: &Path, overrides: &[String]) -> Result<Layer> {
+    let mut layer = load_file(path, &mut Vec::new())?;
+    for text in overrides {
+        overlay(&mut layer, override_layer(text)?, "");
+    }
+    let folder = path.parent().unwrap_or(Path::new("")).to_string_lossy().into_owned();
+    let folder = if folder.is_empty() { ".".to_owned() } else { folder };
+    let mut value = std::mem::take(&mut layer.value);
+    substitute(&mut value, "", &folder, &mut |path, message| {
+        let problem = Problem { severity: crate::problem::Severity::Error, place: layer.place(path), message };
+        layer.problems.push(problem);
+    });
+    layer.value = value;
+    Ok(layer)
+}
+
+fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
+    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => invalid(format!("experiment file {} does not exist", path.display())),
+        _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
+    })?;
+    let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
+    let yaml: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
+        let line = error.location().map_or(0, |location| location.line());
+        let message = error.to_string();
+        fail(line, message.split(" at line ").next().unwrap_or(&message).to_owned())
+    })?;
+    let mut value = to_json(yaml).map_err(|message| fail(0, message))?;
+    let Value::Object(object) = &mut value else {
+        return Err(fail(1, "an experiment is a mapping of keys to values".to_owned()).into());
+    };
+    let extends = object.shift_remove("extends");
+    let mut layer = Layer { value, places: places(path, &text), problems: Vec::new() };
+    let Some(extends) = extends else { return Ok(layer) };
+    let line = layer.place("extends").map_or(0, |place| place.line);
+    let Value::String(base) = extends else {
+        return Err(fail(line, "extends: expected the path of an experiment file".to_owned()).into());
+    };
+    let base = path.parent().unwrap_or(Path::new("")).join(base);
+    chain.push(path.to_owned());
+    if chain.contains(&base) {
+        return Err(fail(line, format!("extends: {} extends itself", base.display())).into());
+    }
+    if !base.exists() {
+        return Err(fail(line, format!("extends: {} does not exist", base.display())).into());
+    }
+    let mut whole = load_file(&base, chain)?;
+    layer.places.remove("extends");
+    overlay(&mut whole, layer, "");
+    Ok(whole)
+}
+
+/// YAML as JSON: keys become texts, and numbers must be finite.
+fn to_json(yaml: serde_yaml::Value) -> Result<Value, String> {
+    Ok(match yaml {
+        serde_yaml::Value::Null => Value::Null,
+        serde_yaml::Value::Bool(value) => Value::Bool(value),
+        serde_yaml::Value::String(text) => Value::String(text),
+        serde_yaml::Value::Number(number) => match (number.as_u64(), number.as_i64()) {
+            (Some(number), _) => number.into(),
+            (_, Some(number)) => number.into(),
+            _ => {
+                let float = number.as_f64().unwrap_or(f64::NAN);
+                Value::Number(serde_json::Number::from_f64(float).ok_or(format!("{number} is not a finite number"))?)
+            }
+        },
+        serde_yaml::Value::Sequence(items) => Value::Array(items.into_iter().map(to_json).collect::<Result<_, _>>()?),
+        serde_yaml::Value::Mapping(entries) => {
+            let mut object = Map::new();
+            for (key, value) in entries {
+                let key = match key {
+                    serde_yaml::Value::String(key) => key,
+                    other => serde_yaml::to_string(&other).unwrap_or_default().trim().to_owned(),
+                };
+                object.insert(key, to_json(value)?);
+            }
+            Value::Object(object)
+        }
+        serde_yaml::Value::Tagged(tagged) => return Err(format!("YAML tags such as {} have no meaning here", tagged.tag)),
+    })
+}
+
+/// The line of every key and list item, by dotted path. The text has been parsed before, so errors end the walk only.
+fn places(file: &Path, text: &str) -> BTreeMap<String, Place> {
+    /// An open mapping (with the key whose value comes next) or list (with the number of the next item).
+    enum Open {
+        Mapping(Option<String>),
+        List(usize),
+    }
+    let mut found = BTreeMap::from([(String::new(), Place::new(file, 1))]);
+    let mut open: Vec<(String, Open)> = Vec::new();
+    let join = |parent: &str, key: &str| if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") };
+    for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
+        let line = span.start.line();
+        if let (Some((parent, Open::Mapping(key @ None))), Event::Scalar(name, ..)) = (open.last_mut(), &event) {
+            found.insert(join(parent, name), Place::new(file, line));
+            *key = Some(name.to_string());
+            continue;
+        }
+        let starts = matches!(event, Event::Scalar(..) | Event::Alias(_) | Event::SequenceStart(..) | Event::MappingStart(..));
+        let path = match open.last_mut() {
+            _ if !starts => String::new(),
+            Some((parent, Open::Mapping(key))) => join(parent, &key.take().unwrap_or_default()),
+            Some((parent, Open::List(next))) => {
+                let path = join(parent, &next.to_string());
+                *next += 1;
+                found.insert(path.clone(), Place::new(file, line));
+                path
+            }
+            None => String::new(),
+        };
+        match event {
+            Event::MappingStart(..) => open.push((path, Open::Mapping(None))),
+            Event::SequenceStart(..) => open.push((path, Open::List(0))),
+            Event::MappingEnd | Event::SequenceEnd => drop(open.pop()),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// `path.to.key=value`, the value in YAML.
+fn override_layer(text: &str) -> Result<Layer> {
+    let wrong = || invalid(format!("--set {text}: expected path.to.key=value"));
+    let (path, value) = text.split_once('=').ok_or_else(wrong)?;
+    if path.is_empty() || path.split('.').any(str::is_empty) {
+        return Err(wrong());
+    }
+    let value: serde_yaml::Value =
+        serde_yaml::from_str(value).map_err(|error| invalid(format!("--set {text}: {error}")))?;
+    let mut value = to_json(value).map_err(|message| invalid(format!("--set {text}: {message}")))?;
+    let place = Place::new(Path::new(&format!("--set {text}")), 0);
+    let mut places = BTreeMap::new();
+    let mut walked = String::new();
+    for key in path.split('.') {
+        walked = if walked.is_empty() { key.to_owned() } else { format!("{walked}.{key}") };
+        places.insert(walked.clone(), place.clone());
+    }
+    for key in path.rsplit('.') {
+        value = Value::Object(Map::from_iter([(key.to_owned(), value)]));
+    }
+    Ok(Layer { value, places, problems: Vec::new() })
+}
+
+/// Lays `over` on `base`: mappings merge, all else is replaced. Where a mapping has a kind (`strategy:`, `type:`, ...) and
+/// `over` names another, the options of the old kind go.
+fn overlay(base: &mut Layer, over: Layer, at: &str) {
+    merge(&mut base.value, over.value, at, &mut base.places);
+    for (path, place) in over.places {
+        if !path.is_empty() {
+            // A mapping that both files have keeps the place of the first, so that its own errors are found there.
+            base.places.insert(path, place);
+        }
+    }
+    base.problems.extend(over.problems);
+}
+
+fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String, Place>) {
+    match (base, over) {
+        (Value::Object(base), Value::Object(over)) => {
+            if let Some(key) = tag_key(path)
+                && over.get(key).is_some_and(|kind| base.get(key) != Some(kind))
+            {
+                base.clear();
+            }
+            for (key, value) in over {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                match base.get_mut(&key) {
+                    // null takes a key of the base away, so that its default holds.
+                    Some(_) if value.is_null() => drop(base.shift_remove(&key)),
+                    Some(old) => merge(old, value, &path, places),
+                    None => drop(base.insert(key, value)),
+                }
+            }
+        }
+        (base, over) => {
+            let inner = format!("{path}.");
+            places.retain(|known, _| !known.starts_with(&inner));
+            *base = over;
+        }
+    }
+}
+
+/// Replaces `${NAME}` and `${NAME:-default}` in texts. `EXPERIMENT_DIR` is the folder of the experiment file. A text that
+/// is one such reference takes the type of what it stands for.
+fn substitute(value: &mut Value, path: &str, folder: &str, problem: &mut dyn FnMut(&str, String)) {
+    let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+    match value {
+        Value::Object(object) => object.iter_mut().for_each(|(key, value)| substitute(value, &join(key), folder, problem)),
+        Value::Array(items) => {
+            items.iter_mut().enumerate().for_each(|(i, value)| substitute(value, &join(&i.to_string()), folder, problem));
+        }
+        Value::String(text) if text.contains("${") => {
+            let mut out = String::new();
+            let mut rest = text.as_str();
+            while let Some((before, after)) = rest.split_once("${") {
+                out += before;
+                let Some((reference, after)) = after.split_once('}') else {
+                    return problem(path, format!("{path}: `${{` without `}}`"));
+                };
+                let (name, default) = match reference.split_once(":-") {
+                    Some((name, default)) => (name, Some(default.to_owned())),
+                    None => (reference, None),
+                };
+                let set = std::env::var(name).ok().filter(|value| !value.is_empty());
+                match set.or_else(|| (name == "EXPERIMENT_DIR").then(|| folder.to_owned())).or(default) {
+                    Some(value) => out += &value,
+                    None => {
+                        let message = format!("{path}: environment variable {name} is not set; ${{{name}:-default}} gives a default");
+                        return problem(path, message);
+                    }
+                }
+                rest = after;
+            }
+            out += rest;
+            let whole = text.starts_with("${") && text.ends_with('}') && text.matches("${").count() == 1;
+            let typed = serde_yaml::from_str(&out).ok().and_then(|yaml| to_json(yaml).ok());
+            *value = match typed {
+                Some(typed @ (Value::Number(_) | Value::Bool(_))) if whole => typed,
+                _ => Value::String(out),
+            };
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,40 @@
+//! polytask trains one shared embedding + LSTM trunk under several heads, on CUDA or on the CPU, from one YAML file an
+//! experiment.
+//!
+//! # The house
+//!
+//! Imports point down this table; a test reads the source for it.
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`commands`] | one file a verb: the only place that knows everything |
+//! | [`config`] | the experiment as written and as checked |
+//! | [`train`] | the loop, one step, early stopping |
+//! | [`evaluate`] | losses and scores of a model over a split |
+//! | [`model`] | embedding, trunk, heads |
+//! | [`weighting`] | how task losses become one |
+//! | [`optim`] | fused optimizers, schedules |
+//! | [`data`] | formats, tokenizer, labels, batches, the order of rows |
+//! | [`metrics`] | counting over label ids; no tensors |
+//! | [`run`] | the run directory, checkpoints, records |
+//! | [`libtorch`] | what tch lacks; the only `unsafe` |
+//! | [`task`], [`rng`], [`problem`] | the task table, seeds, messages about inputs |
+//!
+//! A batch's life: the [`data::Sampler`] plans an epoch as row numbers, [`data::DeviceSet`] gathers a batch on the device,
+//! [`model::Model`] runs the trunk once and each head on its own rows, a [`weighting::LossWeighting`] makes one loss of
+//! theirs, and [`train::Trainer`] clips, updates and records without waiting for the device.
+
+pub mod commands;
+pub mod config;
+pub mod data;
+pub mod evaluate;
+pub mod libtorch;
+pub mod metrics;
+pub mod model;
+pub mod optim;
+pub mod problem;
+pub mod rng;
+pub mod run;
+pub mod task;
+pub mod train;
+pub mod weighting;

@@ -1,0 +1,67 @@
+//! Learning-rate schedules: a factor a step.
+//!
+//! With s the step from 0, w warm-up steps and n steps in all: (s + 1) / w while s < w, then with
+//! p = (s - w) / (n - w): constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2.
+
+use serde::{Deserialize, Serialize};
+
+/// The `training.schedule:` of an experiment; `kind:` names the variant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleConfig {
+    Constant(WarmupConfig),
+    /// Down to 0 at the last step.
+    Linear(WarmupConfig),
+    /// Down to 0 at the last step, along half a cosine (Loshchilov & Hutter 2017).
+    Cosine(WarmupConfig),
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        ScheduleConfig::Linear(WarmupConfig::default())
+    }
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WarmupConfig {
+    /// Share of all steps in which the rate rises from 0. Default 0, from 0 to below 1.
+    pub warmup_fraction: f64,
+}
+
+impl ScheduleConfig {
+    pub fn warmup_fraction(&self) -> f64 {
+        match self {
+            ScheduleConfig::Constant(c) | ScheduleConfig::Linear(c) | ScheduleConfig::Cosine(c) => c.warmup_fraction,
+        }
+    }
+
+    /// The factor of `step` (from 0) of `n_steps`.
+    pub fn factor(&self, step: usize, n_steps: usize) -> f64 {
+        let warmup = (self.warmup_fraction() * n_steps as f64).round() as usize;
+        if step < warmup {
+            return (step + 1) as f64 / warmup as f64;
+        }
+        let progress = ((step - warmup) as f64 / (n_steps - warmup).max(1) as f64).min(1.0);
+        match self {
+            ScheduleConfig::Constant(_) => 1.0,
+            ScheduleConfig::Linear(_) => 1.0 - progress,
+            ScheduleConfig::Cosine(_) => (1.0 + (std::f64::consts::PI * progress).cos()) / 2.0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_rise_and_fall() {
+        let warmup = WarmupConfig { warmup_fraction: 0.1 };
+        let linear = ScheduleConfig::Linear(warmup.clone());
+        let factors: Vec<f64> = [0, 9, 10, 55, 99].iter().map(|&step| linear.factor(step, 100)).collect();
+        assert_eq!(factors, [0.1, 1.0, 1.0, 0.5, 1.0 - 89.0 / 90.0]);
+        assert!((ScheduleConfig::Cosine(warmup).factor(55, 100) - 0.5).abs() < 1e-12);
+        assert_eq!(ScheduleConfig::Constant(WarmupConfig::default()).factor(70, 100), 1.0);
+    }
+}

@@ -1,0 +1,115 @@
+//! Checkpoints: one safetensors file each, so that one rename makes the whole of it appear or not.
+//!
+//! Tensors are `model/NAME` and, where training is to go on, `optimizer/NAME`; everything else is JSON in the file's
+//! metadata. Python reads it with `safetensors.torch.load_file`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use safetensors::tensor::{Dtype, SafeTensors, View};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::atomic;
+
+/// Tensors by name, and everything that is no tensor.
+pub struct Checkpoint {
+    pub model: BTreeMap<String, Tensor>,
+    pub optimizer: BTreeMap<String, Tensor>,
+    pub state: Value,
+}
+
+const STATE: &str = "polytask";
+
+/// A tensor's bytes as safetensors wants them.
+struct Bytes {
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl View for &Bytes {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        (&self.data).into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.len()
+    }
+}
+
+fn bytes(tensor: &Tensor) -> Result<Bytes> {
+    anyhow::ensure!(tensor.kind() == Kind::Float, "checkpoints hold float32 alone, not {:?}", tensor.kind());
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let mut data = vec![0u8; tensor.numel() * 4];
+    tensor.f_copy_data_u8(&mut data, tensor.numel())?;
+    Ok(Bytes { shape: tensor.size().iter().map(|&n| n as usize).collect(), data })
+}
+
+/// Writes a checkpoint, whole or not at all.
+pub fn save(path: &Path, model: &[(String, Tensor)], optimizer: &[(String, Tensor)], state: &Value) -> Result<()> {
+    let mut tensors = BTreeMap::new();
+    for (part, list) in [("model", model), ("optimizer", optimizer)] {
+        for (name, tensor) in list {
+            tensors.insert(format!("{part}/{name}"), bytes(tensor)?);
+        }
+    }
+    let metadata = HashMap::from([(STATE.to_owned(), state.to_string()), ("format".to_owned(), "pt".to_owned())]);
+    let content = safetensors::serialize(tensors.iter().map(|(name, bytes)| (name, bytes)), Some(metadata))?;
+    atomic::write(path, &content)
+}
+
+/// Reads a checkpoint onto the CPU.
+///
+/// # Errors
+/// A missing, damaged or foreign file, by path.
+pub fn load(path: &Path) -> Result<Checkpoint> {
+    let content = std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
+    read(&content).with_context(|| format!("{} is damaged or no checkpoint of polytask", path.display()))
+}
+
+fn read(content: &[u8]) -> Result<Checkpoint> {
+    let (_, header) = SafeTensors::read_metadata(content)?;
+    let state = header.metadata().as_ref().and_then(|metadata| metadata.get(STATE));
+    let state = serde_json::from_str(state.ok_or_else(|| anyhow!("its header has no `{STATE}`"))?)?;
+    let (mut model, mut optimizer) = (BTreeMap::new(), BTreeMap::new());
+    for (name, view) in SafeTensors::deserialize(content)?.tensors() {
+        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+        let tensor = Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?;
+        match name.split_once('/') {
+            Some(("model", name)) => model.insert(name.to_owned(), tensor),
+            Some(("optimizer", name)) => optimizer.insert(name.to_owned(), tensor),
+            _ => bail!("it holds an unknown tensor `{name}`"),
+        };
+    }
+    Ok(Checkpoint { model, optimizer, state })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_come_back_and_damage_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let tensors = [("a".to_owned(), Tensor::from_slice(&[1.5f32, -2.0]).view([2, 1]))];
+        let scalar = [("s".to_owned(), Tensor::from(3.0f32)), ("e".to_owned(), Tensor::zeros([0], (Kind::Float, Device::Cpu)))];
+        save(&path, &tensors, &scalar, &serde_json::json!({"step": 7})).unwrap();
+        let back = load(&path).unwrap();
+        assert_eq!((&back.model["a"], back.state["step"].as_u64()), (&tensors[0].1, Some(7)));
+        assert_eq!((back.optimizer["s"].size(), back.optimizer["e"].size()), (vec![], vec![0]));
+        let content = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &content[..content.len() - 3]).unwrap();
+        assert!(load(&path).err().unwrap().to_string().contains("is damaged"));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file is left");
+    }
+}

@@ -1,0 +1,63 @@
+//! The `training:` of an experiment.
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::SamplingConfig;
+use crate::optim::{OptimizerConfig, ScheduleConfig};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingConfig {
+    /// Sentences a batch. Default 32, at least 1.
+    pub batch_size: usize,
+    /// Batches a step: their gradients add up to that of one large batch. Default 1, at least 1.
+    pub accumulate_steps: usize,
+    /// Epochs at most; `sampling` says what an epoch is. Default 20, at least 1.
+    pub max_epochs: usize,
+    /// Steps at most, should they be fewer than max_epochs. Default: no limit.
+    pub max_steps: Option<usize>,
+    pub optimizer: OptimizerConfig,
+    pub schedule: ScheduleConfig,
+    /// Limit of the gradient's 2-norm over all parameters; 0 is off. Default 5.
+    pub clip_norm: f64,
+    pub sampling: SamplingConfig,
+    pub early_stopping: EarlyStopping,
+    /// Steps between records of losses. Default 50, at least 1.
+    pub log_every_steps: usize,
+    /// Steps between checkpoints within an epoch. Default: at the end of each epoch alone.
+    pub checkpoint_every_steps: Option<usize>,
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        TrainingConfig {
+            batch_size: 32,
+            accumulate_steps: 1,
+            max_epochs: 20,
+            max_steps: None,
+            optimizer: OptimizerConfig::default(),
+            schedule: ScheduleConfig::default(),
+            clip_norm: 5.0,
+            sampling: SamplingConfig::default(),
+            early_stopping: EarlyStopping::default(),
+            log_every_steps: 50,
+            checkpoint_every_steps: None,
+        }
+    }
+}
+
+/// Which checkpoint is best, and when there is no point in going on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EarlyStopping {
+    /// A task, whose main score on dev counts (accuracy, or F1 of spans), or `mean` over all tasks. Default `mean`.
+    pub metric: String,
+    /// Epochs without a better score after which training ends. Default: never.
+    pub patience_epochs: Option<usize>,
+}
+
+impl Default for EarlyStopping {
+    fn default() -> Self {
+        EarlyStopping { metric: "mean".to_owned(), patience_epochs: None }
+    }
+}

@@ -1,0 +1,230 @@
+//! The training loop: steps, evaluations, checkpoints, the end.
+
+mod config;
+mod state;
+mod step;
+mod unknown;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+
+pub use config::{EarlyStopping, TrainingConfig};
+pub use state::State;
+pub use unknown::UnknownWords;
+
+use crate::data::{DeviceSet, Sampler};
+use crate::evaluate::{Report, evaluate};
+use crate::model::Model;
+use crate::optim::Optimizer;
+use crate::rng::Seed;
+use crate::run::{Records, RunDirectory, checkpoint};
+use crate::task::Task;
+use crate::weighting::LossWeighting;
+use step::{Pending, Step};
+
+/// Everything that training works on.
+pub struct Trainer<'a> {
+    pub config: &'a TrainingConfig,
+    pub tasks: &'a [Task],
+    pub model: &'a Model,
+    pub optimizer: Optimizer,
+    pub weighting: Box<dyn LossWeighting>,
+    pub sampler: Sampler,
+    pub train: &'a DeviceSet,
+    pub dev: &'a DeviceSet,
+    pub unknown: Option<UnknownWords>,
+    pub seed: Seed,
+    pub run: &'a RunDirectory,
+}
+
+/// What the loop tells whoever watches.
+pub trait Observer {
+    /// An epoch (from 1) starts or goes on after `done` of its `n_steps` steps.
+    fn epoch_started(&mut self, epoch: usize, n_steps: usize, done: usize);
+    /// A step was taken; `losses` by task are means since the last log, when there are new ones.
+    fn step_taken(&mut self, n_tokens: i64, losses: Option<&[Option<f64>]>);
+    fn epoch_ended(&mut self, epoch: usize, losses: &[Option<f64>], report: &Report, improved: bool);
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Finished,
+    /// Stopped on request; the checkpoint holds this many steps.
+    Interrupted(usize),
+}
+
+impl Trainer<'_> {
+    /// Batches of one step are consecutive ones of the plan.
+    fn steps_per_epoch(&self) -> usize {
+        self.sampler.n_batches().div_ceil(self.config.accumulate_steps)
+    }
+
+    /// Steps of a run that is not stopped early.
+    pub fn n_steps(&self) -> usize {
+        let all = self.config.max_epochs * self.steps_per_epoch();
+        self.config.max_steps.map_or(all, |limit| limit.min(all))
+    }
+
+    /// Restores weights, optimizer, strategy and position from the run's last checkpoint.
+    pub fn resume(&mut self) -> Result<State> {
+        let path = self.run.checkpoint("last");
+        let saved = checkpoint::load(&path)?;
+        let state: State = serde_json::from_value(saved.state).with_context(|| format!("{}", path.display()))?;
+        self.model.parameters.load(saved.model)?;
+        self.optimizer.load(saved.optimizer)?;
+        self.weighting.load(&state.weighting)?;
+        Ok(state)
+    }
+
+    /// Trains from `state` to the end, or until `stop` is set, which is seen after each step.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite, with step, task and rows named; files that cannot be written.
+    pub fn train(&mut self, mut state: State, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
+        let per_epoch = self.steps_per_epoch();
+        let n_steps = self.n_steps();
+        let mut records = Records::open(self.run, state.step)?;
+        let mut pending = Pending::new(self.model.parameters.device());
+        let mut interval = (Instant::now(), 0);
+        while !state.finished {
+            let epoch = state.step / per_epoch;
+            let plan = self.sampler.plan(epoch);
+            observer.epoch_started(epoch + 1, per_epoch, state.step % per_epoch);
+            loop {
+                let index = state.step % per_epoch;
+                let first = index * self.config.accumulate_steps;
+                let batches = &plan[first..(first + self.config.accumulate_steps).min(plan.len())];
+                let step = Step { number: state.step, n_steps, batches };
+                interval.1 += self.take(&step, &mut pending)?;
+                state.step += 1;
+                let log = state.step % self.config.log_every_steps == 0;
+                let epoch_ends = state.step % per_epoch == 0 || state.step == n_steps;
+                let save = self.config.checkpoint_every_steps.is_some_and(|every| state.step % every == 0);
+                let stopping = stop.load(Ordering::Relaxed);
+                let mut fresh = None;
+                if pending.should_drain() || log || epoch_ends || save || stopping {
+                    let drained = pending.drain(&mut state, self.tasks);
+                    drained.map_err(|bad| self.not_finite(bad, &plan, epoch * per_epoch))?;
+                }
+                if log {
+                    fresh = Some(state.interval.means());
+                    let speed = interval.1 as f64 / interval.0.elapsed().as_secs_f64();
+                    self.record_training(&mut records, &mut state, epoch, speed)?;
+                    interval = (Instant::now(), 0);
+                }
+                observer.step_taken(self.tokens(batches), fresh.as_deref());
+                if epoch_ends {
+                    let losses = state.epoch.means();
+                    state.epoch.reset();
+                    let report = self.evaluate(&mut state, &mut records, epoch, n_steps)?;
+                    observer.epoch_ended(epoch + 1, &losses, &report, state.best_step == Some(state.step));
+                    interval = (Instant::now(), 0);
+                } else if save || stopping {
+                    self.save(&state)?;
+                }
+                if stopping && !state.finished {
+                    return Ok(Outcome::Interrupted(state.step));
+                }
+                if epoch_ends {
+                    break;
+                }
+            }
+        }
+        Ok(Outcome::Finished)
+    }
+
+    fn tokens(&self, batches: &[Vec<usize>]) -> i64 {
+        batches.iter().flatten().map(|&row| self.train.set.n_tokens(row)).sum()
+    }
+
+    fn record_training(&self, records: &mut Records, state: &mut State, epoch: usize, speed: f64) -> Result<()> {
+        let named = |values: Vec<Option<f64>>| -> Map<String, Value> {
+            let pairs = self.tasks.iter().zip(values);
+            pairs.filter_map(|(task, value)| Some((task.name.clone(), json!(value?)))).collect()
+        };
+        let values = Map::from_iter([
+            ("epoch".to_owned(), json!(epoch + 1)),
+            ("loss".to_owned(), named(state.interval.means()).into()),
+            ("weight".to_owned(), named(self.weighting.weights().into_iter().map(Some).collect()).into()),
+            ("gradient_norm".to_owned(), json!(state.interval.mean_norm())),
+            ("learning_rate".to_owned(), json!(self.learning_rate(state.step - 1, self.n_steps()))),
+            ("tokens_per_sec".to_owned(), json!(speed.round())),
+        ]);
+        state.interval.reset();
+        records.add("train", state.step, values)
+    }
+
+    /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
+    fn evaluate(&self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
+        let report = evaluate(self.model, self.dev, self.tasks);
+        let mut values = Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
+        for task in report.tasks.iter().filter(|task| task.n_sentences > 0) {
+            let scores = task.scores.iter().map(|score| (score.name.clone(), json!(score.value)));
+            values.insert(task.name.clone(), Map::from_iter(scores.chain([("loss".to_owned(), json!(task.loss))])).into());
+        }
+        if let Some(accuracy) = report.sentence_accuracy {
+            values.insert("sentence_accuracy".to_owned(), json!(accuracy));
+        }
+        records.add("dev", state.step, values)?;
+
+        let weights: Vec<_> =
+            self.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
+        let keep = |name: &str| -> Result<()> {
+            let about = json!({"step": state.step, "epoch": epoch + 1, "dev": report});
+            checkpoint::save(&self.run.checkpoint(name), &weights, &[], &about)
+        };
+        let metric = &self.config.early_stopping.metric;
+        let chosen = match self.tasks.iter().position(|task| task.name == *metric) {
+            Some(task) => report.tasks[task].main_score().map_or(0.0, |score| score.value),
+            None => report.mean(),
+        };
+        let improved = state.best.is_none_or(|best| chosen > best);
+        if improved {
+            keep("best")?;
+        }
+        let better = |(old, task): (&Option<f64>, &crate::evaluate::TaskReport)| {
+            task.main_score().map(|score| score.value).filter(|value| old.is_none_or(|old| *value > old))
+        };
+        let by_task: Vec<Option<f64>> = state.best_by_task.iter().zip(&report.tasks).map(better).collect();
+        for (task, _) in self.tasks.iter().zip(&by_task).filter(|(_, better)| better.is_some()) {
+            keep(&format!("best-{}", task.name))?;
+        }
+        state.judge(chosen, improved, by_task);
+        let patience = self.config.early_stopping.patience_epochs;
+        state.finished = state.step >= n_steps || patience.is_some_and(|patience| state.epochs_without_gain >= patience);
+        self.save(state)?;
+        Ok(report)
+    }
+
+    fn save(&self, state: &State) -> Result<()> {
+        let model: Vec<_> =
+            self.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
+        let state = State { weighting: self.weighting.save(), ..state.clone() };
+        checkpoint::save(&self.run.checkpoint("last"), &model, &self.optimizer.state(), &serde_json::to_value(state)?)
+    }
+
+    fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {
+        self.config.optimizer.learning_rate() * self.config.schedule.factor(step, n_steps)
+    }
+
+    fn not_finite(&self, bad: step::NotFinite, plan: &[Vec<usize>], epoch_start: usize) -> anyhow::Error {
+        let first = (bad.step - epoch_start) * self.config.accumulate_steps;
+        let rows = plan[first..(first + self.config.accumulate_steps).min(plan.len())].concat();
+        let places: Vec<String> = rows
+            .iter()
+            .filter_map(|&row| self.train.set.places.get(row))
+            .map(|place| {
+                let name = place.file.file_name().unwrap_or_default().to_string_lossy();
+                format!("{name}:{}", place.line)
+            })
+            .take(8)
+            .collect();
+        let what = || -> Result<()> { bail!("step {}: {} is not finite", bad.step + 1, bad.what) };
+        let hint = "the weights are as before this step; try a lower learning rate, or clip_norm";
+        let batch = format!("its batch has {} rows: {}{}", rows.len(), places.join(", "), if rows.len() > 8 { ", ..." } else { "" });
+        what().err().map_or_else(|| anyhow::anyhow!("not finite"), |error| anyhow::anyhow!("{error}; {batch}; {hint}"))
+    }
+}

@@ -1,0 +1,73 @@
+//! Where a run stands: everything of a checkpoint that is no tensor.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct State {
+    /// Steps done.
+    pub step: usize,
+    pub finished: bool,
+    /// The best dev score so far, and the step that had it.
+    pub best: Option<f64>,
+    pub best_step: Option<usize>,
+    pub best_by_task: Vec<Option<f64>>,
+    pub epochs_without_gain: usize,
+    /// Losses since the last record, and since the start of the epoch.
+    pub interval: Sums,
+    pub epoch: Sums,
+    pub weighting: Value,
+}
+
+impl State {
+    pub fn new(n_tasks: usize) -> Self {
+        let sums = Sums { losses: vec![(0.0, 0); n_tasks], norms: (0.0, 0) };
+        State { best_by_task: vec![None; n_tasks], interval: sums.clone(), epoch: sums, ..State::default() }
+    }
+
+    /// Notes a dev score and the tasks that reached a new best.
+    pub fn judge(&mut self, score: f64, improved: bool, by_task: Vec<Option<f64>>) {
+        if improved {
+            self.best = Some(score);
+            self.best_step = Some(self.step);
+            self.epochs_without_gain = 0;
+        } else {
+            self.epochs_without_gain += 1;
+        }
+        for (best, new) in self.best_by_task.iter_mut().zip(by_task) {
+            *best = new.or(*best);
+        }
+    }
+}
+
+/// Sums of step losses by task, and of gradient norms.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Sums {
+    losses: Vec<(f64, u64)>,
+    norms: (f64, u64),
+}
+
+impl Sums {
+    /// Adds a step; `losses` by task, without those that were absent.
+    pub fn add(&mut self, losses: &[Option<f64>], norm: f64) {
+        for ((sum, n), loss) in self.losses.iter_mut().zip(losses) {
+            *sum += loss.unwrap_or(0.0);
+            *n += u64::from(loss.is_some());
+        }
+        self.norms.0 += norm;
+        self.norms.1 += 1;
+    }
+
+    pub fn means(&self) -> Vec<Option<f64>> {
+        self.losses.iter().map(|&(sum, n)| (n > 0).then(|| sum / n as f64)).collect()
+    }
+
+    pub fn mean_norm(&self) -> f64 {
+        self.norms.0 / self.norms.1.max(1) as f64
+    }
+
+    pub fn reset(&mut self) {
+        self.losses.fill((0.0, 0));
+        self.norms = (0.0, 0);
+    }
+}
