@@ -6,8 +6,8 @@ use anyhow::Result;
 
 use super::End;
 use super::cli::CheckArgs;
-use super::table::{count, percent, table};
 use super::prepare;
+use super::table::{count, percent, table};
 use crate::config::Experiment;
 use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split, Tokenizer, WantedKind};
 use crate::problem::{Problem, Severity};
@@ -179,7 +179,8 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
                 match seen.get(&rows.text_of(row)) {
                     Some(&(before, other)) if before != split => {
                         let place = set.splits[before as usize].place(other);
-                        let message = format!("the same sentence stands in {} ({place})", before.name());
+                        let message =
+                            format!("this sentence of {} stands in {} too ({place})", split.name(), before.name());
                         problems.push(Problem::warning(rows.place(row), message));
                     }
                     Some(_) => {}

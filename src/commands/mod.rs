@@ -1,10 +1,10 @@
 //! The composition root: one file a verb. What is printed is printed here.
 
 mod check;
-mod cli;
+pub mod cli;
 mod evaluate;
 mod predict;
-mod prepare;
+pub mod prepare;
 mod progress;
 mod table;
 mod train;

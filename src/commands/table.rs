@@ -1,6 +1,6 @@
 //! Tables for people: fractions are shown as percent.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table, TableComponent, presets};
 
 use crate::evaluate::Report;
 
@@ -25,6 +25,7 @@ pub fn count(n: usize) -> String {
 pub fn table(header: &[&str], numbers_from: usize) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
     for (i, column) in table.column_iter_mut().enumerate() {
         if i >= numbers_from {
             column.set_cell_alignment(CellAlignment::Right);

@@ -197,5 +197,9 @@ fn check_training(c: &mut Checker, experiment: &Experiment) {
     if !names.contains(&metric.as_str()) {
         c.error("training.early_stopping.metric", format!("no task `{metric}`{}", suggestion(metric, &names)));
     }
-    c.require("training.early_stopping.patience_epochs", training.early_stopping.patience_epochs != Some(0), "must be at least 1");
+    c.require(
+        "training.early_stopping.patience_epochs",
+        training.early_stopping.patience_epochs != Some(0),
+        "must be at least 1",
+    );
 }

@@ -173,7 +173,9 @@ fn remove(value: &mut Value, path: &[String]) -> bool {
 pub fn suggestion(name: &str, known: &[&str]) -> String {
     let near = known.iter().min_by_key(|known| strsim::damerau_levenshtein(name, known));
     match near {
-        Some(near) if strsim::damerau_levenshtein(name, near) <= 1 + near.len() / 4 => format!("; did you mean `{near}`?"),
+        Some(near) if strsim::damerau_levenshtein(name, near) <= 1 + near.len() / 4 => {
+            format!("; did you mean `{near}`?")
+        }
         _ if known.is_empty() => "; there are none here".to_owned(),
         _ => format!("; one of {}", known.join(", ")),
     }

@@ -145,12 +145,22 @@ training:
     #[test]
     fn what_is_missing_or_does_not_fit_is_named() {
         check_error(&GOOD.replace(", column: label", ""), &["e.yaml:10: tasks.intent: missing key `column`"]);
-        check_error(&GOOD.replace("type: classification, ", ""), &["tasks.intent: missing key `type`: one of classification"]);
-        check_error(&GOOD.replace("set: snips, column: label", "set: snaps, column: label"), &[
-            "e.yaml:10: tasks.intent.set: no set `snaps`; did you mean `snips`?",
-        ]);
-        check_error(&GOOD.replace("      dev: dev\n", ""), &["e.yaml:5: data.sets.snips: give `dev:` or `dev_fraction:`"]);
-        check_error(&GOOD.replace("learning_rate: 1e-3", "learning_rate: -1"), &["e.yaml:13: training.optimizer.learning_rate: must be more than 0"]);
+        check_error(
+            &GOOD.replace("type: classification, ", ""),
+            &["tasks.intent: missing key `type`: one of classification"],
+        );
+        check_error(
+            &GOOD.replace("set: snips, column: label", "set: snaps, column: label"),
+            &["e.yaml:10: tasks.intent.set: no set `snaps`; did you mean `snips`?"],
+        );
+        check_error(
+            &GOOD.replace("      dev: dev\n", ""),
+            &["e.yaml:5: data.sets.snips: give `dev:` or `dev_fraction:`"],
+        );
+        check_error(
+            &GOOD.replace("learning_rate: 1e-3", "learning_rate: -1"),
+            &["e.yaml:13: training.optimizer.learning_rate: must be more than 0"],
+        );
         check_error("name: [", &["e.yaml:1"]);
     }
 
@@ -170,6 +180,9 @@ training:
     #[test]
     fn overrides_are_checked_like_the_file() {
         let error = load(GOOD, &["model.trunk.hiden=3"]).unwrap_err().to_string();
-        assert!(error.contains("--set model.trunk.hiden=3: model.trunk: unknown key `hiden`; did you mean `hidden`?"), "{error}");
+        assert!(
+            error.contains("--set model.trunk.hiden=3: model.trunk: unknown key `hiden`; did you mean `hidden`?"),
+            "{error}"
+        );
     }
 }

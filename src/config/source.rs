@@ -112,7 +112,9 @@ fn to_json(yaml: serde_yaml::Value) -> Result<Value, String> {
             }
             Value::Object(object)
         }
-        serde_yaml::Value::Tagged(tagged) => return Err(format!("YAML tags such as {} have no meaning here", tagged.tag)),
+        serde_yaml::Value::Tagged(tagged) => {
+            return Err(format!("YAML tags such as {} have no meaning here", tagged.tag));
+        }
     })
 }
 
@@ -133,7 +135,8 @@ fn places(file: &Path, text: &str) -> BTreeMap<String, Place> {
             *key = Some(name.to_string());
             continue;
         }
-        let starts = matches!(event, Event::Scalar(..) | Event::Alias(_) | Event::SequenceStart(..) | Event::MappingStart(..));
+        let starts =
+            matches!(event, Event::Scalar(..) | Event::Alias(_) | Event::SequenceStart(..) | Event::MappingStart(..));
         let path = match open.last_mut() {
             _ if !starts => String::new(),
             Some((parent, Open::Mapping(key))) => join(parent, &key.take().unwrap_or_default()),
@@ -222,9 +225,14 @@ fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String
 fn substitute(value: &mut Value, path: &str, folder: &str, problem: &mut dyn FnMut(&str, String)) {
     let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
     match value {
-        Value::Object(object) => object.iter_mut().for_each(|(key, value)| substitute(value, &join(key), folder, problem)),
+        Value::Object(object) => {
+            object.iter_mut().for_each(|(key, value)| substitute(value, &join(key), folder, problem))
+        }
         Value::Array(items) => {
-            items.iter_mut().enumerate().for_each(|(i, value)| substitute(value, &join(&i.to_string()), folder, problem));
+            items
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, value)| substitute(value, &join(&i.to_string()), folder, problem));
         }
         Value::String(text) if text.contains("${") => {
             let mut out = String::new();
@@ -242,7 +250,9 @@ fn substitute(value: &mut Value, path: &str, folder: &str, problem: &mut dyn FnM
                 match set.or_else(|| (name == "EXPERIMENT_DIR").then(|| folder.to_owned())).or(default) {
                     Some(value) => out += &value,
                     None => {
-                        let message = format!("{path}: environment variable {name} is not set; ${{{name}:-default}} gives a default");
+                        let message = format!(
+                            "{path}: environment variable {name} is not set; ${{{name}:-default}} gives a default"
+                        );
                         return problem(path, message);
                     }
                 }

@@ -2,7 +2,7 @@
 //!
 //! B sentences, T tokens of the longest, W words of the longest, b sentences with a label for a task.
 
-use tch::{Device, IndexOp, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::encoded::{EncodedSet, TargetValues};
 use super::labels::NO_LABEL;
@@ -124,8 +124,7 @@ impl DeviceSet {
     }
 
     fn targets(&self, task: TaskId, rows: &[usize], words: &Lengths, word_starts: &Tensor) -> Option<Targets> {
-        let labelled: Vec<usize> =
-            (0..rows.len()).filter(|&at| self.set.labels(task, rows[at]).is_some()).collect();
+        let labelled: Vec<usize> = (0..rows.len()).filter(|&at| self.set.labels(task, rows[at]).is_some()).collect();
         if labelled.is_empty() {
             return None;
         }
@@ -154,10 +153,10 @@ fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tenso
     let positions = Tensor::arange(lengths.max, (Kind::Int64, flat.device()));
     let index = starts.unsqueeze(1) + positions.unsqueeze(0); // [B, max]
     if lengths.even() {
-        return flat.i(&index).to_kind(Kind::Int64);
+        return flat.take(&index).to_kind(Kind::Int64);
     }
     let last = flat.size()[0] - 1;
-    let values = flat.i(&index.clamp_max(last)).to_kind(Kind::Int64);
+    let values = flat.take(&index.clamp_max(last)).to_kind(Kind::Int64);
     values.masked_fill(&lengths.mask().logical_not(), fill)
 }
 

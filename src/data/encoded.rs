@@ -135,9 +135,7 @@ impl EncodedSet {
     pub fn labels(&self, task: TaskId, row: usize) -> Option<&[i32]> {
         let labels = match &self.targets[task.0] {
             TargetValues::Classes(values) => &values[row..row + 1],
-            TargetValues::Tags(values) => {
-                &values[self.word_offsets[row] as usize..self.word_offsets[row + 1] as usize]
-            }
+            TargetValues::Tags(values) => &values[self.word_offsets[row] as usize..self.word_offsets[row + 1] as usize],
         };
         (labels.first() != Some(&NO_LABEL)).then_some(labels)
     }

@@ -169,11 +169,8 @@ pub fn load(
     splitter: Splitter,
     progress: &dyn Fn(&Path),
 ) -> Result<(Corpus, Vec<Problem>)> {
-    let used: Vec<_> = config
-        .sets
-        .iter()
-        .filter(|(name, _)| columns.iter().any(|column| column.sets.contains(name)))
-        .collect();
+    let used: Vec<_> =
+        config.sets.iter().filter(|(name, _)| columns.iter().any(|column| column.sets.contains(name))).collect();
     fail_on_missing(config, &used)?;
     let mut problems = Vec::new();
     let mut sets = Vec::new();
@@ -290,8 +287,7 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
             let train = &set.splits[0];
             if !train.is_empty() && train.columns[i].values.iter().all(|&value| value == ABSENT) {
                 let place = Place::new(&config.root.join(&config.sets[&set.name].train.0[0]), 0);
-                let message =
-                    format!("no row has a `{}` for task `{}`", set.wanted[i].column, columns[task.0].name);
+                let message = format!("no row has a `{}` for task `{}`", set.wanted[i].column, columns[task.0].name);
                 problems.push(Problem::error(place, message));
             }
         }

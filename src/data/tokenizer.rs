@@ -363,7 +363,10 @@ mod tests {
         let tokenizer = Tokenizer::build(&TokenizerConfig::Word(config), Path::new(""), &[&rows]).unwrap();
         // [PAD] [UNK] the(3) 00(2) play(2)
         assert_eq!(tokenizer.size(), 5);
-        assert_eq!((ids(&tokenizer, "THE"), ids(&tokenizer, "99"), ids(&tokenizer, "Play")), (vec![2], vec![3], vec![4]));
+        assert_eq!(
+            (ids(&tokenizer, "THE"), ids(&tokenizer, "99"), ids(&tokenizer, "Play")),
+            (vec![2], vec![3], vec![4])
+        );
         assert_eq!((ids(&tokenizer, "song"), tokenizer.unknown, tokenizer.padding), (vec![1], 1, 0));
         let again = Tokenizer::from_json(tokenizer.to_json().unwrap().as_bytes(), Splitter::Whitespace).unwrap();
         assert_eq!(ids(&again, "play"), vec![4]);

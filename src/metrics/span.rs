@@ -80,7 +80,8 @@ impl Metric for SpanMetric {
         self.lenient.add(spans_of(gold_tags.iter().copied()), spans_of(predicted_tags.iter().copied()));
         self.strict.add(strict_spans(&gold_tags), strict_spans(&predicted_tags));
         self.words.gold += gold.len();
-        self.words.correct += gold.iter().zip(predicted).filter(|(gold, predicted)| **gold as usize == **predicted).count();
+        self.words.correct +=
+            gold.iter().zip(predicted).filter(|(gold, predicted)| **gold as usize == **predicted).count();
     }
 
     fn scores(&self) -> Vec<Score> {

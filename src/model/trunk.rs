@@ -88,31 +88,30 @@ impl Trunk {
         let turned = (!lengths.even()).then(|| turned_positions(lengths));
         let mut tokens = embedded.shallow_clone();
         for layer in &self.layers {
-            tokens = self.layer(layer, &tokens, turned.as_ref()).dropout(self.dropout, mode.training());
+            tokens = self.layer(layer, &tokens, turned.as_ref(), mode).dropout(self.dropout, mode.training());
         }
         let last = self.last_states(&tokens, lengths);
         States { tokens, last }
     }
 
-    fn layer(&self, layer: &Layer, input: &Tensor, turned: Option<&Tensor>) -> Tensor {
+    fn layer(&self, layer: &Layer, input: &Tensor, turned: Option<&Tensor>, mode: Mode) -> Tensor {
         match (&layer.reverse, turned) {
-            (None, _) => self.lstm(input, &[&layer.forward]),
-            (Some(reverse), None) => self.lstm(input, &[&layer.forward, reverse]),
+            (None, _) => self.lstm(input, &[&layer.forward], mode),
+            (Some(reverse), None) => self.lstm(input, &[&layer.forward, reverse], mode),
             (Some(reverse), Some(turned)) => {
-                let forward = self.lstm(input, &[&layer.forward]);
-                let backward = self.lstm(&reorder(input, turned), &[reverse]);
+                let forward = self.lstm(input, &[&layer.forward], mode);
+                let backward = self.lstm(&reorder(input, turned), &[reverse], mode);
                 Tensor::cat(&[forward, reorder(&backward, turned)], -1) // [B, T, 2*H]
             }
         }
     }
 
-    fn lstm(&self, input: &Tensor, directions: &[&Direction]) -> Tensor {
+    fn lstm(&self, input: &Tensor, directions: &[&Direction], mode: Mode) -> Tensor {
         let (batch, _, _) = input.size3().expect("invariant: [B, T, E]");
         let n = directions.len() as i64;
         let zero = Tensor::zeros([n, batch, self.hidden], (input.kind(), input.device()));
         let weights: Vec<&Tensor> = directions.iter().copied().flatten().collect();
-        let train = weights[0].requires_grad();
-        let (output, _, _) = input.lstm(&[&zero, &zero], &weights, true, 1, 0.0, train, n == 2, true);
+        let (output, _, _) = input.lstm(&[&zero, &zero], &weights, true, 1, 0.0, mode.training(), n == 2, true);
         output
     }
 

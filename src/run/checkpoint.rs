@@ -102,7 +102,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let tensors = [("a".to_owned(), Tensor::from_slice(&[1.5f32, -2.0]).view([2, 1]))];
-        let scalar = [("s".to_owned(), Tensor::from(3.0f32)), ("e".to_owned(), Tensor::zeros([0], (Kind::Float, Device::Cpu)))];
+        let scalar =
+            [("s".to_owned(), Tensor::from(3.0f32)), ("e".to_owned(), Tensor::zeros([0], (Kind::Float, Device::Cpu)))];
         save(&path, &tensors, &scalar, &serde_json::json!({"step": 7})).unwrap();
         let back = load(&path).unwrap();
         assert_eq!((&back.model["a"], back.state["step"].as_u64()), (&tensors[0].1, Some(7)));

@@ -138,12 +138,36 @@ pub fn tags_of<'a>(scheme: Scheme, spans: &[Span<&'a str>], n: usize) -> Vec<Tag
         for (i, tag) in tags.iter_mut().enumerate().take(span.end).skip(span.start) {
             let (first, last) = (i == span.start, i + 1 == span.end);
             let letter = match scheme {
-                Scheme::Bio | Scheme::Plain => if first { b'B' } else { b'I' },
-                Scheme::Iob1 => if first && touches { b'B' } else { b'I' },
+                Scheme::Bio | Scheme::Plain => {
+                    if first {
+                        b'B'
+                    } else {
+                        b'I'
+                    }
+                }
+                Scheme::Iob1 => {
+                    if first && touches {
+                        b'B'
+                    } else {
+                        b'I'
+                    }
+                }
                 Scheme::Bioes | Scheme::Bmes if single => b'S',
                 Scheme::Bioes | Scheme::Bmes if last => b'E',
-                Scheme::Bioes => if first { b'B' } else { b'I' },
-                Scheme::Bmes => if first { b'B' } else { b'M' },
+                Scheme::Bioes => {
+                    if first {
+                        b'B'
+                    } else {
+                        b'I'
+                    }
+                }
+                Scheme::Bmes => {
+                    if first {
+                        b'B'
+                    } else {
+                        b'M'
+                    }
+                }
             };
             *tag = Tag::new(letter, span.kind);
         }
@@ -195,9 +219,8 @@ mod tests {
 
     #[test]
     fn breaks_are_found() {
-        let broken = |scheme: Scheme, a: &str, b: &str| {
-            scheme.broken(scheme.parse(a), scheme.parse(b).unwrap()).is_some()
-        };
+        let broken =
+            |scheme: Scheme, a: &str, b: &str| scheme.broken(scheme.parse(a), scheme.parse(b).unwrap()).is_some();
         for (scheme, a, b, expected) in [
             (Scheme::Bio, "O", "I-a", true),
             (Scheme::Bio, "B-a", "I-b", true),

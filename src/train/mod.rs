@@ -160,10 +160,14 @@ impl Trainer<'_> {
     /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
     fn evaluate(&self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
         let report = evaluate(self.model, self.dev, self.tasks);
-        let mut values = Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
+        let mut values =
+            Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
         for task in report.tasks.iter().filter(|task| task.n_sentences > 0) {
             let scores = task.scores.iter().map(|score| (score.name.clone(), json!(score.value)));
-            values.insert(task.name.clone(), Map::from_iter(scores.chain([("loss".to_owned(), json!(task.loss))])).into());
+            values.insert(
+                task.name.clone(),
+                Map::from_iter(scores.chain([("loss".to_owned(), json!(task.loss))])).into(),
+            );
         }
         if let Some(accuracy) = report.sentence_accuracy {
             values.insert("sentence_accuracy".to_owned(), json!(accuracy));
@@ -194,7 +198,8 @@ impl Trainer<'_> {
         }
         state.judge(chosen, improved, by_task);
         let patience = self.config.early_stopping.patience_epochs;
-        state.finished = state.step >= n_steps || patience.is_some_and(|patience| state.epochs_without_gain >= patience);
+        state.finished =
+            state.step >= n_steps || patience.is_some_and(|patience| state.epochs_without_gain >= patience);
         self.save(state)?;
         Ok(report)
     }
@@ -224,7 +229,12 @@ impl Trainer<'_> {
             .collect();
         let what = || -> Result<()> { bail!("step {}: {} is not finite", bad.step + 1, bad.what) };
         let hint = "the weights are as before this step; try a lower learning rate, or clip_norm";
-        let batch = format!("its batch has {} rows: {}{}", rows.len(), places.join(", "), if rows.len() > 8 { ", ..." } else { "" });
+        let batch = format!(
+            "its batch has {} rows: {}{}",
+            rows.len(),
+            places.join(", "),
+            if rows.len() > 8 { ", ..." } else { "" }
+        );
         what().err().map_or_else(|| anyhow::anyhow!("not finite"), |error| anyhow::anyhow!("{error}; {batch}; {hint}"))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Source: Lample 2016 ("Neural Architectures for Named Entity Recognition"), section 4.1, with probability 0.5.
 
-use tch::{Device, IndexOp, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::data::EncodedSet;
 
@@ -22,12 +22,16 @@ impl UnknownWords {
         }
         let singletons: Vec<bool> = counts.iter().map(|&count| count == 1).collect();
         let any = rate > 0.0 && singletons.contains(&true);
-        any.then(|| UnknownWords { singletons: Tensor::from_slice(&singletons).to_device(device), rate, unknown: unknown.into() })
+        any.then(|| UnknownWords {
+            singletons: Tensor::from_slice(&singletons).to_device(device),
+            rate,
+            unknown: unknown.into(),
+        })
     }
 
     /// [B, T] ids with some replaced.
     pub fn replace(&self, token_ids: &Tensor) -> Tensor {
         let drawn = Tensor::rand(token_ids.size(), (Kind::Float, token_ids.device())).lt(self.rate);
-        token_ids.masked_fill(&self.singletons.i(token_ids).logical_and(&drawn), self.unknown)
+        token_ids.masked_fill(&self.singletons.take(token_ids).logical_and(&drawn), self.unknown)
     }
 }

@@ -23,8 +23,7 @@ struct Plan<'a> {
 
 pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let conllu = layout.format == Format::Conllu;
-    let names: Vec<&str> =
-        if conllu { CONLLU.to_vec() } else { layout.columns.iter().map(String::as_str).collect() };
+    let names: Vec<&str> = if conllu { CONLLU.to_vec() } else { layout.columns.iter().map(String::as_str).collect() };
     let mut problems = Vec::new();
     let mut position = |name: &str| {
         let found = names.iter().position(|known| *known == name).or_else(|| name.parse().ok());

@@ -188,7 +188,6 @@ impl Crf {
     }
 }
 
-
 /// The best path through one sentence: `x` is [n, C] and `transitions` [C, C], row by row. Ties go to the lower tag.
 fn viterbi(x: &[f32], transitions: &[f32], start: &[f32], end: &[f32]) -> Vec<usize> {
     let n_tags = start.len();
@@ -208,9 +207,12 @@ fn viterbi(x: &[f32], transitions: &[f32], start: &[f32], end: &[f32]) -> Vec<us
         back.extend(from);
     }
     let total = best.iter().zip(end).map(|(a, b)| a + b);
-    let (mut tag, _) = total.enumerate().fold((0, f32::NEG_INFINITY), |(at, top), (i, score)| {
-        if score > top { (i, score) } else { (at, top) }
-    });
+    let (mut tag, _) = total.enumerate().fold(
+        (0, f32::NEG_INFINITY),
+        |(at, top), (i, score)| {
+            if score > top { (i, score) } else { (at, top) }
+        },
+    );
     let mut path = vec![tag];
     for from in back.chunks_exact(n_tags).rev() {
         tag = from[tag] as usize;
@@ -232,7 +234,7 @@ mod tests {
         let labels: Vec<String> = labels.iter().map(|label| label.to_string()).collect();
         let crf = Crf::new(parameters.root(), &labels, constrained);
         for tensor in parameters.tensors() {
-            tch::no_grad(|| tensor.shallow_clone().normal_(0.0, 1.0));
+            let _ = tch::no_grad(|| tensor.shallow_clone().normal_(0.0, 1.0));
         }
         (crf, parameters)
     }

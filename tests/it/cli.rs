@@ -1,0 +1,251 @@
+//! The program as a user runs it: exit codes, messages, a second run, a kill, a resume.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use crate::util::{Folder, SMALL, rows, small};
+
+fn stderr(folder: &Folder, arguments: &[&str], code: i32) -> String {
+    let output = folder.polytask(arguments).assert().code(code).get_output().clone();
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// metrics.jsonl without the one number that is a matter of the clock.
+fn metrics(folder: &Folder, run: &str) -> Vec<serde_json::Value> {
+    let lines = folder.read(&format!("{run}/metrics.jsonl"));
+    let parse = |line| {
+        let mut record: serde_json::Value = serde_json::from_str(line).unwrap();
+        record.as_object_mut().unwrap().remove("tokens_per_sec");
+        record
+    };
+    lines.lines().map(parse).collect()
+}
+
+fn bytes(folder: &Folder, file: &str) -> Vec<u8> {
+    std::fs::read(folder.path().join(file)).unwrap()
+}
+
+#[test]
+fn a_run_trains_evaluates_and_predicts() {
+    let folder = small();
+    let output = folder.polytask(&["train", "small.yaml"]).assert().success().get_output().clone();
+    let table = String::from_utf8(output.stdout).unwrap();
+    for part in ["topic", "accuracy", "slots", "f1", "sentence accuracy", "dev", "test"] {
+        assert!(table.contains(part), "{part} is not in\n{table}");
+    }
+    for file in [
+        "experiment.yaml",
+        "resolved.yaml",
+        "environment.json",
+        "tokenizer.json",
+        "labels.json",
+        "metrics.jsonl",
+        "report.json",
+        "checkpoints/best.safetensors",
+        "checkpoints/last.safetensors",
+        "checkpoints/best-topic.safetensors",
+        "checkpoints/best-slots.safetensors",
+    ] {
+        assert!(folder.path().join("runs/small").join(file).is_file(), "{file} is missing");
+    }
+    // The report, `evaluate` and its JSON say the same.
+    let json = folder.polytask(&["evaluate", "runs/small", "--json"]).assert().success().get_output().clone();
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&folder.read("runs/small/report.json")).unwrap();
+    assert_eq!(json["report"], report["splits"]["test"]);
+    assert!(json["report"]["tasks"][1]["scores"][0]["value"].as_f64().unwrap() > 0.9, "{json}");
+
+    // Text, tokens and text as JSON; an empty line keeps its place; offsets count characters.
+    let input =
+        "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"]}\n\n{\"text\": \"  visit   the oslo\"}\n";
+    let output = folder.polytask(&["predict", "runs/small"]).write_stdin(input).assert().success().get_output().clone();
+    let lines: Vec<serde_json::Value> =
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 4);
+    assert_eq!((&lines[0]["topic"]["label"], &lines[1]["topic"]["label"]), (&"music".into(), &"food".into()));
+    assert_eq!(lines[1]["slots"]["tags"], serde_json::json!(["O", "O", "B-thing", "I-thing"]));
+    assert_eq!(lines[1]["slots"]["spans"][0]["text"], "soup bowl");
+    assert_eq!(lines[2], serde_json::json!({"text": "", "words": []}));
+    let span = &lines[3]["slots"]["spans"][0];
+    assert_eq!((span["start"].as_u64(), span["end"].as_u64()), (Some(14), Some(18)));
+
+    // A file with the same lines gives the same, and more lines than a window keep their order.
+    folder.file("in.txt", "play the rock\nvisit the jazz now\n".repeat(2000));
+    folder.polytask(&["predict", "runs/small", "--input", "in.txt", "--output", "out.jsonl"]).assert().success();
+    let lines: Vec<String> = folder.read("out.jsonl").lines().map(str::to_owned).collect();
+    assert_eq!(lines.len(), 4000);
+    assert!(lines.chunks(2).all(|pair| pair[0].contains("play the rock") && pair[1].contains("visit the jazz")));
+}
+
+#[test]
+fn two_runs_of_one_file_are_identical_and_take_directories_of_their_own() {
+    let folder = small();
+    folder.polytask(&["train", "small.yaml", "--threads", "1"]).assert().success();
+    folder.polytask(&["train", "small.yaml", "--threads", "1"]).assert().success();
+    assert_eq!(metrics(&folder, "runs/small"), metrics(&folder, "runs/small-2"));
+    let last = |run: &str| bytes(&folder, &format!("{run}/checkpoints/best-slots.safetensors"));
+    assert_eq!(last("runs/small"), last("runs/small-2"));
+    // And once more from the resolved file, by a stranger.
+    folder.polytask(&["train", "runs/small/resolved.yaml", "--out", "again", "--threads", "1"]).assert().success();
+    assert_eq!(metrics(&folder, "runs/small"), metrics(&folder, "again"));
+    // Another seed is another run.
+    folder.polytask(&["train", "small.yaml", "--out", "other", "--set", "seed=4"]).assert().success();
+    assert_ne!(metrics(&folder, "runs/small"), metrics(&folder, "other"));
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_weights_bit_for_bit() {
+    let folder = small();
+    folder.file("train.jsonl", rows(700));
+    let more = ["--set", "training.checkpoint_every_steps=7", "--set", "training.max_epochs=6", "--threads", "1"];
+    let train = |out: &str, resume: bool| {
+        let mut arguments = vec!["train", "small.yaml", "--out", out];
+        arguments.extend(more);
+        if resume {
+            arguments.push("--resume");
+        }
+        folder.polytask(&arguments)
+    };
+    train("whole", false).assert().success();
+    let program = env!("CARGO_BIN_EXE_polytask");
+    for kill in 0..3 {
+        let mut command = std::process::Command::new(program);
+        command.current_dir(folder.path()).args(["train", "small.yaml", "--out", "killed"]).args(more);
+        if folder.path().join("killed/checkpoints/last.safetensors").exists() {
+            command.arg("--resume");
+        } else {
+            std::fs::remove_dir_all(folder.path().join("killed")).ok();
+        }
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Wait for some new steps, then end it without warning.
+        let size = || std::fs::metadata(folder.path().join("killed/metrics.jsonl")).map_or(0, |file| file.len());
+        let (before, started) = (size(), Instant::now());
+        while size() < before + 900
+            && child.try_wait().unwrap().is_none()
+            && started.elapsed() < Duration::from_secs(60)
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(child.try_wait().unwrap().is_none() || kill > 0, "the run ended before it could be killed");
+        child.kill().ok();
+        child.wait().unwrap();
+    }
+    train("killed", true).assert().success();
+    for checkpoint in ["last", "best", "best-topic", "best-slots"] {
+        let file = |run: &str| bytes(&folder, &format!("{run}/checkpoints/{checkpoint}.safetensors"));
+        assert!(file("whole") == file("killed"), "checkpoint {checkpoint} differs");
+    }
+    assert_eq!(metrics(&folder, "whole"), metrics(&folder, "killed"));
+    // A finished run resumes to its table at once.
+    train("killed", true).assert().success();
+}
+
+#[test]
+fn an_interrupt_finishes_the_step_saves_and_says_how_to_go_on() {
+    let folder = small();
+    folder.file("train.jsonl", rows(2000));
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
+        .current_dir(folder.path())
+        .args(["train", "small.yaml", "--out", "out"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !folder.path().join("out/metrics.jsonl").exists() && started.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{text}");
+    assert!(text.contains("polytask train small.yaml --out out --resume"), "{text}");
+    assert!(folder.path().join("out/checkpoints/last.safetensors").is_file());
+}
+
+#[test]
+fn what_is_wrong_with_the_command_or_the_experiment_ends_with_2() {
+    let folder = small();
+    assert!(stderr(&folder, &["train", "none.yaml"], 2).contains("experiment file none.yaml does not exist"));
+    assert!(stderr(&folder, &["trian"], 2).contains("train"));
+    let wrong = stderr(&folder, &["train", "small.yaml", "--set", "training.batch_sise=3"], 2);
+    assert!(wrong.contains("did you mean `batch_size`?"), "{wrong}");
+    assert!(!folder.path().join("runs").exists(), "nothing is left behind");
+    assert!(stderr(&folder, &["train", "small.yaml", "--device", "gpu"], 2).contains("unknown device `gpu`"));
+    assert!(stderr(&folder, &["train", "small.yaml", "--out", "."], 2).contains("is not empty"));
+    assert!(stderr(&folder, &["evaluate", "."], 2).contains("is no run directory"));
+    assert!(stderr(&folder, &["train", "small.yaml", "--resume"], 2).contains("there is no runs/small to resume"));
+    folder.file("missing.yaml", SMALL.replace("train: train.jsonl", "source: the moon, train: train-2.jsonl"));
+    let missing = stderr(&folder, &["train", "missing.yaml"], 2);
+    assert!(
+        missing.contains("train-2.jsonl does not exist") && missing.contains("It comes from: the moon"),
+        "{missing}"
+    );
+}
+
+#[test]
+fn broken_data_is_told_by_file_and_line() {
+    let folder = small();
+    let mut lines: Vec<String> = rows(30).lines().map(str::to_owned).collect();
+    lines[4] = "{\"tokens\": [\"a\", \"b\"], \"slots\": [\"O\"]}".to_owned();
+    lines[11] = "{\"tokens\": [\"a\"".to_owned();
+    lines[20] = "{\"tokens\": [\"a\"], \"slots\": [\"X-thing\"]}".to_owned();
+    folder.file("train.jsonl", lines.join("\n"));
+    let text = stderr(&folder, &["train", "small.yaml"], 2);
+    for part in [
+        "train.jsonl:5: 2 words but 1 tags in `slots`",
+        "train.jsonl:12: not JSON",
+        "train.jsonl:21: `slots`, word 1: `X-thing` is no bio tag",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    let output = folder.polytask(&["check", "small.yaml"]).assert().code(2).get_output().clone();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("3 errors"));
+    assert!(!folder.path().join("runs/small").exists());
+}
+
+#[test]
+fn check_passes_sound_data_and_warns_of_odd_data() {
+    let folder = small();
+    folder.file("dev.jsonl", rows(30) + "{\"tokens\": [\"new\"], \"topic\": \"sports\", \"slots\": [\"I-thing\"]}\n");
+    let output = folder.polytask(&["check", "small.yaml", "--all"]).assert().code(0).get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "dev.jsonl:31: `topic`: label `sports` is in dev but never in train",
+        "no span of its type is open",
+        "stands in train too",
+        "0 errors",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_with_1_and_is_named() {
+    let folder = small();
+    let arguments = [
+        "train",
+        "small.yaml",
+        "--set",
+        "training.optimizer={kind: sgd, learning_rate: 1e30}",
+        "--set",
+        "training.clip_norm=0",
+    ];
+    let text = stderr(&folder, &arguments, 1);
+    assert!(text.contains("is not finite") && text.contains("train.jsonl:") && text.contains("step "), "{text}");
+    assert!(!text.contains("panicked"), "{text}");
+}
+
+#[test]
+fn damaged_runs_are_told() {
+    let folder = small();
+    folder.polytask(&["train", "small.yaml", "--out", "run", "--set", "training.max_epochs=1"]).assert().success();
+    let best = folder.path().join("run/checkpoints/best.safetensors");
+    let content = std::fs::read(&best).unwrap();
+    std::fs::write(&best, &content[..content.len() / 2]).unwrap();
+    assert!(stderr(&folder, &["evaluate", "run"], 1).contains("is damaged or no checkpoint"));
+    assert!(stderr(&folder, &["evaluate", "run", "--checkpoint", "bets"], 2).contains("it has: best, best-slots"));
+    let changed = stderr(&folder, &["train", "small.yaml", "--out", "run", "--resume"], 2);
+    assert!(changed.contains("`max_epochs: 4` was `max_epochs: 1`"), "{changed}");
+}

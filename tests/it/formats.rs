@@ -1,0 +1,186 @@
+//! Every format, read through an experiment: rows, labels, and what is wrong by line.
+
+use std::path::Path;
+
+use polytask::config::Experiment;
+use polytask::data::{Corpus, Rows, Split, load};
+use polytask::problem::Problem;
+
+use crate::util::Folder;
+
+/// Loads `train.*` of one set; `tasks` are lines of YAML.
+fn read(folder: &Folder, set: &str, tasks: &str) -> (Corpus, Vec<Problem>) {
+    let yaml =
+        format!("name: t\ndata:\n  root: {}\n  sets:\n    s: {{{set}}}\ntasks:\n{tasks}\n", folder.path().display());
+    let path = folder.file("experiment.yaml", yaml);
+    let experiment = Experiment::load(&path, &[]).unwrap();
+    load(&experiment.data, &experiment.task_columns(), experiment.tokenizer.splitter(), &|_: &Path| {}).unwrap()
+}
+
+const TOPIC: &str = "  topic: {type: classification, set: s, column: topic}";
+const BOTH: &str =
+    "  topic: {type: classification, set: s, column: topic}\n  tags: {type: tagging, set: s, column: tags}";
+
+fn sentences(corpus: &Corpus) -> Vec<String> {
+    let rows = corpus.rows(Split::Train)[0];
+    (0..rows.len()).map(|row| rows.text_of(row)).collect()
+}
+
+fn labels(corpus: &Corpus, column: usize) -> Vec<String> {
+    let rows: &Rows = corpus.rows(Split::Train)[0];
+    let column = &rows.columns[column];
+    let label = |&value: &u32| if value == u32::MAX { "-".to_owned() } else { column.strings.get(value).to_owned() };
+    column.values.iter().map(label).collect()
+}
+
+fn messages(problems: &[Problem]) -> Vec<String> {
+    problems.iter().map(|problem| problem.to_string().rsplit('/').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn parallel() {
+    let folder = Folder::new();
+    folder.file("d/seq.in", "play it \nstop\nbad row\n");
+    folder.file("d/tags", "O B-x \nO\nO\n");
+    folder.file("d/topic", "m\n\nm\n");
+    let (corpus, problems) = read(&folder, "format: parallel, tokens: seq.in, train: d, dev: d", BOTH);
+    assert_eq!(sentences(&corpus), ["play it", "stop"]);
+    assert_eq!(
+        (labels(&corpus, 0), labels(&corpus, 1)),
+        (vec!["m".into(), "-".into()], vec!["O".into(), "B-x".into(), "O".into()])
+    );
+    assert_eq!(messages(&problems)[0], "seq.in:3: 2 words but 1 tags in `tags`");
+    folder.file("d/topic", "m\n");
+    let (_, problems) = read(&folder, "format: parallel, tokens: seq.in, train: d, dev: d", BOTH);
+    assert_eq!(messages(&problems)[0], "topic:2: 1 lines, but `seq.in` has 3");
+}
+
+#[test]
+fn conll() {
+    let folder = Folder::new();
+    let text = "-DOCSTART- -X- O\n\n# topic = news\nEU NNP B-x\nrules VB O\n\n#tag NN O\r\n\nalone\n\nlast NN I-x";
+    folder.file("t.conll", text);
+    let set = "format: conll, columns: [word, pos, tags], train: t.conll, dev: t.conll";
+    let (corpus, problems) = read(&folder, set, BOTH);
+    assert_eq!(sentences(&corpus), ["EU rules", "#tag", "last"]);
+    assert_eq!(labels(&corpus, 0), ["news", "-", "-"]);
+    assert_eq!(labels(&corpus, 1), ["B-x", "O", "O", "I-x"]);
+    assert_eq!(messages(&problems)[0], "t.conll:9: 1 columns, but 3 are needed");
+    assert!(messages(&problems).iter().any(|m| m.starts_with("t.conll:11: `tags`, word 1 `last`: `I-x`: no span")));
+}
+
+#[test]
+fn conllu() {
+    let folder = Folder::new();
+    let row = |id: &str, word: &str, upos: &str| format!("{id}\t{word}\t_\t{upos}\t_\t_\t_\t_\t_\t_\n");
+    let text = format!(
+        "# topic = a\n{}{}{}{}\n{}\n",
+        row("1-2", "dont", "_"),
+        row("1", "do", "AUX"),
+        row("2", "nt", "PART"),
+        row("2.1", "ghost", "X"),
+        row("1", "#", "SYM")
+    );
+    folder.file("t.conllu", text);
+    let tasks = format!("{TOPIC}\n  tags: {{type: tagging, set: s, column: upos, scheme: plain}}");
+    let (corpus, problems) = read(&folder, "format: conllu, train: t.conllu, dev: t.conllu", &tasks);
+    assert_eq!((sentences(&corpus), problems.len()), (vec!["do nt".to_owned(), "#".to_owned()], 0));
+    assert_eq!(labels(&corpus, 1), ["AUX", "PART", "SYM"]);
+}
+
+#[test]
+fn jsonl_text_tokens_tags_and_spans() {
+    let folder = Folder::new();
+    let text = "{\"text\": \"né in Oslo\", \"topic\": 3, \"tags\": [{\"start\": 6, \"end\": 10, \"label\": \"city\"}]}\n\
+        {\"text\": \"two words\", \"tags\": \"O B-city\"}\n{\"text\": \"none\", \"topic\": null, \"tags\": []}\n\
+        {\"text\": \"cut in word\", \"tags\": [[0, 2, \"x\"]]}\n{\"text\": \"out\", \"tags\": [[7, 9, \"x\"]]}\n\
+        {\"text\": \"\"}\n{\"txt\": \"a\"}\n";
+    folder.file("t.jsonl", text);
+    let (corpus, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", BOTH);
+    assert_eq!(sentences(&corpus), ["né in Oslo", "two words", "none", "cut in word"]);
+    assert_eq!(labels(&corpus, 0), ["3", "-", "-", "-"]);
+    assert_eq!(labels(&corpus, 1), ["O", "O", "B-city", "O", "B-city", "O", "B-x", "O", "O"]);
+    let messages = messages(&problems);
+    for expected in [
+        "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it takes the whole words",
+        "t.jsonl:5: span 7..9 `x` covers no word",
+        "t.jsonl:6: empty sentence, skipped",
+        "t.jsonl:7: no `text`; the keys are `txt`",
+    ] {
+        assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
+    }
+}
+
+#[test]
+fn json_arrays_and_rasa_know_their_lines() {
+    let folder = Folder::new();
+    folder.file("t.json", "{\"a\": [\n  [\"hello you\", \"x\"],\n  [\"bye\", \"y\"],\n  [7, \"y\"]\n]}");
+    let tasks = "  topic: {type: classification, set: s, column: \"1\"}";
+    let (corpus, problems) = read(&folder, "format: json, text: \"0\", train: t.json#a, dev: t.json#a", tasks);
+    assert_eq!(
+        (sentences(&corpus), labels(&corpus, 0)),
+        (vec!["hello you".into(), "bye".into()], vec!["x".into(), "y".into()])
+    );
+    assert_eq!(messages(&problems)[0], "t.json:4: `0` is no text");
+    assert_eq!(corpus.rows(Split::Train)[0].place(1).line, 3);
+    let (_, problems) = read(&folder, "format: json, text: \"0\", train: t.json#b, dev: t.json#a", tasks);
+    assert_eq!(messages(&problems)[0], "t.json: no key `b`; the keys are `a`");
+
+    let rasa = r#"{"rasa_nlu_data": {"common_examples": [
+        {"text": "fly to New York", "intent": "go", "entities": [{"start": 7, "end": 15, "value": "New York", "entity": "city"}]}]}}"#;
+    folder.file("r.json", rasa);
+    let tasks =
+        "  intent: {type: classification, set: s, column: intent}\n  e: {type: tagging, set: s, column: entities}";
+    let (corpus, problems) = read(&folder, "format: rasa, train: r.json, dev: r.json", tasks);
+    assert_eq!((labels(&corpus, 1), problems.len()), (["O", "O", "B-city", "I-city"].map(str::to_owned).to_vec(), 0));
+}
+
+#[test]
+fn csv_tsv_and_lines() {
+    let folder = Folder::new();
+    folder.file("t.csv", "topic,text\na,\"one, two\"\nb,\"three\nfour\"\nc\nd,five\n");
+    let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(sentences(&corpus), ["one, two", "three four", "five"]);
+    assert_eq!(messages(&problems)[0], "t.csv:5: 1 values, but the header has 2");
+    folder.file("t.tsv", "text\ttopic\nhi there\tx\n");
+    let (corpus, _) = read(&folder, "format: tsv, train: t.tsv, dev: t.tsv", TOPIC);
+    assert_eq!(labels(&corpus, 0), ["x"]);
+    folder.file("t.lines", b"x caf\xe9 \x85 open\nbroken\n");
+    let set = "format: lines, columns: [topic, text], encoding: latin1, train: t.lines, dev: t.lines";
+    let (corpus, problems) = read(&folder, set, TOPIC);
+    assert!(sentences(&corpus)[0].starts_with("café"), "{:?}", sentences(&corpus));
+    assert_eq!(messages(&problems)[0], "t.lines:2: 1 values, but 2 columns are declared");
+    let set = "format: lines, columns: [topic, text], train: t.lines, dev: t.lines";
+    let (_, problems) = read(&folder, set, TOPIC);
+    assert!(messages(&problems)[0].starts_with("t.lines:1: invalid UTF-8"), "{problems:?}");
+}
+
+#[test]
+fn characters_and_several_files() {
+    let folder = Folder::new();
+    folder.file("a.jsonl", "{\"text\": \"我去北京\", \"topic\": \"x\", \"tags\": [[2, 4, \"city\"]]}\n");
+    folder.file("b.jsonl", "{\"text\": \"好\", \"topic\": \"y\"}\n");
+    let tasks = format!("{BOTH}\ntokenizer: {{model: word, split: character}}");
+    let (corpus, problems) = read(&folder, "format: jsonl, train: [a.jsonl, b.jsonl], dev: b.jsonl", &tasks);
+    assert_eq!((sentences(&corpus), problems.len()), (vec!["我 去 北 京".to_owned(), "好".to_owned()], 0));
+    assert_eq!(labels(&corpus, 1), ["O", "O", "B-city", "I-city", "-"]);
+    let place = corpus.rows(Split::Train)[0].place(1).to_string();
+    assert!(place.ends_with("b.jsonl:1"), "{place}");
+}
+
+#[test]
+fn large_files_are_read_in_parts_without_a_seam() {
+    let folder = Folder::new();
+    let n = 60_000;
+    let text: String = (0..n).map(|i| format!("w{} B-x\nz{} O\n\n", i % 977, i % 13)).collect();
+    assert!(text.len() > 1 << 20);
+    folder.file("t.conll", text);
+    let tasks = "  tags: {type: tagging, set: s, column: \"1\"}";
+    let (corpus, problems) = read(&folder, "format: conll, train: t.conll, dev: t.conll", tasks);
+    let rows = corpus.rows(Split::Train)[0];
+    assert_eq!((rows.len(), problems.len()), (n, 0));
+    for row in [0, 29_999, 59_999] {
+        assert_eq!(rows.text_of(row), format!("w{} z{}", row % 977, row % 13));
+        assert_eq!(rows.place(row).line, 3 * row + 1);
+    }
+}

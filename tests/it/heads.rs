@@ -1,0 +1,160 @@
+//! Every head and option: it trains, every parameter gets a gradient, it saves and loads, and padding changes nothing.
+
+use std::path::Path;
+
+use polytask::commands::prepare;
+use polytask::config::Experiment;
+use polytask::data::{DeviceSet, Split, Tokenizer, load};
+use polytask::evaluate::evaluate;
+use polytask::libtorch::clip_gradients;
+use polytask::model::{Mode, Model};
+use polytask::optim::Optimizer;
+use polytask::run::checkpoint;
+use polytask::task::{Task, TaskId};
+use tch::{Device, Kind, Tensor};
+
+use crate::util::{Folder, small};
+
+struct Setting {
+    _folder: Folder,
+    experiment: Experiment,
+    tasks: Vec<Task>,
+    tokenizer: Tokenizer,
+    train: DeviceSet,
+}
+
+fn setting(overrides: &[&str]) -> Setting {
+    let folder = small();
+    let mut overrides: Vec<String> = overrides.iter().map(|o| o.to_string()).collect();
+    overrides.push(format!("data.root={}", folder.path().display()));
+    let experiment = Experiment::load(&folder.path().join("small.yaml"), &overrides).unwrap();
+    let splitter = experiment.tokenizer.splitter();
+    let (corpus, _) = load(&experiment.data, &experiment.task_columns(), splitter, &|_: &Path| {}).unwrap();
+    let tokenizer = Tokenizer::build(&experiment.tokenizer, Path::new(""), &corpus.rows(Split::Train)).unwrap();
+    let tasks = prepare::tasks(&experiment, &corpus);
+    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, Device::Cpu).unwrap();
+    Setting { _folder: folder, experiment, tasks, tokenizer, train }
+}
+
+fn build(s: &Setting) -> Model {
+    prepare::model(&s.experiment, &s.tasks, &s.tokenizer, Device::Cpu).unwrap()
+}
+
+fn logits(model: &Model, s: &Setting, rows: &[usize]) -> Vec<Tensor> {
+    let _no_grad = tch::no_grad_guard();
+    let batch = s.train.batch(rows);
+    let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
+    (0..s.tasks.len()).map(|task| model.head(TaskId(task)).logits(&encoded, Mode::Eval)).collect()
+}
+
+fn ensure_trains_saves_and_loads(overrides: &[&str]) {
+    let s = setting(overrides);
+    let model = build(&s);
+    let rows: Vec<usize> = (0..s.train.set.len()).collect();
+    let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
+    let never = Tensor::from(0.0f32);
+    let mut losses = Vec::new();
+    for step in 0..60 {
+        let batch = s.train.batch(&rows);
+        let encoded = model.encode(&batch, &batch.token_ids, Mode::Train);
+        let total = model.losses(&encoded, &batch, Mode::Train).into_iter().flatten().reduce(|a, b| a + b).unwrap();
+        let gradients = Tensor::run_backward(&[&total], &model.parameters.tensors(), false, false);
+        if step == 0 {
+            for ((name, _), gradient) in model.parameters.iter().zip(&gradients) {
+                assert!(
+                    gradient.defined() && gradient.abs().sum(Kind::Float).double_value(&[]) > 0.0,
+                    "{overrides:?}: {name} gets no gradient"
+                );
+            }
+        }
+        let _ = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 5.0).unwrap();
+        optimizer.step(&gradients, 1e-2, &never).unwrap();
+        losses.push(total.double_value(&[]));
+    }
+    assert!(losses[59] < 0.35 * losses[0], "{overrides:?}: loss {} to {}", losses[0], losses[59]);
+    let report = evaluate(&model, &s.train, &s.tasks);
+    assert!(report.mean() > 0.9, "{overrides:?}: {report:?}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    let weights: Vec<_> =
+        model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
+    checkpoint::save(&path, &weights, &optimizer.state(), &serde_json::Value::Null).unwrap();
+    let (saved, other) = (checkpoint::load(&path).unwrap(), build(&s));
+    other.parameters.load(saved.model).unwrap();
+    Optimizer::new(&s.experiment.training.optimizer, other.parameters.iter()).load(saved.optimizer).unwrap();
+    assert_eq!(logits(&model, &s, &rows), logits(&other, &s, &rows), "{overrides:?}");
+
+    // Alone or beside longer sentences: the same up to rounding.
+    let together = logits(&model, &s, &rows[..20]);
+    for &row in &rows[..20] {
+        for (task, (alone, together)) in logits(&model, &s, &[row]).iter().zip(&together).enumerate() {
+            let mut here = together.get(row as i64).unsqueeze(0);
+            if here.dim() == 3 {
+                here = here.narrow(1, 0, s.train.set.n_words(row));
+            }
+            let off = (alone - here).abs().max().double_value(&[]);
+            // Sums of float32 in another order: 1e-7 relative on logits of about 10.
+            assert!(off < 2e-5, "{overrides:?}: padding moves the logits of task {task} by {off}");
+        }
+    }
+}
+
+#[test]
+fn poolings_and_hidden_layers() {
+    for pooling in ["last", "mean", "max", "attention"] {
+        ensure_trains_saves_and_loads(&[&format!("tasks.topic.pooling={pooling}")]);
+    }
+    ensure_trains_saves_and_loads(&["tasks.topic.hidden=16", "tasks.topic.dropout=0.2"]);
+}
+
+#[test]
+fn decoders() {
+    ensure_trains_saves_and_loads(&["tasks.slots.decoder=softmax", "tasks.slots.dropout=0.1"]);
+    ensure_trains_saves_and_loads(&["tasks.slots.constraints=true", "tasks.slots.scoring=strict"]);
+    ensure_trains_saves_and_loads(&["tasks.slots.scheme=plain"]);
+}
+
+#[test]
+fn trunks() {
+    ensure_trains_saves_and_loads(&["model.trunk.layers=2", "model.trunk.dropout=0.1", "model.embedding.dropout=0.1"]);
+    ensure_trains_saves_and_loads(&["model.trunk.bidirectional=false", "tasks.topic.pooling=last"]);
+}
+
+#[test]
+fn optimizers_and_tokenizers() {
+    ensure_trains_saves_and_loads(&["training.optimizer={kind: adam, weight_decay: 0}"]);
+    for model in ["bpe", "wordpiece", "unigram"] {
+        ensure_trains_saves_and_loads(&[&format!("tokenizer={{model: {model}, size: 100}}")]);
+    }
+}
+
+#[test]
+fn momentum_descends() {
+    let s = setting(&["training.optimizer={kind: sgd}"]);
+    let model = build(&s);
+    let rows: Vec<usize> = (0..s.train.set.len()).collect();
+    let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
+    let mut losses = Vec::new();
+    for _ in 0..40 {
+        let batch = s.train.batch(&rows);
+        let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
+        let total = model.losses(&encoded, &batch, Mode::Eval).into_iter().flatten().reduce(|a, b| a + b).unwrap();
+        let gradients = Tensor::run_backward(&[&total], &model.parameters.tensors(), false, false);
+        optimizer.step(&gradients, 0.1, &Tensor::from(0.0f32)).unwrap();
+        losses.push(total.double_value(&[]));
+    }
+    assert!(losses[39] < 0.6 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn nothing_moves_once_a_loss_was_not_finite() {
+    let s = setting(&[]);
+    let model = build(&s);
+    let copy = |model: &Model| model.parameters.tensors().iter().map(|tensor| tensor.copy()).collect::<Vec<_>>();
+    let before = copy(&model);
+    let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
+    let gradients: Vec<Tensor> = before.iter().map(|tensor| tensor.full_like(f64::NAN)).collect();
+    optimizer.step(&gradients, 1e-2, &Tensor::from(1.0f32)).unwrap();
+    assert_eq!(copy(&model), before);
+}

@@ -1,0 +1,12 @@
+//! Tests of the whole: the library on small and on real data, and the program as a user runs it.
+
+mod cli;
+mod experiments;
+mod formats;
+mod heads;
+mod metrics;
+mod parity;
+mod python;
+mod real_data;
+mod tidy;
+mod util;

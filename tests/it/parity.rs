@@ -1,0 +1,111 @@
+//! PyTorch's numbers for embedding, BiLSTM, CRF, classification and 20 AdamW steps; see fixtures/make_parity.py.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use polytask::data::{DeviceSet, EncodedSet, Paths, TargetValues};
+use polytask::libtorch::clip_gradients;
+use polytask::model::heads::{ClassificationConfig, Decoder, Pooling, Scoring, TaggingConfig};
+use polytask::model::{EmbeddingConfig, HeadConfig, Mode, Model, ModelConfig, TrunkConfig};
+use polytask::optim::{Optimizer, OptimizerConfig};
+use polytask::rng::Seed;
+use polytask::task::{Scheme, Task, TaskKind};
+use tch::{Device, Kind, Tensor};
+
+/// The tolerance of the comparison: float32 sums in another order, over 20 steps.
+const TOLERANCE: f64 = 1e-5;
+
+fn close(name: &str, ours: &Tensor, theirs: &Tensor) {
+    let off = (ours - theirs).abs().max().double_value(&[]);
+    assert!(off < TOLERANCE, "{name} is off by {off}");
+}
+
+#[test]
+fn model_gradients_and_twenty_steps_agree_with_pytorch() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity.safetensors");
+    let fixture: BTreeMap<String, Tensor> = Tensor::read_safetensors(path).unwrap().into_iter().collect();
+    let numbers = |name: &str| -> Vec<i64> { Vec::try_from(fixture[name].flatten(0, -1)).unwrap() };
+    let of = |prefix: &str| -> BTreeMap<String, Tensor> {
+        let named = fixture.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)));
+        named.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect()
+    };
+
+    let lengths = numbers("input.lengths");
+    let mut offsets = vec![0];
+    for n in &lengths {
+        offsets.push(offsets[offsets.len() - 1] + n);
+    }
+    let flat = |name: &str| -> Vec<i32> {
+        let all = numbers(name);
+        let row = |(b, &n): (usize, &i64)| all[b * 5..b * 5 + n as usize].to_vec();
+        lengths.iter().enumerate().flat_map(row).map(|id| id as i32).collect()
+    };
+    let classes = numbers("input.classes").into_iter().map(|id| id as i32).collect();
+    let set = EncodedSet {
+        token_ids: flat("input.ids"),
+        token_offsets: offsets.clone(),
+        word_offsets: offsets,
+        first_tokens: None,
+        targets: vec![TargetValues::Classes(classes), TargetValues::Tags(flat("input.tags"))],
+        set_starts: vec![0, 4],
+        places: vec![],
+    };
+    let data = DeviceSet::new(set, 0, Device::Cpu);
+    let batch = data.batch(&[0, 1, 2, 3]);
+
+    let labels = |n: usize| (0..n).map(|i| format!("l{i}")).collect::<Vec<_>>();
+    let tasks = [
+        Task { name: "topic".into(), kind: TaskKind::Classification, labels: labels(4) },
+        Task { name: "slots".into(), kind: TaskKind::Tagging(Scheme::Plain), labels: labels(5) },
+    ];
+    let set = || Paths(vec!["s".into()]);
+    let topic = HeadConfig::Classification(ClassificationConfig {
+        set: set(),
+        column: "c".into(),
+        pooling: Pooling::Max,
+        hidden: 0,
+        dropout: 0.0,
+        priority: 1.0,
+    });
+    let slots = HeadConfig::Tagging(TaggingConfig {
+        set: set(),
+        column: "t".into(),
+        scheme: Scheme::Plain,
+        decoder: Decoder::Crf,
+        constraints: false,
+        scoring: Scoring::Conlleval,
+        dropout: 0.0,
+        priority: 1.0,
+    });
+    let config = ModelConfig {
+        embedding: EmbeddingConfig { dim: 6, dropout: 0.0 },
+        trunk: TrunkConfig { hidden: 5, layers: 2, bidirectional: true, dropout: 0.0 },
+    };
+    let model = Model::new(&config, &[&topic, &slots], &tasks, (11, 0), (Seed(1), Device::Cpu)).unwrap();
+    model.parameters.load(of("before.")).unwrap();
+
+    let encoded = model.encode(&batch, &batch.token_ids, Mode::Train);
+    let mask = batch.lengths.mask().unsqueeze(-1).to_kind(Kind::Float);
+    close("states", &(&encoded.tokens * mask), &fixture["states"]);
+
+    let mut optimizer = Optimizer::new(&OptimizerConfig::default(), model.parameters.iter());
+    for step in 0..20 {
+        let encoded = model.encode(&batch, &batch.token_ids, Mode::Train);
+        let losses: Vec<Tensor> = model.losses(&encoded, &batch, Mode::Train).into_iter().flatten().collect();
+        let gradients = Tensor::run_backward(&[&losses[0] + &losses[1]], &model.parameters.tensors(), false, false);
+        let norm = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 1.0).unwrap();
+        if step == 0 {
+            let theirs = of("gradient.");
+            for ((name, _), gradient) in model.parameters.iter().zip(&gradients) {
+                close(name, gradient, &theirs[name]);
+            }
+        }
+        optimizer.step(&gradients, 1e-2, &Tensor::from(0.0f32)).unwrap();
+        let ours = Tensor::stack(&[losses[0].detach(), losses[1].detach(), norm], 0);
+        close(&format!("losses and gradient norm of step {step}"), &ours, &fixture["losses"].get(step));
+    }
+    let theirs = of("after.");
+    for (name, tensor) in model.parameters.iter() {
+        close(name, tensor, &theirs[name]);
+    }
+}

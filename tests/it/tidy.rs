@@ -1,0 +1,110 @@
+//! The architecture's rules, read from the source.
+
+use std::path::{Path, PathBuf};
+
+/// Top to bottom: a module may use those after it.
+const LAYERS: [&str; 13] = [
+    "commands",
+    "config",
+    "train",
+    "evaluate",
+    "model",
+    "weighting",
+    "optim",
+    "data",
+    "metrics",
+    "run",
+    "libtorch",
+    "task",
+    "rng",
+];
+
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Each file's path below src/ and its code without comments and tests.
+fn code() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&root, &mut files);
+    let read = |path: PathBuf| {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+        (path.strip_prefix(&root).unwrap().to_string_lossy().into_owned(), code)
+    };
+    let mut all: Vec<_> = files.into_iter().map(read).collect();
+    all.sort();
+    assert!(all.len() > 30);
+    all
+}
+
+fn layer(file: &str) -> Option<usize> {
+    let name = file.split(['/', '.']).next().unwrap();
+    LAYERS.iter().position(|layer| *layer == name)
+}
+
+#[test]
+fn imports_point_down() {
+    for (file, code) in code() {
+        let Some(own) = layer(&file) else { continue };
+        for (i, upper) in LAYERS.iter().enumerate().take(own) {
+            // A default shared by config structs is the one name of config that its owners use.
+            let code = code.replace("crate::config::one", "");
+            assert!(
+                !code.contains(&format!("crate::{upper}")),
+                "{file} ({}) uses {upper} above it ({i} < {own})",
+                LAYERS[own]
+            );
+        }
+    }
+}
+
+#[test]
+fn layers_keep_to_their_business() {
+    for (file, code) in code() {
+        let names = |word: &str| code.contains(word);
+        let top = file.starts_with("commands/") || file.starts_with("config/");
+        assert!(top || !names("Experiment"), "{file} names the whole experiment");
+        assert!(!file.starts_with("metrics/") || !names("tch"), "{file} mentions tch");
+        for other in ["model", "data", "train"] {
+            assert!(!file.starts_with("weighting/") || !names(&format!("crate::{other}")), "{file} mentions {other}");
+        }
+        let prints = names("println!") || names("print!(");
+        assert!(file.starts_with("commands/") || file == "main.rs" || !prints, "{file} prints");
+        let unsafe_code = code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe");
+        assert!(file.starts_with("libtorch/") || !unsafe_code, "{file} has unsafe code");
+        let matches = ["WeightingConfig::", "HeadConfig::"].iter().any(|word| names(word));
+        let may = top || file.starts_with("weighting/mod") || file.starts_with("model/heads/mod");
+        assert!(may || !matches, "{file} tells strategies or heads apart");
+    }
+}
+
+#[test]
+fn nothing_is_unwrapped_without_a_reason() {
+    for (file, code) in code() {
+        for (i, line) in code.lines().enumerate() {
+            assert!(!line.contains(".unwrap()"), "{file}: {line} (about line {i})");
+            assert!(!line.contains(".expect(") || line.contains("invariant: "), "{file}: {line}");
+        }
+    }
+}
+
+#[test]
+fn files_can_be_held_in_the_head() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&root, &mut files);
+    for file in files {
+        let n = std::fs::read_to_string(&file).unwrap().lines().count();
+        assert!(n <= 420, "{} has {n} lines", file.display());
+    }
+}

@@ -1,0 +1,90 @@
+//! Small experiments in folders of their own.
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+
+pub struct Folder(tempfile::TempDir);
+
+impl Folder {
+    pub fn new() -> Self {
+        Folder(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// A command of the program with this folder as its working directory.
+    pub fn polytask(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polytask"));
+        command.current_dir(self.path()).args(arguments).env_remove("RUST_LOG").env_remove("POLYTASK_DATA");
+        command
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path().join(name)).unwrap()
+    }
+}
+
+/// `n` rows with a topic and slots that follow from the words; every seventh has no topic, every fifth no slots.
+pub fn rows(n: usize) -> String {
+    let mut out = String::new();
+    for i in 0..n {
+        let (verb, topic) = [("play", "music"), ("cook", "food"), ("visit", "travel")][i % 3];
+        let (thing, more) = [("rock", 0), ("soup", 1), ("oslo", 2), ("jazz", 0)][i / 3 % 4];
+        let mut tokens = vec![verb, "the", thing];
+        let mut slots = vec!["O", "O", "B-thing"];
+        for _ in 0..more {
+            tokens.push("bowl");
+            slots.push("I-thing");
+        }
+        tokens.extend(["now", "please"].iter().take(i % 3));
+        slots.resize(tokens.len(), "O");
+        let mut row = serde_json::json!({"tokens": tokens, "topic": topic, "slots": slots});
+        if i % 7 == 6 {
+            row["topic"] = serde_json::Value::Null;
+        }
+        if i % 5 == 4 {
+            row.as_object_mut().unwrap().remove("slots");
+        }
+        out += &format!("{row}\n");
+    }
+    out
+}
+
+pub const SMALL: &str = "\
+name: small
+seed: 3
+data:
+  root: .
+  sets:
+    toy: {format: jsonl, tokens: tokens, train: train.jsonl, dev: dev.jsonl, test: dev.jsonl}
+tasks:
+  topic: {type: classification, set: toy, column: topic}
+  slots: {type: tagging, set: toy, column: slots, decoder: crf}
+model:
+  embedding: {dim: 12}
+  trunk: {hidden: 10}
+training:
+  batch_size: 8
+  max_epochs: 4
+  log_every_steps: 3
+  optimizer: {kind: adamw, learning_rate: 1.0e-2}
+";
+
+/// A folder with [`SMALL`] as `small.yaml` and its data.
+pub fn small() -> Folder {
+    let folder = Folder::new();
+    folder.file("small.yaml", SMALL);
+    folder.file("train.jsonl", rows(90));
+    folder.file("dev.jsonl", rows(30));
+    folder
+}
