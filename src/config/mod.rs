@@ -161,7 +161,7 @@ training:
             &GOOD.replace("learning_rate: 1e-3", "learning_rate: -1"),
             &["e.yaml:13: training.optimizer.learning_rate: must be more than 0"],
         );
-        check_error("name: [", &["e.yaml:1"]);
+        check_error("name: [", &["e.yaml:2: did not find expected node content"]);
     }
 
     #[test]

@@ -154,7 +154,8 @@ mod tests {
         builder.push(1, &["a", "b", "c"], &[Field::Tags(vec!["B-x", "E-x", "S-y"])]);
         builder.push(2, &["d"], &[Field::Absent]);
         builder.push(3, &["e", "f"], &[Field::Tags(vec!["B-x", "O"])]);
-        let rows = builder.rows;
+        let mut rows = Rows::new(1);
+        rows.append_file(Path::new("f"), vec![builder.rows]);
         let kind = TaskKind::Tagging(Scheme::Bioes);
         let task = Task { name: "ner".into(), kind, labels: collect(kind, &[&rows.columns[0]]) };
         assert_eq!(task.labels, ["O", "B-x", "I-x", "B-y", "I-y"]);

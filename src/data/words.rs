@@ -46,7 +46,7 @@ impl Splitter {
             Splitter::Punctuation => json!({"type": "Whitespace"}),
             Splitter::Character => json!({"type": "Sequence", "pretokenizers": [
                 {"type": "WhitespaceSplit"},
-                {"type": "Split", "pattern": {"Regex": "(?s:.)"}, "behavior": "Isolated", "invert": false},
+                {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": false},
             ]}),
         }
     }

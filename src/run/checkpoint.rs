@@ -62,7 +62,7 @@ pub fn save(path: &Path, model: &[(String, Tensor)], optimizer: &[(String, Tenso
             tensors.insert(format!("{part}/{name}"), bytes(tensor)?);
         }
     }
-    let metadata = HashMap::from([(STATE.to_owned(), state.to_string()), ("format".to_owned(), "pt".to_owned())]);
+    let metadata = HashMap::from([(STATE.to_owned(), state.to_string())]);
     let content = safetensors::serialize(tensors.iter().map(|(name, bytes)| (name, bytes)), Some(metadata))?;
     atomic::write(path, &content)
 }

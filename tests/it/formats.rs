@@ -171,7 +171,7 @@ fn characters_and_several_files() {
 #[test]
 fn large_files_are_read_in_parts_without_a_seam() {
     let folder = Folder::new();
-    let n = 60_000;
+    let n = 120_000;
     let text: String = (0..n).map(|i| format!("w{} B-x\nz{} O\n\n", i % 977, i % 13)).collect();
     assert!(text.len() > 1 << 20);
     folder.file("t.conll", text);
@@ -179,7 +179,7 @@ fn large_files_are_read_in_parts_without_a_seam() {
     let (corpus, problems) = read(&folder, "format: conll, train: t.conll, dev: t.conll", tasks);
     let rows = corpus.rows(Split::Train)[0];
     assert_eq!((rows.len(), problems.len()), (n, 0));
-    for row in [0, 29_999, 59_999] {
+    for row in [0, 59_999, 119_999] {
         assert_eq!(rows.text_of(row), format!("w{} z{}", row % 977, row % 13));
         assert_eq!(rows.place(row).line, 3 * row + 1);
     }
