@@ -12,7 +12,7 @@ use crate::task::TaskId;
 #[derive(Debug)]
 pub struct Lengths {
     pub host: Vec<i64>,
-    /// [B]
+    /// `[B]`
     pub device: Tensor,
     pub max: i64,
 }
@@ -48,7 +48,7 @@ pub struct Targets {
     /// The rows of the batch that carry a label, and the same on the device.
     pub rows: Vec<usize>,
     pub index: Tensor,
-    /// [b] for classes, [b, W] for tags with -1 beyond a sentence's end.
+    /// `[b]` for classes, `[b, W]` for tags with -1 beyond a sentence's end.
     pub labels: Tensor,
     /// How many decisions are labelled: sentences, or words.
     pub n_decisions: i64,

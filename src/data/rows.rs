@@ -163,11 +163,11 @@ impl Rows {
         for (column, other) in out.columns.iter_mut().zip(&self.columns) {
             column.strings = other.strings.clone();
         }
-        for row in 0..self.len() {
+        for (row, &taken) in taken.iter().enumerate() {
             while self.file_starts.get(out.file_starts.len()).is_some_and(|&start| start <= row) {
                 out.file_starts.push(out.len());
             }
-            if taken[row] != wish {
+            if taken != wish {
                 continue;
             }
             out.word_ids.extend(self.words_of(row));

@@ -111,12 +111,12 @@ impl Model {
 
     /// The unweighted loss of every task that has labels in the batch, by [`TaskId`]: scalars with gradients.
     pub fn losses(&self, encoded: &Encoded, batch: &Batch, mode: Mode) -> Vec<Option<Tensor>> {
-        let loss = |(head, targets): (&Box<dyn Head>, &Option<Targets>)| {
-            let targets = targets.as_ref()?;
+        let loss = |task: usize| {
+            let (head, targets) = (self.head(TaskId(task)), batch.targets[task].as_ref()?);
             let all = targets.rows.len() == batch.rows.len();
             let logits = if all { head.logits(encoded, mode) } else { head.logits(&encoded.select(targets), mode) };
             Some(head.loss(&logits, targets))
         };
-        self.heads.iter().zip(&batch.targets).map(loss).collect()
+        (0..self.heads.len()).map(loss).collect()
     }
 }

@@ -63,7 +63,7 @@ pub fn save(path: &Path, model: &[(String, Tensor)], optimizer: &[(String, Tenso
         }
     }
     let metadata = HashMap::from([(STATE.to_owned(), state.to_string())]);
-    let content = safetensors::serialize(tensors.iter().map(|(name, bytes)| (name, bytes)), Some(metadata))?;
+    let content = safetensors::serialize(&tensors, Some(metadata))?;
     atomic::write(path, &content)
 }
 

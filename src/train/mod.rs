@@ -8,7 +8,7 @@ mod unknown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value, json};
 
 pub use config::{EarlyStopping, TrainingConfig};
@@ -100,9 +100,9 @@ impl Trainer<'_> {
                 let step = Step { number: state.step, n_steps, batches };
                 interval.1 += self.take(&step, &mut pending)?;
                 state.step += 1;
-                let log = state.step % self.config.log_every_steps == 0;
-                let epoch_ends = state.step % per_epoch == 0 || state.step == n_steps;
-                let save = self.config.checkpoint_every_steps.is_some_and(|every| state.step % every == 0);
+                let log = state.step.is_multiple_of(self.config.log_every_steps);
+                let epoch_ends = state.step.is_multiple_of(per_epoch) || state.step == n_steps;
+                let save = self.config.checkpoint_every_steps.is_some_and(|every| state.step.is_multiple_of(every));
                 let stopping = stop.load(Ordering::Relaxed);
                 let mut fresh = None;
                 if pending.should_drain() || log || epoch_ends || save || stopping {
@@ -227,14 +227,13 @@ impl Trainer<'_> {
             })
             .take(8)
             .collect();
-        let what = || -> Result<()> { bail!("step {}: {} is not finite", bad.step + 1, bad.what) };
-        let hint = "the weights are as before this step; try a lower learning rate, or clip_norm";
         let batch = format!(
             "its batch has {} rows: {}{}",
             rows.len(),
             places.join(", "),
             if rows.len() > 8 { ", ..." } else { "" }
         );
-        what().err().map_or_else(|| anyhow::anyhow!("not finite"), |error| anyhow::anyhow!("{error}; {batch}; {hint}"))
+        let hint = "the weights are as before this step; try a lower learning rate, or clip_norm";
+        anyhow!("step {}: {} is not finite; {batch}; {hint}", bad.step + 1, bad.what)
     }
 }

@@ -236,7 +236,7 @@ fn tags_of_spans(
 }
 
 /// Words of a text with their character ranges.
-fn words_of<'a>(splitter: Splitter, text: &'a str) -> (Vec<&'a str>, Vec<(usize, usize)>) {
+fn words_of(splitter: Splitter, text: &str) -> (Vec<&str>, Vec<(usize, usize)>) {
     let ranges = splitter.split(text);
     (ranges.iter().map(|&(start, end)| &text[start..end]).collect(), character_ranges(text, &ranges))
 }
