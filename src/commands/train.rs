@@ -31,16 +31,20 @@ pub fn run(args: &TrainArgs) -> Result<End> {
     if args.resume {
         let run = RunDirectory::open(&resumed_path(args, &experiment)?)?;
         fail_on_change(&run, &experiment)?;
-        return go(args, &run, device);
+        let (corpus, problems) = prepare::corpus(&experiment)?;
+        fail_on_errors(problems)?;
+        return go(args, &run, device, &corpus);
     }
     let path = args.out.clone().unwrap_or_else(|| free_path(&experiment.name));
     let run = RunDirectory::create(&path)?;
-    if let Err(error) = start(args, &experiment, &run, (device, threads)) {
-        // Nothing was trained: the directory would only be in the way of the next try.
-        std::fs::remove_dir_all(&run.path).ok();
-        return Err(error);
+    match start(args, &experiment, &run, (device, threads)) {
+        Ok(corpus) => go(args, &run, device, &corpus),
+        Err(error) => {
+            // Nothing was trained: the directory would only be in the way of the next try.
+            std::fs::remove_dir_all(&run.path).ok();
+            Err(error)
+        }
     }
-    go(args, &run, device)
 }
 
 /// `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is free.
@@ -77,7 +81,7 @@ fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
 }
 
 /// Reads the data, learns the tokenizer, and writes what the run is made of.
-fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine: (Device, usize)) -> Result<()> {
+fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine: (Device, usize)) -> Result<Corpus> {
     let (corpus, problems) = prepare::corpus(experiment)?;
     let warnings = fail_on_errors(problems)?;
     if let Some(first) = warnings.first() {
@@ -101,16 +105,16 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
         "command": std::env::args().collect::<Vec<_>>(),
     });
     run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
-    run.write("resolved.yaml", &experiment.to_yaml()?)
+    run.write("resolved.yaml", &experiment.to_yaml()?)?;
+    Ok(corpus)
 }
 
 /// Trains from wherever the run stands to its end.
-fn go(args: &TrainArgs, run: &RunDirectory, device: Device) -> Result<End> {
+fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> Result<End> {
     let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
-    let corpus = prepare::corpus(&experiment)?.0;
     let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
-    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
-    let dev = prepare::encoded(&corpus, Split::Dev, &tokenizer, &tasks, device)?;
+    let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
+    let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     let config = &experiment.training;
     let seed = Seed(experiment.seed);
     let names: Vec<&str> = tasks.iter().map(|task| task.name.as_str()).collect();
@@ -158,7 +162,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device) -> Result<End> {
         }
         Outcome::Finished => {
             let seconds = started.elapsed().as_secs_f64();
-            report(run, &tasks, &model, (&corpus, &tokenizer, device), seconds)?;
+            report(run, &tasks, &model, (corpus, &tokenizer, device), seconds)?;
             Ok(End::Done)
         }
     }
