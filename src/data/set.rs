@@ -188,6 +188,7 @@ pub fn load(
                 }
             }
         }
+        problems.extend(leave_out_unlabelled(&mut splits[0], &wanted));
         if let Some(fraction) = set.dev_fraction {
             splits[1] = cut_dev(&mut splits[0], &wanted, fraction, Seed(set.dev_seed));
         }
@@ -295,6 +296,31 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
     problems
 }
 
+/// Takes rows that carry no label at all out of a training split: a batch of them would have no loss.
+fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Problem> {
+    let labelled = |row: usize| {
+        wanted.iter().enumerate().any(|(column, wanted)| match wanted.kind {
+            WantedKind::Class => train.columns[column].values[row] != ABSENT,
+            WantedKind::Tags => train.tags_of(column, row).is_some(),
+        })
+    };
+    let taken: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
+    let first = taken.iter().position(|&taken| taken)?;
+    if !taken.contains(&false) {
+        return None; // Said by task, as an error.
+    }
+    let place = train.place(first);
+    let message = match train.split_off(&taken, &kinds(wanted)).len() {
+        1 => "a row without a label for any task is left out of training".to_owned(),
+        n => format!("{n} rows without a label for any task are left out of training; this is the first"),
+    };
+    Some(Problem::warning(place, message))
+}
+
+fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
+    wanted.iter().map(|wanted| wanted.kind).collect()
+}
+
 /// Takes `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
 /// share their rarest tag.
 fn cut_dev(train: &mut Rows, wanted: &[Wanted], fraction: f64, seed: Seed) -> Rows {
@@ -329,8 +355,7 @@ fn cut_dev(train: &mut Rows, wanted: &[Wanted], fraction: f64, seed: Seed) -> Ro
             taken[row] = true;
         }
     }
-    let kinds: Vec<WantedKind> = wanted.iter().map(|wanted| wanted.kind).collect();
-    train.split_off(&taken, &kinds)
+    train.split_off(&taken, &kinds(wanted))
 }
 
 #[cfg(test)]

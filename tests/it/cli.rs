@@ -249,3 +249,16 @@ fn damaged_runs_are_told() {
     let changed = stderr(&folder, &["train", "small.yaml", "--out", "run", "--resume"], 2);
     assert!(changed.contains("`max_epochs: 4` was `max_epochs: 1`"), "{changed}");
 }
+
+#[test]
+fn rows_without_any_label_are_left_out_with_a_warning() {
+    let folder = small();
+    let bare = "{\"tokens\": [\"a\", \"b\"]}\n".repeat(40);
+    folder.file("train.jsonl", rows(90) + &bare);
+    let said = stderr(&folder, &["train", "small.yaml"], 0);
+    // Row 34 of `rows` has neither topic nor slots: it and one more of the 90, and the 40.
+    assert!(said.contains("train.jsonl:35: 42 rows without a label"), "{said}");
+    folder.file("train.jsonl", bare);
+    let said = stderr(&folder, &["train", "small.yaml"], 2);
+    assert!(said.contains("no row has a `topic` for task `topic`"), "{said}");
+}
