@@ -15,6 +15,8 @@ pub enum Purpose {
     Dropout = 3,
     /// Cutting a dev split from train.
     Split = 4,
+    /// Random loss weights, by step.
+    Weighting = 5,
 }
 
 /// The experiment's seed.

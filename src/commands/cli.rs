@@ -30,6 +30,8 @@ pub enum Command {
     Predict(PredictArgs),
     /// Find everything wrong or odd in an experiment and its data, before training
     Check(CheckArgs),
+    /// Check the mathematics of loss weighting on this machine's device
+    Selftest(SelftestArgs),
 }
 
 #[derive(Args)]
@@ -104,6 +106,12 @@ pub struct PredictArgs {
     /// Which checkpoint: best, last or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+#[derive(Args)]
+pub struct SelftestArgs {
     #[command(flatten)]
     pub machine: Machine,
 }

@@ -6,6 +6,7 @@ mod evaluate;
 mod predict;
 pub mod prepare;
 mod progress;
+mod selftest;
 mod table;
 mod train;
 
@@ -49,6 +50,7 @@ pub fn main() -> ExitCode {
         Command::Evaluate(args) => evaluate::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Check(args) => check::run(args),
+        Command::Selftest(args) => selftest::run(args),
     };
     match result {
         Ok(End::Done) => ExitCode::SUCCESS,

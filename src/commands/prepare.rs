@@ -14,6 +14,7 @@ use crate::problem::{Problem, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
+use crate::weighting::{WeightedTask, Weighting};
 
 /// Sets the number of threads and opens the device.
 pub fn machine(machine: &Machine) -> Result<(Device, usize)> {
@@ -69,6 +70,16 @@ pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, dev
     let heads: Vec<&HeadConfig> = experiment.tasks.values().collect();
     let vocabulary = (tokenizer.size(), tokenizer.padding);
     Model::new(&experiment.model, &heads, tasks, vocabulary, (Seed(experiment.seed), device))
+}
+
+pub fn weighting(experiment: &Experiment, tasks: &[Task], device: Device) -> Weighting {
+    let weighted = |(head, task): (&HeadConfig, &Task)| WeightedTask {
+        name: task.name.clone(),
+        priority: head.priority(),
+        n_labels: task.labels.len(),
+    };
+    let weighted: Vec<WeightedTask> = experiment.tasks.values().zip(tasks).map(weighted).collect();
+    Weighting::new(&experiment.weighting, &weighted, Seed(experiment.seed), device)
 }
 
 /// A run as training left it, with one of its checkpoints.

@@ -17,7 +17,7 @@ use super::table;
 use crate::config::Experiment;
 use crate::data::{Corpus, Sampler, Split, Tokenizer};
 use crate::evaluate::evaluate;
-use crate::model::{HeadConfig, Model};
+use crate::model::Model;
 use crate::optim::Optimizer;
 use crate::problem::{fail_on_errors, invalid};
 use crate::rng::Seed;
@@ -117,15 +117,13 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     let config = &experiment.training;
     let seed = Seed(experiment.seed);
-    let names: Vec<&str> = tasks.iter().map(|task| task.name.as_str()).collect();
-    let priorities: Vec<f64> = experiment.tasks.values().map(HeadConfig::priority).collect();
     let rate = experiment.tokenizer.unknown_rate();
     let mut trainer = Trainer {
         config,
         tasks: &tasks,
         model: &model,
         optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-        weighting: experiment.weighting.build(&names, &priorities),
+        weighting: prepare::weighting(&experiment, &tasks, device),
         sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
         unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
         train: &train,

@@ -9,7 +9,7 @@ use crate::model::heads::Decoder;
 use crate::optim::OptimizerConfig;
 use crate::problem::{Problem, Severity};
 use crate::task::Scheme;
-use crate::weighting::WeightingConfig;
+use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
 struct Checker<'a> {
     layer: &'a Layer,
@@ -63,6 +63,7 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
         check_task(&mut c, name, head, experiment);
     }
     check_model(&mut c, experiment);
+    check_weighting(&mut c, experiment);
     check_training(&mut c, experiment);
     c.problems
 }
@@ -149,18 +150,37 @@ fn check_model(c: &mut Checker, experiment: &Experiment) {
         }
         TokenizerConfig::File(_) => {}
     }
-    if let WeightingConfig::Fixed(fixed) = &experiment.weighting {
-        let names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
-        for (name, &weight) in &fixed.weights {
-            let path = format!("weighting.weights.{name}");
-            if !names.contains(&name.as_str()) {
-                c.error(&path, format!("no task `{name}`{}", suggestion(name, &names)));
-            }
-            c.positive(&path, weight);
+}
+
+fn check_weighting(c: &mut Checker, experiment: &Experiment) {
+    match &experiment.weighting {
+        WeightingConfig::Equal(_) | WeightingConfig::Random(_) => {}
+        WeightingConfig::Fixed(fixed) => check_fixed(c, fixed, experiment),
+        WeightingConfig::Uncertainty(config) => c.positive("weighting.learning_rate", config.learning_rate),
+        WeightingConfig::UncertaintySoftmax(config) => c.positive("weighting.temperature", config.temperature),
+        WeightingConfig::Dwa(config) => c.positive("weighting.temperature", config.temperature),
+        WeightingConfig::Gradnorm(config) => {
+            c.require("weighting.alpha", config.alpha >= 0.0, "must not be negative");
+            c.positive("weighting.learning_rate", config.learning_rate);
+            c.positive("weighting.floor", config.floor);
+            c.require("weighting.update_every", config.update_every != Some(0), "must be at least 1");
+            let some = config.initial_loss != InitialLoss::MeanOfFirst(0);
+            c.require("weighting.initial_loss", some, "mean_of_first must be at least 1");
         }
-        for name in names.iter().filter(|name| !fixed.weights.contains_key(**name)) {
-            c.error("weighting.weights", format!("no weight for task `{name}`"));
+    }
+}
+
+fn check_fixed(c: &mut Checker, fixed: &FixedConfig, experiment: &Experiment) {
+    let names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+    for (name, &weight) in &fixed.weights {
+        let path = format!("weighting.weights.{name}");
+        if !names.contains(&name.as_str()) {
+            c.error(&path, format!("no task `{name}`{}", suggestion(name, &names)));
         }
+        c.positive(&path, weight);
+    }
+    for name in names.iter().filter(|name| !fixed.weights.contains_key(**name)) {
+        c.error("weighting.weights", format!("no weight for task `{name}`"));
     }
 }
 

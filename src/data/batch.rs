@@ -24,6 +24,11 @@ impl Lengths {
         Lengths { host, device: tensor, max }
     }
 
+    /// The same lengths, the tensor shared.
+    pub fn share(&self) -> Lengths {
+        Lengths { host: self.host.clone(), device: self.device.shallow_clone(), max: self.max }
+    }
+
     /// Whether no row is padded.
     pub fn even(&self) -> bool {
         self.host.iter().all(|&length| length == self.max)

@@ -72,7 +72,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Report {
         let decoded: Vec<Vec<Decoded>> = (0..tasks.len())
             .map(|task| {
                 let head = model.head(TaskId(task));
-                head.decode(&head.logits(&encoded, Mode::Eval), &batch.word_lengths.host)
+                head.decode(&head.logits(&encoded.taps[task], Mode::Eval), &batch.word_lengths.host)
             })
             .collect();
         for (at, &row) in rows.iter().enumerate() {
@@ -112,7 +112,7 @@ pub fn predict(model: &Model, data: &DeviceSet, n_tasks: usize) -> Vec<Vec<Decod
         let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
         for task in 0..n_tasks {
             let head = model.head(TaskId(task));
-            let logits: Tensor = head.logits(&encoded, Mode::Eval);
+            let logits: Tensor = head.logits(&encoded.taps[task], Mode::Eval);
             for (&row, decoded) in rows.iter().zip(head.decode(&logits, &batch.word_lengths.host)) {
                 results[row].push(decoded);
             }

@@ -46,23 +46,44 @@ pub struct Encoded {
     /// [B, T, D*H]; what stands beyond a row's end has no meaning.
     pub tokens: Tensor,
     pub lengths: Lengths,
-    /// The state at each word's first token, [B, W, D*H].
-    pub words: Tensor,
-    /// The last state of each direction, [B, D*H].
-    pub last: Tensor,
+    /// Position of each word's first token, [B, W]; `None` where every word is one token.
+    first_tokens: Option<Tensor>,
+    hidden: i64,
 }
 
 impl Encoded {
+    /// The state at each word's first token, [B, W, D*H].
+    pub fn words(&self) -> Tensor {
+        match &self.first_tokens {
+            Some(positions) => trunk::reorder(&self.tokens, positions),
+            None => self.tokens.shallow_clone(),
+        }
+    }
+
+    /// The last state of each direction, [B, D*H].
+    pub fn last(&self) -> Tensor {
+        trunk::last_states(&self.tokens, &self.lengths, self.hidden)
+    }
+
     /// The rows that carry a label.
     fn select(&self, targets: &Targets) -> Encoded {
         let rows = |x: &Tensor| x.index_select(0, &targets.index);
         Encoded {
             tokens: rows(&self.tokens),
             lengths: self.lengths.select(&targets.rows, &targets.index),
-            words: rows(&self.words),
-            last: rows(&self.last),
+            first_tokens: self.first_tokens.as_ref().map(rows),
+            hidden: self.hidden,
         }
     }
+}
+
+/// A batch after the trunk.
+pub struct Shared {
+    /// The trunk's output once for each task, by [`TaskId`]: each a node of its own, so that one backward pass tells the
+    /// tasks' gradients apart.
+    pub taps: Vec<Encoded>,
+    /// What the last LSTM layer read: [B, T, E], or [B, T, D*H] above other layers.
+    pub last_layer_input: Tensor,
 }
 
 pub struct Model {
@@ -70,6 +91,9 @@ pub struct Model {
     embedding: embedding::Embedding,
     trunk: trunk::Trunk,
     heads: Vec<Box<dyn Head>>,
+    hidden: i64,
+    /// The parameters of the last LSTM layer; those before are below it, those after belong to heads.
+    pub last_layer: std::ops::Range<usize>,
 }
 
 impl Model {
@@ -87,10 +111,12 @@ impl Model {
         let mut root = parameters.root();
         let embedding = embedding::Embedding::new(root.sub("embedding"), &config.embedding, n_tokens, padding);
         let trunk = trunk::Trunk::new(root.sub("trunk"), &config.trunk, config.embedding.dim);
+        let end = root.count();
+        let last_layer = end - trunk.n_last_layer()..end;
         let mut scope = root.sub("heads");
         let build = |(head, task): (&&HeadConfig, &Task)| head.build(scope.sub(&task.name), task, config.trunk.width());
         let heads = heads.iter().zip(tasks).map(build).collect();
-        Ok(Model { parameters, embedding, trunk, heads })
+        Ok(Model { parameters, embedding, trunk, heads, hidden: config.trunk.hidden, last_layer })
     }
 
     pub fn head(&self, task: TaskId) -> &dyn Head {
@@ -98,21 +124,23 @@ impl Model {
     }
 
     /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own.
-    pub fn encode(&self, batch: &Batch, token_ids: &Tensor, mode: Mode) -> Encoded {
+    pub fn encode(&self, batch: &Batch, token_ids: &Tensor, mode: Mode) -> Shared {
         let embedded = self.embedding.forward(token_ids, mode); // [B, T, E]
         let states = self.trunk.forward(&embedded, &batch.lengths, mode);
-        let words = match &batch.first_tokens {
-            Some(positions) => trunk::reorder(&states.tokens, positions),
-            None => states.tokens.shallow_clone(),
+        let tap = |_| Encoded {
+            tokens: states.tokens.alias(),
+            lengths: batch.lengths.share(),
+            first_tokens: batch.first_tokens.as_ref().map(Tensor::shallow_clone),
+            hidden: self.hidden,
         };
-        let lengths = Lengths::new(batch.lengths.host.clone(), token_ids.device());
-        Encoded { tokens: states.tokens, lengths, words, last: states.last }
+        Shared { taps: (0..self.heads.len()).map(tap).collect(), last_layer_input: states.last_layer_input }
     }
 
     /// The unweighted loss of every task that has labels in the batch, by [`TaskId`]: scalars with gradients.
-    pub fn losses(&self, encoded: &Encoded, batch: &Batch, mode: Mode) -> Vec<Option<Tensor>> {
+    pub fn losses(&self, shared: &Shared, batch: &Batch, mode: Mode) -> Vec<Option<Tensor>> {
         let loss = |task: usize| {
             let (head, targets) = (self.head(TaskId(task)), batch.targets[task].as_ref()?);
+            let encoded = &shared.taps[task];
             let all = targets.rows.len() == batch.rows.len();
             let logits = if all { head.logits(encoded, mode) } else { head.logits(&encoded.select(targets), mode) };
             Some(head.loss(&logits, targets))

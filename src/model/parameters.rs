@@ -72,6 +72,11 @@ impl Scope<'_> {
         self.parameters.device
     }
 
+    /// How many parameters there are so far, in all scopes.
+    pub fn count(&self) -> usize {
+        self.parameters.entries.len()
+    }
+
     /// Creates a parameter with values drawn on the CPU, so that every device starts from the same weights.
     fn add(&mut self, name: &str, values: Tensor) -> Tensor {
         let name = format!("{}{name}", self.prefix);

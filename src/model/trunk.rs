@@ -56,8 +56,8 @@ pub struct Trunk {
 pub struct States {
     /// [B, T, D*H]; what stands beyond a row's end has no meaning.
     pub tokens: Tensor,
-    /// The last state of each direction, [B, D*H].
-    pub last: Tensor,
+    /// What the last layer read: [B, T, E], or [B, T, D*H] above other layers.
+    pub last_layer_input: Tensor,
 }
 
 impl Trunk {
@@ -83,15 +83,20 @@ impl Trunk {
         Trunk { layers, hidden, dropout: config.dropout }
     }
 
+    /// Parameters of the last layer.
+    pub fn n_last_layer(&self) -> usize {
+        self.layers.last().map_or(0, |layer| 4 * (1 + usize::from(layer.reverse.is_some())))
+    }
+
     /// [B, T, E] to the states of the last layer.
     pub fn forward(&self, embedded: &Tensor, lengths: &Lengths, mode: Mode) -> States {
         let turned = (!lengths.even()).then(|| turned_positions(lengths));
-        let mut tokens = embedded.shallow_clone();
+        let (mut input, mut tokens) = (embedded.shallow_clone(), embedded.shallow_clone());
         for layer in &self.layers {
-            tokens = self.layer(layer, &tokens, turned.as_ref(), mode).dropout(self.dropout, mode.training());
+            input = tokens;
+            tokens = self.layer(layer, &input, turned.as_ref(), mode).dropout(self.dropout, mode.training());
         }
-        let last = self.last_states(&tokens, lengths);
-        States { tokens, last }
+        States { tokens, last_layer_input: input }
     }
 
     fn layer(&self, layer: &Layer, input: &Tensor, turned: Option<&Tensor>, mode: Mode) -> Tensor {
@@ -115,14 +120,15 @@ impl Trunk {
         output
     }
 
-    /// The forward direction at each row's last token and the reverse direction at its first, [B, D*H].
-    fn last_states(&self, tokens: &Tensor, lengths: &Lengths) -> Tensor {
-        let index = (&lengths.device - 1).view([-1, 1, 1]).expand([-1, 1, self.hidden], false);
-        let forward = tokens.narrow(2, 0, self.hidden).gather(1, &index, false).squeeze_dim(1); // [B, H]
-        match tokens.size()[2] == self.hidden {
-            true => forward,
-            false => Tensor::cat(&[forward, tokens.select(1, 0).narrow(1, self.hidden, self.hidden)], -1),
-        }
+}
+
+/// The forward direction at each row's last token and the reverse direction, if there is one, at its first: [B, D*H].
+pub fn last_states(tokens: &Tensor, lengths: &Lengths, hidden: i64) -> Tensor {
+    let index = (&lengths.device - 1).view([-1, 1, 1]).expand([-1, 1, hidden], false);
+    let forward = tokens.narrow(2, 0, hidden).gather(1, &index, false).squeeze_dim(1); // [B, H]
+    match tokens.size()[2] == hidden {
+        true => forward,
+        false => Tensor::cat(&[forward, tokens.select(1, 0).narrow(1, hidden, hidden)], -1),
     }
 }
 

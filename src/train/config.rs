@@ -24,6 +24,9 @@ pub struct TrainingConfig {
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses. Default 50, at least 1.
     pub log_every_steps: usize,
+    /// Of so many records one also holds the norms of the tasks' gradients at the last LSTM layer and the cosines between
+    /// them; 0 is off. Default 4.
+    pub log_gradients_every: usize,
     /// Steps between checkpoints within an epoch. Default: at the end of each epoch alone.
     pub checkpoint_every_steps: Option<usize>,
 }
@@ -41,6 +44,7 @@ impl Default for TrainingConfig {
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),
             log_every_steps: 50,
+            log_gradients_every: 4,
             checkpoint_every_steps: None,
         }
     }

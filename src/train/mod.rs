@@ -1,6 +1,7 @@
 //! The training loop: steps, evaluations, checkpoints, the end.
 
 mod config;
+pub mod gradients;
 mod state;
 mod step;
 mod unknown;
@@ -10,6 +11,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value, json};
+use tch::Tensor;
 
 pub use config::{EarlyStopping, TrainingConfig};
 pub use state::State;
@@ -22,7 +24,7 @@ use crate::optim::Optimizer;
 use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
 use crate::task::Task;
-use crate::weighting::LossWeighting;
+use crate::weighting::Weighting;
 use step::{Pending, Step};
 
 /// Everything that training works on.
@@ -31,7 +33,7 @@ pub struct Trainer<'a> {
     pub tasks: &'a [Task],
     pub model: &'a Model,
     pub optimizer: Optimizer,
-    pub weighting: Box<dyn LossWeighting>,
+    pub weighting: Weighting,
     pub sampler: Sampler,
     pub train: &'a DeviceSet,
     pub dev: &'a DeviceSet,
@@ -97,7 +99,7 @@ impl Trainer<'_> {
                 let index = state.step % per_epoch;
                 let first = index * self.config.accumulate_steps;
                 let batches = &plan[first..(first + self.config.accumulate_steps).min(plan.len())];
-                let step = Step { number: state.step, n_steps, batches };
+                let step = Step { number: state.step, n_steps, batches, diagnose: self.diagnoses(state.step) };
                 interval.1 += self.take(&step, &mut pending)?;
                 state.step += 1;
                 let log = state.step.is_multiple_of(self.config.log_every_steps);
@@ -112,13 +114,14 @@ impl Trainer<'_> {
                 if log {
                     fresh = Some(state.interval.means());
                     let speed = interval.1 as f64 / interval.0.elapsed().as_secs_f64();
-                    self.record_training(&mut records, &mut state, epoch, speed)?;
+                    self.record_training(&mut records, &mut state, (epoch, speed), &mut pending)?;
                     interval = (Instant::now(), 0);
                 }
                 observer.step_taken(self.tokens(batches), fresh.as_deref());
                 if epoch_ends {
                     let losses = state.epoch.means();
                     state.epoch.reset();
+                    self.weighting.epoch_ended();
                     let report = self.evaluate(&mut state, &mut records, epoch, n_steps)?;
                     observer.epoch_ended(epoch + 1, &losses, &report, state.best_step == Some(state.step));
                     interval = (Instant::now(), 0);
@@ -140,19 +143,45 @@ impl Trainer<'_> {
         batches.iter().flatten().map(|&row| self.train.set.n_tokens(row)).sum()
     }
 
-    fn record_training(&self, records: &mut Records, state: &mut State, epoch: usize, speed: f64) -> Result<()> {
-        let named = |values: Vec<Option<f64>>| -> Map<String, Value> {
-            let pairs = self.tasks.iter().zip(values);
-            pairs.filter_map(|(task, value)| Some((task.name.clone(), json!(value?)))).collect()
+    /// Whether the record after `step` (from 0) compares the tasks' gradients.
+    fn diagnoses(&self, step: usize) -> bool {
+        let every = self.config.log_every_steps * self.config.log_gradients_every;
+        every > 0 && (step + 1).is_multiple_of(every)
+    }
+
+    fn record_training(
+        &mut self,
+        records: &mut Records,
+        state: &mut State,
+        (epoch, speed): (usize, f64),
+        pending: &mut Pending,
+    ) -> Result<()> {
+        let tasks = self.tasks;
+        let named = |values: &[f64]| -> Value {
+            let known = tasks.iter().zip(values).filter(|(_, value)| value.is_finite());
+            known.map(|(task, value)| (task.name.clone(), json!(value))).collect::<Map<_, _>>().into()
         };
-        let values = Map::from_iter([
+        let losses: Vec<f64> = state.interval.means().into_iter().map(|loss| loss.unwrap_or(f64::NAN)).collect();
+        let mut values = Map::from_iter([
             ("epoch".to_owned(), json!(epoch + 1)),
-            ("loss".to_owned(), named(state.interval.means()).into()),
-            ("weight".to_owned(), named(self.weighting.weights().into_iter().map(Some).collect()).into()),
+            ("loss".to_owned(), named(&losses)),
             ("gradient_norm".to_owned(), json!(state.interval.mean_norm())),
             ("learning_rate".to_owned(), json!(self.learning_rate(state.step - 1, self.n_steps()))),
             ("tokens_per_sec".to_owned(), json!(speed.round())),
         ]);
+        if let Some(weights) = &pending.weights {
+            let report = self.weighting.report(weights);
+            values.insert("weight".to_owned(), named(&report.weights));
+            values.extend(report.details.iter().map(|(name, details)| ((*name).to_owned(), named(details))));
+            if let Some(warning) = report.warning {
+                log::warn!("step {}: {warning}", state.step);
+            }
+        }
+        if let Some((present, gram)) = pending.gram.take() {
+            let (norms, cosines) = compared(tasks, &present, &gram);
+            values.insert("task_gradient_norm".to_owned(), norms.into());
+            values.insert("gradient_cosine".to_owned(), cosines.into());
+        }
         state.interval.reset();
         records.add("train", state.step, values)
     }
@@ -236,4 +265,20 @@ impl Trainer<'_> {
         let hint = "the weights are as before this step; try a lower learning rate, or clip_norm";
         anyhow!("step {}: {} is not finite; {batch}; {hint}", bad.step + 1, bad.what)
     }
+}
+
+/// Norms of the tasks' gradients, and the cosine of each pair, from their products [k, k].
+fn compared(tasks: &[Task], present: &[bool], gram: &Tensor) -> (Map<String, Value>, Map<String, Value>) {
+    let names: Vec<&str> =
+        tasks.iter().zip(present).filter(|(_, present)| **present).map(|(task, _)| task.name.as_str()).collect();
+    let product = |i: usize, j: usize| gram.double_value(&[i as i64, j as i64]);
+    let norms: Vec<f64> = (0..names.len()).map(|i| product(i, i).sqrt()).collect();
+    let mut cosines = Map::new();
+    for i in 0..names.len() {
+        for j in i + 1..names.len() {
+            let cosine = product(i, j) / (norms[i] * norms[j]).max(f64::MIN_POSITIVE);
+            cosines.insert(format!("{}-{}", names[i], names[j]), json!(cosine));
+        }
+    }
+    (names.iter().zip(norms).map(|(name, norm)| ((*name).to_owned(), json!(norm))).collect(), cosines)
 }

@@ -3,11 +3,14 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
+use super::gradients::{Gradients, as_vector, gram};
 use super::{State, Trainer};
-use crate::libtorch::{add_lists, clip_gradients};
-use crate::model::Mode;
+use crate::data::Batch;
+use crate::libtorch::clip_gradients;
+use crate::model::{Mode, Shared};
 use crate::rng::Purpose;
 use crate::task::Task;
+use crate::weighting::{Observed, Reference, Wants};
 
 /// Which step to take.
 pub struct Step<'a> {
@@ -16,6 +19,8 @@ pub struct Step<'a> {
     pub n_steps: usize,
     /// Row numbers of its batches.
     pub batches: &'a [Vec<usize>],
+    /// Compare the tasks' gradients too.
+    pub diagnose: bool,
 }
 
 /// What steps left on the device, waiting to be read.
@@ -24,6 +29,10 @@ pub struct Pending {
     /// 1 since a total or a gradient was not finite: from then on no update happens.
     halted: Tensor,
     device: Device,
+    /// Weights of the last step, [T].
+    pub weights: Option<Tensor>,
+    /// Of the last step that compared the tasks' gradients: who was there, and their products [k, k].
+    pub gram: Option<(Vec<bool>, Tensor)>,
 }
 
 struct Waiting {
@@ -42,7 +51,8 @@ pub struct NotFinite {
 
 impl Pending {
     pub fn new(device: Device) -> Self {
-        Pending { steps: Vec::new(), halted: Tensor::zeros([], (Kind::Float, device)), device }
+        let halted = Tensor::zeros([], (Kind::Float, device));
+        Pending { steps: Vec::new(), halted, device, weights: None, gram: None }
     }
 
     /// On the CPU reading costs nothing; on CUDA it waits for the device, so that it is left to the log interval.
@@ -76,73 +86,89 @@ impl Pending {
 impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
     pub(super) fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
+        let device = self.model.parameters.device();
         let batches: Vec<_> = step.batches.iter().map(|rows| self.train.batch(rows)).collect();
-        let n_tasks = self.tasks.len();
-        let decisions = |task: usize| {
-            let each = batches.iter().filter_map(move |batch| Some(batch.targets[task].as_ref()?.n_decisions));
-            each.sum::<i64>() as f64
+        let decisions = |task: usize| -> i64 {
+            batches.iter().filter_map(|batch| Some(batch.targets[task].as_ref()?.n_decisions)).sum()
         };
-        let n_decisions: Vec<f64> = (0..n_tasks).map(decisions).collect();
-        let parameters = self.model.parameters.tensors();
-        let mut losses: Vec<Option<Tensor>> = (0..n_tasks).map(|_| None).collect();
-        let mut gradients: Vec<Tensor> = Vec::new();
+        let n_decisions: Vec<i64> = (0..self.tasks.len()).map(decisions).collect();
+        let present: Vec<bool> = n_decisions.iter().map(|&n| n > 0).collect();
+        let wants = self.weighting.wants(step.number);
+        let known = match wants {
+            // A further pass without gradients: the step's losses are known only after its last batch.
+            Wants::Losses if batches.len() > 1 => Some(tch::no_grad(|| {
+                let parts = (0..batches.len()).map(|i| self.forward(step, i, &batches[i], &n_decisions).1);
+                parts.fold(None, add_losses)
+            })),
+            _ => None,
+        };
+        let mut gradients = Gradients::new(self.model, self.tasks, reference(wants));
+        let (mut losses, mut weights) = (None, None);
         for (i, batch) in batches.iter().enumerate() {
-            let index = step.number * self.config.accumulate_steps + i;
-            self.seed.seed_torch(Purpose::Dropout, index as u64);
-            let token_ids = match &self.unknown {
-                Some(unknown) => unknown.replace(&batch.token_ids),
-                None => batch.token_ids.shallow_clone(),
-            };
-            let encoded = self.model.encode(batch, &token_ids, Mode::Train);
-            let mut part = self.model.losses(&encoded, batch, Mode::Train);
-            if batches.len() > 1 {
-                // Means over each batch become shares of the mean over the step.
-                for (task, loss) in part.iter_mut().enumerate() {
-                    let n = batch.targets[task].as_ref().map_or(0, |targets| targets.n_decisions) as f64;
-                    *loss = loss.take().map(|loss| loss * (n / n_decisions[task]));
-                }
+            let (shared, part) = self.forward(step, i, batch, &n_decisions);
+            let weights = weights.get_or_insert_with(|| {
+                let losses = known.as_ref().and_then(Option::as_ref).unwrap_or(&part);
+                self.weighting.weights(step.number, &present, Some(&as_vector(losses, device)))
+            });
+            if i == 0 && step.diagnose && present.iter().filter(|&&present| present).count() > 1 {
+                let here = part.iter().map(Option::is_some).collect();
+                pending.gram = Some((here, gram(self.model, &part)?));
             }
-            let total = self.weighting.total(&part);
-            accumulate(&mut gradients, Tensor::f_run_backward(&[total], &parameters, false, false)?)?;
-            for (sum, loss) in losses.iter_mut().zip(part) {
-                *sum = match (sum.take(), loss) {
-                    (Some(sum), Some(loss)) => Some(sum + loss.detach()),
-                    (sum, loss) => sum.or(loss.map(|loss| loss.detach())),
-                };
-            }
+            gradients.add(&shared, &part, weights)?;
+            losses = add_losses(losses, part);
         }
-        let present: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
-        let norm = clip_gradients(&present, self.config.clip_norm)?;
+        let losses = losses.unwrap_or_default();
+        let clipped: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
+        let norms = gradients.norms(device);
+        let norm = clip_gradients(&clipped, self.config.clip_norm)?;
         let mut values: Vec<Tensor> = losses.iter().flatten().map(Tensor::shallow_clone).collect();
         values.push(norm);
-        let values = tch::no_grad(|| Tensor::stack(&values, 0));
+        let values = Tensor::stack(&values, 0);
         let sound = values.isfinite().all().to_kind(Kind::Float);
         pending.halted = pending.halted.maximum(&(1.0 - sound));
         let rate = self.learning_rate(step.number, step.n_steps);
-        self.optimizer.step(&gradients, rate, &pending.halted)?;
-        self.weighting.after_backward(&losses)?;
-        let present = losses.iter().map(Option::is_some).collect();
+        self.optimizer.step(&gradients.sum, rate, &pending.halted)?;
+        let observed = Observed { losses: &as_vector(&losses, device), present: &present, norms: norms.as_ref() };
+        self.weighting.learn(&observed)?;
+        pending.weights = weights;
         pending.steps.push(Waiting { number: step.number, values, present });
         Ok(batches.iter().map(|batch| batch.n_tokens()).sum())
     }
+
+    /// The losses of batch `i` of a step: means over the batch, or, where a step has several, its share of their mean.
+    fn forward(&self, step: &Step, i: usize, batch: &Batch, n_decisions: &[i64]) -> (Shared, Vec<Option<Tensor>>) {
+        let index = step.number * self.config.accumulate_steps + i;
+        self.seed.seed_torch(Purpose::Dropout, index as u64);
+        let token_ids = match &self.unknown {
+            Some(unknown) => unknown.replace(&batch.token_ids),
+            None => batch.token_ids.shallow_clone(),
+        };
+        let shared = self.model.encode(batch, &token_ids, Mode::Train);
+        let mut losses = self.model.losses(&shared, batch, Mode::Train);
+        if step.batches.len() > 1 {
+            for ((loss, targets), &all) in losses.iter_mut().zip(&batch.targets).zip(n_decisions) {
+                let n = targets.as_ref().map_or(0, |targets| targets.n_decisions);
+                *loss = loss.take().map(|loss| loss * (n as f64 / all as f64));
+            }
+        }
+        (shared, losses)
+    }
 }
 
-/// Adds the gradients of another batch; those of heads that the batch did not need are undefined.
-fn accumulate(sum: &mut Vec<Tensor>, more: Vec<Tensor>) -> Result<()> {
-    if sum.is_empty() {
-        *sum = more;
-        return Ok(());
+fn reference(wants: Wants) -> Option<Reference> {
+    match wants {
+        Wants::Norms(reference) => Some(reference),
+        _ => None,
     }
-    let (mut into, mut from) = (Vec::new(), Vec::new());
-    for (i, more) in more.into_iter().enumerate() {
-        match (sum[i].defined(), more.defined()) {
-            (true, true) => {
-                into.push(sum[i].shallow_clone());
-                from.push(more);
-            }
-            (false, true) => sum[i] = more,
-            _ => {}
-        }
-    }
-    add_lists(&into.iter().collect::<Vec<_>>(), &from.iter().collect::<Vec<_>>())
+}
+
+/// Sums of losses by task, without gradients.
+fn add_losses(sum: Option<Vec<Option<Tensor>>>, more: Vec<Option<Tensor>>) -> Option<Vec<Option<Tensor>>> {
+    let more = more.into_iter().map(|loss| loss.map(|loss| loss.detach()));
+    let Some(sum) = sum else { return Some(more.collect()) };
+    let add = |(sum, more): (Option<Tensor>, Option<Tensor>)| match (sum, more) {
+        (Some(sum), Some(more)) => Some(sum + more),
+        (sum, more) => sum.or(more),
+    };
+    Some(sum.into_iter().zip(more).map(add).collect())
 }

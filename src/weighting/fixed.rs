@@ -1,42 +1,27 @@
-//! w_i = T g_i / sum g, times the task's priority, for weights g given in the experiment file.
+//! w_i = 1 (equal), or w_i = T g_i / sum g for weights g given in the experiment file (fixed).
 
-use anyhow::Result;
-use serde_json::Value;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
-use super::{FixedConfig, LossWeighting, weighted_sum};
+use super::{FixedConfig, LossWeighting, WeightedTask, vector};
 
-pub struct Fixed {
-    pub(super) weights: Vec<f64>,
-}
+pub struct Fixed(Tensor);
 
 impl Fixed {
+    pub fn equal(n: usize, device: Device) -> Self {
+        Fixed(Tensor::ones([n as i64], (Kind::Double, device)))
+    }
+
     /// A task that the file leaves out counts 1 before scaling; checking the file is the caller's part.
-    pub fn new(config: &FixedConfig, names: &[&str], priorities: &[f64]) -> Self {
-        let given: Vec<f64> = names.iter().map(|name| config.weights.get(*name).copied().unwrap_or(1.0)).collect();
-        let scale = names.len() as f64 / given.iter().sum::<f64>();
-        Fixed { weights: given.iter().zip(priorities).map(|(weight, priority)| weight * scale * priority).collect() }
+    pub fn new(config: &FixedConfig, tasks: &[WeightedTask], device: Device) -> Self {
+        let given = tasks.iter().map(|task| config.weights.get(&task.name).copied().unwrap_or(1.0));
+        let given: Vec<f64> = given.collect();
+        let scale = tasks.len() as f64 / given.iter().sum::<f64>();
+        Fixed(vector(&given, device) * scale)
     }
 }
 
 impl LossWeighting for Fixed {
-    fn total(&self, losses: &[Option<Tensor>]) -> Tensor {
-        weighted_sum(losses, &self.weights)
-    }
-
-    fn after_backward(&mut self, _: &[Option<Tensor>]) -> Result<()> {
-        Ok(())
-    }
-
-    fn weights(&self) -> Vec<f64> {
-        self.weights.clone()
-    }
-
-    fn save(&self) -> Value {
-        Value::Null
-    }
-
-    fn load(&mut self, _: &Value) -> Result<()> {
-        Ok(())
+    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
+        self.0.shallow_clone()
     }
 }

@@ -1,22 +1,49 @@
 //! Loss weighting: how the task losses of a step become one. Strategies know losses, not models.
+//!
+//! T tasks. The network is trained on sum_i p_i w_i L_i with p_i the task's priority and w_i the strategy's weight, held
+//! constant: no gradient of a strategy's own loss ever reaches the network. Vectors are float64 on the training device.
 
-mod equal;
+mod adapt;
+mod dwa;
 mod fixed;
+pub mod golden;
+mod gradnorm;
+mod random;
+mod uncertainty;
+mod uncertainty_softmax;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use tch::{Device, Tensor};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+pub use adapt::AdaptBy;
+pub use dwa::DwaConfig;
+pub use gradnorm::{GradnormConfig, InitialLoss};
+pub use uncertainty::UncertaintyConfig;
+pub use uncertainty_softmax::UncertaintySoftmaxConfig;
+
+use crate::rng::Seed;
 
 /// The `weighting:` of an experiment; `strategy:` names the variant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightingConfig {
-    /// Every task counts the same: w_i = 1.
+    /// Every task counts the same: w_i = 1. The baseline that every other strategy has to beat.
     Equal(EqualConfig),
     /// Weights given in the file.
     Fixed(FixedConfig),
+    /// Homoscedastic uncertainty (Kendall, Gal, Cipolla 2018).
+    Uncertainty(UncertaintyConfig),
+    /// Softmax of inverse losses (Kirchdorfer 2024).
+    UncertaintySoftmax(UncertaintySoftmaxConfig),
+    /// Gradient normalization (Chen 2018).
+    Gradnorm(GradnormConfig),
+    /// Dynamic weight average (Liu 2019).
+    Dwa(DwaConfig),
+    /// Random weights each step (Lin 2022): the litmus test.
+    Random(RandomConfig),
 }
 
 impl Default for WeightingConfig {
@@ -29,6 +56,10 @@ impl Default for WeightingConfig {
 #[serde(deny_unknown_fields)]
 pub struct EqualConfig {}
 
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RandomConfig {}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FixedConfig {
@@ -36,56 +67,323 @@ pub struct FixedConfig {
     pub weights: IndexMap<String, f64>,
 }
 
-/// A way to combine the unweighted losses of the tasks present in a step.
-pub trait LossWeighting {
-    /// The loss to differentiate; absent tasks have no part in it. `losses` by task: scalars in nats.
-    fn total(&self, losses: &[Option<Tensor>]) -> Tensor;
-
-    /// Learns from the step that was just taken.
-    fn after_backward(&mut self, losses: &[Option<Tensor>]) -> Result<()>;
-
-    /// Current weights by task, priorities included, summing to the number of tasks where priorities are 1.
-    fn weights(&self) -> Vec<f64>;
-
-    /// State for a checkpoint; what [`Self::load`] takes.
-    fn save(&self) -> Value;
-
-    fn load(&mut self, state: &Value) -> Result<()>;
+/// Where the norm of a task's gradient is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reference {
+    /// At the weights of the last LSTM layer, as in the paper: a backward pass of that layer for each task.
+    LastLayer,
+    /// At the trunk's output: nearly free.
+    #[default]
+    Representation,
 }
 
-impl WeightingConfig {
-    /// The strategy for tasks of these names and priorities.
-    pub fn build(&self, names: &[&str], priorities: &[f64]) -> Box<dyn LossWeighting> {
-        match self {
-            WeightingConfig::Equal(_) => Box::new(equal::equal(priorities)),
-            WeightingConfig::Fixed(config) => Box::new(fixed::Fixed::new(config, names, priorities)),
-        }
+/// What a strategy has to know of a step before its weights or its update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wants {
+    Nothing,
+    /// The step's losses, before the weights.
+    Losses,
+    /// The norms of the tasks' gradients, after the backward pass.
+    Norms(Reference),
+}
+
+/// A step as a strategy sees it, without gradients. Vectors hold 0 for absent tasks.
+pub struct Observed<'a> {
+    /// Unweighted losses in nats, [T].
+    pub losses: &'a Tensor,
+    /// Which tasks have labels in the step.
+    pub present: &'a [bool],
+    /// 2-norms of the unweighted losses' gradients, before clipping, [T]; there when they were wanted.
+    pub norms: Option<&'a Tensor>,
+}
+
+/// A way to weight the losses of the tasks present in a step.
+pub trait LossWeighting {
+    /// What step `step` (from 0) needs.
+    fn wants(&self, step: usize) -> Wants {
+        let _ = step;
+        Wants::Nothing
+    }
+
+    /// The weights of step `step`, [T]; `losses` [T] where they were wanted. Those of absent tasks have no meaning.
+    fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor;
+
+    /// Learns from the step that was just taken.
+    fn learn(&mut self, _step: &Observed) -> Result<()> {
+        Ok(())
+    }
+
+    fn epoch_ended(&mut self) {}
+
+    /// Numbers by task that explain the weights, by name: [T] each, NaN where unknown.
+    fn details(&self) -> Vec<(&'static str, Tensor)> {
+        Vec::new()
+    }
+
+    /// Something that the user has to know, said once.
+    fn warning(&mut self) -> Option<String> {
+        None
+    }
+
+    /// State for a checkpoint; what [`Self::load`] takes.
+    fn save(&self) -> Value {
+        Value::Null
+    }
+
+    fn load(&mut self, _state: &Value) -> Result<()> {
+        Ok(())
     }
 }
 
-/// sum_i w_i L_i over the tasks present, on the losses' device.
-fn weighted_sum(losses: &[Option<Tensor>], weights: &[f64]) -> Tensor {
-    let present = losses.iter().zip(weights).filter_map(|(loss, &weight)| Some(loss.as_ref()? * weight));
-    present.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (tch::Kind::Float, Device::Cpu)))
+/// What a strategy knows of a task from the start.
+#[derive(Clone, Debug)]
+pub struct WeightedTask {
+    pub name: String,
+    /// Multiplies the weight in every strategy.
+    pub priority: f64,
+    pub n_labels: usize,
+}
+
+/// A strategy with the priorities of the tasks.
+pub struct Weighting {
+    strategy: Box<dyn LossWeighting>,
+    priorities: Tensor,
+    n_tasks: usize,
+}
+
+/// Weights for people: scaled so that they sum to T where priorities are 1.
+#[derive(Clone, Debug)]
+pub struct WeightReport {
+    pub weights: Vec<f64>,
+    /// Numbers by task that explain them, by name; NaN where unknown.
+    pub details: Vec<(&'static str, Vec<f64>)>,
+    pub warning: Option<String>,
+}
+
+impl Weighting {
+    pub fn new(config: &WeightingConfig, tasks: &[WeightedTask], seed: Seed, device: Device) -> Self {
+        let n = tasks.len();
+        let priorities = tasks.iter().map(|task| task.priority).collect::<Vec<_>>();
+        let priorities = vector(&priorities, device);
+        let strategy: Box<dyn LossWeighting> = match config {
+            WeightingConfig::Equal(_) => Box::new(fixed::Fixed::equal(n, device)),
+            WeightingConfig::Fixed(config) => Box::new(fixed::Fixed::new(config, tasks, device)),
+            WeightingConfig::Uncertainty(config) => Box::new(uncertainty::Uncertainty::new(config, n, device)),
+            WeightingConfig::UncertaintySoftmax(config) => {
+                Box::new(uncertainty_softmax::UncertaintySoftmax { temperature: config.temperature })
+            }
+            WeightingConfig::Gradnorm(config) => Box::new(gradnorm::Gradnorm::new(config, tasks, device)),
+            WeightingConfig::Dwa(config) => Box::new(dwa::Dwa::new(config, n, device)),
+            WeightingConfig::Random(_) => Box::new(random::Random { seed, device, n }),
+        };
+        Weighting { strategy, priorities, n_tasks: n }
+    }
+
+    pub fn wants(&self, step: usize) -> Wants {
+        self.strategy.wants(step)
+    }
+
+    /// p_i w_i, [T].
+    pub fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
+        self.strategy.weights(step, present, losses) * &self.priorities
+    }
+
+    pub fn learn(&mut self, step: &Observed) -> Result<()> {
+        self.strategy.learn(step)
+    }
+
+    pub fn epoch_ended(&mut self) {
+        self.strategy.epoch_ended();
+    }
+
+    /// What `weights` (of the last step) look like, and why. Waits for the device.
+    pub fn report(&mut self, weights: &Tensor) -> WeightReport {
+        let scale = (weights / &self.priorities).sum(Kind::Double);
+        let weights = numbers(&(weights * self.n_tasks as f64 / scale));
+        let details = self.strategy.details().into_iter().map(|(name, values)| (name, numbers(&values))).collect();
+        WeightReport { weights, details, warning: self.strategy.warning() }
+    }
+
+    pub fn save(&self) -> Value {
+        self.strategy.save()
+    }
+
+    pub fn load(&mut self, state: &Value) -> Result<()> {
+        self.strategy.load(state).context("the state of the loss weighting does not fit")
+    }
+}
+
+/// [T] of float64.
+fn vector(values: &[f64], device: Device) -> Tensor {
+    Tensor::from_slice(values).to_device(device)
+}
+
+/// 1 for present tasks, 0 for absent ones, [T].
+fn mask(present: &[bool], device: Device) -> Tensor {
+    vector(&present.iter().map(|&present| f64::from(present)).collect::<Vec<_>>(), device)
+}
+
+/// The numbers of a vector, read from the device.
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor).expect("invariant: a flat list of float64")
+}
+
+/// For a checkpoint: JSON keeps every float64 as it is; null stands for what is not finite.
+fn to_json(tensor: &Tensor) -> Value {
+    json!(numbers(tensor))
+}
+
+fn from_json(state: &Value, name: &str, n: usize, device: Device) -> Result<Tensor> {
+    let values: Vec<Option<f64>> =
+        serde_json::from_value(state[name].clone()).with_context(|| format!("`{name}` is missing or damaged"))?;
+    ensure!(values.len() == n, "`{name}` has {} values for {n} tasks", values.len());
+    Ok(vector(&values.into_iter().map(|value| value.unwrap_or(f64::NAN)).collect::<Vec<_>>(), device))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn total(config: WeightingConfig, priorities: &[f64], losses: &[Option<f32>]) -> (Vec<f64>, f64) {
-        let strategy = config.build(&["a", "b", "c"], priorities);
-        let losses: Vec<_> = losses.iter().map(|loss| loss.map(Tensor::from)).collect();
-        (strategy.weights(), strategy.total(&losses).double_value(&[]))
+    const STRATEGIES: [&str; 8] = [
+        r#"{"equal": {}}"#,
+        r#"{"uncertainty": {}}"#,
+        r#"{"uncertainty": {"optimizer": "sgd"}}"#,
+        r#"{"uncertainty_softmax": {}}"#,
+        r#"{"gradnorm": {}}"#,
+        r#"{"gradnorm": {"initial_loss": {"mean_of_first": 3}, "reference": "last_layer", "update_every": 2}}"#,
+        r#"{"gradnorm": {"initial_loss": "log_classes", "optimizer": "sgd", "learning_rate": 1e-12}}"#,
+        r#"{"dwa": {}}"#,
+    ];
+
+    fn tasks() -> Vec<WeightedTask> {
+        ["a", "b", "c"].map(|name| WeightedTask { name: name.into(), priority: 1.0, n_labels: 4 }).into()
+    }
+
+    fn build(config: &str) -> Weighting {
+        Weighting::new(&serde_json::from_str(config).unwrap(), &tasks(), Seed(3), Device::Cpu)
+    }
+
+    /// Steps `from..to`, the losses and norms of which follow from the step's number; the weights at the end.
+    fn run(weighting: &mut Weighting, steps: std::ops::Range<usize>, order: [usize; 3], scale: f64) -> Vec<f64> {
+        let mut weights = Vec::new();
+        for step in steps {
+            let values = |by: f64| order.map(|i| scale * (by + ((step * 3 + i * i) % 7) as f64 / (1.0 + i as f64)));
+            let (losses, norms) = (values(0.5), values(0.2));
+            let mut present = order.map(|i| (step + i) % 4 != 3);
+            present[order.iter().position(|&i| i == 0).unwrap()] = true;
+            let keep = |values: [f64; 3]| -> Vec<f64> {
+                values.iter().zip(present).map(|(value, present)| if present { *value } else { 0.0 }).collect()
+            };
+            let losses = vector(&keep(losses), Device::Cpu);
+            weights = numbers(&weighting.weights(step, &present, Some(&losses)));
+            let norms = vector(&keep(norms), Device::Cpu);
+            let norms = matches!(weighting.wants(step), Wants::Norms(_)).then_some(&norms);
+            weighting.learn(&Observed { losses: &losses, present: &present, norms }).unwrap();
+            if step % 5 == 4 {
+                weighting.epoch_ended();
+            }
+        }
+        weights
     }
 
     #[test]
-    fn equal_and_fixed_weights() {
-        let (weights, sum) = total(WeightingConfig::default(), &[1.0, 1.0, 2.0], &[Some(1.0), None, Some(0.5)]);
-        assert_eq!((weights, sum), (vec![1.0, 1.0, 2.0], 2.0));
-        let weights = [("c", 4.0), ("a", 1.0), ("b", 1.0)].map(|(name, weight)| (name.to_owned(), weight));
-        let config = WeightingConfig::Fixed(FixedConfig { weights: weights.into_iter().collect() });
-        let (weights, sum) = total(config, &[1.0; 3], &[Some(2.0), Some(2.0), Some(1.0)]);
-        assert_eq!((weights, sum), (vec![0.5, 0.5, 2.0], 4.0));
+    fn known_answers() {
+        for (name, check) in golden::CHECKS {
+            check(Device::Cpu).unwrap_or_else(|error| panic!("{name}: {error:#}"));
+        }
+    }
+
+    #[test]
+    fn fixed_weights_are_scaled_to_the_number_of_tasks() {
+        let weighting = build(r#"{"fixed": {"weights": {"c": 4, "a": 1, "b": 1}}}"#);
+        assert_eq!(numbers(&weighting.weights(0, &[true; 3], None)), [0.5, 0.5, 2.0]);
+    }
+
+    #[test]
+    fn the_order_of_the_tasks_does_not_matter() {
+        for config in STRATEGIES {
+            let straight = run(&mut build(config), 0..40, [0, 1, 2], 1.0);
+            let turned = run(&mut build(config), 0..40, [2, 0, 1], 1.0);
+            for (i, at) in [1, 2, 0].into_iter().enumerate() {
+                // Sums in another order: rounding of float64 over 40 steps.
+                assert!((straight[i] - turned[at]).abs() < 1e-9, "{config}: {straight:?} against {turned:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn losses_of_any_size_leave_weights_finite_and_positive() {
+        for config in STRATEGIES {
+            let ordinary = run(&mut build(config), 0..40, [0, 1, 2], 1.0);
+            for scale in [1e-10, 1e-5, 1e5, 1e10] {
+                let weights = run(&mut build(config), 0..40, [0, 1, 2], scale);
+                assert!(weights.iter().all(|w| w.is_finite() && *w >= 0.0), "{config} at {scale}: {weights:?}");
+                // Ratios of losses know no scale; GradNorm with Adam neither, while norms are far above its epsilon.
+                if config.contains("dwa") || (scale > 1.0 && config == r#"{"gradnorm": {}}"#) {
+                    let same = weights.iter().zip(&ordinary).all(|(a, b)| (a - b).abs() < 1e-5 * b);
+                    assert!(same, "{config} at {scale}: {weights:?} is not {ordinary:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn equal_tasks_stay_equal() {
+        for config in STRATEGIES {
+            let mut weighting = build(config);
+            let same = vector(&[0.7; 3], Device::Cpu);
+            for _ in 0..20 {
+                weighting.learn(&Observed { losses: &same, present: &[true; 3], norms: Some(&same) }).unwrap();
+            }
+            let weights = numbers(&weighting.weights(20, &[true; 3], Some(&same)));
+            assert!(weights.iter().all(|w| (w - weights[0]).abs() < 1e-12), "{config}: {weights:?}");
+        }
+    }
+
+    #[test]
+    fn saved_state_goes_on_bit_for_bit() {
+        for config in STRATEGIES.into_iter().chain([r#"{"random": {}}"#]) {
+            let mut whole = build(config);
+            let expected = run(&mut whole, 0..40, [0, 1, 2], 1.0);
+            let mut first = build(config);
+            run(&mut first, 0..17, [0, 1, 2], 1.0);
+            let text = first.save().to_string();
+            let mut second = build(config);
+            second.load(&serde_json::from_str(&text).unwrap()).unwrap();
+            assert_eq!(run(&mut second, 17..40, [0, 1, 2], 1.0), expected, "{config}");
+        }
+    }
+
+    #[test]
+    fn random_weights_have_mean_one_and_repeat() {
+        let weighting = build(r#"{"random": {}}"#);
+        let draws = |step| numbers(&weighting.weights(step, &[true; 3], None));
+        assert_eq!(draws(5), draws(5));
+        assert_ne!(draws(5), draws(6));
+        assert!((draws(5).iter().sum::<f64>() - 3.0).abs() < 1e-12);
+        let mean = (0..4000).map(|step| draws(step)[0]).sum::<f64>() / 4000.0;
+        // The standard deviation of one draw is about 0.7: that of the mean 0.011.
+        assert!((mean - 1.0).abs() < 0.05, "{mean}");
+    }
+
+    #[test]
+    fn reports_sum_to_the_number_of_tasks() {
+        let mut weighting = build(r#"{"uncertainty": {}}"#);
+        run(&mut weighting, 0..40, [0, 1, 2], 1.0);
+        let report = weighting.report(&weighting.weights(40, &[true; 3], None));
+        assert!((report.weights.iter().sum::<f64>() - 3.0).abs() < 1e-12);
+        assert_eq!(report.details[0].0, "sigma");
+    }
+
+    #[test]
+    fn the_floor_holds_and_is_told_once() {
+        let mut weighting = build(r#"{"gradnorm": {"learning_rate": 5.0, "optimizer": "sgd"}}"#);
+        let (losses, norms) = (vector(&[1.0; 3], Device::Cpu), vector(&[9.0, 1.0, 1.0], Device::Cpu));
+        weighting.learn(&Observed { losses: &losses, present: &[true; 3], norms: Some(&norms) }).unwrap();
+        let weights = weighting.weights(1, &[true; 3], None);
+        assert!(numbers(&weights).iter().all(|&w| w > 0.0));
+        assert!(weighting.report(&weights).warning.is_some_and(|text| text.contains("floor of 0.001")));
+        assert!(weighting.report(&weights).warning.is_none());
     }
 }

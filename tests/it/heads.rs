@@ -44,7 +44,7 @@ fn logits(model: &Model, s: &Setting, rows: &[usize]) -> Vec<Tensor> {
     let _no_grad = tch::no_grad_guard();
     let batch = s.train.batch(rows);
     let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
-    (0..s.tasks.len()).map(|task| model.head(TaskId(task)).logits(&encoded, Mode::Eval)).collect()
+    (0..s.tasks.len()).map(|task| model.head(TaskId(task)).logits(&encoded.taps[task], Mode::Eval)).collect()
 }
 
 fn ensure_trains_saves_and_loads(overrides: &[&str]) {

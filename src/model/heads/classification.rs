@@ -82,7 +82,7 @@ impl Classification {
             None => x.shallow_clone(),
         };
         match self.pooling {
-            Pooling::Last => encoded.last.shallow_clone(),
+            Pooling::Last => encoded.last(),
             Pooling::Max => filled(tokens, f64::NEG_INFINITY).amax([1], false),
             Pooling::Mean => {
                 let lengths = encoded.lengths.device.to_kind(tokens.kind()).unsqueeze(-1); // [b, 1]

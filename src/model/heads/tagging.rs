@@ -87,7 +87,7 @@ impl Tagging {
 
 impl Head for Tagging {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
-        self.output.forward(&encoded.words.dropout(self.dropout, mode.training())) // [b, W, C]
+        self.output.forward(&encoded.words().dropout(self.dropout, mode.training())) // [b, W, C]
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {

@@ -1,0 +1,162 @@
+//! `polytask selftest`: what has to hold of loss weighting, checked on the user's own device.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use super::End;
+use super::cli::SelftestArgs;
+use super::prepare;
+use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
+use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared};
+use crate::rng::{Purpose, Seed};
+use crate::task::{Scheme, Task, TaskKind};
+use crate::train::gradients::{Gradients, weighted_sum};
+use crate::weighting::{Reference, golden};
+
+const GRADIENT_CHECKS: [golden::Check; 3] = [
+    ("the network's gradient is that of sum w L, bit for bit, when norms are read at the representation", no_leak),
+    ("the network's gradient is that of sum w L, to rounding, when tasks go through the last layer apart", no_leak_apart),
+    ("norms of the tasks' gradients are those that autograd gives each task alone", norms_are_right),
+];
+
+pub fn run(args: &SelftestArgs) -> Result<End> {
+    let (device, _) = prepare::machine(&args.machine)?;
+    println!("on {}", prepare::device_name(device));
+    let mut failed = 0;
+    for (name, check) in golden::CHECKS.iter().chain(&GRADIENT_CHECKS) {
+        match check(device) {
+            Ok(()) => println!("held    {name}"),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {name}\n        {error:#}");
+            }
+        }
+    }
+    let n = golden::CHECKS.len() + GRADIENT_CHECKS.len();
+    if failed > 0 {
+        bail!("{failed} of {n} checks failed on {}", prepare::device_name(device));
+    }
+    println!("all {n} checks held");
+    Ok(End::Done)
+}
+
+/// A small model under three heads, and a batch in which rows carry labels for all tasks, some, or one.
+struct Setting {
+    model: Model,
+    tasks: Vec<Task>,
+    batch: Batch,
+}
+
+impl Setting {
+    fn new(device: Device) -> Result<Setting> {
+        // Four sentences of 5, 3, 1 and 4 words; -1 where a row has no label.
+        let offsets = vec![0, 5, 8, 9, 13];
+        let set = EncodedSet {
+            token_ids: vec![2, 3, 4, 5, 6, 7, 8, 2, 3, 9, 4, 4, 6],
+            token_offsets: offsets.clone(),
+            word_offsets: offsets,
+            first_tokens: None,
+            targets: vec![
+                TargetValues::Classes(vec![0, 2, -1, -1]),
+                TargetValues::Tags(vec![-1, -1, -1, -1, -1, 1, 2, 0, 0, 0, 1, 2, 2]),
+                TargetValues::Tags(vec![1, 0, 2, 2, 0, -1, -1, -1, 1, -1, -1, -1, -1]),
+            ],
+            set_starts: vec![0, 4],
+            places: vec![],
+        };
+        let labels = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let spans = TaskKind::Tagging(Scheme::Bio);
+        let tasks = vec![
+            Task { name: "topic".into(), kind: TaskKind::Classification, labels: labels(&["a", "b", "c"]) },
+            Task { name: "slots".into(), kind: spans, labels: labels(&["O", "B-x", "I-x"]) },
+            Task { name: "pos".into(), kind: TaskKind::Tagging(Scheme::Plain), labels: labels(&["x", "y", "z"]) },
+        ];
+        let heads = [
+            json!({"classification": {"set": "s", "column": "a", "pooling": "attention"}}),
+            json!({"tagging": {"set": "s", "column": "b", "decoder": "crf"}}),
+            json!({"tagging": {"set": "s", "column": "c", "scheme": "plain"}}),
+        ];
+        let heads = heads.into_iter().map(serde_json::from_value).collect::<Result<Vec<HeadConfig>, _>>()?;
+        let config: ModelConfig = serde_json::from_value(json!({
+            "embedding": {"dim": 12}, "trunk": {"hidden": 16, "layers": 2},
+        }))?;
+        let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, (10, 0), (Seed(7), device))?;
+        let batch = DeviceSet::new(set, 0, device).batch(&[0, 1, 2, 3]);
+        Ok(Setting { model, tasks, batch })
+    }
+
+    /// A forward pass with dropout, the same each time.
+    fn forward(&self) -> (Shared, Vec<Option<Tensor>>) {
+        Seed(7).seed_torch(Purpose::Dropout, 0);
+        let shared = self.model.encode(&self.batch, &self.batch.token_ids, Mode::Train);
+        let losses = self.model.losses(&shared, &self.batch, Mode::Train);
+        (shared, losses)
+    }
+
+    fn weights(&self) -> Tensor {
+        Tensor::from_slice(&[0.3f64, 1.9, 0.8]).to_device(self.batch.token_ids.device())
+    }
+
+    /// The gradients of sum w L, by parameter.
+    fn plain(&self) -> Result<Vec<Tensor>> {
+        let total = weighted_sum(&self.forward().1, &self.weights()).context("no loss")?;
+        Ok(Tensor::f_run_backward(&[total], &self.model.parameters.tensors(), false, false)?)
+    }
+
+    /// The same through the path that reads norms, and the norms.
+    fn watched(&self, reference: Reference) -> Result<(Vec<Tensor>, Tensor)> {
+        let (shared, losses) = self.forward();
+        let mut gradients = Gradients::new(&self.model, &self.tasks, Some(reference));
+        gradients.add(&shared, &losses, &self.weights())?;
+        let norms = gradients.norms(self.batch.token_ids.device()).context("no norms")?;
+        Ok((gradients.sum, norms))
+    }
+
+    /// The largest difference in the whole gradient, relative to the largest number in it.
+    fn difference(&self, reference: Reference) -> Result<f64> {
+        let largest = |x: Tensor| x.abs().max().double_value(&[]);
+        let (plain, watched) = (self.plain()?, self.watched(reference)?.0);
+        let off = plain.iter().zip(&watched).map(|(a, b)| largest(a - b)).fold(0.0, f64::max);
+        Ok(off / plain.iter().map(|g| largest(g.shallow_clone())).fold(f64::MIN_POSITIVE, f64::max))
+    }
+}
+
+fn no_leak(device: Device) -> Result<()> {
+    let setting = Setting::new(device)?;
+    // Only in this check a rounding would show that the path differs: it must not.
+    let off = setting.difference(Reference::Representation)?;
+    ensure!(off == 0.0, "a gradient is off by {off:.1e} of its size");
+    Ok(())
+}
+
+fn no_leak_apart(device: Device) -> Result<()> {
+    let off = Setting::new(device)?.difference(Reference::LastLayer)?;
+    // float32 sums in another order; TF32 products on CUDA have 10 bits.
+    let tolerance = if device == Device::Cpu { 1e-5 } else { 5e-3 };
+    ensure!(off < tolerance, "a gradient is off by {off:.1e} of its size");
+    Ok(())
+}
+
+fn norms_are_right(device: Device) -> Result<()> {
+    let setting = Setting::new(device)?;
+    let tolerance = if device == Device::Cpu { 1e-5 } else { 5e-3 };
+    for reference in [Reference::Representation, Reference::LastLayer] {
+        let norms = setting.watched(reference)?.1;
+        for task in 0..setting.tasks.len() {
+            let (shared, mut losses) = setting.forward();
+            let parameters = setting.model.parameters.tensors();
+            let inputs = match reference {
+                Reference::Representation => vec![&shared.taps[task].tokens],
+                Reference::LastLayer => parameters[setting.model.last_layer.clone()].to_vec(),
+            };
+            let loss = losses.swap_remove(task).context("every task is in the batch")?;
+            let gradients = Tensor::f_run_backward(&[loss], &inputs, false, false)?;
+            let alone = gradients.iter().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+            let found = norms.double_value(&[task as i64]);
+            let name = &setting.tasks[task].name;
+            ensure!((alone - found).abs() < tolerance * alone, "{reference:?}, {name}: {found} is not {alone}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! From task losses to the step's gradient, and on request the size of each task's own.
+//!
+//! T tasks. Weights are held constant: nothing of a strategy reaches the network but sum_i w_i L_i.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+
+use crate::libtorch::add_lists;
+use crate::model::{Model, Shared};
+use crate::task::Task;
+use crate::weighting::Reference;
+
+/// The gradient of a step, added up over its batches.
+pub struct Gradients<'a> {
+    model: &'a Model,
+    tasks: &'a [Task],
+    reference: Option<Reference>,
+    /// d sum_i w_i L_i by parameter; undefined where no loss depends on it.
+    pub sum: Vec<Tensor>,
+    /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
+    /// layer's weights.
+    own: Vec<Vec<Tensor>>,
+}
+
+/// sum_i w_i L_i over the tasks present; `weights` [T] float64.
+pub fn weighted_sum(losses: &[Option<Tensor>], weights: &Tensor) -> Option<Tensor> {
+    let weights = weights.to_kind(Kind::Float);
+    let terms = losses.iter().enumerate().filter_map(|(i, loss)| Some(loss.as_ref()? * weights.get(i as i64)));
+    terms.reduce(|a, b| a + b)
+}
+
+/// Losses as [T] float64 without gradient, 0 for absent tasks.
+pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
+    let zero = Tensor::zeros([], (Kind::Float, device));
+    let all: Vec<Tensor> =
+        losses.iter().map(|loss| loss.as_ref().map_or(zero.shallow_clone(), Tensor::detach)).collect();
+    Tensor::stack(&all, 0).to_kind(Kind::Double)
+}
+
+impl<'a> Gradients<'a> {
+    pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>) -> Self {
+        let own = tasks.iter().map(|_| Vec::new()).collect();
+        Gradients { model, tasks, reference, sum: Vec::new(), own }
+    }
+
+    /// Adds the gradients of one batch; `losses` by task, `weights` [T].
+    ///
+    /// # Errors
+    /// A task whose loss does not depend on the reference of its norm.
+    pub fn add(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<()> {
+        let more = match self.reference {
+            Some(Reference::LastLayer) => self.by_task(shared, losses, weights)?,
+            _ => self.at_once(shared, losses, weights)?,
+        };
+        accumulate(&mut self.sum, more)
+    }
+
+    /// One backward pass. The norms at the representation are read in passing, at the taps.
+    fn at_once(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
+        let Some(total) = weighted_sum(losses, weights) else { return Ok(Vec::new()) };
+        let mut inputs = self.model.parameters.tensors();
+        let n = inputs.len();
+        let tapped: Vec<usize> = match self.reference {
+            Some(_) => (0..losses.len()).filter(|&task| losses[task].is_some()).collect(),
+            None => Vec::new(),
+        };
+        inputs.extend(tapped.iter().map(|&task| &shared.taps[task].tokens));
+        let mut gradients = Tensor::f_run_backward(&[total], &inputs, false, false)?;
+        for (task, gradient) in tapped.into_iter().zip(gradients.split_off(n)) {
+            self.ensure_path(task, &gradient)?;
+            // The tap has the gradient of w_i L_i.
+            let square = (gradient.norm().to_kind(Kind::Double) / weights.get(task as i64)).square();
+            match self.own[task].first_mut() {
+                Some(sum) => *sum = &*sum + square,
+                None => self.own[task].push(square),
+            }
+        }
+        Ok(gradients)
+    }
+
+    /// A backward pass for each task down to the input of the last layer, and one for all below it. Their weighted sum is
+    /// the step's gradient, so that nothing is computed twice.
+    fn by_task(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
+        let (parameters, range) = (self.model.parameters.tensors(), self.model.last_layer.clone());
+        let (below, above) = parameters.split_at(range.start);
+        let input = &shared.last_layer_input;
+        let mut inputs = above.to_vec();
+        inputs.push(input);
+        let weights = weights.to_kind(Kind::Float);
+        let last = losses.iter().rposition(Option::is_some);
+        let mut sum: Vec<Tensor> = Vec::new();
+        for (task, loss) in losses.iter().enumerate() {
+            let Some(loss) = loss else { continue };
+            let own = Tensor::f_run_backward(&[loss], &inputs, Some(task) != last, false)?;
+            self.ensure_path(task, &own[0])?;
+            let weight = weights.get(task as i64);
+            let weighted = own.iter().map(|g| if g.defined() { g * &weight } else { g.shallow_clone() }).collect();
+            accumulate(&mut sum, weighted)?;
+            accumulate(&mut self.own[task], own.into_iter().take(range.len()).collect())?;
+        }
+        let Some(at_input) = sum.pop() else { return Ok(Vec::new()) };
+        let mut gradients = Tensor::f_run_backward(&[(input * at_input).sum(Kind::Float)], below, false, false)?;
+        gradients.extend(sum);
+        Ok(gradients)
+    }
+
+    fn ensure_path(&self, task: usize, gradient: &Tensor) -> Result<()> {
+        let name = &self.tasks[task].name;
+        ensure!(gradient.defined(), "task `{name}` has no path to the shared trunk: its gradient there has no norm");
+        Ok(())
+    }
+
+    /// 2-norms of the tasks' unweighted gradients at the reference, [T] float64, 0 for absent tasks; where wanted.
+    pub fn norms(&self, device: Device) -> Option<Tensor> {
+        let reference = self.reference?;
+        let norm = |own: &Vec<Tensor>| match (own.is_empty(), reference) {
+            (true, _) => Tensor::zeros([], (Kind::Double, device)),
+            (_, Reference::Representation) => own[0].sqrt(),
+            (_, Reference::LastLayer) => {
+                let squares = own.iter().map(|g| g.norm().to_kind(Kind::Double).square());
+                squares.reduce(|a, b| a + b).map_or_else(|| Tensor::zeros([], (Kind::Double, device)), |x| x.sqrt())
+            }
+        };
+        Some(Tensor::stack(&self.own.iter().map(norm).collect::<Vec<_>>(), 0))
+    }
+}
+
+/// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64. The
+/// graph stays as it was.
+pub fn gram(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor> {
+    let parameters = model.parameters.tensors();
+    let mut rows = Vec::new();
+    for loss in losses.iter().flatten() {
+        let gradients = Tensor::f_run_backward(&[loss], &parameters[model.last_layer.clone()], true, false)?;
+        let flat: Vec<Tensor> = gradients.iter().filter(|g| g.defined()).map(|g| g.flatten(0, -1)).collect();
+        rows.push(Tensor::cat(&flat, 0));
+    }
+    let rows = Tensor::stack(&rows, 0).to_kind(Kind::Double);
+    Ok(rows.matmul(&rows.tr()))
+}
+
+/// Adds gradients; those of heads that a batch did not need are undefined.
+fn accumulate(sum: &mut Vec<Tensor>, more: Vec<Tensor>) -> Result<()> {
+    if sum.is_empty() {
+        *sum = more;
+        return Ok(());
+    }
+    let (mut into, mut from) = (Vec::new(), Vec::new());
+    for (i, more) in more.into_iter().enumerate() {
+        match (sum[i].defined(), more.defined()) {
+            (true, true) => {
+                into.push(sum[i].shallow_clone());
+                from.push(more);
+            }
+            (false, true) => sum[i] = more,
+            _ => {}
+        }
+    }
+    add_lists(&into.iter().collect::<Vec<_>>(), &from.iter().collect::<Vec<_>>())
+}

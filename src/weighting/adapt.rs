@@ -1,0 +1,72 @@
+//! The optimizer of one number a task (GradNorm's weights, uncertainty's log-variances): Adam (Kingma & Ba 2015) with
+//! betas 0.9 and 0.999 and epsilon 1e-8, or plain SGD. No weight decay, no schedule; absent tasks stay as they are.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::{from_json, mask, to_json, vector};
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdaptBy {
+    #[default]
+    Adam,
+    Sgd,
+}
+
+const BETAS: (f64, f64) = (0.9, 0.999);
+const EPSILON: f64 = 1e-8;
+
+pub struct Adapter {
+    by: AdaptBy,
+    learning_rate: f64,
+    first: Tensor,
+    second: Tensor,
+    /// Steps that each task has had.
+    steps: Vec<i32>,
+}
+
+impl Adapter {
+    pub fn new(by: AdaptBy, learning_rate: f64, n: usize, device: Device) -> Self {
+        let zeros = || Tensor::zeros([n as i64], (Kind::Double, device));
+        Adapter { by, learning_rate, first: zeros(), second: zeros(), steps: vec![0; n] }
+    }
+
+    /// `values` [T] after one step against `gradient` [T]; those of absent tasks are unchanged.
+    pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
+        let device = values.device();
+        let here = mask(present, device).gt(0.0);
+        let moved = match self.by {
+            AdaptBy::Sgd => values - gradient * self.learning_rate,
+            AdaptBy::Adam => {
+                for (steps, &present) in self.steps.iter_mut().zip(present) {
+                    *steps += i32::from(present);
+                }
+                let first = &self.first * BETAS.0 + gradient * (1.0 - BETAS.0);
+                let second = &self.second * BETAS.1 + gradient.square() * (1.0 - BETAS.1);
+                self.first = first.where_self(&here, &self.first);
+                self.second = second.where_self(&here, &self.second);
+                let corrections = |beta: f64| -> Tensor {
+                    vector(&self.steps.iter().map(|&n| 1.0 - beta.powi(n.max(1))).collect::<Vec<_>>(), device)
+                };
+                let (mean, variance) = (&self.first / corrections(BETAS.0), &self.second / corrections(BETAS.1));
+                values - mean / (variance.sqrt() + EPSILON) * self.learning_rate
+            }
+        };
+        moved.where_self(&here, values)
+    }
+
+    pub fn save(&self) -> Value {
+        json!({"first": to_json(&self.first), "second": to_json(&self.second), "steps": self.steps})
+    }
+
+    pub fn load(&mut self, state: &Value) -> Result<()> {
+        let (n, device) = (self.steps.len(), self.first.device());
+        self.first = from_json(state, "first", n, device)?;
+        self.second = from_json(state, "second", n, device)?;
+        self.steps = serde_json::from_value(state["steps"].clone()).context("`steps` is missing or damaged")?;
+        Ok(())
+    }
+}

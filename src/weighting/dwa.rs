@@ -1,0 +1,92 @@
+//! w = T softmax(r / temperature), r_i = L_i(t-1) / L_i(t-2), L_i(t) the mean training loss of task i over epoch t.
+//!
+//! Dynamic weight average: Liu, Johns, Davison 2019 (arXiv 1803.10704), eq. 7. In the first two epochs r = 1.
+//! Differs from the paper in: a task that was absent from an epoch keeps r = 1 until it has two epochs to compare.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::{LossWeighting, Observed, from_json, numbers, to_json, vector};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DwaConfig {
+    /// Large values approach equal weights. Default 2, more than 0.
+    pub temperature: f64,
+}
+
+impl Default for DwaConfig {
+    fn default() -> Self {
+        DwaConfig { temperature: 2.0 }
+    }
+}
+
+pub struct Dwa {
+    temperature: f64,
+    /// Sums of the losses of this epoch, and how many steps had each task.
+    sums: Tensor,
+    counts: Vec<u32>,
+    /// Means of the last epoch and of the one before it.
+    history: [Vec<Option<f64>>; 2],
+}
+
+impl Dwa {
+    pub fn new(config: &DwaConfig, n: usize, device: Device) -> Self {
+        Dwa {
+            temperature: config.temperature,
+            sums: Tensor::zeros([n as i64], (Kind::Double, device)),
+            counts: vec![0; n],
+            history: [vec![None; n], vec![None; n]],
+        }
+    }
+
+    fn rates(&self) -> Tensor {
+        let rate = |(last, before): (&Option<f64>, &Option<f64>)| match (last, before) {
+            (Some(last), Some(before)) if *before > 0.0 => last / before,
+            _ => 1.0,
+        };
+        let rates: Vec<f64> = self.history[0].iter().zip(&self.history[1]).map(rate).collect();
+        vector(&rates, self.sums.device())
+    }
+}
+
+impl LossWeighting for Dwa {
+    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
+        (self.rates() / self.temperature).softmax(0, Kind::Double) * self.counts.len() as f64
+    }
+
+    fn learn(&mut self, step: &Observed) -> Result<()> {
+        self.sums = &self.sums + step.losses;
+        for (count, &present) in self.counts.iter_mut().zip(step.present) {
+            *count += u32::from(present);
+        }
+        Ok(())
+    }
+
+    fn epoch_ended(&mut self) {
+        let sums = numbers(&self.sums);
+        let means = sums.iter().zip(&self.counts).map(|(sum, &n)| (n > 0).then(|| sum / f64::from(n)));
+        let means: Vec<Option<f64>> = means.collect();
+        self.history.swap(0, 1);
+        self.history[0] = means;
+        self.sums = self.sums.zeros_like();
+        self.counts.fill(0);
+    }
+
+    fn details(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("loss_ratio", self.rates())]
+    }
+
+    fn save(&self) -> Value {
+        json!({"sums": to_json(&self.sums), "counts": self.counts, "history": self.history})
+    }
+
+    fn load(&mut self, state: &Value) -> Result<()> {
+        self.sums = from_json(state, "sums", self.counts.len(), self.sums.device())?;
+        self.counts = serde_json::from_value(state["counts"].clone()).context("`counts` is missing or damaged")?;
+        self.history = serde_json::from_value(state["history"].clone()).context("`history` is missing or damaged")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! For the tasks present: G_i = p_i w_i n_i with n_i = ||grad_W L_i||; Gbar = sum G / sum p; r_i = (L_i / L_i(0)) / mean;
+//! target_i = p_i Gbar r_i^alpha, held constant; L_grad = sum |G_i - target_i|;
+//! dL_grad / dw_i = sign(G_i - target_i) p_i n_i, since G is linear in w: no second-order graph is needed.
+//! Then a step on w, a floor, and the weights are scaled back to their sum.
+//!
+//! GradNorm: Chen, Badrinarayanan, Lee, Rabinovich 2018 (arXiv 1711.02257), eq. 1, 2 and algorithm 1.
+//! Differs from the paper in: priorities p; tasks absent from a step are left out of every mean and of the scaling;
+//! W may be the trunk's output instead of its last weights (`representation`); `update_every`.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::adapt::Adapter;
+use super::{
+    AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, from_json, mask, numbers, to_json, vector,
+};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GradnormConfig {
+    /// How strongly tasks are pulled to one training rate: 0 makes gradients equal in size, large values favour tasks
+    /// that are behind. Default 1.5, the paper's, at least 0.
+    pub alpha: f64,
+    /// Learning rate of the weights. Default 0.025, the paper's, more than 0.
+    pub learning_rate: f64,
+    /// Optimizer of the weights: `adam` or `sgd`. Default `adam`.
+    pub optimizer: AdaptBy,
+    /// Where norms are taken: `representation` (the trunk's output, nearly free) or `last_layer` (the weights of the last
+    /// LSTM layer, as in the paper). Default `representation`.
+    pub reference: Reference,
+    /// Steps between updates of the weights; 1 is the paper. Default: 1 with `representation`, 4 with `last_layer`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_every: Option<usize>,
+    /// What L_i(0) is: `first_batch`, `{mean_of_first: K}` steps (weights rest until then), or `log_classes`, the loss of
+    /// guessing. Default `first_batch`.
+    pub initial_loss: InitialLoss,
+    /// The smallest weight. Default 1e-3, more than 0.
+    pub floor: f64,
+}
+
+impl Default for GradnormConfig {
+    fn default() -> Self {
+        GradnormConfig {
+            alpha: 1.5,
+            learning_rate: 0.025,
+            optimizer: AdaptBy::Adam,
+            reference: Reference::Representation,
+            update_every: None,
+            initial_loss: InitialLoss::FirstBatch,
+            floor: 1e-3,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InitialLoss {
+    FirstBatch,
+    MeanOfFirst(u32),
+    LogClasses,
+}
+
+/// Initial losses below it count as it: ratios stay finite.
+const SMALLEST_LOSS: f64 = 1e-12;
+
+pub struct Gradnorm {
+    config: GradnormConfig,
+    priorities: Vec<f64>,
+    weights: Tensor,
+    adapter: Adapter,
+    initial: Tensor,
+    /// Steps that went into each task's initial loss; 0 needed for `log_classes`.
+    n_initial: Vec<u32>,
+    /// Norms, rates and targets of the last update, for eyes.
+    seen: Option<[Tensor; 3]>,
+    /// How often the floor caught a weight, and whether that was told.
+    floored: Tensor,
+    warned: bool,
+}
+
+/// One update in the paper's terms, [T] each.
+pub(super) struct Closed {
+    pub rates: Tensor,
+    pub targets: Tensor,
+    /// dL_grad / dw
+    pub gradient: Tensor,
+    /// L_grad, a scalar.
+    pub loss: Tensor,
+}
+
+impl Gradnorm {
+    pub fn new(config: &GradnormConfig, tasks: &[WeightedTask], device: Device) -> Self {
+        let n = tasks.len();
+        let initial = match config.initial_loss {
+            InitialLoss::LogClasses => tasks.iter().map(|task| (task.n_labels as f64).ln()).collect(),
+            _ => vec![0.0; n],
+        };
+        Gradnorm {
+            config: config.clone(),
+            priorities: tasks.iter().map(|task| task.priority).collect(),
+            weights: Tensor::ones([n as i64], (Kind::Double, device)),
+            adapter: Adapter::new(config.optimizer, config.learning_rate, n, device),
+            initial: vector(&initial, device),
+            n_initial: vec![0; n],
+            seen: None,
+            floored: Tensor::zeros([], (Kind::Double, device)),
+            warned: false,
+        }
+    }
+
+    /// How many steps L_i(0) is the mean of.
+    fn n_wanted(&self) -> u32 {
+        match self.config.initial_loss {
+            InitialLoss::FirstBatch => 1,
+            InitialLoss::MeanOfFirst(n) => n,
+            InitialLoss::LogClasses => 0,
+        }
+    }
+
+    /// Adds to the initial losses that are not complete; whether those of all present tasks are.
+    fn note_initial(&mut self, step: &Observed) -> bool {
+        let wanted = self.n_wanted();
+        let open: Vec<bool> =
+            step.present.iter().zip(&self.n_initial).map(|(&present, &n)| present && n < wanted).collect();
+        if open.contains(&true) {
+            let share = step.losses / f64::from(wanted);
+            self.initial = &self.initial + share * mask(&open, step.losses.device());
+            for (n, open) in self.n_initial.iter_mut().zip(open) {
+                *n += u32::from(open);
+            }
+        }
+        step.present.iter().zip(&self.n_initial).all(|(&present, &n)| !present || n >= wanted)
+    }
+
+    pub(super) fn closed_form(&self, losses: &Tensor, present: &[bool], norms: &Tensor) -> Closed {
+        let device = losses.device();
+        let here = mask(present, device);
+        let n_present = present.iter().filter(|&&present| present).count() as f64;
+        let priorities = vector(&self.priorities, device) * &here;
+        let slopes = norms * &priorities; // dG_i / dw_i
+        let magnitudes = &self.weights * &slopes;
+        let mean = magnitudes.sum(Kind::Double) / priorities.sum(Kind::Double);
+        let ratios = losses / self.initial.clamp_min(SMALLEST_LOSS) * &here;
+        let rates = &ratios / (ratios.sum(Kind::Double) / n_present).clamp_min(f64::MIN_POSITIVE);
+        let targets = priorities * mean * rates.pow_tensor_scalar(self.config.alpha);
+        let off = magnitudes - &targets;
+        Closed { gradient: off.sign() * slopes, loss: off.abs().sum(Kind::Double), rates, targets }
+    }
+}
+
+impl LossWeighting for Gradnorm {
+    fn wants(&self, step: usize) -> Wants {
+        let default = match self.config.reference {
+            Reference::LastLayer => 4,
+            Reference::Representation => 1,
+        };
+        match step.is_multiple_of(self.config.update_every.unwrap_or(default)) {
+            true => Wants::Norms(self.config.reference),
+            false => Wants::Nothing,
+        }
+    }
+
+    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
+        self.weights.shallow_clone()
+    }
+
+    fn learn(&mut self, step: &Observed) -> Result<()> {
+        let ready = self.note_initial(step);
+        let (Some(norms), true) = (step.norms, ready) else { return Ok(()) };
+        let closed = self.closed_form(step.losses, step.present, norms);
+        let here = mask(step.present, norms.device());
+        let moved = self.adapter.step(&self.weights, &closed.gradient, step.present);
+        self.floored = &self.floored + moved.lt(self.config.floor).to_kind(Kind::Double).sum(Kind::Double);
+        let moved = moved.clamp_min(self.config.floor);
+        // The weights of the tasks present keep their sum, so that all of them always sum to T.
+        let scale = (&self.weights * &here).sum(Kind::Double) / (&moved * &here).sum(Kind::Double);
+        self.weights = (&moved * scale).where_self(&here.gt(0.0), &self.weights);
+        let unknown = |x: &Tensor| x.where_self(&here.gt(0.0), &x.full_like(f64::NAN));
+        self.seen = Some([unknown(norms), unknown(&closed.rates), unknown(&closed.targets)]);
+        Ok(())
+    }
+
+    fn details(&self) -> Vec<(&'static str, Tensor)> {
+        let Some([norms, rates, targets]) = &self.seen else { return Vec::new() };
+        let pairs = [("reference_norm", norms), ("training_rate", rates), ("target", targets)];
+        pairs.map(|(name, values)| (name, values.shallow_clone())).into()
+    }
+
+    fn warning(&mut self) -> Option<String> {
+        let n = self.floored.double_value(&[]);
+        if self.warned || n == 0.0 {
+            return None;
+        }
+        self.warned = true;
+        let floor = self.config.floor;
+        Some(format!("GradNorm pushed a weight down to its floor of {floor}; a smaller learning rate or alpha may help"))
+    }
+
+    fn save(&self) -> Value {
+        json!({
+            "weights": to_json(&self.weights),
+            "initial": to_json(&self.initial),
+            "n_initial": self.n_initial,
+            "adapter": self.adapter.save(),
+            "seen": self.seen.as_ref().map(|seen| seen.each_ref().map(to_json)),
+            "floored": numbers(&self.floored.view([1]))[0],
+            "warned": self.warned,
+        })
+    }
+
+    fn load(&mut self, state: &Value) -> Result<()> {
+        let (n, device) = (self.n_initial.len(), self.weights.device());
+        self.weights = from_json(state, "weights", n, device)?;
+        self.initial = from_json(state, "initial", n, device)?;
+        self.n_initial = serde_json::from_value(state["n_initial"].clone()).context("`n_initial` is damaged")?;
+        self.adapter.load(&state["adapter"])?;
+        self.seen = match &state["seen"] {
+            Value::Array(seen) => {
+                let one = |i: usize| from_json(&json!({"seen": seen.get(i)}), "seen", n, device);
+                Some([one(0)?, one(1)?, one(2)?])
+            }
+            _ => None,
+        };
+        self.floored = vector(&[state["floored"].as_f64().unwrap_or(0.0)], device).squeeze();
+        self.warned = state["warned"] == true;
+        Ok(())
+    }
+}

@@ -1,0 +1,24 @@
+//! w = T softmax(z), z ~ N(0, 1) drawn each step.
+//!
+//! Random loss weighting: Lin, Ye, Zhang, Tsang 2022 (arXiv 2111.10603), eq. 3 with normal z. Any strategy that does not
+//! beat it has learned nothing. A step that lacks a task uses the draws of those it has; each has mean 1.
+
+use rand_distr::{Distribution, StandardNormal};
+use tch::{Device, Kind, Tensor};
+
+use super::{LossWeighting, vector};
+use crate::rng::{Purpose, Seed};
+
+pub struct Random {
+    pub seed: Seed,
+    pub device: Device,
+    pub n: usize,
+}
+
+impl LossWeighting for Random {
+    fn weights(&self, step: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
+        let mut generator = self.seed.generator(Purpose::Weighting, step as u64);
+        let draws: Vec<f64> = (0..self.n).map(|_| StandardNormal.sample(&mut generator)).collect();
+        vector(&draws, self.device).softmax(0, Kind::Double) * self.n as f64
+    }
+}

@@ -1,0 +1,44 @@
+//! w = T softmax((1 / L) / temperature), L the step's losses, held constant.
+//!
+//! UW-SO: Kirchdorfer, Elich, Kutsche, Stuckenschmidt, Schott, Köhler 2024 (arXiv 2408.07985), eq. 8.
+//! Differs from the paper in: weights sum to the number of tasks present, not to 1, so that one learning rate fits all
+//! strategies.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::{LossWeighting, Wants, mask};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UncertaintySoftmaxConfig {
+    /// Small values favour the task with the smallest loss, large ones approach equal weights. Default 1, more than 0.
+    pub temperature: f64,
+}
+
+impl Default for UncertaintySoftmaxConfig {
+    fn default() -> Self {
+        UncertaintySoftmaxConfig { temperature: 1.0 }
+    }
+}
+
+/// Losses below it count as it: 1 / L stays finite.
+const SMALLEST_LOSS: f64 = 1e-12;
+
+pub struct UncertaintySoftmax {
+    pub temperature: f64,
+}
+
+impl LossWeighting for UncertaintySoftmax {
+    fn wants(&self, _: usize) -> Wants {
+        Wants::Losses
+    }
+
+    fn weights(&self, _: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
+        let losses = losses.expect("invariant: the caller gives what is wanted");
+        let absent = mask(present, losses.device()).eq(0.0);
+        let logits = losses.clamp_min(SMALLEST_LOSS).reciprocal() / self.temperature;
+        let n_present = present.iter().filter(|&&present| present).count() as f64;
+        logits.masked_fill(&absent, f64::NEG_INFINITY).softmax(0, Kind::Double) * n_present
+    }
+}
