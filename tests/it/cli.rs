@@ -155,64 +155,6 @@ fn a_killed_run_resumes_to_the_same_weights_bit_for_bit() {
 }
 
 #[test]
-fn every_strategy_trains_records_why_and_resumes_exactly() {
-    let folder = small();
-    for (strategy, detail) in [
-        ("{strategy: uncertainty}", "sigma"),
-        ("{strategy: uncertainty_softmax, temperature: 2}", "weight"),
-        ("{strategy: gradnorm, initial_loss: {mean_of_first: 5}}", "training_rate"),
-        ("{strategy: gradnorm, reference: last_layer, initial_loss: log_classes}", "target"),
-        ("{strategy: dwa}", "loss_ratio"),
-        ("{strategy: random}", "weight"),
-        ("{strategy: fixed, weights: {topic: 1, slots: 3}}", "weight"),
-    ] {
-        let weighting = format!("weighting={strategy}");
-        let train = |out: &str, more: &[&str]| {
-            let common = ["train", "small.yaml", "--out", out, "--threads", "1", "--set", &weighting];
-            let sampled = ["--set", "training.checkpoint_every_steps=10", "--set", "training.accumulate_steps=2"];
-            folder.polytask(&[&common[..], &sampled, more].concat()).assert().success();
-        };
-        train("whole", &[]);
-        let records = metrics(&folder, "whole");
-        let trained = records.iter().rfind(|record| record["kind"] == "train").unwrap();
-        assert!(trained[detail]["topic"].as_f64().is_some_and(f64::is_finite), "{strategy}: {trained}");
-        let compared = records.iter().rfind(|record| record["gradient_cosine"].is_object()).unwrap();
-        let cosine = compared["gradient_cosine"]["topic-slots"].as_f64().unwrap();
-        assert!((-1.0..=1.0).contains(&cosine) && compared["task_gradient_norm"]["slots"].as_f64().unwrap() > 0.0);
-        // From a checkpoint in the middle, as a kill leaves it.
-        copy(&folder.path().join("whole"), &folder.path().join("part"));
-        let last = |run: &str| folder.path().join(run).join("checkpoints/last.safetensors");
-        train("half", &["--set", "training.max_steps=10"]);
-        let half = polytask::run::checkpoint::load(&last("half")).unwrap();
-        let mut state = half.state;
-        state["finished"] = false.into();
-        let list = |tensors: std::collections::BTreeMap<String, tch::Tensor>| tensors.into_iter().collect::<Vec<_>>();
-        polytask::run::checkpoint::save(&last("part"), &list(half.model), &list(half.optimizer), &state).unwrap();
-        train("part", &["--resume"]);
-        assert!(bytes_of(&last("whole")) == bytes_of(&last("part")), "{strategy}: the resumed run differs");
-        for run in ["whole", "part", "half"] {
-            std::fs::remove_dir_all(folder.path().join(run)).unwrap();
-        }
-    }
-}
-
-fn bytes_of(path: &std::path::Path) -> Vec<u8> {
-    std::fs::read(path).unwrap()
-}
-
-fn copy(from: &std::path::Path, to: &std::path::Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let target = to.join(path.file_name().unwrap());
-        match path.is_dir() {
-            true => copy(&path, &target),
-            false => drop(std::fs::copy(&path, &target).unwrap()),
-        }
-    }
-}
-
-#[test]
 fn the_mathematics_of_weighting_hold_on_this_device() {
     let output = small().polytask(&["selftest"]).assert().success().get_output().clone();
     let text = String::from_utf8(output.stdout).unwrap();

@@ -10,3 +10,4 @@ mod python;
 mod real_data;
 mod tidy;
 mod util;
+mod weighting;
