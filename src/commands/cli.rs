@@ -30,6 +30,8 @@ pub enum Command {
     Predict(PredictArgs),
     /// Find everything wrong or odd in an experiment and its data, before training
     Check(CheckArgs),
+    /// Run the study of an experiment: strategies, seeds, data fractions, single-task twins
+    Study(StudyArgs),
     /// Check the mathematics of loss weighting on this machine's device
     Selftest(SelftestArgs),
 }
@@ -108,6 +110,27 @@ pub struct PredictArgs {
     pub checkpoint: String,
     #[command(flatten)]
     pub machine: Machine,
+}
+
+#[derive(Args)]
+pub struct StudyArgs {
+    /// The experiment file, with a `study:`
+    pub experiment: PathBuf,
+    /// The folder of the study [default: runs/NAME-study]; finished runs in it are kept
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Change a value of the experiment, as in --set training.max_epochs=5
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Runs side by side [default: one a device]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub jobs: u16,
+    /// Devices, which the runs take in turn, as in cuda:0,cuda:1 [default: auto]
+    #[arg(long = "device", value_name = "DEVICE", value_delimiter = ',')]
+    pub devices: Vec<String>,
+    /// Threads of each run on the CPU [default: all cores, shared out]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
 }
 
 #[derive(Args)]

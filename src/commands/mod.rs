@@ -1,12 +1,14 @@
 //! The composition root: one file a verb. What is printed is printed here.
 
 mod check;
+mod compare;
 pub mod cli;
 mod evaluate;
 mod predict;
 pub mod prepare;
 mod progress;
 mod selftest;
+mod study;
 mod table;
 mod train;
 
@@ -50,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Evaluate(args) => evaluate::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Check(args) => check::run(args),
+        Command::Study(args) => study::run(args),
         Command::Selftest(args) => selftest::run(args),
     };
     match result {

@@ -1,6 +1,6 @@
 //! What types cannot say: ranges, names that must exist, options that need each other.
 
-use super::Experiment;
+use super::{Experiment, StudyConfig};
 use super::decode::suggestion;
 use super::source::Layer;
 use crate::data::{Format, SetConfig, TokenizerConfig};
@@ -63,7 +63,12 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
         check_task(&mut c, name, head, experiment);
     }
     check_model(&mut c, experiment);
-    check_weighting(&mut c, experiment);
+    check_weighting(&mut c, "weighting", &experiment.weighting, experiment);
+    if let Some(study) = &experiment.study {
+        check_study(&mut c, study, experiment);
+    }
+    let share = experiment.data.train_fraction;
+    c.require("data.train_fraction", share > 0.0 && share <= 1.0, "must be more than 0 and at most 1");
     check_training(&mut c, experiment);
     c.problems
 }
@@ -152,35 +157,52 @@ fn check_model(c: &mut Checker, experiment: &Experiment) {
     }
 }
 
-fn check_weighting(c: &mut Checker, experiment: &Experiment) {
-    match &experiment.weighting {
+fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, experiment: &Experiment) {
+    let at = |key: &str| format!("{path}.{key}");
+    match weighting {
         WeightingConfig::Equal(_) | WeightingConfig::Random(_) => {}
-        WeightingConfig::Fixed(fixed) => check_fixed(c, fixed, experiment),
-        WeightingConfig::Uncertainty(config) => c.positive("weighting.learning_rate", config.learning_rate),
-        WeightingConfig::UncertaintySoftmax(config) => c.positive("weighting.temperature", config.temperature),
-        WeightingConfig::Dwa(config) => c.positive("weighting.temperature", config.temperature),
+        WeightingConfig::Fixed(fixed) => check_fixed(c, &at("weights"), fixed, experiment),
+        WeightingConfig::Uncertainty(config) => c.positive(&at("learning_rate"), config.learning_rate),
+        WeightingConfig::UncertaintySoftmax(config) => c.positive(&at("temperature"), config.temperature),
+        WeightingConfig::Dwa(config) => c.positive(&at("temperature"), config.temperature),
         WeightingConfig::Gradnorm(config) => {
-            c.require("weighting.alpha", config.alpha >= 0.0, "must not be negative");
-            c.positive("weighting.learning_rate", config.learning_rate);
-            c.positive("weighting.floor", config.floor);
-            c.require("weighting.update_every", config.update_every != Some(0), "must be at least 1");
+            c.require(&at("alpha"), config.alpha >= 0.0, "must not be negative");
+            c.positive(&at("learning_rate"), config.learning_rate);
+            c.positive(&at("floor"), config.floor);
+            c.require(&at("update_every"), config.update_every != Some(0), "must be at least 1");
             let some = config.initial_loss != InitialLoss::MeanOfFirst(0);
-            c.require("weighting.initial_loss", some, "mean_of_first must be at least 1");
+            c.require(&at("initial_loss"), some, "mean_of_first must be at least 1");
         }
     }
 }
 
-fn check_fixed(c: &mut Checker, fixed: &FixedConfig, experiment: &Experiment) {
+fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {
+    c.require("study.strategies", !study.strategies.is_empty(), "name at least one strategy");
+    for (name, weighting) in &study.strategies {
+        let path = format!("study.strategies.{name}");
+        let valid = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') && !name.starts_with("only");
+        c.require(&path, valid, "use letters, digits and `_`; `only...` stands for single-task twins");
+        check_weighting(c, &path, weighting, experiment);
+    }
+    c.require("study.seeds", !study.seeds.is_empty(), "name at least one seed");
+    let rates = &study.learning_rates;
+    c.require("study.learning_rates", rates.iter().all(|&rate| rate > 0.0), "must be more than 0");
+    let fractions = &study.data_fractions;
+    let valid = !fractions.is_empty() && fractions.iter().all(|&share| share > 0.0 && share <= 1.0);
+    c.require("study.data_fractions", valid, "name at least one, each more than 0 and at most 1");
+}
+
+fn check_fixed(c: &mut Checker, path: &str, fixed: &FixedConfig, experiment: &Experiment) {
     let names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
     for (name, &weight) in &fixed.weights {
-        let path = format!("weighting.weights.{name}");
+        let path = format!("{path}.{name}");
         if !names.contains(&name.as_str()) {
             c.error(&path, format!("no task `{name}`{}", suggestion(name, &names)));
         }
         c.positive(&path, weight);
     }
     for name in names.iter().filter(|name| !fixed.weights.contains_key(**name)) {
-        c.error("weighting.weights", format!("no weight for task `{name}`"));
+        c.error(path, format!("no weight for task `{name}`"));
     }
 }
 

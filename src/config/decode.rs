@@ -9,10 +9,11 @@ use super::source::Layer;
 use crate::problem::{Place, Problem, Severity};
 
 /// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
-const TAGGED: [(&str, &str); 6] = [
+const TAGGED: [(&str, &str); 7] = [
     ("tasks.*", "type"),
     ("tokenizer", "model"),
     ("weighting", "strategy"),
+    ("study.strategies.*", "strategy"),
     ("training.optimizer", "kind"),
     ("training.schedule", "kind"),
     ("training.sampling", "strategy"),
@@ -39,6 +40,11 @@ fn to_external(value: Value, path: &str, missing: &mut Vec<(String, &'static str
     match out.shift_remove(tag) {
         Some(Value::String(kind)) => Value::Object(Map::from_iter([(kind, Value::Object(out))])),
         Some(other) => Value::Object(Map::from_iter([(other.to_string(), Value::Object(out))])),
+        // A strategy of a study may go by its own name.
+        None if path.starts_with("study.strategies.") => {
+            let kind = path.rsplit('.').next().unwrap_or_default().to_owned();
+            Value::Object(Map::from_iter([(kind, Value::Object(out))]))
+        }
         None => {
             missing.push((path.to_owned(), tag));
             Value::Null

@@ -3,6 +3,7 @@
 mod check;
 mod decode;
 mod source;
+mod study;
 
 use std::path::Path;
 
@@ -15,6 +16,7 @@ use crate::model::{HeadConfig, ModelConfig};
 use crate::problem::{InvalidInput, Problem};
 use crate::train::TrainingConfig;
 use crate::weighting::WeightingConfig;
+pub use study::{PlannedRun, StudyConfig};
 
 /// Default of fields that are 1.
 pub(crate) fn one() -> f64 {
@@ -41,6 +43,9 @@ pub struct Experiment {
     pub weighting: WeightingConfig,
     #[serde(default)]
     pub training: TrainingConfig,
+    /// What `polytask study` runs; nothing to `polytask train`. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub study: Option<StudyConfig>,
 }
 
 fn default_seed() -> u64 {

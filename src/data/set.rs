@@ -24,6 +24,13 @@ pub struct DataConfig {
     pub root: PathBuf,
     /// The sets by name.
     pub sets: IndexMap<String, SetConfig>,
+    /// Share of every set's training rows that is used, drawn after the dev cut and in the same strata. A smaller share
+    /// is part of a larger one. Default 1, more than 0, at most 1.
+    #[serde(default = "crate::config::one")]
+    pub train_fraction: f64,
+    /// Seed of that choice, apart from the experiment's. Default 0.
+    #[serde(default)]
+    pub train_fraction_seed: u64,
 }
 
 fn default_root() -> PathBuf {
@@ -190,7 +197,11 @@ pub fn load(
         }
         problems.extend(leave_out_unlabelled(&mut splits[0], &wanted));
         if let Some(fraction) = set.dev_fraction {
-            splits[1] = cut_dev(&mut splits[0], &wanted, fraction, Seed(set.dev_seed));
+            splits[1] = cut(&mut splits[0], &wanted, fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
+        }
+        if config.train_fraction < 1.0 {
+            let generator = Seed(config.train_fraction_seed).generator(Purpose::Split, 1);
+            cut(&mut splits[0], &wanted, 1.0 - config.train_fraction, generator);
         }
         sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits });
     }
@@ -321,9 +332,9 @@ fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
     wanted.iter().map(|wanted| wanted.kind).collect()
 }
 
-/// Takes `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
+/// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
 /// share their rarest tag.
-fn cut_dev(train: &mut Rows, wanted: &[Wanted], fraction: f64, seed: Seed) -> Rows {
+fn cut(train: &mut Rows, wanted: &[Wanted], fraction: f64, mut generator: impl rand::Rng) -> Rows {
     let class = wanted.iter().position(|wanted| wanted.kind == WantedKind::Class);
     let tags = wanted.iter().position(|wanted| wanted.kind == WantedKind::Tags);
     let stratum: Vec<u32> = match (class, tags) {
@@ -342,7 +353,6 @@ fn cut_dev(train: &mut Rows, wanted: &[Wanted], fraction: f64, seed: Seed) -> Ro
     for (row, stratum) in stratum.into_iter().enumerate() {
         strata.entry(stratum).or_default().push(row);
     }
-    let mut generator = seed.generator(Purpose::Split, 0);
     let mut taken = vec![false; train.len()];
     // The running sum keeps the total right where strata are too small for a share of their own.
     let (mut due, mut n_taken) = (0.0, 0);
@@ -377,15 +387,23 @@ mod tests {
             rows
         };
         let (mut train, mut again, mut other) = (build(), build(), build());
-        let dev = cut_dev(&mut train, &wanted, 0.1, Seed(0));
+        let generator = |seed| Seed(seed).generator(Purpose::Split, 0);
+        let dev = cut(&mut train, &wanted, 0.1, generator(0));
         let rare = dev.columns[0].values.iter().filter(|&&v| dev.columns[0].strings.get(v) == "rare").count();
         assert_eq!((dev.len(), train.len(), rare), (20, 180, 5));
         let lines = |rows: &Rows| (0..rows.len()).map(|r| rows.place(r).line).collect::<Vec<_>>();
-        assert_eq!(lines(&dev), lines(&cut_dev(&mut again, &wanted, 0.1, Seed(0))));
-        assert_ne!(lines(&dev), lines(&cut_dev(&mut other, &wanted, 0.1, Seed(1))));
+        assert_eq!(lines(&dev), lines(&cut(&mut again, &wanted, 0.1, generator(0))));
+        assert_ne!(lines(&dev), lines(&cut(&mut other, &wanted, 0.1, generator(1))));
         let mut all = [lines(&dev), lines(&train)].concat();
         all.sort();
         assert_eq!(all, (1..=200).collect::<Vec<_>>());
+        let rest = |fraction| {
+            let mut rows = build();
+            cut(&mut rows, &wanted, 1.0 - fraction, generator(0));
+            lines(&rows)
+        };
+        assert_eq!((rest(0.1).len(), rest(0.3).len()), (20, 60));
+        assert!(rest(0.1).iter().all(|line| rest(0.3).contains(line)), "a smaller share is part of a larger one");
         assert_eq!(dev.text_of(0), format!("w{}", dev.place(0).line - 1));
     }
 }

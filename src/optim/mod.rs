@@ -67,6 +67,13 @@ impl Default for SgdConfig {
 }
 
 impl OptimizerConfig {
+    pub fn set_learning_rate(&mut self, rate: f64) {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate = rate,
+            OptimizerConfig::Sgd(config) => config.learning_rate = rate,
+        }
+    }
+
     pub fn learning_rate(&self) -> f64 {
         match self {
             OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate,

@@ -1,0 +1,218 @@
+//! `polytask study`: every run of an experiment's `study:`, several side by side, each a process of its own.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::cli::StudyArgs;
+use super::compare;
+use super::{End, prepare};
+use crate::config::{Experiment, PlannedRun};
+use crate::problem::invalid;
+use crate::run::atomic;
+
+/// One run of the plan on disk.
+struct Job {
+    label: String,
+    name: String,
+    experiment: PathBuf,
+    run: PathBuf,
+    log: PathBuf,
+}
+
+enum Outcome {
+    Done,
+    Failed(String),
+    Interrupted,
+}
+
+pub fn run(args: &StudyArgs) -> Result<End> {
+    let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let Some(study) = &experiment.study else {
+        return Err(invalid(format!("{} has no `study:`", args.experiment.display())));
+    };
+    let runs = experiment.planned_runs(study);
+    // What no run could read is told once, before the first.
+    let (_, problems) = prepare::corpus(&experiment)?;
+    crate::problem::fail_on_errors(problems)?;
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/{}-study", experiment.name)));
+    let jobs = write_plan(&out, &runs)?;
+    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join("report.json").is_file());
+    let n_side_by_side = usize::from(args.jobs).max(args.devices.len()).min(open.len().max(1));
+    log::info!(
+        "{}: {} runs, {} of them done, {n_side_by_side} side by side; results go to {}",
+        experiment.name,
+        done.len() + open.len(),
+        done.len(),
+        out.display()
+    );
+    let outcomes = work(open, args, n_side_by_side)?;
+    let failed: Vec<&(Job, Outcome)> =
+        outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Failed(_))).collect();
+    let interrupted = outcomes.iter().any(|(_, outcome)| matches!(outcome, Outcome::Interrupted));
+    if interrupted {
+        log::info!("stopped, everything is saved; the same command goes on");
+        return Ok(End::Interrupted);
+    }
+    if done.len() + outcomes.len() > failed.len() {
+        compare::show(&[out.clone()], None)?;
+    }
+    if !failed.is_empty() {
+        let lines: Vec<String> = failed
+            .iter()
+            .map(|(job, outcome)| match outcome {
+                Outcome::Failed(why) => format!("{} ({}): {why}", job.name, job.log.display()),
+                _ => String::new(),
+            })
+            .collect();
+        bail!("{} runs failed; the same command tries them again\n  {}", failed.len(), lines.join("\n  "));
+    }
+    Ok(End::Done)
+}
+
+/// Writes an experiment file a run, and `plan.json`.
+fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
+    for folder in ["experiments", "runs", "logs"] {
+        std::fs::create_dir_all(out.join(folder))
+            .map_err(|error| invalid(format!("{} cannot be made: {error}", out.join(folder).display())))?;
+    }
+    let mut jobs = Vec::new();
+    for run in runs {
+        let file = out.join("experiments").join(format!("{}.yaml", run.name));
+        let yaml = run.experiment.to_yaml()?;
+        let started = out.join("runs").join(&run.name).exists();
+        if started && std::fs::read_to_string(&file).is_ok_and(|old| old != yaml) {
+            let (out, name) = (out.display(), &run.name);
+            return Err(invalid(format!(
+                "{out} holds a run {name} of another experiment than this; name another folder with --out"
+            )));
+        }
+        atomic::write(&file, yaml.as_bytes())?;
+        jobs.push(Job {
+            label: run.label.clone(),
+            name: run.name.clone(),
+            experiment: file,
+            run: out.join("runs").join(&run.name),
+            log: out.join("logs").join(format!("{}.log", run.name)),
+        });
+    }
+    let plan: Vec<Value> = jobs.iter().map(|job| json!({"name": job.name, "label": job.label})).collect();
+    atomic::write(&out.join("plan.json"), serde_json::to_string_pretty(&plan)?.as_bytes())?;
+    Ok(jobs)
+}
+
+/// Runs `jobs`, `n` at a time, each worker on one of the devices, and returns how each ended.
+fn work(jobs: Vec<Job>, args: &StudyArgs, n: usize) -> Result<Vec<(Job, Outcome)>> {
+    let program = std::env::current_exe().context("the program's own path is unknown")?;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = args.threads.map_or((cores / n).max(1), usize::from);
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping the runs after their steps; once more to stop at once");
+    })
+    .context("signals cannot be handled")?;
+    let n_jobs = jobs.len();
+    let (queue, results) = (Mutex::new(VecDeque::from(jobs)), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for worker in 0..n {
+            let device = args.devices.get(worker % args.devices.len().max(1)).map_or("auto", String::as_str);
+            let (queue, results, stop, program) = (&queue, &results, &stop, &program);
+            scope.spawn(move || {
+                while let Some(job) = next(queue, stop) {
+                    let started = Instant::now();
+                    let outcome = train(program, &job, device, threads, stop)
+                        .unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
+                    let mut results = results.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                    let place = format!("[{}/{n_jobs}] {}", results.len() + 1, job.name);
+                    match &outcome {
+                        Outcome::Done => log::info!("{place}: {} in {:.0} s", scores(&job), started.elapsed().as_secs_f64()),
+                        Outcome::Failed(why) => log::error!("{place} failed: {why}"),
+                        Outcome::Interrupted => {}
+                    }
+                    results.push((job, outcome));
+                }
+            });
+        }
+    });
+    Ok(results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
+}
+
+fn next(queue: &Mutex<VecDeque<Job>>, stop: &AtomicBool) -> Option<Job> {
+    if stop.load(Ordering::Relaxed) {
+        return None;
+    }
+    queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop_front()
+}
+
+fn train(program: &Path, job: &Job, device: &str, threads: usize, stop: &AtomicBool) -> Result<Outcome> {
+    let mut command = Command::new(program);
+    command.arg("train").arg(&job.experiment).arg("--out").arg(&job.run);
+    command.args(["--device", device, "--threads", &threads.to_string()]);
+    if job.run.join("checkpoints/last.safetensors").is_file() {
+        command.arg("--resume");
+    } else if job.run.exists() {
+        // Killed before its first checkpoint.
+        std::fs::remove_dir_all(&job.run).with_context(|| format!("{} cannot be removed", job.run.display()))?;
+    }
+    let log = File::create(&job.log).with_context(|| format!("{} cannot be written", job.log.display()))?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    // Out of the terminal's group: a Ctrl-C reaches a run once, through us.
+    command.process_group(0);
+    let mut child = command.spawn().with_context(|| format!("{} cannot be started", program.display()))?;
+    let mut told = false;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if stop.load(Ordering::Relaxed) && !told {
+            told = true;
+            interrupt(&child);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    match status.code() {
+        Some(0) => Ok(Outcome::Done),
+        Some(130) => Ok(Outcome::Interrupted),
+        _ if told => Ok(Outcome::Interrupted),
+        _ => Ok(Outcome::Failed(last_line(&job.log).unwrap_or_else(|| status.to_string()))),
+    }
+}
+
+fn interrupt(child: &Child) {
+    // It may have ended by itself in the meantime.
+    let _ = i32::try_from(child.id()).map(|id| kill(Pid::from_raw(id), Signal::SIGINT));
+}
+
+fn last_line(log: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(log).ok()?;
+    text.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned)
+}
+
+/// The main test scores of a finished run, in a line.
+fn scores(job: &Job) -> String {
+    let read = || -> Option<String> {
+        let report: Value = serde_json::from_str(&std::fs::read_to_string(job.run.join("report.json")).ok()?).ok()?;
+        let split = report["splits"].get("test").or(report["splits"].get("dev"))?;
+        let tasks = split["tasks"].as_array()?.iter();
+        let task = |task: &Value| {
+            let value = task["scores"][0]["value"].as_f64()?;
+            Some(format!("{} {:.2}", task["name"].as_str()?, 100.0 * value))
+        };
+        Some(tasks.filter_map(task).collect::<Vec<_>>().join(", "))
+    };
+    read().unwrap_or_default()
+}

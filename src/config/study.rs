@@ -1,0 +1,98 @@
+//! The `study:` of an experiment: which runs show whether multi-task training helped.
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use super::Experiment;
+use crate::weighting::WeightingConfig;
+
+/// All combinations of strategies, seeds, learning rates and fractions are run, each with the budget of the experiment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StudyConfig {
+    /// Weighting strategies by a name of your choice; where `strategy:` is left out, the name is the strategy.
+    pub strategies: IndexMap<String, WeightingConfig>,
+    /// Seeds of weights, order, dropout and, with fractions, of the choice of rows. Default [13, 14, 15].
+    #[serde(default = "default_seeds")]
+    pub seeds: Vec<u64>,
+    /// Learning rates to try; dev chooses the best of each strategy and each twin. Default: the experiment's.
+    #[serde(default)]
+    pub learning_rates: Vec<f64>,
+    /// Shares of the training rows: a learning curve. Default [1].
+    #[serde(default = "default_fractions")]
+    pub data_fractions: Vec<f64>,
+    /// Also train every task alone, which is what multi-task training has to beat. Default true.
+    #[serde(default = "yes")]
+    pub single_task_twins: bool,
+}
+
+fn default_seeds() -> Vec<u64> {
+    vec![13, 14, 15]
+}
+
+fn default_fractions() -> Vec<f64> {
+    vec![1.0]
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// One run of a study.
+pub struct PlannedRun {
+    pub name: String,
+    /// The strategy's name, or `only-TASK` for a twin.
+    pub label: String,
+    pub experiment: Experiment,
+}
+
+impl Experiment {
+    /// The runs of the study, seed by seed, so that the first results are already a comparison.
+    pub fn planned_runs(&self, study: &StudyConfig) -> Vec<PlannedRun> {
+        let rates = match study.learning_rates.is_empty() {
+            true => vec![self.training.optimizer.learning_rate()],
+            false => study.learning_rates.clone(),
+        };
+        let mut runs = Vec::new();
+        for &seed in &study.seeds {
+            for &fraction in &study.data_fractions {
+                for &rate in &rates {
+                    let suffix = match (study.data_fractions.len() > 1, rates.len() > 1) {
+                        (false, false) => format!("s{seed}"),
+                        (true, false) => format!("f{fraction}-s{seed}"),
+                        (false, true) => format!("lr{rate}-s{seed}"),
+                        (true, true) => format!("f{fraction}-lr{rate}-s{seed}"),
+                    };
+                    for (label, mut experiment) in self.variants(study) {
+                        let name = format!("{label}-{suffix}");
+                        experiment.name = format!("{}-{name}", self.name);
+                        experiment.seed = seed;
+                        experiment.study = None;
+                        experiment.data.train_fraction = fraction * self.data.train_fraction;
+                        experiment.data.train_fraction_seed = seed;
+                        experiment.training.optimizer.set_learning_rate(rate);
+                        runs.push(PlannedRun { name, label, experiment });
+                    }
+                }
+            }
+        }
+        runs
+    }
+
+    /// The experiment under each strategy, and each task alone with the sets that carry its labels.
+    fn variants(&self, study: &StudyConfig) -> Vec<(String, Experiment)> {
+        let weighted = study.strategies.iter().map(|(name, weighting)| {
+            (name.clone(), Experiment { weighting: weighting.clone(), ..self.clone() })
+        });
+        let twin = |task: &String| {
+            let mut alone = Experiment { weighting: WeightingConfig::default(), ..self.clone() };
+            alone.tasks.retain(|name, _| name == task);
+            let sets = self.tasks[task].sets();
+            alone.data.sets.retain(|name, _| sets.contains(name));
+            alone.training.early_stopping.metric = "mean".to_owned();
+            (format!("only-{task}"), alone)
+        };
+        let twins = self.tasks.keys().filter(|_| study.single_task_twins).map(twin);
+        weighted.chain(twins).collect()
+    }
+}
