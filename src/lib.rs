@@ -10,6 +10,7 @@
 //! | [`commands`] | one file a verb: the only place that knows everything |
 //! | [`config`] | the experiment as written and as checked |
 //! | [`train`] | the loop, one step, early stopping |
+//! | [`compare`] | statistics over runs, and their page |
 //! | [`evaluate`] | losses and scores of a model over a split |
 //! | [`model`] | embedding, trunk, heads |
 //! | [`weighting`] | how task losses become one |
@@ -25,6 +26,7 @@
 //! theirs, and [`train::Trainer`] clips, updates and records without waiting for the device.
 
 pub mod commands;
+pub mod compare;
 pub mod config;
 pub mod data;
 pub mod evaluate;

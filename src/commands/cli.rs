@@ -32,6 +32,10 @@ pub enum Command {
     Check(CheckArgs),
     /// Run the study of an experiment: strategies, seeds, data fractions, single-task twins
     Study(StudyArgs),
+    /// Put runs or studies side by side: did multi-task training help?
+    Compare(CompareArgs),
+    /// Measure a training step, and what each weighting strategy adds to it
+    Bench(BenchArgs),
     /// Check the mathematics of loss weighting on this machine's device
     Selftest(SelftestArgs),
 }
@@ -131,6 +135,39 @@ pub struct StudyArgs {
     /// Threads of each run on the CPU [default: all cores, shared out]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+}
+
+#[derive(Args)]
+pub struct CompareArgs {
+    /// Run directories, or folders of studies
+    #[arg(required = true)]
+    pub runs: Vec<PathBuf>,
+    /// Print JSON instead of tables
+    #[arg(long)]
+    pub json: bool,
+    /// Also write one self-contained page with the curves
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    /// The experiment file
+    pub experiment: PathBuf,
+    /// Change a value of the experiment, as in --set training.batch_size=64
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Steps of a strategy in a round
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u16).range(1..))]
+    pub steps: u16,
+    /// Rounds, in each of which every strategy takes its turn
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
+    pub rounds: u16,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub machine: Machine,
 }
 
 #[derive(Args)]

@@ -1,1 +1,200 @@
-pub fn show(_: &[std::path::PathBuf], _: Option<()>) -> anyhow::Result<()> { Ok(()) }
+//! `polytask compare`: runs, or the runs of studies, side by side, and against each task alone.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::cli::CompareArgs;
+use super::{End, table};
+use crate::compare::html::{self, Chart};
+use crate::compare::{Comparison, Run, RunTask, compare};
+use crate::config::Experiment;
+use crate::problem::invalid;
+use crate::run::{RunDirectory, atomic};
+
+/// A run with its place, for its curves.
+struct Found {
+    run: Run,
+    path: PathBuf,
+}
+
+pub fn run(args: &CompareArgs) -> Result<End> {
+    if args.json {
+        let runs: Vec<Run> = find(&args.runs)?.into_iter().map(|found| found.run).collect();
+        println!("{}", serde_json::to_string_pretty(&compare(&runs))?);
+        if let Some(file) = &args.html {
+            write_page(file, &args.runs)?;
+        }
+        return Ok(End::Done);
+    }
+    show(&args.runs, args.html.as_deref())
+}
+
+/// Prints the tables; a study also gets its page.
+pub fn show(paths: &[PathBuf], page: Option<&Path>) -> Result<End> {
+    let runs: Vec<Run> = find(paths)?.into_iter().map(|found| found.run).collect();
+    for sheet in compare(&runs).sheets() {
+        let header: Vec<&str> = sheet.header.iter().map(String::as_str).collect();
+        let mut table = table::table(&header, sheet.n_names);
+        for row in sheet.rows {
+            table.add_row(row);
+        }
+        println!("{}\n{table}\n", sheet.title);
+    }
+    if let Some(file) = page {
+        write_page(file, paths)?;
+        log::info!("curves: {}", file.display());
+    }
+    Ok(End::Done)
+}
+
+/// The finished runs in run directories and studies.
+fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for path in paths {
+        let plan = path.join("plan.json");
+        if !plan.is_file() {
+            let directory = RunDirectory::open(path)?;
+            if !directory.file("report.json").is_file() {
+                return Err(invalid(format!("{} is not finished: it has no report.json", path.display())));
+            }
+            found.push(Found { run: read(&directory, None)?, path: path.clone() });
+            continue;
+        }
+        let text = std::fs::read_to_string(&plan).with_context(|| format!("{} cannot be read", plan.display()))?;
+        let plan: Vec<BTreeMap<String, String>> =
+            serde_json::from_str(&text).with_context(|| format!("{} is damaged", plan.display()))?;
+        let mut n_open = 0;
+        for entry in &plan {
+            let run = path.join("runs").join(&entry["name"]);
+            if run.join("report.json").is_file() {
+                found.push(Found { run: read(&RunDirectory::open(&run)?, Some(&entry["label"]))?, path: run });
+            } else {
+                n_open += 1;
+            }
+        }
+        if n_open > 0 {
+            log::warn!("{}: {n_open} of {} runs are not finished and left out", path.display(), plan.len());
+        }
+    }
+    match found.is_empty() {
+        true => Err(invalid("there is no finished run to compare")),
+        false => Ok(found),
+    }
+}
+
+fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
+    let path = directory.path.display().to_string();
+    let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
+    let report: Value = serde_json::from_str(&directory.read("report.json")?)
+        .with_context(|| format!("{path}/report.json is damaged"))?;
+    let dev = &report["splits"]["dev"];
+    let split = report["splits"].get("test").unwrap_or(dev);
+    let tasks = split["tasks"].as_array().with_context(|| format!("{path}/report.json has no scores"))?.iter();
+    let task = |(i, task): (usize, &Value)| {
+        let score = &task["scores"][0];
+        let value = score["value"].as_f64()?;
+        Some(RunTask {
+            name: task["name"].as_str()?.to_owned(),
+            metric: score["name"].as_str()?.to_owned(),
+            higher_is_better: score["higher_is_better"].as_bool()?,
+            value,
+            dev: dev["tasks"][i]["scores"][0]["value"].as_f64().unwrap_or(value),
+        })
+    };
+    let tasks: Option<Vec<RunTask>> = tasks.enumerate().map(task).collect();
+    let tasks = tasks.with_context(|| format!("{path}/report.json is damaged"))?;
+    let strategy = serde_json::to_value(&experiment.weighting)?;
+    let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
+    let own = match tasks.as_slice() {
+        [only] => format!("only-{}", only.name),
+        _ => strategy,
+    };
+    Ok(Run {
+        label: label.map_or(own, str::to_owned),
+        seed: experiment.seed,
+        learning_rate: experiment.training.optimizer.learning_rate(),
+        fraction: experiment.data.train_fraction,
+        tasks,
+        training_secs: report["training_secs"].as_f64().unwrap_or(0.0),
+        n_parameters: report["parameters"].as_u64().unwrap_or(0),
+    })
+}
+
+fn write_page(file: &Path, paths: &[PathBuf]) -> Result<()> {
+    let found = find(paths)?;
+    let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
+    let comparison = compare(&runs);
+    let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+    let page = html::page(&names.join(", "), &comparison.sheets(), &charts(&found, &comparison)?);
+    atomic::write(file, page.as_bytes())
+}
+
+/// The curves of the chosen runs with the largest share of the data: mean over seeds of losses, scores and weights.
+fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
+    let groups = || comparison.groups.iter().chain(&comparison.twins);
+    let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
+    // By title and label: sums and counts by step.
+    let mut curves: Vec<(String, String, BTreeMap<u64, (f64, u32)>)> = Vec::new();
+    for group in groups().filter(|group| group.fraction == largest) {
+        let chosen = found.iter().filter(|found| {
+            let run = &found.run;
+            run.label == group.label && run.fraction == largest && run.learning_rate == group.learning_rate
+        });
+        for found in chosen {
+            let text = RunDirectory { path: found.path.clone() }.read("metrics.jsonl")?;
+            for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+                let step = record["step"].as_u64().unwrap_or(0);
+                for (title, value) in points(&record, &found.run.tasks) {
+                    let label = &group.label;
+                    let at = match curves.iter().position(|(t, l, _)| *t == title && l == label) {
+                        Some(at) => at,
+                        None => {
+                            curves.push((title, label.clone(), BTreeMap::new()));
+                            curves.len() - 1
+                        }
+                    };
+                    let sum = curves[at].2.entry(step).or_default();
+                    *sum = (sum.0 + value, sum.1 + 1);
+                }
+            }
+        }
+    }
+    let mut charts: Vec<Chart> = Vec::new();
+    for (title, label, sums) in curves {
+        let points = sums.into_iter().map(|(step, (sum, n))| (step as f64, sum / f64::from(n))).collect();
+        match charts.iter_mut().find(|chart| chart.title == title) {
+            Some(chart) => chart.lines.push((label, points)),
+            None => charts.push(Chart { title, lines: vec![(label, points)] }),
+        }
+    }
+    charts.sort_by(|a, b| a.title.cmp(&b.title));
+    Ok(charts)
+}
+
+/// What one record says, by the title of its chart.
+fn points(record: &Value, tasks: &[RunTask]) -> Vec<(String, f64)> {
+    let mut points = Vec::new();
+    let mut add = |title: String, value: &Value| points.extend(value.as_f64().map(|value| (title, value)));
+    for task in tasks {
+        let name = &task.name;
+        if record["kind"] == "dev" {
+            add(format!("{name}: {} on dev", task.metric), &record[name][&task.metric]);
+            add(format!("{name}: loss on dev (nats)"), &record[name]["loss"]);
+        } else {
+            add(format!("{name}: training loss (nats)"), &record["loss"][name]);
+            if tasks.len() > 1 {
+                add(format!("{name}: weight"), &record["weight"][name]);
+                add(format!("{name}: gradient norm at the last layer"), &record["task_gradient_norm"][name]);
+            }
+        }
+    }
+    if let Value::Object(cosines) = &record["gradient_cosine"] {
+        for (pair, value) in cosines {
+            add(format!("{pair}: cosine of gradients"), value);
+        }
+    }
+    points
+}

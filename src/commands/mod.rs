@@ -1,8 +1,9 @@
 //! The composition root: one file a verb. What is printed is printed here.
 
+mod bench;
 mod check;
-mod compare;
 pub mod cli;
+mod compare;
 mod evaluate;
 mod predict;
 pub mod prepare;
@@ -53,6 +54,8 @@ pub fn main() -> ExitCode {
         Command::Predict(args) => predict::run(args),
         Command::Check(args) => check::run(args),
         Command::Study(args) => study::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
     };
     match result {

@@ -16,7 +16,10 @@ use crate::weighting::{Reference, golden};
 
 const GRADIENT_CHECKS: [golden::Check; 3] = [
     ("the network's gradient is that of sum w L, bit for bit, when norms are read at the representation", no_leak),
-    ("the network's gradient is that of sum w L, to rounding, when tasks go through the last layer apart", no_leak_apart),
+    (
+        "the network's gradient is that of sum w L, to rounding, when tasks go through the last layer apart",
+        no_leak_apart,
+    ),
     ("norms of the tasks' gradients are those that autograd gives each task alone", norms_are_right),
 ];
 

@@ -65,7 +65,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         return Ok(End::Interrupted);
     }
     if done.len() + outcomes.len() > failed.len() {
-        compare::show(&[out.clone()], None)?;
+        compare::show(&[out.clone()], Some(&out.join("report.html")))?;
     }
     if !failed.is_empty() {
         let lines: Vec<String> = failed
@@ -139,7 +139,9 @@ fn work(jobs: Vec<Job>, args: &StudyArgs, n: usize) -> Result<Vec<(Job, Outcome)
                     let mut results = results.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                     let place = format!("[{}/{n_jobs}] {}", results.len() + 1, job.name);
                     match &outcome {
-                        Outcome::Done => log::info!("{place}: {} in {:.0} s", scores(&job), started.elapsed().as_secs_f64()),
+                        Outcome::Done => {
+                            log::info!("{place}: {} in {:.0} s", scores(&job), started.elapsed().as_secs_f64())
+                        }
                         Outcome::Failed(why) => log::error!("{place} failed: {why}"),
                         Outcome::Interrupted => {}
                     }

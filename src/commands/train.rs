@@ -152,18 +152,28 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     install_handler(&stop)?;
     let started = Instant::now();
     let mut progress = TrainingProgress::new(&tasks, config.max_epochs);
-    match trainer.train(state, &mut progress, &stop)? {
+    let before = if args.resume { seconds_before(run) } else { 0.0 };
+    let outcome = trainer.train(state, &mut progress, &stop)?;
+    let seconds = before + started.elapsed().as_secs_f64();
+    run.write("timing.json", &json!({"training_secs": seconds}).to_string())?;
+    match outcome {
         Outcome::Interrupted(step) => {
             let command = resume_command(args, run);
             log::info!("stopped after step {step}, everything is saved; go on with:\n  {command}");
             Ok(End::Interrupted)
         }
         Outcome::Finished => {
-            let seconds = started.elapsed().as_secs_f64();
             report(run, &tasks, &model, (corpus, &tokenizer, device), seconds)?;
             Ok(End::Done)
         }
     }
+}
+
+/// What earlier sessions of a resumed run took; those that were killed did not say.
+fn seconds_before(run: &RunDirectory) -> f64 {
+    let timing: Option<serde_json::Value> =
+        run.read("timing.json").ok().and_then(|text| serde_json::from_str(&text).ok());
+    timing.and_then(|timing| timing["training_secs"].as_f64()).unwrap_or(0.0)
 }
 
 /// The first signal ends training after the step at hand; the second ends the process.

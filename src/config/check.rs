@@ -1,8 +1,8 @@
 //! What types cannot say: ranges, names that must exist, options that need each other.
 
-use super::{Experiment, StudyConfig};
 use super::decode::suggestion;
 use super::source::Layer;
+use super::{Experiment, StudyConfig};
 use crate::data::{Format, SetConfig, TokenizerConfig};
 use crate::model::HeadConfig;
 use crate::model::heads::Decoder;

@@ -81,9 +81,10 @@ impl Experiment {
 
     /// The experiment under each strategy, and each task alone with the sets that carry its labels.
     fn variants(&self, study: &StudyConfig) -> Vec<(String, Experiment)> {
-        let weighted = study.strategies.iter().map(|(name, weighting)| {
-            (name.clone(), Experiment { weighting: weighting.clone(), ..self.clone() })
-        });
+        let weighted = study
+            .strategies
+            .iter()
+            .map(|(name, weighting)| (name.clone(), Experiment { weighting: weighting.clone(), ..self.clone() }));
         let twin = |task: &String| {
             let mut alone = Experiment { weighting: WeightingConfig::default(), ..self.clone() };
             alone.tasks.retain(|name, _| name == task);

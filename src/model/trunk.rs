@@ -119,7 +119,6 @@ impl Trunk {
         let (output, _, _) = input.lstm(&[&zero, &zero], &weights, true, 1, 0.0, mode.training(), n == 2, true);
         output
     }
-
 }
 
 /// The forward direction at each row's last token and the reverse direction, if there is one, at its first: [B, D*H].

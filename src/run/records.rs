@@ -19,7 +19,9 @@ impl Records {
     /// Opens the records of a run that has done `step` steps; what was recorded beyond them is dropped.
     pub fn open(run: &RunDirectory, step: usize) -> Result<Self> {
         let path = run.file("metrics.jsonl");
-        if step > 0 && path.exists() {
+        // Also a run that was killed before its first checkpoint has records.
+        let goes_on = path.exists();
+        if goes_on {
             let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
             let kept = text.split_inclusive('\n').filter(|line| {
                 let record: Option<Value> = serde_json::from_str(line).ok();
@@ -29,7 +31,7 @@ impl Records {
         }
         let lines = OpenOptions::new().create(true).append(true).open(&path);
         let lines = lines.with_context(|| format!("{} cannot be written", path.display()))?;
-        let events = EventWriter::create(&run.path, if step > 0 { step as u64 + 1 } else { 0 })?;
+        let events = EventWriter::create(&run.path, if goes_on { step as u64 + 1 } else { 0 })?;
         Ok(Records { lines, events })
     }
 

@@ -85,7 +85,7 @@ impl Pending {
 
 impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
-    pub(super) fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
+    pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         let device = self.model.parameters.device();
         let batches: Vec<_> = step.batches.iter().map(|rows| self.train.batch(rows)).collect();
         let decisions = |task: usize| -> i64 {

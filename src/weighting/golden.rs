@@ -117,11 +117,8 @@ fn gradnorm_steps(device: Device) -> Result<()> {
     let sgd = GradnormConfig { optimizer: AdaptBy::Sgd, ..GradnormConfig::default() };
     let weights = held(&mut gradnorm(sgd, &tasks(3), device)?, 1, LOSSES, NORMS, device)?;
     near("one SGD step", &weights, &[0.921109, 1.049041, 1.029851], ROUNDED)?;
-    let steps: [(usize, [f64; 3]); 3] = [
-        (1, [0.966942, 1.016529, 1.016529]),
-        (5, [0.83742, 1.08129, 1.08129]),
-        (20, [0.429768, 1.412783, 1.157449]),
-    ];
+    let steps: [(usize, [f64; 3]); 3] =
+        [(1, [0.966942, 1.016529, 1.016529]), (5, [0.83742, 1.08129, 1.08129]), (20, [0.429768, 1.412783, 1.157449])];
     for (n, expected) in steps {
         let mut strategy = gradnorm(GradnormConfig::default(), &tasks(3), device)?;
         near(&format!("{n} Adam steps"), &held(&mut strategy, n, LOSSES, NORMS, device)?, &expected, ROUNDED)?;

@@ -195,7 +195,9 @@ impl LossWeighting for Gradnorm {
         }
         self.warned = true;
         let floor = self.config.floor;
-        Some(format!("GradNorm pushed a weight down to its floor of {floor}; a smaller learning rate or alpha may help"))
+        Some(format!(
+            "GradNorm pushed a weight down to its floor of {floor}; a smaller learning rate or alpha may help"
+        ))
     }
 
     fn save(&self) -> Value {

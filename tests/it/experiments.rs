@@ -14,15 +14,20 @@ fn files() -> Vec<PathBuf> {
 
 #[test]
 fn every_experiment_is_sound_and_says_what_to_expect() {
-    assert_eq!(files().len(), 5);
+    assert_eq!(files().len(), 7);
     for path in files() {
         let text = std::fs::read_to_string(&path).unwrap();
         let header: String = text.lines().take_while(|line| line.starts_with('#')).collect::<Vec<_>>().join("\n");
-        for part in ["Paper", "Expect", "Run: scripts/polytask train experiments/"] {
+        let experiment = Experiment::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+        let name = path.file_stem().unwrap().to_string_lossy();
+        let (verb, of) = match name.strip_suffix("_study") {
+            Some(of) => ("study", of),
+            None => ("train", &*name),
+        };
+        assert_eq!((experiment.name.as_str(), experiment.study.is_some()), (of, verb == "study"));
+        for part in ["Paper", "Expect", &format!("Run: scripts/polytask {verb} experiments/{name}.yaml")] {
             assert!(header.contains(part), "{}: its header lacks `{part}`", path.display());
         }
-        let experiment = Experiment::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
-        assert_eq!(experiment.name, path.file_stem().unwrap().to_string_lossy());
     }
 }
 

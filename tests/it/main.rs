@@ -8,6 +8,7 @@ mod metrics;
 mod parity;
 mod python;
 mod real_data;
+mod study;
 mod tidy;
 mod util;
 mod weighting;

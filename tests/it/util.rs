@@ -75,7 +75,7 @@ model:
   trunk: {hidden: 10}
 training:
   batch_size: 8
-  max_epochs: 4
+  max_epochs: 6
   log_every_steps: 3
   optimizer: {kind: adamw, learning_rate: 1.0e-2}
 ";

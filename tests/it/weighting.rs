@@ -1,109 +1,25 @@
-//! Strategies in training: they resume exactly, say why weights moved, and do what their papers show.
+//! Strategies do what their papers show, and agree with PyTorch.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use polytask::commands::prepare;
-use polytask::config::Experiment;
-use polytask::data::{Sampler, Split, Tokenizer, load};
-use polytask::evaluate::Report;
 use polytask::optim::{Optimizer, OptimizerConfig};
 use polytask::rng::Seed;
-use polytask::run::RunDirectory;
 use polytask::train::gradients::{as_vector, weighted_sum};
-use polytask::train::{Observer, Outcome, State, Trainer};
 use polytask::weighting::{Observed, WeightedTask, Weighting};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
 use tch::{Device, Kind, Tensor};
 
-use crate::util::{Folder, small};
-
-/// Stops a run after a number of steps.
-struct StopAfter<'a> {
-    steps: usize,
-    stop: &'a AtomicBool,
+/// Normal numbers from a generator of the test's own: libtorch's is shared by all tests of the process.
+fn normal(generator: &mut ChaCha8Rng, size: &[i64], deviation: f64) -> Tensor {
+    let n: i64 = size.iter().product();
+    let draws: Vec<f32> = (0..n).map(|_| StandardNormal.sample(generator)).collect();
+    Tensor::from_slice(&draws).view(size) * deviation
 }
 
-impl Observer for StopAfter<'_> {
-    fn epoch_started(&mut self, _: usize, _: usize, _: usize) {}
-
-    fn step_taken(&mut self, _: i64, _: Option<&[Option<f64>]>) {
-        self.steps = self.steps.saturating_sub(1);
-        // The flag is seen after the step that follows.
-        self.stop.store(self.steps == 0, Ordering::Relaxed);
-    }
-
-    fn epoch_ended(&mut self, _: usize, _: &[Option<f64>], _: &Report, _: bool) {}
-}
-
-/// Trains the small experiment in `out`, from its last checkpoint if it has one, for at most `steps` steps.
-fn train(folder: &Folder, weighting: &str, out: &str, steps: usize) -> Outcome {
-    let overrides = [
-        format!("weighting={weighting}"),
-        format!("data.root={}", folder.path().display()),
-        "training.accumulate_steps=2".to_owned(),
-    ];
-    let experiment = Experiment::load(&folder.path().join("small.yaml"), &overrides).unwrap();
-    let splitter = experiment.tokenizer.splitter();
-    let (corpus, _) = load(&experiment.data, &experiment.task_columns(), splitter, &|_: &Path| {}).unwrap();
-    let tokenizer = Tokenizer::build(&experiment.tokenizer, Path::new(""), &corpus.rows(Split::Train)).unwrap();
-    let tasks = prepare::tasks(&experiment, &corpus);
-    let device = Device::Cpu;
-    let encoded = |split| prepare::encoded(&corpus, split, &tokenizer, &tasks, device).unwrap();
-    let (train, dev) = (encoded(Split::Train), encoded(Split::Dev));
-    let model = prepare::model(&experiment, &tasks, &tokenizer, device).unwrap();
-    let (config, seed) = (&experiment.training, Seed(experiment.seed));
-    let run = RunDirectory { path: folder.path().join(out) };
-    std::fs::create_dir_all(run.path.join("checkpoints")).unwrap();
-    let mut trainer = Trainer {
-        config,
-        tasks: &tasks,
-        model: &model,
-        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-        weighting: prepare::weighting(&experiment, &tasks, device),
-        sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
-        unknown: None,
-        train: &train,
-        dev: &dev,
-        seed,
-        run: &run,
-    };
-    let state = match run.checkpoint("last").exists() {
-        true => trainer.resume().unwrap(),
-        false => State::new(tasks.len()),
-    };
-    let stop = AtomicBool::new(false);
-    trainer.train(state, &mut StopAfter { steps, stop: &stop }, &stop).unwrap()
-}
-
-#[test]
-fn every_strategy_trains_says_why_and_resumes_bit_for_bit() {
-    tch::set_num_threads(1);
-    for (strategy, detail) in [
-        ("{strategy: uncertainty}", "sigma"),
-        ("{strategy: uncertainty_softmax, temperature: 2}", "weight"),
-        ("{strategy: gradnorm, initial_loss: {mean_of_first: 5}}", "training_rate"),
-        ("{strategy: gradnorm, reference: last_layer, initial_loss: log_classes}", "target"),
-        ("{strategy: dwa}", "loss_ratio"),
-        ("{strategy: random}", "weight"),
-        ("{strategy: fixed, weights: {topic: 1, slots: 3}}", "weight"),
-    ] {
-        let folder = small();
-        assert_eq!(train(&folder, strategy, "whole", usize::MAX), Outcome::Finished);
-        assert_eq!(train(&folder, strategy, "part", 3), Outcome::Interrupted(4));
-        assert!(matches!(train(&folder, strategy, "part", 9), Outcome::Interrupted(_)));
-        assert_eq!(train(&folder, strategy, "part", usize::MAX), Outcome::Finished);
-        let file = |run: &str| std::fs::read(folder.path().join(run).join("checkpoints/last.safetensors")).unwrap();
-        assert!(file("whole") == file("part"), "{strategy}: the resumed run differs");
-
-        let lines = folder.read("whole/metrics.jsonl");
-        let records: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let trained = records.iter().rfind(|record| record["kind"] == "train").unwrap();
-        assert!(trained[detail]["topic"].as_f64().is_some_and(f64::is_finite), "{strategy}: {trained}");
-        let compared = records.iter().rfind(|record| record["gradient_cosine"].is_object()).unwrap();
-        let cosine = compared["gradient_cosine"]["topic-slots"].as_f64().unwrap();
-        assert!((-1.0..=1.0).contains(&cosine) && compared["task_gradient_norm"]["slots"].as_f64().unwrap() > 0.0);
-    }
+fn generator(seed: u64) -> ChaCha8Rng {
+    rand::SeedableRng::seed_from_u64(seed)
 }
 
 /// A strategy over `n` tasks.
@@ -144,16 +60,15 @@ fn the_gradient_of_gradnorms_loss_is_that_of_create_graph_in_pytorch() {
     let expected = &moved * 3.0 / moved.sum(Kind::Double);
     let off = (found - expected).abs().max().double_value(&[]);
     // Norms and losses are float32 on both sides.
-    assert!(off < 1e-8, "weights are off by {off}");
+    assert!(off < 1e-7, "weights are off by {off}");
 }
 
 #[test]
 fn uncertainty_finds_the_noise_of_two_regressions() {
     // Gal's notebook: y1 = 2 x + 8 + 10 e, y2 = 3 x + 3 + e, 100 points each.
-    tch::manual_seed(3);
-    let x = Tensor::randn([100, 1], (Kind::Float, Device::Cpu));
-    let noise = || Tensor::randn([100, 1], (Kind::Float, Device::Cpu));
-    let targets = [&x * 2.0 + 8.0 + noise() * 10.0, &x * 3.0 + 3.0 + noise()];
+    let random = &mut generator(3);
+    let x = normal(random, &[100, 1], 1.0);
+    let targets = [&x * 2.0 + 8.0 + normal(random, &[100, 1], 10.0), &x * 3.0 + 3.0 + normal(random, &[100, 1], 1.0)];
     let parameters: Vec<Tensor> =
         (0..4).map(|_| Tensor::zeros([1], (Kind::Float, Device::Cpu)).set_requires_grad(true)).collect();
     let mut strategy = weighting(r#"{"uncertainty": {}}"#, 2);
@@ -181,15 +96,16 @@ fn uncertainty_finds_the_noise_of_two_regressions() {
 /// layers of 100. The division, which the paper does without, keeps tanh off its ends. The share of its initial loss that each task has left, measured on fresh inputs.
 fn toy(config: &str) -> [f64; 2] {
     const SIGMAS: [f64; 2] = [1.0, 100.0];
-    tch::manual_seed(5);
-    let normal = |size: &[i64], sd: f64| Tensor::randn(size, (Kind::Float, Device::Cpu)) * sd;
-    let common = normal(&[50, 20], 10f64.sqrt());
-    let maps: Vec<Tensor> = SIGMAS.iter().map(|_| &common + normal(&[50, 20], 3.5f64.sqrt())).collect();
+    let random = &mut generator(5);
+    let common = normal(random, &[50, 20], 10f64.sqrt());
+    let maps: Vec<Tensor> = SIGMAS.iter().map(|_| &common + normal(random, &[50, 20], 3.5f64.sqrt())).collect();
     let target = |task: usize, x: &Tensor| (x.matmul(&maps[task]) * 0.05).tanh() * SIGMAS[task];
     let sizes = [(50, 100), (100, 100), (100, 100), (100, 100), (100, 20), (100, 20)];
     let parameters: Vec<Tensor> = sizes
         .iter()
-        .map(|&(inputs, outputs)| normal(&[inputs, outputs], (2.0 / inputs as f64).sqrt()).set_requires_grad(true))
+        .map(|&(inputs, outputs)| {
+            normal(random, &[inputs, outputs], (2.0 / inputs as f64).sqrt()).set_requires_grad(true)
+        })
         .collect();
     let losses = |x: &Tensor| -> Vec<Option<Tensor>> {
         let hidden = parameters[..4].iter().fold(x.shallow_clone(), |x, weight| x.matmul(weight).relu());
@@ -199,7 +115,7 @@ fn toy(config: &str) -> [f64; 2] {
         };
         vec![loss(0), loss(1)]
     };
-    let fresh = normal(&[500, 50], 1.0);
+    let fresh = normal(random, &[500, 50], 1.0);
     let test = || -> Vec<f64> { Vec::try_from(as_vector(&losses(&fresh), Device::Cpu)).unwrap() };
     let mut strategy = weighting(config, 2);
     let adam: OptimizerConfig = serde_json::from_str(r#"{"adam": {"weight_decay": 0}}"#).unwrap();
@@ -207,7 +123,7 @@ fn toy(config: &str) -> [f64; 2] {
     let mut optimizer = Optimizer::new(&adam, names.into_iter().zip(&parameters));
     let start = test();
     for step in 0..1500 {
-        let losses = losses(&normal(&[100, 50], 1.0));
+        let losses = losses(&normal(random, &[100, 50], 1.0));
         let norm = |loss: &Option<Tensor>| {
             Tensor::run_backward(&[loss.as_ref().unwrap()], &[&parameters[3]], true, false)[0].norm()
         };

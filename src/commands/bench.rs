@@ -1,0 +1,181 @@
+//! `polytask bench`: what a training step costs, and what each weighting strategy adds to it.
+//!
+//! Strategies take turns, round by round, over the same batches, so that whatever else the machine does falls on all of
+//! them alike. Ratios are medians over the rounds of a round's own ratio.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::json;
+use tch::Device;
+
+use super::cli::BenchArgs;
+use super::{End, prepare, table};
+use crate::config::Experiment;
+use crate::data::{Sampler, Split, Tokenizer};
+use crate::optim::Optimizer;
+use crate::problem::fail_on_errors;
+use crate::rng::Seed;
+use crate::run::RunDirectory;
+use crate::train::{Pending, Step, Trainer, UnknownWords};
+use crate::weighting::WeightingConfig;
+
+/// Steps before the clock starts.
+const WARM_UP: usize = 5;
+
+#[derive(Serialize)]
+struct Measured {
+    strategy: String,
+    /// Median over the rounds.
+    ms_per_step: f64,
+    tokens_per_sec: f64,
+    sentences_per_sec: f64,
+    /// Time a step against equal weights: median, least and greatest of the rounds.
+    ratio: [f64; 3],
+}
+
+/// Every strategy, and GradNorm in its ways.
+fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>> {
+    if experiment.tasks.len() == 1 {
+        return Ok(vec![("one task".to_owned(), WeightingConfig::default())]);
+    }
+    let mut all = Vec::new();
+    for name in ["equal", "uncertainty", "uncertainty_softmax", "dwa", "random"] {
+        all.push((name.to_owned(), serde_json::from_value(json!({name: {}}))?));
+    }
+    all.push(("gradnorm, representation".to_owned(), serde_json::from_value(json!({"gradnorm": {}}))?));
+    for every in [1, 2, 4, 8] {
+        let config = json!({"gradnorm": {"reference": "last_layer", "update_every": every}});
+        all.push((format!("gradnorm, last_layer, update_every {every}"), serde_json::from_value(config)?));
+    }
+    Ok(all)
+}
+
+pub fn run(args: &BenchArgs) -> Result<End> {
+    let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let (device, threads) = prepare::machine(&args.machine)?;
+    let (corpus, problems) = prepare::corpus(&experiment)?;
+    fail_on_errors(problems)?;
+    let tokenizer = Tokenizer::build(&experiment.tokenizer, &experiment.data.root, &corpus.rows(Split::Train))?;
+    let tasks = prepare::tasks(&experiment, &corpus);
+    let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
+    let (config, seed) = (&experiment.training, Seed(experiment.seed));
+    let rate = experiment.tokenizer.unknown_rate();
+    let sampler = || Sampler::new(&train.set, &config.sampling, config.batch_size, seed);
+    let nowhere = RunDirectory { path: std::path::PathBuf::new() };
+    let plan = sampler().plan(0);
+    let n_steps = usize::from(args.steps).min(plan.len() / config.accumulate_steps).max(1);
+    let steps: Vec<&[Vec<usize>]> = plan.chunks(config.accumulate_steps).take(n_steps).collect();
+    let candidates = candidates(&experiment)?;
+    let mut trainers: Vec<Trainer> = candidates
+        .iter()
+        .map(|(_, weighting)| Trainer {
+            config,
+            tasks: &tasks,
+            model: &model,
+            optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+            weighting: prepare::weighting(
+                &Experiment { weighting: weighting.clone(), ..experiment.clone() },
+                &tasks,
+                device,
+            ),
+            sampler: sampler(),
+            unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
+            train: &train,
+            dev: &train,
+            seed,
+            run: &nowhere,
+        })
+        .collect();
+    let n_sentences: usize = steps.iter().flat_map(|batches| batches.iter()).map(Vec::len).sum();
+    let n_tokens: i64 =
+        steps.iter().flat_map(|batches| batches.iter().flatten()).map(|&row| train.set.n_tokens(row)).sum();
+    log::info!(
+        "{}: {n_steps} steps of {} rows and {:.0} tokens, {} rounds, on {}, {threads} threads",
+        experiment.name,
+        n_sentences / n_steps,
+        n_tokens as f64 / n_steps as f64,
+        args.rounds,
+        prepare::device_name(device)
+    );
+    let mut seconds = vec![Vec::new(); trainers.len()];
+    for round in 0..=usize::from(args.rounds) {
+        for (trainer, seconds) in trainers.iter_mut().zip(&mut seconds) {
+            // Round 0 warms up.
+            let steps = if round == 0 { &steps[..WARM_UP.min(n_steps)] } else { &steps[..] };
+            let taken = time(trainer, steps, device)?;
+            if round > 0 {
+                seconds.push(taken);
+            }
+        }
+    }
+    let measured: Vec<Measured> = candidates
+        .into_iter()
+        .zip(&seconds)
+        .map(|((strategy, _), own)| {
+            let mut ratios: Vec<f64> = own.iter().zip(&seconds[0]).map(|(own, equal)| own / equal).collect();
+            ratios.sort_by(f64::total_cmp);
+            let typical = median(own);
+            Measured {
+                strategy,
+                ms_per_step: 1000.0 * typical / n_steps as f64,
+                tokens_per_sec: n_tokens as f64 / typical,
+                sentences_per_sec: n_sentences as f64 / typical,
+                ratio: [median(&ratios), ratios[0], ratios[ratios.len() - 1]],
+            }
+        })
+        .collect();
+    if args.json {
+        let content = json!({
+            "experiment": experiment.name, "device": prepare::device_name(device), "threads": threads, "steps": n_steps,
+            "rounds": args.rounds, "peak_memory_bytes": peak_memory(), "strategies": measured,
+        });
+        println!("{}", serde_json::to_string_pretty(&content)?);
+        return Ok(End::Done);
+    }
+    let mut out =
+        table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", "time / equal", "least", "most"], 1);
+    for m in &measured {
+        let mut row = vec![m.strategy.clone(), format!("{:.2}", m.ms_per_step)];
+        row.extend([m.tokens_per_sec, m.sentences_per_sec].map(|n| table::count(n as usize)));
+        row.extend(m.ratio.map(|ratio| format!("{ratio:.3}")));
+        out.add_row(row);
+    }
+    println!("{out}");
+    if let Some(bytes) = peak_memory() {
+        println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
+    }
+    Ok(End::Done)
+}
+
+fn time(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Result<f64> {
+    let mut pending = Pending::new(device);
+    wait(device);
+    let started = Instant::now();
+    for (number, batches) in steps.iter().enumerate() {
+        trainer.take(&Step { number, n_steps: steps.len(), batches, diagnose: false }, &mut pending)?;
+    }
+    wait(device);
+    Ok(started.elapsed().as_secs_f64())
+}
+
+fn wait(device: Device) {
+    if let Device::Cuda(index) = device {
+        tch::Cuda::synchronize(index as i64);
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
+}
+
+/// Bytes that the process held at most, where Linux tells.
+fn peak_memory() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib << 10)
+}

@@ -1,0 +1,398 @@
+//! Did multi-task help? Runs grouped by strategy, against the same tasks trained alone.
+
+pub mod html;
+pub mod stats;
+
+use serde::Serialize;
+
+use stats::{Estimate, delta_m, deviation, estimate, mean, share_that_reaches};
+
+/// One finished run.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The strategy, or `only-TASK`.
+    pub label: String,
+    pub seed: u64,
+    pub learning_rate: f64,
+    /// Share of the training rows.
+    pub fraction: f64,
+    pub tasks: Vec<RunTask>,
+    pub training_secs: f64,
+    pub n_parameters: u64,
+}
+
+/// A task's main score in a run.
+#[derive(Clone, Debug)]
+pub struct RunTask {
+    pub name: String,
+    pub metric: String,
+    pub higher_is_better: bool,
+    /// On the split that is compared: test, or dev where there is no test.
+    pub value: f64,
+    pub dev: f64,
+}
+
+impl Run {
+    /// A run of one task is the twin of every multi-task run of the same task.
+    fn is_twin(&self) -> bool {
+        self.tasks.len() == 1
+    }
+
+    fn task(&self, name: &str) -> Option<&RunTask> {
+        self.tasks.iter().find(|task| task.name == name)
+    }
+}
+
+/// What multi-task training did to a task, judged by the interval of the paired differences over seeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Helped,
+    Hurt,
+    WithinNoise,
+    /// One seed shows nothing.
+    Unknown,
+}
+
+impl Verdict {
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Helped => "helped",
+            Verdict::Hurt => "hurt",
+            Verdict::WithinNoise => "within noise",
+            Verdict::Unknown => "one seed: unknown",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct TaskResult {
+    pub name: String,
+    pub metric: String,
+    pub mean: f64,
+    pub deviation: Option<f64>,
+    /// Against the twin of the same seed; there where twins are.
+    pub difference: Option<Estimate>,
+    pub verdict: Option<Verdict>,
+}
+
+/// One strategy, or a task alone, at one share of the data.
+#[derive(Clone, Debug, Serialize)]
+pub struct Group {
+    pub label: String,
+    pub fraction: f64,
+    /// The one that dev chose.
+    pub learning_rate: f64,
+    pub seeds: Vec<u64>,
+    pub tasks: Vec<TaskResult>,
+    pub delta_m: Option<Estimate>,
+    /// Mean of the runs.
+    pub training_secs: f64,
+    pub n_parameters: u64,
+}
+
+/// How much of the data a task alone needs to be as good as a strategy at `fraction`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Saving {
+    pub label: String,
+    pub task: String,
+    pub fraction: f64,
+    /// `None` beyond what was run: see `reached`.
+    pub alone_needs: Option<f64>,
+    /// Whether the task alone reached the score at all.
+    pub reached: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// Strategies, by ascending share of the data.
+    pub groups: Vec<Group>,
+    /// Tasks alone, likewise.
+    pub twins: Vec<Group>,
+    pub savings: Vec<Saving>,
+}
+
+/// Groups runs by label and share of the data; of several learning rates dev's best is kept.
+pub fn compare(runs: &[Run]) -> Comparison {
+    let mut keys: Vec<(f64, &str)> = Vec::new();
+    for run in runs {
+        if !keys.contains(&(run.fraction, &run.label)) {
+            keys.push((run.fraction, &run.label));
+        }
+    }
+    keys.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let chosen: Vec<Vec<&Run>> = keys.iter().map(|&(fraction, label)| choose(runs, fraction, label)).collect();
+    let (twins, multi): (Vec<&Vec<&Run>>, Vec<&Vec<&Run>>) = chosen.iter().partition(|group| group[0].is_twin());
+    let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &twins)).collect();
+    let twins: Vec<Group> = twins.iter().map(|group| summarize(group, &[])).collect();
+    let savings = savings(&groups, &twins);
+    Comparison { groups, twins, savings }
+}
+
+/// The runs of a label at the learning rate with the best mean score on dev, by seed.
+fn choose<'a>(runs: &'a [Run], fraction: f64, label: &str) -> Vec<&'a Run> {
+    let of_label: Vec<&Run> = runs.iter().filter(|run| run.fraction == fraction && run.label == label).collect();
+    let mut rates: Vec<f64> = of_label.iter().map(|run| run.learning_rate).collect();
+    rates.sort_by(f64::total_cmp);
+    rates.dedup();
+    let dev = |rate: f64| -> f64 {
+        let scores = of_label.iter().filter(|run| run.learning_rate == rate).map(|run| {
+            let signed = |task: &RunTask| if task.higher_is_better { task.dev } else { -task.dev };
+            mean(&run.tasks.iter().map(signed).collect::<Vec<_>>())
+        });
+        mean(&scores.collect::<Vec<_>>())
+    };
+    let best = rates.into_iter().max_by(|a, b| dev(*a).total_cmp(&dev(*b)));
+    let mut group: Vec<&Run> = of_label.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
+    group.sort_by_key(|run| run.seed);
+    group
+}
+
+fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
+    let first = group[0];
+    // The twin of a task with the same seed and share.
+    let twin = |run: &Run, task: &str| -> Option<RunTask> {
+        let mut alone = twins.iter().flat_map(|twins| twins.iter());
+        let same = |twin: &&&Run| twin.seed == run.seed && twin.fraction == run.fraction && twin.task(task).is_some();
+        alone.find(same)?.task(task).cloned()
+    };
+    let result = |task: &RunTask| {
+        let values: Vec<f64> = group.iter().filter_map(|run| Some(run.task(&task.name)?.value)).collect();
+        let paired = group.iter().filter_map(|run| Some(run.task(&task.name)?.value - twin(run, &task.name)?.value));
+        let paired: Vec<f64> = paired.collect();
+        let difference = (!paired.is_empty()).then(|| estimate(&paired));
+        TaskResult {
+            name: task.name.clone(),
+            metric: task.metric.clone(),
+            mean: mean(&values),
+            deviation: deviation(&values),
+            verdict: difference.as_ref().map(|difference| verdict(difference, task.higher_is_better)),
+            difference,
+        }
+    };
+    let changes: Vec<f64> = group
+        .iter()
+        .filter_map(|run| {
+            let pair = |task: &RunTask| {
+                let single = twin(run, &task.name)?.value;
+                (single != 0.0).then_some((task.value, single, task.higher_is_better))
+            };
+            run.tasks.iter().map(pair).collect::<Option<Vec<_>>>().map(|pairs| delta_m(&pairs))
+        })
+        .collect();
+    Group {
+        label: first.label.clone(),
+        fraction: first.fraction,
+        learning_rate: first.learning_rate,
+        seeds: group.iter().map(|run| run.seed).collect(),
+        tasks: first.tasks.iter().map(result).collect(),
+        delta_m: (!changes.is_empty()).then(|| estimate(&changes)),
+        training_secs: mean(&group.iter().map(|run| run.training_secs).collect::<Vec<_>>()),
+        n_parameters: first.n_parameters,
+    }
+}
+
+fn verdict(difference: &Estimate, higher_is_better: bool) -> Verdict {
+    let (Some(low), Some(high)) = (difference.low, difference.high) else { return Verdict::Unknown };
+    match (low > 0.0, high < 0.0, higher_is_better) {
+        (false, false, _) => Verdict::WithinNoise,
+        (true, _, true) | (_, true, false) => Verdict::Helped,
+        _ => Verdict::Hurt,
+    }
+}
+
+/// Read off the learning curves of the tasks alone, where there are several shares of the data.
+fn savings(groups: &[Group], twins: &[Group]) -> Vec<Saving> {
+    let mut savings = Vec::new();
+    for group in groups {
+        for task in &group.tasks {
+            let alone = twins.iter().filter_map(|twin| {
+                let own = twin.tasks.iter().find(|own| own.name == task.name)?;
+                Some((twin.fraction, own.mean))
+            });
+            let curve: Vec<(f64, f64)> = alone.collect();
+            if curve.len() < 2 {
+                continue;
+            }
+            let found = share_that_reaches(&curve, task.mean);
+            savings.push(Saving {
+                label: group.label.clone(),
+                task: task.name.clone(),
+                fraction: group.fraction,
+                alone_needs: found.ok(),
+                reached: found != Err(true),
+            });
+        }
+    }
+    savings
+}
+
+/// A table for people; the first `n_names` columns are names.
+pub struct Sheet {
+    pub title: String,
+    pub header: Vec<String>,
+    pub n_names: usize,
+    pub rows: Vec<Vec<String>>,
+}
+
+fn percent(value: f64) -> String {
+    format!("{:.2}", 100.0 * value)
+}
+
+fn interval(estimate: &Estimate) -> String {
+    match (estimate.low, estimate.high) {
+        (Some(low), Some(high)) => {
+            format!("{:+.2} [{:+.2}, {:+.2}]", 100.0 * estimate.mean, 100.0 * low, 100.0 * high)
+        }
+        _ => format!("{:+.2}", 100.0 * estimate.mean),
+    }
+}
+
+impl Comparison {
+    /// The comparison as tables: percent, and 95 % intervals of paired differences over seeds.
+    pub fn sheets(&self) -> Vec<Sheet> {
+        let mut sheets = vec![self.results(), self.verdicts()];
+        if !self.savings.is_empty() {
+            sheets.push(self.curve());
+        }
+        sheets.retain(|sheet| !sheet.rows.is_empty());
+        sheets
+    }
+
+    fn results(&self) -> Sheet {
+        let mut names: Vec<(String, String)> = Vec::new();
+        for task in self.groups.iter().chain(&self.twins).flat_map(|group| &group.tasks) {
+            if !names.iter().any(|(name, _)| *name == task.name) {
+                names.push((task.name.clone(), task.metric.clone()));
+            }
+        }
+        let mut header = vec!["data".to_owned(), "strategy".to_owned(), "seeds".to_owned()];
+        header.extend(names.iter().map(|(name, metric)| format!("{name} {metric}")));
+        header.extend(["delta-m".to_owned(), "secs".to_owned(), "parameters".to_owned()]);
+        let score = |tasks: &[&TaskResult], name: &str| -> String {
+            let Some(task) = tasks.iter().find(|task| task.name == name) else { return "-".to_owned() };
+            let spread = task.deviation.map_or(String::new(), |sd| format!(" ± {}", percent(sd)));
+            percent(task.mean) + &spread
+        };
+        let mut rows = Vec::new();
+        let mut fractions: Vec<f64> = self.groups.iter().chain(&self.twins).map(|group| group.fraction).collect();
+        fractions.sort_by(f64::total_cmp);
+        fractions.dedup();
+        for fraction in fractions {
+            for group in self.groups.iter().filter(|group| group.fraction == fraction) {
+                let tasks: Vec<&TaskResult> = group.tasks.iter().collect();
+                let mut row = vec![percent_of_data(fraction), group.label.clone(), group.seeds.len().to_string()];
+                row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+                row.push(group.delta_m.as_ref().map_or("-".to_owned(), interval));
+                row.push(format!("{:.0}", group.training_secs));
+                row.push(group.n_parameters.to_string());
+                rows.push(row);
+            }
+            let twins: Vec<&Group> = self.twins.iter().filter(|group| group.fraction == fraction).collect();
+            if twins.is_empty() {
+                continue;
+            }
+            let tasks: Vec<&TaskResult> = twins.iter().flat_map(|group| &group.tasks).collect();
+            let n_seeds = twins.iter().map(|group| group.seeds.len()).min().unwrap_or(0);
+            let mut row = vec![percent_of_data(fraction), "each task alone".to_owned(), n_seeds.to_string()];
+            row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+            row.push(String::new());
+            row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));
+            row.push(twins.iter().map(|group| group.n_parameters).sum::<u64>().to_string());
+            rows.push(row);
+        }
+        Sheet { title: "Scores in percent, mean ± standard deviation over seeds".to_owned(), header, n_names: 2, rows }
+    }
+
+    fn verdicts(&self) -> Sheet {
+        let mut rows = Vec::new();
+        for group in &self.groups {
+            for task in &group.tasks {
+                let (Some(difference), Some(verdict)) = (&task.difference, task.verdict) else { continue };
+                rows.push(vec![
+                    percent_of_data(group.fraction),
+                    group.label.clone(),
+                    task.name.clone(),
+                    interval(difference),
+                    verdict.name().to_owned(),
+                ]);
+            }
+        }
+        Sheet {
+            title: "Against the task alone: points, with the 95 % interval over seeds".to_owned(),
+            header: ["data", "strategy", "task", "difference", "multi-task"].map(str::to_owned).into(),
+            n_names: 3,
+            rows,
+        }
+    }
+
+    fn curve(&self) -> Sheet {
+        let needs = |saving: &Saving| match (saving.alone_needs, saving.reached) {
+            (Some(share), _) => percent_of_data(share),
+            (None, true) => "the smallest share, or less".to_owned(),
+            (None, false) => "more than all of it".to_owned(),
+        };
+        let row = |saving: &Saving| {
+            vec![percent_of_data(saving.fraction), saving.label.clone(), saving.task.clone(), needs(saving)]
+        };
+        Sheet {
+            title: "How much data the task alone needs to be as good".to_owned(),
+            header: ["data", "strategy", "task", "alone it needs"].map(str::to_owned).into(),
+            n_names: 3,
+            rows: self.savings.iter().map(row).collect(),
+        }
+    }
+}
+
+fn percent_of_data(fraction: f64) -> String {
+    format!("{:.0} %", 100.0 * fraction)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(label: &str, seed: u64, learning_rate: f64, scores: &[(&str, f64)]) -> Run {
+        let task = |&(name, value): &(&str, f64)| RunTask {
+            name: name.into(),
+            metric: "f1".into(),
+            higher_is_better: true,
+            value,
+            dev: value,
+        };
+        let tasks = scores.iter().map(task).collect();
+        Run { label: label.into(), seed, learning_rate, fraction: 1.0, tasks, training_secs: 10.0, n_parameters: 5 }
+    }
+
+    #[test]
+    fn strategies_are_paired_with_twins_of_the_same_seed() {
+        let mut runs = Vec::new();
+        for seed in 0..3 {
+            let base = 0.5 + 0.1 * seed as f64;
+            runs.push(run("equal", seed, 0.1, &[("a", base + 0.02), ("b", 0.4 + base / 100.0)]));
+            runs.push(run("only-a", seed, 0.1, &[("a", base + 0.001 * seed as f64)]));
+            runs.push(run("only-b", seed, 0.1, &[("b", 0.4)]));
+        }
+        // A worse learning rate, which dev does not choose.
+        runs.push(run("equal", 0, 0.9, &[("a", 0.1), ("b", 0.1)]));
+        let comparison = compare(&runs);
+        let group = &comparison.groups[0];
+        assert_eq!((group.seeds.len(), group.learning_rate, comparison.twins.len()), (3, 0.1, 2));
+        let task = &group.tasks[0];
+        assert!((task.difference.as_ref().unwrap().mean - 0.019).abs() < 1e-12);
+        assert_eq!(task.verdict, Some(Verdict::Helped), "the spread of the scores is large, that of the pairs is not");
+        assert!(group.delta_m.as_ref().unwrap().mean > 0.0);
+        let text: Vec<String> = comparison.sheets().iter().flat_map(|sheet| sheet.rows.concat()).collect();
+        assert!(text.contains(&"each task alone".to_owned()) && text.contains(&"helped".to_owned()), "{text:?}");
+    }
+
+    #[test]
+    fn verdicts_follow_the_interval_and_the_metrics_direction() {
+        let of = |low, high| Estimate { mean: (low + high) / 2.0, low: Some(low), high: Some(high) };
+        assert_eq!(verdict(&of(0.1, 0.2), true), Verdict::Helped);
+        assert_eq!(verdict(&of(0.1, 0.2), false), Verdict::Hurt);
+        assert_eq!(verdict(&of(-0.2, -0.1), true), Verdict::Hurt);
+        assert_eq!(verdict(&of(-0.1, 0.2), true), Verdict::WithinNoise);
+        assert_eq!(verdict(&Estimate { mean: 1.0, low: None, high: None }, true), Verdict::Unknown);
+    }
+}

@@ -1,0 +1,77 @@
+//! Means, spreads and intervals over few seeds.
+
+use serde::Serialize;
+use statrs::distribution::{ContinuousCDF, StudentsT};
+
+/// A mean with the 95 % confidence interval of Student's t; no interval with fewer than two values.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    pub mean: f64,
+    pub low: Option<f64>,
+    pub high: Option<f64>,
+}
+
+pub fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// The sample's standard deviation, with n - 1; `None` with fewer than two values.
+pub fn deviation(values: &[f64]) -> Option<f64> {
+    let center = mean(values);
+    let squares: f64 = values.iter().map(|value| (value - center).powi(2)).sum();
+    (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
+}
+
+pub fn estimate(values: &[f64]) -> Estimate {
+    let center = mean(values);
+    let half = deviation(values).and_then(|sd| {
+        let n = values.len() as f64;
+        let t = StudentsT::new(0.0, 1.0, n - 1.0).ok()?.inverse_cdf(0.975);
+        Some(t * sd / n.sqrt())
+    });
+    Estimate { mean: center, low: half.map(|half| center - half), high: half.map(|half| center + half) }
+}
+
+/// delta-m: the mean over tasks of (multi - single) / single, its sign turned where lower is better (Maninis, Radosavovic,
+/// Kokkinos 2019, arXiv 1904.08918, eq. 4). `pairs` are (multi, single, higher is better).
+pub fn delta_m(pairs: &[(f64, f64, bool)]) -> f64 {
+    let change =
+        |&(multi, single, higher): &(f64, f64, bool)| (multi - single) / single * if higher { 1.0 } else { -1.0 };
+    pairs.iter().map(change).sum::<f64>() / pairs.len() as f64
+}
+
+/// The share of the data at which a curve of (share, score), by ascending share, first reaches `score`, read off linearly
+/// over log share. `Err(true)`: never within the curve; `Err(false)`: its smallest share is already as good.
+pub fn share_that_reaches(curve: &[(f64, f64)], score: f64) -> Result<f64, bool> {
+    match curve.first() {
+        Some(&(_, first)) if first >= score => return Err(false),
+        _ => {}
+    }
+    let step = curve.windows(2).find(|pair| pair[0].1 < score && pair[1].1 >= score).ok_or(true)?;
+    let ((x0, y0), (x1, y1)) = (step[0], step[1]);
+    Ok((x0.ln() + (x1.ln() - x0.ln()) * (score - y0) / (y1 - y0)).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_answers() {
+        let golden = delta_m(&[(0.91, 0.90, true), (0.76, 0.80, true)]);
+        assert!((golden + 0.019444).abs() < 1e-6, "{golden}");
+        assert_eq!(delta_m(&[(1.1, 1.0, false)]), -delta_m(&[(1.1, 1.0, true)]));
+        // t(0.975, 2) = 4.302653; the standard deviation of 1, 2, 3 is 1.
+        let found = estimate(&[1.0, 2.0, 3.0]);
+        assert!((found.high.unwrap() - (2.0 + 4.302653 / 3f64.sqrt())).abs() < 1e-5, "{found:?}");
+        assert_eq!(estimate(&[1.0]), Estimate { mean: 1.0, low: None, high: None });
+    }
+
+    #[test]
+    fn shares_are_read_off_the_curve() {
+        let curve = [(0.01, 0.2), (0.1, 0.4), (1.0, 0.8)];
+        assert!((share_that_reaches(&curve, 0.6).unwrap() - 0.1 * 10f64.sqrt()).abs() < 1e-9);
+        assert_eq!(share_that_reaches(&curve, 0.9), Err(true));
+        assert_eq!(share_that_reaches(&curve, 0.1), Err(false));
+    }
+}

@@ -1,0 +1,83 @@
+//! `study` and `compare`: every run, a second call, a run that fails, and what is made of it all.
+
+use serde_json::Value;
+
+use crate::util::{Folder, SMALL, small};
+
+fn study(more: &str) -> Folder {
+    let folder = small();
+    folder.file("study.yaml", format!("{SMALL}  max_steps: 24\nstudy:\n  seeds: [1, 2]\n{more}"));
+    folder
+}
+
+fn said(folder: &Folder, arguments: &[&str], code: i32) -> (String, String) {
+    let output = folder.polytask(arguments).assert().code(code).get_output().clone();
+    (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
+    let more =
+        "  strategies:\n    equal: {}\n    gentle: {strategy: gradnorm, alpha: 0.5}\n  data_fractions: [0.5, 1]\n";
+    let folder = study(more);
+    let command = ["study", "study.yaml", "--jobs", "2"];
+    let (table, _) = said(&folder, &command, 0);
+    for part in ["50 %", "100 %", "equal", "gentle", "each task alone", "delta-m", "within noise", "alone it needs"] {
+        assert!(table.contains(part), "`{part}` is not in\n{table}");
+    }
+    // 2 seeds, 2 shares, 2 strategies and 2 twins.
+    let runs = || std::fs::read_dir(folder.path().join("runs/small-study/runs")).unwrap().count();
+    assert_eq!(runs(), 16);
+    let twin = folder.read("runs/small-study/experiments/only-slots-f0.5-s2.yaml");
+    assert!(!twin.contains("topic:") && twin.contains("train_fraction: 0.5") && twin.contains("seed: 2"), "{twin}");
+
+    let changed = |name: &str| {
+        std::fs::metadata(folder.path().join("runs/small-study/runs").join(name)).unwrap().modified().unwrap()
+    };
+    let before = changed("equal-f1-s1/report.json");
+    std::fs::remove_dir_all(folder.path().join("runs/small-study/runs/gentle-f1-s1")).unwrap();
+    let (again, log) = said(&folder, &command, 0);
+    assert!(log.contains("16 runs, 15 of them done"), "{log}");
+    assert_eq!((before, runs()), (changed("equal-f1-s1/report.json"), 16), "finished runs are kept");
+    let scores = |table: &str| table.lines().filter(|line| line.contains(" within noise")).map(str::to_owned).collect();
+    let (first, second): (Vec<String>, Vec<String>) = (scores(&table), scores(&again));
+    assert_eq!(first, second);
+
+    let (json, _) = said(&folder, &["compare", "runs/small-study", "--json", "--html", "page.html"], 0);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let group = &json["groups"][0];
+    assert_eq!((group["fraction"].as_f64(), group["seeds"].as_array().unwrap().len()), (Some(0.5), 2));
+    assert!(group["tasks"][0]["difference"]["low"].is_number() && json["savings"].as_array().unwrap().len() == 8);
+    let page = folder.read("page.html");
+    assert!(page.contains("<polyline") && page.contains("cosine of gradients") && !page.contains("http"));
+
+    // Runs that belong to no study, and what is no run.
+    let path = |name: &str| format!("runs/small-study/runs/{name}");
+    let (table, _) = said(&folder, &["compare", &path("equal-f1-s1"), &path("only-topic-f1-s1")], 0);
+    assert!(table.contains("one seed: unknown"), "{table}");
+    let (_, error) = said(&folder, &["compare", "study.yaml"], 2);
+    assert!(error.contains("is no run directory"), "{error}");
+    folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));
+    let (_, error) = said(&folder, &command, 2);
+    assert!(error.contains("of another experiment"), "{error}");
+}
+
+#[test]
+fn a_run_that_fails_is_reported_and_the_rest_goes_on() {
+    let folder = study("  strategies: {equal: {}}\n  learning_rates: [0.01, 1.0e+38]\n  single_task_twins: false\n");
+    let (table, error) = said(&folder, &["study", "study.yaml"], 1);
+    assert!(table.contains("equal"), "{table}");
+    assert!(error.contains("2 runs failed") && error.contains("is not finite"), "{error}");
+    let (_, error) = said(&folder, &["study", "small.yaml"], 2);
+    assert!(error.contains("small.yaml has no `study:`"), "{error}");
+}
+
+#[test]
+fn a_benchmark_measures_every_strategy() {
+    let folder = small();
+    let (json, _) = said(&folder, &["bench", "small.yaml", "--steps", "3", "--rounds", "2", "--json"], 0);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let strategies = json["strategies"].as_array().unwrap();
+    assert_eq!(strategies.len(), 10);
+    assert!(strategies.iter().all(|s| s["tokens_per_sec"].as_f64().unwrap() > 0.0 && s["ratio"][0].is_number()));
+}
