@@ -6,6 +6,7 @@ use std::{env, fs};
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
+    println!("cargo:rerun-if-changed=src/libtorch/jit.cpp");
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
     let library = libtorch.join("lib/libtorch_cpu.so");
     // Behind links lies the folder whose neighbours hold everything else, CUDA included.
@@ -20,7 +21,9 @@ fn main() {
         .warnings(false)
         .flag("-D_GLIBCXX_USE_CXX11_ABI=1")
         .include(libtorch.join("include"))
+        .include(libtorch.join("include/torch/csrc/api/include"))
         .file("src/libtorch/shim.cpp")
+        .file("src/libtorch/jit.cpp")
         .compile("polytask_shim");
     println!("cargo:rustc-link-search=native={}", libtorch.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");

@@ -10,6 +10,7 @@
 //! | [`commands`] | one file a verb: the only place that knows everything |
 //! | [`config`] | the experiment as written and as checked |
 //! | [`train`] | the loop, one step, early stopping |
+//! | [`export`] | the model as one TorchScript file |
 //! | [`compare`] | statistics over runs, and their page |
 //! | [`evaluate`] | losses and scores of a model over a split |
 //! | [`model`] | embedding, trunk, heads |
@@ -30,6 +31,7 @@ pub mod compare;
 pub mod config;
 pub mod data;
 pub mod evaluate;
+pub mod export;
 pub mod libtorch;
 pub mod metrics;
 pub mod model;

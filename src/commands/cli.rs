@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::data::Split;
+use crate::export::Precision;
 
 /// Multi-task language models on a shared embedding + LSTM trunk, from one YAML file an experiment.
 #[derive(Parser)]
@@ -30,6 +31,10 @@ pub enum Command {
     Predict(PredictArgs),
     /// Find everything wrong or odd in an experiment and its data, before training
     Check(CheckArgs),
+    /// Write a trained run as a file or folder that others load, checked before it is kept
+    Export(ExportArgs),
+    #[command(hide = true)]
+    VerifyExport(VerifyArgs),
     /// Run the study of an experiment: strategies, seeds, data fractions, single-task twins
     Study(StudyArgs),
     /// Put runs or studies side by side: did multi-task training help?
@@ -114,6 +119,57 @@ pub struct PredictArgs {
     pub checkpoint: String,
     #[command(flatten)]
     pub machine: Machine,
+}
+
+#[derive(Args)]
+pub struct ExportArgs {
+    /// The run directory
+    pub run: PathBuf,
+    /// What to write: one TorchScript file, a folder with safetensors, or a model repository for NVIDIA Triton
+    #[arg(long, value_enum)]
+    pub format: ExportFormat,
+    /// The file or folder to write
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Which checkpoint: best, last or best-TASK
+    #[arg(long, default_value = "best")]
+    pub checkpoint: String,
+    /// Numbers of the weights
+    #[arg(long, value_enum, default_value = "float32")]
+    pub dtype: ExportDtype,
+    /// Replace what is there
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    Torchscript,
+    Safetensors,
+    Triton,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExportDtype {
+    Float32,
+    Float16,
+    Bfloat16,
+}
+
+impl From<ExportDtype> for Precision {
+    fn from(dtype: ExportDtype) -> Self {
+        match dtype {
+            ExportDtype::Float32 => Precision::Float32,
+            ExportDtype::Float16 => Precision::Float16,
+            ExportDtype::Bfloat16 => Precision::Bfloat16,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct VerifyArgs {
+    pub model: PathBuf,
+    pub cases: PathBuf,
 }
 
 #[derive(Args)]

@@ -5,6 +5,7 @@ mod check;
 pub mod cli;
 mod compare;
 mod evaluate;
+mod export;
 mod predict;
 pub mod prepare;
 mod progress;
@@ -53,6 +54,8 @@ pub fn main() -> ExitCode {
         Command::Evaluate(args) => evaluate::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Check(args) => check::run(args),
+        Command::Export(args) => export::run(args),
+        Command::VerifyExport(args) => export::verify(args),
         Command::Study(args) => study::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),

@@ -82,6 +82,28 @@ pub fn weighting(experiment: &Experiment, tasks: &[Task], device: Device) -> Wei
     Weighting::new(&experiment.weighting, &weighted, Seed(experiment.seed), device)
 }
 
+/// Rebuilds the model from an exported file, in float32 whatever its weights are.
+fn of_file(path: &Path, device: Device) -> Result<Trained> {
+    let exported = super::export::open(path)?;
+    let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
+        return Err(invalid(format!("{} lacks files", path.display())));
+    };
+    let folder = tempfile::tempdir()?;
+    let resolved = folder.path().join("resolved.yaml");
+    std::fs::write(&resolved, yaml)?;
+    let experiment = Experiment::load(&resolved, &[])?;
+    let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
+    let tokenizer = Tokenizer::from_json(tokenizer.as_bytes(), experiment.tokenizer.splitter())?;
+    let model = model(&experiment, &tasks, &tokenizer, device)?;
+    let weights = exported.module.parameters()?;
+    let weights = weights.into_iter().map(|(name, tensor)| (name, tensor.to_kind(tch::Kind::Float)));
+    model
+        .parameters
+        .load(weights.collect())
+        .with_context(|| format!("{} does not fit its experiment", path.display()))?;
+    Ok(Trained { experiment, tasks, tokenizer, model, about: exported.about })
+}
+
 /// A run as training left it, with one of its checkpoints.
 pub struct Trained {
     pub experiment: Experiment,
@@ -101,7 +123,11 @@ pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> 
     Ok((experiment, run.read_tasks()?, tokenizer))
 }
 
+/// The model of a run directory or of an exported file; of a file the checkpoint is the one it was made of.
 pub fn trained(path: &Path, name: &str, device: Device) -> Result<Trained> {
+    if path.is_file() {
+        return of_file(path, device);
+    }
     let run = RunDirectory::open(path)?;
     let (experiment, tasks, tokenizer) = of_run(&run)?;
     let file = run.checkpoint(name);

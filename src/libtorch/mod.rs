@@ -1,11 +1,15 @@
 //! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, global
 //! switches, and CUDA libraries opened at run time. The only `unsafe` code of the project.
 
+mod script;
+
 use std::ffi::{CStr, c_char};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
+
+pub use script::ScriptModule;
 
 #[repr(C)]
 struct AdamOptions {

@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::Mode;
 use super::parameters::Scope;
+use super::{Mode, Script};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -33,6 +33,14 @@ impl Embedding {
     pub fn new(mut scope: Scope, config: &EmbeddingConfig, n_tokens: i64, padding: i64) -> Self {
         let weight = scope.normal_rows("weight", &[n_tokens, config.dim], padding);
         Embedding { weight, padding, dropout: config.dropout }
+    }
+
+    pub fn script(&self) -> Script {
+        let source = "
+def forward(self, token_ids: Tensor) -> Tensor:
+    return torch.embedding(self.weight, token_ids)
+";
+        Script { source: source.to_owned(), constants: Vec::new() }
     }
 
     /// [B, T] ids to [B, T, E].

@@ -77,6 +77,13 @@ impl Encoded {
     }
 }
 
+/// A part of the model as TorchScript: its methods, which name its parameters as `self.NAME`, and constants.
+#[derive(Debug, Default)]
+pub struct Script {
+    pub source: String,
+    pub constants: Vec<(&'static str, Tensor)>,
+}
+
 /// A batch after the trunk.
 pub struct Shared {
     /// The trunk's output once for each task, by [`TaskId`]: each a node of its own, so that one backward pass tells the
@@ -114,13 +121,22 @@ impl Model {
         let end = root.count();
         let last_layer = end - trunk.n_last_layer()..end;
         let mut scope = root.sub("heads");
-        let build = |(head, task): (&&HeadConfig, &Task)| head.build(scope.sub(&task.name), task, config.trunk.width());
+        let build = |(head, task): (&&HeadConfig, &Task)| head.build(scope.sub(&task.name), task, &config.trunk);
         let heads = heads.iter().zip(tasks).map(build).collect();
         Ok(Model { parameters, embedding, trunk, heads, hidden: config.trunk.hidden, last_layer })
     }
 
     pub fn head(&self, task: TaskId) -> &dyn Head {
         &*self.heads[task.0]
+    }
+
+    /// The model's parts as TorchScript, by the prefix of their parameters. Heads stand below `heads`.
+    pub fn scripts(&self, tasks: &[Task]) -> Vec<(String, Script)> {
+        let mut parts =
+            vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script())];
+        let heads = tasks.iter().zip(&self.heads);
+        parts.extend(heads.map(|(task, head)| (format!("heads.{}", task.name), head.script())));
+        parts
     }
 
     /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own.

@@ -8,8 +8,8 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::Mode;
 use super::parameters::Scope;
+use super::{Mode, Script};
 use crate::data::Lengths;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -97,6 +97,47 @@ impl Trunk {
             tokens = self.layer(layer, &input, turned.as_ref(), mode).dropout(self.dropout, mode.training());
         }
         States { tokens, last_layer_input: input }
+    }
+
+    /// The same, on the device and in the kind of its weights; no dropout.
+    pub fn script(&self) -> Script {
+        let hidden = self.hidden;
+        let mut source = format!(
+            "
+def lstm(self, x: Tensor, weights: List[Tensor], directions: int) -> Tensor:
+    zero = torch.zeros([directions, x.size(0), {hidden}], dtype=x.dtype, device=x.device)
+    output, h, c = torch.lstm(x, [zero, zero], weights, True, 1, 0.0, False, directions == 2, True)
+    return output
+
+def reorder(self, x: Tensor, positions: Tensor) -> Tensor:
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(2)))
+
+def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+    turned = lengths.unsqueeze(1) - 1 - positions
+    turned = torch.where(turned >= 0, turned, positions.expand_as(turned))
+    even = bool((lengths == x.size(1)).all())
+"
+        );
+        let weights = |layer: usize, suffix: &str| {
+            let names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"];
+            names.map(|name| format!("self.{name}_l{layer}{suffix}")).join(", ")
+        };
+        for (i, layer) in self.layers.iter().enumerate() {
+            let (forward, reverse) = (weights(i, ""), weights(i, "_reverse"));
+            source += &match layer.reverse {
+                None => format!("    x = self.lstm(x, [{forward}], 1)\n"),
+                Some(_) => format!(
+                    "    if even:
+        x = self.lstm(x, [{forward}, {reverse}], 2)
+    else:
+        backward = self.lstm(self.reorder(x, turned), [{reverse}], 1)
+        x = torch.cat([self.lstm(x, [{forward}], 1), self.reorder(backward, turned)], -1)
+"
+                ),
+            };
+        }
+        Script { source: source + "    return x\n", constants: Vec::new() }
     }
 
     fn layer(&self, layer: &Layer, input: &Tensor, turned: Option<&Tensor>, mode: Mode) -> Tensor {

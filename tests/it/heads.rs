@@ -15,15 +15,15 @@ use tch::{Device, Kind, Tensor};
 
 use crate::util::{Folder, small};
 
-struct Setting {
+pub struct Setting {
     _folder: Folder,
     experiment: Experiment,
-    tasks: Vec<Task>,
+    pub tasks: Vec<Task>,
     tokenizer: Tokenizer,
-    train: DeviceSet,
+    pub train: DeviceSet,
 }
 
-fn setting(overrides: &[&str]) -> Setting {
+pub fn setting(overrides: &[&str]) -> Setting {
     let folder = small();
     let mut overrides: Vec<String> = overrides.iter().map(|o| o.to_string()).collect();
     overrides.push(format!("data.root={}", folder.path().display()));
@@ -36,7 +36,7 @@ fn setting(overrides: &[&str]) -> Setting {
     Setting { _folder: folder, experiment, tasks, tokenizer, train }
 }
 
-fn build(s: &Setting) -> Model {
+pub fn build(s: &Setting) -> Model {
     prepare::model(&s.experiment, &s.tasks, &s.tokenizer, Device::Cpu).unwrap()
 }
 

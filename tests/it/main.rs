@@ -2,6 +2,7 @@
 
 mod cli;
 mod experiments;
+mod export;
 mod formats;
 mod heads;
 mod metrics;

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::util::{Folder, small};
 
-fn python(folder: &Folder, program: &str) -> String {
+pub fn python(folder: &Folder, program: &str) -> String {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/.python/bin/python");
     let python = std::env::var("POLYTASK_TEST_PYTHON").unwrap_or(default.to_owned());
     let output = Command::new(&python).current_dir(folder.path()).args(["-c", program]).output();

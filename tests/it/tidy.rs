@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 /// Top to bottom: a module may use those after it.
-const LAYERS: [&str; 14] = [
+const LAYERS: [&str; 15] = [
     "commands",
     "config",
     "train",
+    "export",
     "compare",
     "evaluate",
     "model",

@@ -180,6 +180,11 @@ impl Tokenizer {
         self.engine.get_vocab_size(true)
     }
 
+    /// All tokens, in the order of their ids.
+    pub fn vocabulary(&self) -> Vec<String> {
+        (0..self.size() as u32).map(|id| self.engine.id_to_token(id).unwrap_or_default()).collect()
+    }
+
     pub fn to_json(&self) -> Result<String> {
         self.engine.to_string(true).map_err(|error| anyhow!("{error}"))
     }

@@ -11,7 +11,7 @@ use super::{Decoded, Head};
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::parameters::{Linear, Scope};
-use crate::model::{Encoded, Mode};
+use crate::model::{Encoded, Mode, Script, TrunkConfig};
 use crate::task::Task;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -53,10 +53,13 @@ pub struct Classification {
     output: Linear,
     dropout: f64,
     n_labels: usize,
+    /// H, where the trunk's output has the last states of the forward direction end.
+    trunk_hidden: i64,
 }
 
 impl Classification {
-    pub fn new(mut scope: Scope, config: &ClassificationConfig, task: &Task, inputs: i64) -> Self {
+    pub fn new(mut scope: Scope, config: &ClassificationConfig, task: &Task, trunk: &TrunkConfig) -> Self {
+        let inputs = trunk.width();
         let attention = (config.pooling == Pooling::Attention).then(|| {
             let mut scope = scope.sub("attention");
             (scope.linear("projection", inputs, inputs), scope.linear("score", inputs, 1))
@@ -70,6 +73,7 @@ impl Classification {
             output: scope.linear("output", width, task.labels.len() as i64),
             dropout: config.dropout,
             n_labels: task.labels.len(),
+            trunk_hidden: trunk.hidden,
         }
     }
 
@@ -122,5 +126,45 @@ impl Head for Classification {
 
     fn metric(&self) -> Box<dyn Metric> {
         Box::new(ClassMetric::new(self.n_labels))
+    }
+
+    fn script(&self) -> Script {
+        let pooled = match self.pooling {
+            Pooling::Last => format!(
+                "    index = (lengths - 1).view(-1, 1, 1).expand(-1, 1, {hidden})
+    x = tokens[:, :, :{hidden}].gather(1, index).squeeze(1)
+    if tokens.size(2) > {hidden}:
+        x = torch.cat([x, tokens[:, 0, {hidden}:]], -1)
+",
+                hidden = self.trunk_hidden
+            ),
+            Pooling::Max => "    x = tokens.masked_fill(torch.logical_not(mask), float('-inf')).amax([1])\n".to_owned(),
+            Pooling::Mean => "    x = tokens.masked_fill(torch.logical_not(mask), 0.0).sum([1])
+    x = x / lengths.unsqueeze(1).to(x.dtype)
+"
+            .to_owned(),
+            Pooling::Attention => "    x = torch.tanh(torch.linear(tokens, self.attention.projection.weight, self.attention.projection.bias))
+    scores = torch.linear(x, self.attention.score.weight, self.attention.score.bias)
+    weights = torch.softmax(scores.masked_fill(torch.logical_not(mask), float('-inf')), 1)
+    x = (weights * tokens.masked_fill(torch.logical_not(mask), 0.0)).sum([1])
+"
+            .to_owned(),
+        };
+        let hidden = match self.hidden {
+            Some(_) => "    x = torch.relu(torch.linear(x, self.hidden.weight, self.hidden.bias))\n",
+            None => "",
+        };
+        let source = format!(
+            "
+def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
+    positions = torch.arange(tokens.size(1), device=tokens.device).unsqueeze(0)
+    mask = (positions < lengths.unsqueeze(1)).unsqueeze(-1)
+{pooled}{hidden}    return torch.linear(x, self.output.weight, self.output.bias)
+
+def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
+    return logits.argmax(-1)
+"
+        );
+        Script { source, constants: Vec::new() }
     }
 }

@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 use super::Decoded;
 use crate::data::Lengths;
 use crate::data::labels::NO_LABEL;
+use crate::model::Script;
 use crate::model::parameters::Scope;
 
 /// The score of what must not be: exp of it is 0.
@@ -185,6 +186,38 @@ impl Crf {
             };
             lengths.host.iter().enumerate().map(row).collect()
         })
+    }
+
+    /// Viterbi over a batch as the body of a TorchScript function: `logits` [B, W, C] and `n_words` [B] to `labels`.
+    pub fn script(&self) -> Script {
+        let constrained = self.constraints.as_ref();
+        let constants = constrained.map_or(Vec::new(), |(pairs, first)| {
+            vec![("forbidden_pairs", pairs.shallow_clone()), ("forbidden_first", first.shallow_clone())]
+        });
+        let (pairs, first) = match constrained {
+            Some(_) => (" + self.forbidden_pairs.float()", " + self.forbidden_first.float()"),
+            None => ("", ""),
+        };
+        let source = format!(
+            "    x = logits.float()
+    transitions = (self.crf.transitions.float(){pairs}).unsqueeze(0)
+    best = self.crf.start.float(){first} + x[:, 0]
+    stay = torch.arange(x.size(2), device=x.device).unsqueeze(0).expand(x.size(0), -1)
+    back: List[Tensor] = []
+    for t in range(1, x.size(1)):
+        score, origin = (best.unsqueeze(2) + transitions).max(1)
+        here = (n_words > t).unsqueeze(1)
+        best = torch.where(here, score + x[:, t], best)
+        back.append(torch.where(here, origin, stay))
+    tag = (best + self.crf.end.float()).argmax(1)
+    tags = [tag]
+    for i in range(len(back)):
+        tag = back[len(back) - 1 - i].gather(1, tag.unsqueeze(1)).squeeze(1)
+        tags.append(tag)
+    labels = torch.stack(tags, 1).flip([1])
+"
+        );
+        Script { source, constants }
     }
 }
 

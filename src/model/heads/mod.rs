@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::parameters::Scope;
-use super::{Encoded, Mode};
+use super::{Encoded, Mode, Script, TrunkConfig};
 use crate::data::Targets;
 use crate::metrics::Metric;
 use crate::task::{Task, TaskKind};
@@ -53,12 +53,12 @@ impl HeadConfig {
         }
     }
 
-    pub fn build(&self, scope: Scope, task: &Task, inputs: i64) -> Box<dyn Head> {
+    pub fn build(&self, scope: Scope, task: &Task, trunk: &TrunkConfig) -> Box<dyn Head> {
         match self {
             HeadConfig::Classification(config) => {
-                Box::new(classification::Classification::new(scope, config, task, inputs))
+                Box::new(classification::Classification::new(scope, config, task, trunk))
             }
-            HeadConfig::Tagging(config) => Box::new(tagging::Tagging::new(scope, config, task, inputs)),
+            HeadConfig::Tagging(config) => Box::new(tagging::Tagging::new(scope, config, task, trunk)),
         }
     }
 }
@@ -82,4 +82,8 @@ pub trait Head {
     fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded>;
 
     fn metric(&self) -> Box<dyn Metric>;
+
+    /// `forward(tokens [B, T, F], lengths [B], words [B, W, F])` gives logits, `decode(logits, n_words [B])` the ids of the
+    /// best labels: [B] for classes, [B, W] for tags with -1 beyond a sentence's end.
+    fn script(&self) -> Script;
 }

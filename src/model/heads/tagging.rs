@@ -14,7 +14,7 @@ use crate::data::labels::NO_LABEL;
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::parameters::{Linear, Scope};
-use crate::model::{Encoded, Mode};
+use crate::model::{Encoded, Mode, Script, TrunkConfig};
 use crate::task::{Scheme, Task};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -74,8 +74,8 @@ pub struct Tagging {
 }
 
 impl Tagging {
-    pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, inputs: i64) -> Self {
-        let output = scope.linear("output", inputs, task.labels.len() as i64);
+    pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, trunk: &TrunkConfig) -> Self {
+        let output = scope.linear("output", trunk.width(), task.labels.len() as i64);
         let constrained = config.constraints && task.kind.has_spans();
         let crf = match config.decoder {
             Decoder::Softmax => None,
@@ -115,6 +115,25 @@ impl Head for Tagging {
             Decoded { labels, scores: scores[range].to_vec() }
         };
         n_words.iter().enumerate().map(row).collect()
+    }
+
+    fn script(&self) -> Script {
+        let mut script = match &self.crf {
+            Some(crf) => crf.script(),
+            None => Script { source: "    labels = logits.argmax(-1)\n".to_owned(), constants: Vec::new() },
+        };
+        script.source = format!(
+            "
+def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
+    return torch.linear(words, self.output.weight, self.output.bias)
+
+def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
+{}    positions = torch.arange(logits.size(1), device=logits.device).unsqueeze(0)
+    return labels.masked_fill(positions >= n_words.unsqueeze(1), -1)
+",
+            script.source
+        );
+        script
     }
 
     fn metric(&self) -> Box<dyn Metric> {

@@ -1,0 +1,303 @@
+//! `polytask export`: a trained run as files that others load, proved before they are kept.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use tch::{Device, Tensor};
+
+use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
+use super::prepare::{self, Trained};
+use super::{End, table};
+use crate::data::{DeviceSet, Split, TokenizerConfig};
+use crate::evaluate::{Report, evaluate};
+use crate::export::{self, Cases, Mismatch, Output, Precision, card};
+use crate::libtorch::ScriptModule;
+use crate::metrics::Score;
+use crate::problem::{fail_on_errors, invalid};
+use crate::task::{Task, TaskKind};
+
+/// A new number where an older program could not read the file.
+const FORMAT: u64 = 1;
+
+/// The files inside an exported model, in the order of [`files`].
+///
+/// `labels.txt` (`task <tab> label` a line) and `vocabulary.txt` (a token a line, empty where tokens are pieces of words)
+/// are for programs without a JSON reader.
+pub const FILES: [&str; 7] =
+    ["polytask.json", "resolved.yaml", "labels.json", "tokenizer.json", "card.md", "labels.txt", "vocabulary.txt"];
+
+pub fn run(args: &ExportArgs) -> Result<End> {
+    let out = &args.out;
+    if out.exists() && !args.force {
+        return Err(invalid(format!("{} exists; --force replaces it", out.display())));
+    }
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return Err(invalid(format!("{} cannot be written: {} is no folder", out.display(), folder.display())));
+    }
+    let precision: Precision = args.dtype.into();
+    let trained = prepare::trained(&args.run, &args.checkpoint, Device::Cpu)?;
+    let (corpus, problems) = prepare::corpus(&trained.experiment)?;
+    fail_on_errors(problems)?;
+    let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
+    let report = evaluate(&trained.model, &dev, &trained.tasks);
+    // Built under another name beside its place; dropped, and so removed, when anything fails.
+    let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
+    let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
+    let built = partial.path().join("new");
+    let content = Content { args, trained: &trained, dev: &dev, report: &report, precision };
+    let found = match args.format {
+        ExportFormat::Torchscript => Some(content.torchscript(&built)?),
+        ExportFormat::Triton => Some(content.triton(&built)?),
+        ExportFormat::Safetensors => {
+            content.safetensors(&built)?;
+            None
+        }
+    };
+    put_in_place(&built, out, partial.path())?;
+    if let Some((off, scores)) = found {
+        log::info!(
+            "{}: agrees with the live model to {off:.1e} of the largest logit, in a process of its own",
+            out.display()
+        );
+        println!("{}", scores_table(&report, &scores, precision));
+    } else {
+        log::info!("{}: written and read back", out.display());
+    }
+    Ok(End::Done)
+}
+
+/// Renames `built` to `out`; what was there before goes only when the new one stands.
+fn put_in_place(built: &Path, out: &Path, partial: &Path) -> Result<()> {
+    let old = partial.join("old");
+    let name = || format!("{} could not be written", out.display());
+    if out.exists() {
+        std::fs::rename(out, &old).with_context(name)?;
+    }
+    let placed = std::fs::rename(built, out);
+    if placed.is_err() && old.exists() {
+        std::fs::rename(&old, out).with_context(name)?;
+    }
+    placed.with_context(name)
+}
+
+struct Content<'a> {
+    args: &'a ExportArgs,
+    trained: &'a Trained,
+    dev: &'a DeviceSet,
+    report: &'a Report,
+    precision: Precision,
+}
+
+impl Content<'_> {
+    /// [`FILES`] with their texts.
+    fn files(&self) -> Result<Vec<(&'static str, String)>> {
+        let (trained, experiment) = (self.trained, &self.trained.experiment);
+        let about = json!({
+            "format": FORMAT,
+            "polytask": env!("CARGO_PKG_VERSION"),
+            "libtorch": "2.11.0",
+            "name": experiment.name,
+            "checkpoint": self.args.checkpoint,
+            "epoch": trained.about["epoch"],
+            "dtype": self.precision.name(),
+            "tokenizer": experiment.tokenizer,
+            "dev": self.report,
+        });
+        let sources = experiment.data.sets.iter();
+        let sources = sources.map(|(name, set)| (name.as_str(), set.source.as_deref().unwrap_or("not stated")));
+        let card = card::card(
+            &card::About {
+                name: &experiment.name,
+                checkpoint: &self.args.checkpoint,
+                precision: self.precision.name(),
+                n_parameters: trained.model.parameters.count(),
+                sources: sources.collect(),
+                dev: Some(self.report),
+            },
+            &trained.tasks,
+        );
+        let labels =
+            trained.tasks.iter().flat_map(|task| task.labels.iter().map(|label| format!("{}\t{label}\n", task.name)));
+        let vocabulary = match &experiment.tokenizer {
+            TokenizerConfig::Word(_) => {
+                trained.tokenizer.vocabulary().iter().map(|token| format!("{token}\n")).collect()
+            }
+            _ => String::new(),
+        };
+        let texts = [
+            serde_json::to_string_pretty(&about)?,
+            experiment.to_yaml()?,
+            serde_json::to_string_pretty(&trained.tasks)?,
+            trained.tokenizer.to_json()?,
+            card,
+            labels.collect(),
+            vocabulary,
+        ];
+        Ok(FILES.into_iter().zip(texts).collect())
+    }
+
+    /// Writes one file, has it checked by a process of its own, and scores it on dev.
+    fn torchscript(&self, file: &Path) -> Result<(f64, Vec<Vec<Score>>)> {
+        let (model, tasks) = (&self.trained.model, &self.trained.tasks);
+        let module = export::build(model, tasks, self.precision, Output::Dictionary)?;
+        module.save(file, &self.files()?)?;
+        let cases = Cases::new(model, self.dev, tasks);
+        let list = file.with_extension("cases");
+        cases.write(&list)?;
+        let program = std::env::current_exe().context("the program's own path is unknown")?;
+        let mut command = Command::new(program);
+        command.args(["-q", "verify-export"]).arg(file).arg(&list).stdin(Stdio::null());
+        let output = command.output().context("the check could not be started")?;
+        let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        if !output.status.success() {
+            let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            bail!("the exported model was checked and dropped: {}", why.trim_start_matches("error: "));
+        }
+        let off = said.parse().with_context(|| format!("the check said `{said}`"))?;
+        Ok((off, export::scores(&module, model, self.dev, tasks)?))
+    }
+
+    /// Weights under PyTorch's names, tokenizer and configuration in a folder.
+    fn safetensors(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir(folder)?;
+        let kind = self.precision.kind();
+        let weights = self.trained.model.parameters.iter();
+        let weights: Vec<(&str, Tensor)> =
+            weights.map(|(name, tensor)| (name, tensor.detach().to_kind(kind).contiguous())).collect();
+        let file = folder.join("model.safetensors");
+        Tensor::write_safetensors(&weights, &file)?;
+        let back = Tensor::read_safetensors(&file)?;
+        for (name, tensor) in &weights {
+            let same = back.iter().any(|(found, value)| found == name && value == tensor);
+            if !same {
+                bail!(Mismatch(format!("weights `{name}` did not come back from the file as they are")));
+            }
+        }
+        for (name, text) in self.files()? {
+            if name != "resolved.yaml" {
+                std::fs::write(folder.join(name), text)?;
+            }
+        }
+        let config = json!({
+            "model": self.trained.experiment.model,
+            "heads": self.trained.experiment.tasks,
+            "tasks": self.trained.tasks,
+            "n_tokens": self.trained.tokenizer.size(),
+            "padding": self.trained.tokenizer.padding,
+        });
+        std::fs::write(folder.join("config.json"), serde_json::to_string_pretty(&config)?)?;
+        Ok(())
+    }
+
+    /// A model repository for Triton's PyTorch backend, with the checked file in its tuple form.
+    fn triton(&self, folder: &Path) -> Result<(f64, Vec<Vec<Score>>)> {
+        if self.dev.set.first_tokens.is_some() {
+            return Err(invalid(
+                "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",
+            ));
+        }
+        let tasks = &self.trained.tasks;
+        let name = &self.trained.experiment.name;
+        let version = folder.join(name).join("1");
+        std::fs::create_dir_all(&version)?;
+        // The dictionary form is checked; the tuple form is the same code but for its last line.
+        let checked = folder.join("checked.pt");
+        let found = self.torchscript(&checked)?;
+        std::fs::remove_file(&checked)?;
+        std::fs::remove_file(checked.with_extension("cases"))?;
+        let module = export::build(&self.trained.model, tasks, self.precision, Output::Tuple)?;
+        module.save(&version.join("model.pt"), &self.files()?)?;
+        std::fs::write(folder.join(name).join("config.pbtxt"), config_pbtxt(name, tasks, self.precision))?;
+        Ok(found)
+    }
+}
+
+/// Triton's description of inputs and outputs; outputs go by position, which `__N` says.
+fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision) -> String {
+    let float = match precision {
+        Precision::Float32 => "TYPE_FP32",
+        Precision::Float16 => "TYPE_FP16",
+        Precision::Bfloat16 => "TYPE_BF16",
+    };
+    let mut outputs = Vec::new();
+    for task in tasks {
+        let n = task.labels.len();
+        let (logits, labels) = match task.kind {
+            TaskKind::Classification => (format!("[ {n} ]"), "[ 1 ]\n    reshape { shape: [ ] }"),
+            TaskKind::Tagging(_) => (format!("[ -1, {n} ]"), "[ -1 ]"),
+        };
+        outputs.push((format!("{}.logits", task.name), float, logits));
+        outputs.push((format!("{}.labels", task.name), "TYPE_INT64", labels.to_owned()));
+    }
+    let outputs: Vec<String> = outputs
+        .into_iter()
+        .enumerate()
+        .map(|(i, (name, kind, dims))| {
+            format!("  {{\n    name: \"{name}__{i}\"\n    data_type: {kind}\n    dims: {dims}\n  }}")
+        })
+        .collect();
+    format!(
+        "name: \"{name}\"\nplatform: \"pytorch_libtorch\"\nmax_batch_size: 64\ninput [\n  {{\n    name: \"token_ids__0\"\n    \
+         data_type: TYPE_INT64\n    dims: [ -1 ]\n    allow_ragged_batch: false\n  }},\n  {{\n    name: \"lengths__1\"\n    \
+         data_type: TYPE_INT64\n    dims: [ 1 ]\n  }}\n]\noutput [\n{}\n]\n",
+        outputs.join(",\n")
+    )
+}
+
+fn scores_table(report: &Report, exported: &[Vec<Score>], precision: Precision) -> comfy_table::Table {
+    let mut out = table::table(&["task", "metric on dev", "live", precision.name()], 2);
+    for (task, exported) in report.tasks.iter().zip(exported).filter(|(task, _)| task.n_sentences > 0) {
+        for (i, (live, exported)) in task.scores.iter().zip(exported).enumerate() {
+            let name = if i == 0 { task.name.clone() } else { String::new() };
+            out.add_row([
+                name,
+                live.name.replace('_', " "),
+                table::percent(live.value),
+                table::percent(exported.value),
+            ]);
+        }
+    }
+    out
+}
+
+/// An exported model, read back.
+pub struct Exported {
+    pub module: ScriptModule,
+    /// What `polytask.json` says.
+    pub about: Value,
+    /// The texts of [`FILES`].
+    pub files: Vec<String>,
+}
+
+/// Reads an exported model.
+///
+/// # Errors
+/// A file that is damaged, no model of polytask, or of another format.
+pub fn open(path: &Path) -> Result<Exported> {
+    let name = path.display();
+    let (module, files) = ScriptModule::load(path, &FILES)
+        .map_err(|error| invalid(format!("{name} is damaged or no TorchScript file ({error})")))?;
+    let about: Value = serde_json::from_str(&files[0])
+        .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
+    if about["format"] != FORMAT {
+        let (found, version) = (&about["format"], &about["polytask"]);
+        return Err(invalid(format!("{name} has format {found} (polytask {version}); this program reads {FORMAT}")));
+    }
+    Ok(Exported { module, about, files })
+}
+
+/// The check in a process of its own: prints the largest relative difference.
+pub fn verify(args: &VerifyArgs) -> Result<End> {
+    let exported = open(&args.model)?;
+    let tasks: Vec<Task> = serde_json::from_str(&exported.files[2])?;
+    let precisions = [Precision::Float32, Precision::Float16, Precision::Bfloat16];
+    let precision = precisions.into_iter().find(|precision| exported.about["dtype"] == precision.name());
+    let precision = precision.with_context(|| format!("unknown dtype {}", exported.about["dtype"]))?;
+    let cases = Cases::read(&args.cases)?;
+    let off = cases.check(&exported.module, &tasks, precision.tolerance(), precision == Precision::Float32)?;
+    println!("{off:e}");
+    Ok(End::Done)
+}

@@ -1,0 +1,183 @@
+//! A trained model as one TorchScript file: weights, code and everything that text needs on its way in and out.
+//!
+//! The module is compiled from source that each part of the model writes beside its own forward pass, so that batch size
+//! and length are free and control flow stays. Parameters keep their names, `embedding.weight` and so on.
+//!
+//! `forward(token_ids [B, T], lengths [B], first_tokens [B, W] = None, n_words [B] = None)` gives for each task
+//! `TASK.logits` and `TASK.labels`. The last two are for tokenizers that cut words into pieces: the position of each
+//! word's first token, and the number of words.
+
+pub mod card;
+mod verify;
+
+use anyhow::{Result, ensure};
+use indexmap::IndexMap;
+use tch::{Kind, Tensor};
+
+pub use verify::{Cases, Mismatch, scores};
+
+use crate::libtorch::ScriptModule;
+use crate::model::{Model, Script};
+use crate::task::Task;
+
+/// The number kind of an exported model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    Float32,
+    Float16,
+    Bfloat16,
+}
+
+impl Precision {
+    pub fn kind(self) -> Kind {
+        match self {
+            Precision::Float32 => Kind::Float,
+            Precision::Float16 => Kind::Half,
+            Precision::Bfloat16 => Kind::BFloat16,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        ["float32", "float16", "bfloat16"][self as usize]
+    }
+
+    /// How far logits may be from the live model's, relative to the largest: rounding of float32 in another order, or
+    /// that of the kind over a few hundred recurrent steps.
+    pub fn tolerance(self) -> f64 {
+        [1e-5, 2e-2, 1e-1][self as usize]
+    }
+}
+
+/// What a module's `forward` returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// `Dict[str, Tensor]`.
+    Dictionary,
+    /// A tuple in the order of [`output_names`], for servers that know outputs by position.
+    Tuple,
+}
+
+/// `TASK.logits` and `TASK.labels` of every task.
+pub fn output_names(tasks: &[Task]) -> Vec<String> {
+    tasks.iter().flat_map(|task| ["logits", "labels"].map(|part| format!("{}.{part}", task.name))).collect()
+}
+
+/// A module to be: parameters and children by name.
+#[derive(Default)]
+struct Node {
+    parameters: Vec<(String, Tensor)>,
+    children: IndexMap<String, Node>,
+    script: Script,
+}
+
+impl Node {
+    fn at(&mut self, path: &str) -> &mut Node {
+        path.split('.').fold(self, |node, name| node.children.entry(name.to_owned()).or_default())
+    }
+
+    fn build(&self, name: &str) -> Result<ScriptModule> {
+        let mut module = ScriptModule::new(name)?;
+        for (name, child) in &self.children {
+            module.add_child(name, &child.build(name)?)?;
+        }
+        for (name, tensor) in &self.parameters {
+            module.add_parameter(name, tensor)?;
+        }
+        for (name, tensor) in &self.script.constants {
+            module.add_buffer(name, tensor)?;
+        }
+        if !self.script.source.is_empty() {
+            module.define(&self.script.source)?;
+        }
+        Ok(module)
+    }
+}
+
+/// The model as TorchScript, with copies of its weights.
+pub fn build(model: &Model, tasks: &[Task], precision: Precision, output: Output) -> Result<ScriptModule> {
+    let mut root = Node::default();
+    for (name, tensor) in model.parameters.iter() {
+        let (path, leaf) = name.rsplit_once('.').unwrap_or(("", name));
+        ensure!(!path.is_empty(), "parameter `{name}` belongs to no part of the model");
+        root.at(path).parameters.push((leaf.to_owned(), tensor.detach().copy()));
+    }
+    for (path, script) in model.scripts(tasks) {
+        root.at(&path).script = script;
+    }
+    root.script.source = source(tasks, output);
+    let mut module = root.build("Polytask")?;
+    if precision != Precision::Float32 {
+        module.convert(precision.kind(), tch::Device::Cpu)?;
+    }
+    Ok(module)
+}
+
+/// The methods of the whole: `encode`, one a task, and `forward`.
+fn source(tasks: &[Task], output: Output) -> String {
+    let mut source = "
+def encode(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+    return self.trunk.forward(self.embedding.forward(token_ids), lengths)
+
+def at_words(self, tokens: Tensor, first_tokens: Optional[Tensor]) -> Tensor:
+    if first_tokens is None:
+        return tokens
+    return tokens.gather(1, first_tokens.unsqueeze(-1).expand(-1, -1, tokens.size(2)))
+"
+    .to_owned();
+    const INPUTS: &str =
+        "token_ids: Tensor, lengths: Tensor, first_tokens: Optional[Tensor] = None, n_words: Optional[Tensor] = None";
+    let outputs = |task: &str| {
+        format!(
+            "    {task}_logits = self.heads.{task}.forward(tokens, lengths, words)
+    {task}_labels = self.heads.{task}.decode({task}_logits, n)
+"
+        )
+    };
+    let start = "    tokens = self.encode(token_ids, lengths)
+    words = self.at_words(tokens, first_tokens)
+    n = lengths
+    if n_words is not None:
+        n = n_words
+";
+    for Task { name, .. } in tasks {
+        source += &format!(
+            "
+def task_{name}(self, {INPUTS}) -> Tuple[Tensor, Tensor]:
+{start}{}    return {name}_logits, {name}_labels
+",
+            outputs(name)
+        );
+    }
+    let all: String = tasks.iter().map(|task| outputs(&task.name)).collect();
+    let names = output_names(tasks);
+    source
+        + &match output {
+            Output::Dictionary => {
+                let entries: Vec<String> =
+                    names.iter().map(|name| format!("'{name}': {}", name.replace('.', "_"))).collect();
+                format!(
+                    "
+def forward(self, {INPUTS}) -> Dict[str, Tensor]:
+{start}{all}    return {{{}}}
+",
+                    entries.join(", ")
+                )
+            }
+            Output::Tuple => {
+                let entries: Vec<String> = names.iter().map(|name| name.replace('.', "_")).collect();
+                let types = vec!["Tensor"; entries.len()].join(", ");
+                // Servers send lengths as [B, 1].
+                format!(
+                    "
+def forward(self, token_ids: Tensor, lengths: Tensor) -> Tuple[{types}]:
+    lengths = lengths.view(-1)
+    tokens = self.encode(token_ids, lengths)
+    words = tokens
+    n = lengths
+{all}    return {}
+",
+                    entries.join(", ")
+                )
+            }
+        }
+}

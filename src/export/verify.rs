@@ -1,0 +1,182 @@
+//! Whether an exported module says what the live model says, and how well it scores.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use tch::{Device, Kind, Tensor};
+
+use super::output_names;
+use crate::data::{Batch, DeviceSet};
+use crate::libtorch::ScriptModule;
+use crate::metrics::Score;
+use crate::model::{Mode, Model};
+use crate::task::{Task, TaskId, TaskKind};
+
+/// Batches of several sizes and lengths with what the live model makes of them.
+pub struct Cases(Vec<Case>);
+
+struct Case {
+    /// token_ids [B, T], lengths [B] and, for pieces of words, first_tokens [B, W] and n_words [B].
+    inputs: Vec<Tensor>,
+    n_words: Tensor,
+    /// In the order of [`output_names`].
+    outputs: Vec<Tensor>,
+}
+
+/// Where an exported model differs from the live one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mismatch(pub String);
+
+fn inputs(batch: &Batch) -> Vec<Tensor> {
+    let mut inputs = vec![batch.token_ids.shallow_clone(), batch.lengths.device.shallow_clone()];
+    if let Some(first) = &batch.first_tokens {
+        inputs.extend([first.shallow_clone(), batch.word_lengths.device.shallow_clone()]);
+    }
+    inputs
+}
+
+impl Cases {
+    /// Runs `model` over batches of `data`: one row, the shortest and the longest row alone, rows of one length, and rows
+    /// of many lengths.
+    pub fn new(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Self {
+        let mut rows: Vec<usize> = (0..data.set.len()).collect();
+        rows.sort_by_key(|&row| data.set.n_tokens(row));
+        let spread: Vec<usize> = rows.iter().copied().step_by((rows.len() / 24).max(1)).collect();
+        let middle = rows[rows.len() / 2];
+        let alike = rows.iter().copied().filter(|&row| data.set.n_tokens(row) == data.set.n_tokens(middle));
+        let batches = [vec![rows[0]], vec![rows[rows.len() - 1]], alike.take(16).collect(), spread];
+        Cases(batches.iter().map(|rows| Case::new(model, &data.batch(rows), tasks)).collect())
+    }
+
+    /// Writes the cases to a file that [`Self::read`] reads in another process.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut tensors = Vec::new();
+        for (i, case) in self.0.iter().enumerate() {
+            for (part, list) in [("input", &case.inputs), ("output", &case.outputs)] {
+                tensors.extend(list.iter().enumerate().map(|(j, x)| (format!("{i}.{part}.{j}"), x.contiguous())));
+            }
+            tensors.push((format!("{i}.n_words"), case.n_words.contiguous()));
+        }
+        Ok(Tensor::write_safetensors(&tensors, path)?)
+    }
+
+    pub fn read(path: &Path) -> Result<Self> {
+        let tensors: std::collections::BTreeMap<String, Tensor> = Tensor::read_safetensors(path)?.into_iter().collect();
+        let list = |i: usize, part: &str| -> Vec<Tensor> {
+            (0..).map_while(|j| Some(tensors.get(&format!("{i}.{part}.{j}"))?.shallow_clone())).collect()
+        };
+        let case = |i: usize| {
+            let n_words = tensors.get(&format!("{i}.n_words"))?.shallow_clone();
+            Some(Case { inputs: list(i, "input"), n_words, outputs: list(i, "output") })
+        };
+        Ok(Cases((0..).map_while(case).collect()))
+    }
+
+    /// The largest difference of any logit, relative to the largest logit of its task.
+    ///
+    /// # Errors
+    /// [`Mismatch`] beyond `tolerance`, or where labels differ although logits may not.
+    pub fn check(&self, module: &ScriptModule, tasks: &[Task], tolerance: f64, exact_labels: bool) -> Result<f64> {
+        let mut worst: f64 = 0.0;
+        for case in &self.0 {
+            let found = module.forward(&case.inputs.iter().collect::<Vec<_>>())?;
+            for (name, expected) in output_names(tasks).iter().zip(&case.outputs) {
+                let found = found.iter().find(|(found, _)| found == name).with_context(|| format!("no `{name}`"))?;
+                let found = found.1.to_kind(expected.kind());
+                let shape = expected.size();
+                if found.size() != shape {
+                    bail!(Mismatch(format!("`{name}` is {:?}, the live model's {shape:?}", found.size())));
+                }
+                let here = case.real(expected);
+                let off = (&found - expected).to_kind(Kind::Double).abs() * &here;
+                if name.ends_with(".labels") {
+                    if exact_labels && off.max().double_value(&[]) > 0.0 {
+                        bail!(Mismatch(format!("`{name}` differ from the live model's in a batch {:?}", shape)));
+                    }
+                    continue;
+                }
+                let size = (expected.to_kind(Kind::Double).abs() * &here).max().double_value(&[]).max(1.0);
+                let off = off.max().double_value(&[]) / size;
+                if off.is_nan() || off > tolerance {
+                    bail!(Mismatch(format!("`{name}` differ from the live model's by {off:.1e} in a batch {shape:?}")));
+                }
+                worst = worst.max(off);
+            }
+        }
+        Ok(worst)
+    }
+}
+
+impl Case {
+    fn new(model: &Model, batch: &Batch, tasks: &[Task]) -> Case {
+        let _no_grad = tch::no_grad_guard();
+        let shared = model.encode(batch, &batch.token_ids, Mode::Eval);
+        let mut outputs = Vec::new();
+        for (i, task) in tasks.iter().enumerate() {
+            let head = model.head(TaskId(i));
+            let logits = head.logits(&shared.taps[i], Mode::Eval);
+            let width = batch.word_lengths.max as usize;
+            let row = |labels: &Vec<usize>| -> Vec<i64> {
+                let mut row: Vec<i64> = labels.iter().map(|&label| label as i64).collect();
+                if task.kind != TaskKind::Classification {
+                    row.resize(width, -1);
+                }
+                row
+            };
+            let decoded = head.decode(&logits, &batch.word_lengths.host);
+            let labels: Vec<i64> = decoded.iter().flat_map(|decoded| row(&decoded.labels)).collect();
+            let labels = Tensor::from_slice(&labels);
+            outputs.push(logits.to_device(Device::Cpu));
+            outputs.push(match task.kind {
+                TaskKind::Classification => labels,
+                TaskKind::Tagging(_) => labels.view([-1, width as i64]),
+            });
+        }
+        let on_cpu = |x: &Tensor| x.to_device(Device::Cpu);
+        Case {
+            inputs: inputs(batch).iter().map(on_cpu).collect(),
+            n_words: on_cpu(&batch.word_lengths.device),
+            outputs,
+        }
+    }
+
+    /// 1 where an output is about a sentence or a word, 0 beyond a sentence's end; of a shape that broadcasts.
+    fn real(&self, output: &Tensor) -> Tensor {
+        if output.dim() == 1 || (output.dim() == 2 && output.kind() != Kind::Int64) {
+            return Tensor::ones([1], (Kind::Double, Device::Cpu));
+        }
+        let positions = Tensor::arange(output.size()[1], (Kind::Int64, Device::Cpu)).unsqueeze(0);
+        let here = positions.lt_tensor(&self.n_words.unsqueeze(1)).to_kind(Kind::Double); // [B, W]
+        if output.dim() == 3 { here.unsqueeze(-1) } else { here }
+    }
+}
+
+/// Scores of every task over `data` by the labels that the module itself gives.
+pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Vec<Vec<Score>>> {
+    let mut metrics: Vec<_> = (0..tasks.len()).map(|task| model.head(TaskId(task)).metric()).collect();
+    let mut rows: Vec<usize> = (0..data.set.len()).collect();
+    rows.sort_by_key(|&row| data.set.n_tokens(row));
+    for rows in rows.chunks(128) {
+        let batch = data.batch(rows);
+        let found = module.forward(&inputs(&batch).iter().collect::<Vec<_>>())?;
+        for (i, metric) in metrics.iter_mut().enumerate() {
+            let labels = &found.iter().find(|(name, _)| *name == format!("{}.labels", tasks[i].name));
+            let labels = &labels.with_context(|| format!("no labels of task `{}`", tasks[i].name))?.1;
+            for (b, &row) in rows.iter().enumerate() {
+                let Some(gold) = data.set.labels(TaskId(i), row) else { continue };
+                let predicted: Vec<i64> =
+                    Vec::try_from(labels.get(b as i64).view([-1]).narrow(0, 0, gold.len() as i64))?;
+                metric.update(gold, &predicted.into_iter().map(|label| label as usize).collect::<Vec<_>>());
+            }
+        }
+    }
+    Ok(metrics.iter().map(|metric| metric.scores()).collect())
+}
+
+impl std::fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Mismatch {}

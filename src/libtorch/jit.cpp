@@ -1,0 +1,115 @@
+// TorchScript modules: built from source text, saved, loaded and run. Every function returns null, or the text of the
+// exception that was thrown, which the caller frees with pt_free.
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/serialization/import.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Handle = at::Tensor*;
+using torch::jit::Module;
+
+template <typename F>
+char* guarded(F f) {
+  try {
+    c10::NoGradGuard no_grad;
+    f();
+    return nullptr;
+  } catch (const c10::Error& error) {
+    return strdup(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+char* pt_module_new(const char* name, Module** out) {
+  return guarded([&] { *out = new Module(name); });
+}
+
+void pt_module_free(Module* module) { delete module; }
+
+char* pt_module_tensor(Module* module, const char* name, Handle value, bool is_parameter) {
+  return guarded([&] {
+    if (is_parameter) module->register_parameter(name, value->detach(), false);
+    else module->register_buffer(name, value->detach());
+  });
+}
+
+char* pt_module_child(Module* module, const char* name, Module* child) {
+  return guarded([&] { module->register_module(name, *child); });
+}
+
+char* pt_module_define(Module* module, const char* source) {
+  return guarded([&] { module->define(source); });
+}
+
+char* pt_module_convert(Module* module, int kind, int device_index) {
+  return guarded([&] {
+    module->to(static_cast<at::ScalarType>(kind));
+    if (device_index >= 0) module->to(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device_index)));
+  });
+}
+
+char* pt_module_save(Module* module, const char* path, size_t n, const char** names, const char** contents,
+    const size_t* lengths) {
+  return guarded([&] {
+    torch::jit::ExtraFilesMap extra;
+    for (size_t i = 0; i < n; i++) extra[names[i]] = std::string(contents[i], lengths[i]);
+    module->eval();
+    module->save(path, extra);
+  });
+}
+
+// `contents[i]` is the file `names[i]` stored beside the module, empty where there is none.
+char* pt_module_load(const char* path, size_t n, const char** names, char** contents, Module** out) {
+  return guarded([&] {
+    torch::jit::ExtraFilesMap extra;
+    for (size_t i = 0; i < n; i++) extra[names[i]] = "";
+    *out = new Module(torch::jit::load(path, at::Device(at::kCPU), extra));
+    (*out)->eval();
+    for (size_t i = 0; i < n; i++) contents[i] = strdup(extra[names[i]].c_str());
+  });
+}
+
+// Up to `capacity` entries; `n` is how many there are.
+char* pt_module_parameters(Module* module, size_t capacity, char** names, Handle* tensors, size_t* n) {
+  return guarded([&] {
+    *n = 0;
+    for (const auto& parameter : module->named_parameters()) {
+      if (*n < capacity) {
+        names[*n] = strdup(parameter.name.c_str());
+        tensors[*n] = new at::Tensor(parameter.value);
+      }
+      ++*n;
+    }
+  });
+}
+
+// forward(inputs...) -> Dict[str, Tensor], in the dictionary's order.
+char* pt_module_forward(Module* module, size_t n_inputs, const Handle* inputs, size_t capacity, char** names,
+    Handle* tensors, size_t* n) {
+  return guarded([&] {
+    std::vector<c10::IValue> values;
+    for (size_t i = 0; i < n_inputs; i++) values.emplace_back(*inputs[i]);
+    auto result = module->forward(values).toGenericDict();
+    *n = 0;
+    for (const auto& entry : result) {
+      if (*n < capacity) {
+        names[*n] = strdup(entry.key().toStringRef().c_str());
+        tensors[*n] = new at::Tensor(entry.value().toTensor());
+      }
+      ++*n;
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,179 @@
+//! Exported models: every part has its TorchScript, and Python and C++ programs say what `polytask predict` says.
+
+use std::path::Path;
+use std::process::Command;
+
+use polytask::export::{Cases, Mismatch, Output, Precision, build};
+use serde_json::{Value, json};
+
+use crate::heads::{build as model_of, setting};
+use crate::python::python;
+use crate::util::{Folder, small};
+
+const SENTENCES: &str = "play the rock\ncook the soup bowl now\nvisit the unheard\nthe\n";
+
+fn train(folder: &Folder, overrides: &[&str]) {
+    let mut arguments = vec!["train", "small.yaml", "--out", "run"];
+    for value in overrides {
+        arguments.extend(["--set", value]);
+    }
+    folder.polytask(&arguments).assert().success();
+}
+
+fn export(folder: &Folder, more: &[&str], code: i32) -> String {
+    let arguments = [&["export", "run", "--format", "torchscript", "--out", "model.pt"], more].concat();
+    let output = folder.polytask(&arguments).assert().code(code).get_output().clone();
+    String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+}
+
+/// What `predict` says of [`SENTENCES`], as the example programs print it.
+fn predicted(folder: &Folder, of: &str) -> Vec<Value> {
+    let output = folder.polytask(&["predict", of]).write_stdin(SENTENCES).assert().success().get_output().clone();
+    let labels = |line: &str| {
+        let row: Value = serde_json::from_str(line).unwrap();
+        json!({"topic": [row["topic"]["label"]], "slots": row["slots"]["tags"]})
+    };
+    String::from_utf8(output.stdout).unwrap().lines().map(labels).collect()
+}
+
+fn parsed(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn every_part_has_its_torchscript() {
+    for overrides in [
+        &["tasks.topic.pooling=last", "model.trunk.layers=2"] as &[&str],
+        &["tasks.topic.pooling=mean", "tasks.topic.hidden=7", "tasks.slots.constraints=true"],
+        &["tasks.topic.pooling=max", "tasks.slots.decoder=softmax"],
+        &["tasks.topic.pooling=attention", "model.trunk.bidirectional=false", "tasks.slots.scheme=plain"],
+        &["tasks.topic.pooling=last", "model.trunk.bidirectional=false", "tokenizer={model: bpe, size: 100}"],
+    ] {
+        let s = setting(overrides);
+        let module = build(&model_of(&s), &s.tasks, Precision::Float32, Output::Dictionary).unwrap();
+        let cases = Cases::new(&model_of(&s), &s.train, &s.tasks);
+        let off = cases.check(&module, &s.tasks, Precision::Float32.tolerance(), true);
+        assert!(off.as_ref().is_ok_and(|off| *off < 1e-5), "{overrides:?}: {off:?}");
+        // The check can fail: another seed is another model.
+        let other = setting(&[overrides, &["seed=4"]].concat());
+        let module = build(&model_of(&other), &s.tasks, Precision::Float32, Output::Dictionary).unwrap();
+        let error = cases.check(&module, &s.tasks, 1e-5, true).unwrap_err();
+        assert!(error.downcast_ref::<Mismatch>().is_some(), "{error:#}");
+    }
+}
+
+#[test]
+fn python_and_cpp_programs_say_what_predict_says() {
+    let folder = small();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for tokenizer in ["{model: word, lowercase: true}", "{model: bpe, size: 100}"] {
+        train(&folder, &[&format!("tokenizer={tokenizer}"), "tasks.slots.constraints=true"]);
+        let said = export(&folder, &[], 0);
+        assert!(said.contains("agrees with the live model"), "{said}");
+        let expected = predicted(&folder, "run");
+        assert_eq!(expected.len(), 4);
+        assert_eq!(predicted(&folder, "model.pt"), expected);
+        folder.file("in.txt", SENTENCES);
+        let program = root.join("tests/consumers/predict.py");
+        let run = format!(
+            "import runpy, sys; sys.argv = ['predict.py', 'model.pt']; sys.stdin = open('in.txt'); \
+             runpy.run_path({:?}, run_name='__main__')",
+            program.display().to_string()
+        );
+        assert_eq!(parsed(&python(&folder, &run)), expected, "{tokenizer}");
+        if tokenizer.contains("word") {
+            assert_eq!(parsed(&cpp(&folder)), expected);
+            checks_of_a_word_model(&folder);
+        }
+        std::fs::remove_dir_all(folder.path().join("run")).unwrap();
+        std::fs::remove_file(folder.path().join("model.pt")).unwrap();
+    }
+}
+
+/// Compiles the C++ program against libtorch and runs it.
+fn cpp(folder: &Folder) -> String {
+    let libtorch = Path::new(env!("CARGO_MANIFEST_DIR")).join(std::env::var("LIBTORCH").unwrap());
+    let library = std::fs::canonicalize(libtorch.join("lib/libtorch_cpu.so")).unwrap();
+    let program = folder.path().join("predict");
+    let status = Command::new("c++")
+        .args(["-std=c++17", "-O0", "-o"])
+        .arg(&program)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/consumers/predict.cpp"))
+        .args(["include", "include/torch/csrc/api/include"].map(|part| format!("-I{}", libtorch.join(part).display())))
+        .arg(format!("-L{}", libtorch.join("lib").display()))
+        // What libtorch_cpu itself needs it finds by its own rpath.
+        .args(["-ltorch_cpu", "-lc10", "-Wl,--allow-shlib-undefined"])
+        .arg(format!("-Wl,-rpath,{}", library.parent().unwrap().display()))
+        .status();
+    assert!(status.unwrap().success());
+    let input = std::fs::File::open(folder.path().join("in.txt")).unwrap();
+    let output = Command::new(&program).arg(folder.path().join("model.pt")).stdin(input).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Other formats and kinds, refusals, and what `evaluate` says of the file.
+fn checks_of_a_word_model(folder: &Folder) {
+    let scores = |of: &str| -> Value {
+        let output = folder.polytask(&["evaluate", of, "--json"]).assert().success().get_output().clone();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["report"].clone()
+    };
+    assert_eq!(scores("run"), scores("model.pt"));
+
+    let before = std::fs::read(folder.path().join("model.pt")).unwrap();
+    assert!(export(folder, &[], 2).contains("model.pt exists; --force replaces it"));
+    let best = folder.path().join("run/checkpoints/best-topic.safetensors");
+    let content = std::fs::read(&best).unwrap();
+    std::fs::write(&best, &content[..100]).unwrap();
+    assert!(export(folder, &["--force", "--checkpoint", "best-topic"], 1).contains("is damaged"));
+    assert_eq!(std::fs::read(folder.path().join("model.pt")).unwrap(), before, "a failed export leaves the old file");
+    for dtype in ["float16", "bfloat16"] {
+        assert!(export(folder, &["--force", "--dtype", dtype], 0).contains(dtype));
+        assert_eq!(predicted(folder, "model.pt").len(), 4);
+    }
+    assert!(export(folder, &["--force", "--checkpoint", "last"], 0).contains("agrees"));
+    assert!(export(folder, &["--force"], 0).contains("agrees"));
+    let left = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().starts_with(".partial")));
+
+    for (format, out) in [("safetensors", "weights"), ("triton", "repository")] {
+        folder.polytask(&["export", "run", "--format", format, "--out", out]).assert().success();
+    }
+    let program = "
+import json, torch
+from safetensors.torch import load_file
+weights, config = load_file('weights/model.safetensors'), json.load(open('weights/config.json'))
+trunk = config['model']['trunk']
+lstm = torch.nn.LSTM(config['model']['embedding']['dim'], trunk['hidden'], trunk['layers'], bidirectional=True, batch_first=True)
+lstm.load_state_dict({k[6:]: v for k, v in weights.items() if k.startswith('trunk.')})
+embedding = torch.nn.Embedding(config['n_tokens'], config['model']['embedding']['dim'], config['padding'])
+embedding.load_state_dict({'weight': weights['embedding.weight']})
+linear = torch.nn.Linear(2 * trunk['hidden'], 3)
+linear.load_state_dict({k: weights['heads.topic.output.' + k] for k in ('weight', 'bias')})
+ids = torch.tensor([[3, 4, 5]])
+states = lstm(embedding(ids))[0]
+logits = linear(torch.cat([states[:, -1, :trunk['hidden']], states[:, 0, trunk['hidden']:]], -1))
+model = torch.jit.load('repository/small/1/model.pt')
+out = model(ids, torch.tensor([[3]]))
+assert len(out) == 4 and out[0].shape == (1, 3) and out[3].shape == (1, 3), [x.shape for x in out]
+whole = torch.jit.load('model.pt')
+assert (whole.task_topic(ids, torch.tensor([3]))[0] - out[0]).abs().max() < 1e-5
+print(float((logits - out[0]).abs().max()) < 1e-5)
+torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'foreign.pt')
+torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'newer.pt', _extra_files={'polytask.json': '{\"format\": 99, \"polytask\": \"9.0\"}'})
+";
+    assert_eq!(python(folder, program).trim(), "True");
+    let config = folder.read("repository/small/config.pbtxt");
+    assert!(
+        config.contains("pytorch_libtorch") && config.contains("topic.logits__0") && config.contains("slots.labels__3")
+    );
+    folder.file("broken.pt", &before[..before.len() / 2]);
+    for (file, expected) in [
+        ("foreign.pt", "no model that polytask exported"),
+        ("newer.pt", "has format 99 (polytask \"9.0\"); this program reads 1"),
+        ("broken.pt", "is damaged or no TorchScript file"),
+    ] {
+        let output = folder.polytask(&["evaluate", file]).assert().code(2).get_output().clone();
+        assert!(String::from_utf8_lossy(&output.stderr).contains(expected), "{file}");
+    }
+}
