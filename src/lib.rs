@@ -19,6 +19,7 @@
 //! | [`data`] | formats, tokenizer, labels, batches, the order of rows |
 //! | [`metrics`] | counting over label ids; no tensors |
 //! | [`run`] | the run directory, checkpoints, records |
+//! | [`onnx`] | writing ONNX files |
 //! | [`libtorch`] | what tch lacks; the only `unsafe` |
 //! | [`task`], [`rng`], [`problem`] | the task table, seeds, messages about inputs |
 //!
@@ -35,6 +36,7 @@ pub mod export;
 pub mod libtorch;
 pub mod metrics;
 pub mod model;
+pub mod onnx;
 pub mod optim;
 pub mod problem;
 pub mod rng;

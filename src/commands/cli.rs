@@ -125,7 +125,8 @@ pub struct PredictArgs {
 pub struct ExportArgs {
     /// The run directory
     pub run: PathBuf,
-    /// What to write: one TorchScript file, a folder with safetensors, or a model repository for NVIDIA Triton
+    /// What to write: one TorchScript file, a folder with safetensors, an ONNX file, or a model repository
+    /// for NVIDIA Triton
     #[arg(long, value_enum)]
     pub format: ExportFormat,
     /// The file or folder to write
@@ -146,6 +147,7 @@ pub struct ExportArgs {
 pub enum ExportFormat {
     Torchscript,
     Safetensors,
+    Onnx,
     Triton,
 }
 

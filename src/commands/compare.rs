@@ -127,7 +127,8 @@ fn write_page(file: &Path, paths: &[PathBuf]) -> Result<()> {
     let found = find(paths)?;
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);
-    let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+    let names: Vec<String> =
+        paths.iter().map(|path| path.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect();
     let page = html::page(&names.join(", "), &comparison.sheets(), &charts(&found, &comparison)?);
     atomic::write(file, page.as_bytes())
 }
@@ -167,7 +168,7 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
         let points = sums.into_iter().map(|(step, (sum, n))| (step as f64, sum / f64::from(n))).collect();
         match charts.iter_mut().find(|chart| chart.title == title) {
             Some(chart) => chart.lines.push((label, points)),
-            None => charts.push(Chart { title, lines: vec![(label, points)] }),
+            None => charts.push(Chart { logarithmic: title.contains("loss"), title, lines: vec![(label, points)] }),
         }
     }
     charts.sort_by(|a, b| a.title.cmp(&b.title));

@@ -51,6 +51,10 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     let found = match args.format {
         ExportFormat::Torchscript => Some(content.torchscript(&built)?),
         ExportFormat::Triton => Some(content.triton(&built)?),
+        ExportFormat::Onnx => {
+            content.onnx(&built)?;
+            None
+        }
         ExportFormat::Safetensors => {
             content.safetensors(&built)?;
             None
@@ -64,7 +68,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         );
         println!("{}", scores_table(&report, &scores, precision));
     } else {
-        log::info!("{}: written and read back", out.display());
+        log::info!("{}: written", out.display());
     }
     Ok(End::Done)
 }
@@ -158,6 +162,16 @@ impl Content<'_> {
         }
         let off = said.parse().with_context(|| format!("the check said `{said}`"))?;
         Ok((off, export::scores(&module, model, self.dev, tasks)?))
+    }
+
+    /// One ONNX file with the texts of [`FILES`] among its metadata.
+    fn onnx(&self, file: &Path) -> Result<()> {
+        if self.precision != Precision::Float32 {
+            return Err(invalid("--format onnx writes float32; onnxruntime's own tools make it smaller"));
+        }
+        let trained = self.trained;
+        let graph = trained.model.onnx(&trained.tasks, self.dev.set.first_tokens.is_some());
+        Ok(std::fs::write(file, graph.into_bytes(&self.files()?))?)
     }
 
     /// Weights under PyTorch's names, tokenizer and configuration in a folder.

@@ -9,6 +9,8 @@ pub struct Chart {
     pub title: String,
     /// Label and points (x, y) of each line, by ascending x.
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
+    /// Whether y is drawn by its logarithm, as falling losses are; values must be positive.
+    pub logarithmic: bool,
 }
 
 /// Colours that the colour-blind can tell apart (Okabe & Ito 2008), by order of first appearance of a label.
@@ -94,15 +96,18 @@ fn figure(chart: &Chart, colour: &dyn Fn(&str) -> &'static str) -> String {
         let (low, high) = points().map(of).fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)));
         if high > low { (low, high) } else { (low - 0.5, low + 0.5) }
     };
-    let (x_range, y_range) = (range(|point| point.0), range(|point| point.1));
+    let scale = |value: f64| if chart.logarithmic { value.max(1e-9).log10() } else { value };
+    let (x_range, y_values) = (range(|point| point.0), range(|point| point.1));
+    let y_range = (scale(y_values.0), scale(y_values.1));
     let [left, right, top, bottom] = MARGINS;
     let x = |value: f64| left + (value - x_range.0) / (x_range.1 - x_range.0) * (WIDTH - left - right);
-    let y = |value: f64| HEIGHT - bottom - (value - y_range.0) / (y_range.1 - y_range.0) * (HEIGHT - top - bottom);
+    let y =
+        |value: f64| HEIGHT - bottom - (scale(value) - y_range.0) / (y_range.1 - y_range.0) * (HEIGHT - top - bottom);
     let mut out = format!(
         "<figure><figcaption>{}</figcaption><svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\">",
         escaped(&chart.title)
     );
-    for tick in ticks(y_range) {
+    for tick in if chart.logarithmic { log_ticks(y_values) } else { ticks(y_values) } {
         let at = y(tick);
         let _ = write!(
             out,
@@ -145,6 +150,14 @@ fn ticks((low, high): (f64, f64)) -> Vec<f64> {
     (first..=last).map(|i| i as f64 * step).collect()
 }
 
+/// Powers of ten, and where they are few their double and fivefold, within a range of positive numbers.
+fn log_ticks((low, high): (f64, f64)) -> Vec<f64> {
+    let powers = low.max(1e-9).log10().floor() as i32..=high.max(1e-9).log10().ceil() as i32;
+    let factors: &[f64] = if high > 1000.0 * low { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let all = powers.flat_map(|power| factors.iter().map(move |factor| factor * 10f64.powi(power)));
+    all.filter(|tick| (low..=high).contains(tick)).collect()
+}
+
 /// A number of few characters: 0.25, 3000.
 fn short(value: f64) -> String {
     let text = format!("{value:.4}");
@@ -159,6 +172,10 @@ mod tests {
     #[test]
     fn ticks_are_round_and_inside() {
         assert_eq!(ticks((0.0, 1000.0)), [0.0, 500.0, 1000.0]);
+        assert_eq!(
+            log_ticks((0.04, 3.0)).iter().map(|t| short(*t)).collect::<Vec<_>>(),
+            ["0.05", "0.1", "0.2", "0.5", "1", "2"]
+        );
         assert_eq!(ticks((0.12, 0.31)).iter().map(|t| short(*t)).collect::<Vec<_>>(), ["0.15", "0.2", "0.25", "0.3"]);
     }
 
@@ -167,6 +184,7 @@ mod tests {
         let chart = Chart {
             title: "loss <a>".into(),
             lines: vec![("equal".into(), vec![(0.0, 1.0), (10.0, 0.5)]), ("flat".into(), vec![(3.0, 0.7)])],
+            logarithmic: true,
         };
         let sheet = Sheet { title: "T".into(), header: vec!["x".into()], n_names: 1, rows: vec![vec!["a & b".into()]] };
         let page = page("study", &[sheet], &[chart]);

@@ -235,6 +235,10 @@ pub struct Sheet {
     pub rows: Vec<Vec<String>>,
 }
 
+fn thousands(n: u64) -> String {
+    format!("{:.1} k", n as f64 / 1000.0)
+}
+
 fn percent(value: f64) -> String {
     format!("{:.2}", 100.0 * value)
 }
@@ -285,7 +289,7 @@ impl Comparison {
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
                 row.push(group.delta_m.as_ref().map_or("-".to_owned(), interval));
                 row.push(format!("{:.0}", group.training_secs));
-                row.push(group.n_parameters.to_string());
+                row.push(thousands(group.n_parameters));
                 rows.push(row);
             }
             let twins: Vec<&Group> = self.twins.iter().filter(|group| group.fraction == fraction).collect();
@@ -298,7 +302,7 @@ impl Comparison {
             row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
             row.push(String::new());
             row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));
-            row.push(twins.iter().map(|group| group.n_parameters).sum::<u64>().to_string());
+            row.push(thousands(twins.iter().map(|group| group.n_parameters).sum()));
             rows.push(row);
         }
         Sheet { title: "Scores in percent, mean ± standard deviation over seeds".to_owned(), header, n_names: 2, rows }

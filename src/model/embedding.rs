@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use super::parameters::Scope;
 use super::{Mode, Script};
+use crate::onnx::{Graph, Value};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -41,6 +42,11 @@ def forward(self, token_ids: Tensor) -> Tensor:
     return torch.embedding(self.weight, token_ids)
 ";
         Script { source: source.to_owned(), constants: Vec::new() }
+    }
+
+    pub fn onnx(&self, graph: &mut Graph, token_ids: &Value) -> Value {
+        let weight = graph.constant(&self.weight);
+        graph.op("Gather", &[&weight, token_ids], vec![])
     }
 
     /// [B, T] ids to [B, T, E].

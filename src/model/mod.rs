@@ -12,13 +12,15 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 pub use embedding::EmbeddingConfig;
+use heads::OnnxInputs;
 pub use heads::{Decoded, Head, HeadConfig};
 pub use parameters::{Linear, Parameters, Scope};
 pub use trunk::TrunkConfig;
 
 use crate::data::{Batch, Lengths, Targets};
+use crate::onnx::{Element, Graph, Size};
 use crate::rng::{Purpose, Seed};
-use crate::task::{Task, TaskId};
+use crate::task::{Task, TaskId, TaskKind};
 
 /// Whether dropout is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +101,8 @@ pub struct Model {
     trunk: trunk::Trunk,
     heads: Vec<Box<dyn Head>>,
     hidden: i64,
+    /// D*H
+    width: i64,
     /// The parameters of the last LSTM layer; those before are below it, those after belong to heads.
     pub last_layer: std::ops::Range<usize>,
 }
@@ -123,7 +127,8 @@ impl Model {
         let mut scope = root.sub("heads");
         let build = |(head, task): (&&HeadConfig, &Task)| head.build(scope.sub(&task.name), task, &config.trunk);
         let heads = heads.iter().zip(tasks).map(build).collect();
-        Ok(Model { parameters, embedding, trunk, heads, hidden: config.trunk.hidden, last_layer })
+        let (hidden, width) = (config.trunk.hidden, config.trunk.width());
+        Ok(Model { parameters, embedding, trunk, heads, hidden, width, last_layer })
     }
 
     pub fn head(&self, task: TaskId) -> &dyn Head {
@@ -137,6 +142,38 @@ impl Model {
         let heads = tasks.iter().zip(&self.heads);
         parts.extend(heads.map(|(task, head)| (format!("heads.{}", task.name), head.script())));
         parts
+    }
+
+    /// The whole model as an ONNX graph; `pieces` where tokens are pieces of words. Inputs and outputs are those of the
+    /// TorchScript form.
+    pub fn onnx(&self, tasks: &[Task], pieces: bool) -> Graph {
+        let mut graph = Graph::new("polytask");
+        let (rows, tokens, words) = (Size::Free("B"), Size::Free("T"), Size::Free(if pieces { "W" } else { "T" }));
+        let token_ids = graph.input("token_ids", Element::Int64, &[rows, tokens]);
+        let lengths = graph.input("lengths", Element::Int64, &[rows]);
+        let embedded = self.embedding.onnx(&mut graph, &token_ids);
+        let states = self.trunk.onnx(&mut graph, &embedded, &lengths);
+        let width = self.width;
+        let (at_words, n_words) = match pieces {
+            false => (states.clone(), lengths.clone()),
+            true => {
+                let first = graph.input("first_tokens", Element::Int64, &[rows, words]);
+                let n_words = graph.input("n_words", Element::Int64, &[rows]);
+                (graph.at(&states, &first, width), n_words)
+            }
+        };
+        let inputs = OnnxInputs { tokens: states, lengths, words: at_words, n_words, width };
+        for (task, head) in tasks.iter().zip(&self.heads) {
+            let (logits, labels) = head.onnx(&mut graph, &inputs);
+            let mut sizes = match task.kind {
+                TaskKind::Classification => vec![rows],
+                TaskKind::Tagging(_) => vec![rows, words],
+            };
+            graph.output(&labels, &format!("{}.labels", task.name), Element::Int64, &sizes);
+            sizes.push(Size::Is(task.labels.len() as i64));
+            graph.output(&logits, &format!("{}.logits", task.name), Element::Float, &sizes);
+        }
+        graph
     }
 
     /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own.

@@ -4,6 +4,8 @@ use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
+use crate::onnx::{Graph, Value};
+
 /// All parameters of a model. Order is creation order, so that it is the same in every run.
 pub struct Parameters {
     entries: Vec<(String, Tensor)>,
@@ -122,5 +124,9 @@ pub struct Linear {
 impl Linear {
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, Some(&self.bias))
+    }
+
+    pub fn onnx(&self, graph: &mut Graph, x: &Value) -> Value {
+        graph.linear(x, &self.weight, &self.bias)
     }
 }

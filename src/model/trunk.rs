@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 use super::parameters::Scope;
 use super::{Mode, Script};
 use crate::data::Lengths;
+use crate::onnx::{Attribute, Graph, Value};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -138,6 +139,40 @@ def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             };
         }
         Script { source: source + "    return x\n", constants: Vec::new() }
+    }
+
+    /// The same as ONNX LSTM operators: [B, T, E] to [B, T, D*H].
+    pub fn onnx(&self, graph: &mut Graph, x: &Value, lengths: &Value) -> Value {
+        // 6 is INT32 in TensorProto.DataType.
+        let lengths = graph.op("Cast", &[lengths], vec![Attribute::Int("to", 6)]);
+        let swap =
+            |graph: &mut Graph, x: &Value| graph.op("Transpose", &[x], vec![Attribute::Ints("perm", vec![1, 0, 2])]);
+        let mut x = swap(graph, x); // [T, B, E]
+        for layer in &self.layers {
+            let directions: Vec<&Direction> = std::iter::once(&layer.forward).chain(&layer.reverse).collect();
+            let stacked = |part: &dyn Fn(&Direction) -> Tensor| {
+                Tensor::stack(&directions.iter().map(|direction| part(direction)).collect::<Vec<_>>(), 0)
+            };
+            let weights = [
+                stacked(&|d| self.onnx_gates(&d[0])),
+                stacked(&|d| self.onnx_gates(&d[1])),
+                stacked(&|d| Tensor::cat(&[self.onnx_gates(&d[2]), self.onnx_gates(&d[3])], 0)),
+            ];
+            let [w, r, b] = weights.map(|weights| graph.constant(&weights)); // [D, 4*H, ...], [D, 8*H]
+            let direction = if layer.reverse.is_some() { "bidirectional" } else { "forward" };
+            let attributes = vec![Attribute::Int("hidden_size", self.hidden), Attribute::Text("direction", direction)];
+            let states = graph.op("LSTM", &[&x, &w, &r, &b, &lengths], attributes); // [T, D, B, H]
+            let states = graph.op("Transpose", &[&states], vec![Attribute::Ints("perm", vec![0, 2, 1, 3])]);
+            let shape = graph.ints(&[0, 0, -1]);
+            x = graph.op("Reshape", &[&states, &shape], vec![]); // [T, B, D*H]
+        }
+        swap(graph, &x)
+    }
+
+    /// PyTorch's gates are input, forget, cell, output; those of ONNX input, output, forget, cell.
+    fn onnx_gates(&self, weight: &Tensor) -> Tensor {
+        let gates = weight.detach().chunk(4, 0);
+        Tensor::cat(&[&gates[0], &gates[3], &gates[1], &gates[2]], 0)
     }
 
     fn layer(&self, layer: &Layer, input: &Tensor, turned: Option<&Tensor>, mode: Mode) -> Tensor {

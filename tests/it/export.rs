@@ -90,6 +90,54 @@ fn python_and_cpp_programs_say_what_predict_says() {
     }
 }
 
+/// An ONNX file run by onnxruntime, on batches with and without padding, gives what the TorchScript file gives.
+#[test]
+fn onnxruntime_agrees_with_torchscript() {
+    let folder = small();
+    for overrides in [
+        &["tasks.topic.pooling=last", "tasks.slots.constraints=true"] as &[&str],
+        &["tasks.topic.pooling=mean", "tasks.slots.decoder=softmax", "model.trunk.layers=2"],
+        &["tasks.topic.pooling=max", "tasks.topic.hidden=7", "tokenizer={model: bpe, size: 100}"],
+        &["tasks.topic.pooling=attention", "model.trunk.bidirectional=false", "tasks.topic.hidden=3"],
+        &["tasks.topic.pooling=last", "model.trunk.bidirectional=false"],
+    ] {
+        train(&folder, &[overrides, &["training.max_steps=20"]].concat());
+        export(&folder, &["--force"], 0);
+        folder.polytask(&["export", "run", "--format", "onnx", "--out", "m.onnx", "--force"]).assert().success();
+        let program = "
+import json, numpy as np, onnxruntime, torch
+session = onnxruntime.InferenceSession('m.onnx')
+texts = session.get_modelmeta().custom_metadata_map
+assert json.loads(texts['labels.json'])[0]['name'] == 'topic' and 'model' in json.loads(texts['tokenizer.json'])
+model = torch.jit.load('model.pt')
+pieces = len(session.get_inputs()) == 4
+torch.manual_seed(1)
+for n_rows, n_tokens in [(1, 1), (1, 9), (5, 4), (7, 12)]:
+    ids = torch.randint(2, 12, (n_rows, n_tokens))
+    lengths = torch.randint(1, n_tokens + 1, (n_rows,)); lengths[0] = n_tokens
+    ids[torch.arange(n_tokens) >= lengths[:, None]] = 0
+    feeds = {'token_ids': ids, 'lengths': lengths}
+    n_words = lengths
+    if pieces:
+        n_words = (lengths + 1) // 2
+        first = (2 * torch.arange(int(n_words.max()))).clamp_max(n_tokens - 1).expand(n_rows, -1).contiguous()
+        feeds.update(first_tokens=first, n_words=n_words)
+    expected = model(*feeds.values())
+    found = session.run(list(expected), {name: value.numpy() for name, value in feeds.items()})
+    for name, value in zip(expected, found):
+        want = expected[name].detach().numpy()
+        assert want.shape == value.shape, (name, want.shape, value.shape)
+        if name.startswith('slots'):
+            real = (torch.arange(want.shape[1]) < n_words[:, None]).numpy()
+            want, value = want[real], value[real]
+        assert np.abs(want - value).max() < 1e-5, (name, n_rows, n_tokens, want, value)
+print('same')
+";
+        assert_eq!(python(&folder, program).trim(), "same", "{overrides:?}");
+        std::fs::remove_dir_all(folder.path().join("run")).unwrap();
+    }
+}
+
 /// Compiles the C++ program against libtorch and runs it.
 fn cpp(folder: &Folder) -> String {
     let libtorch = Path::new(env!("CARGO_MANIFEST_DIR")).join(std::env::var("LIBTORCH").unwrap());

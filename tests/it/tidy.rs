@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Top to bottom: a module may use those after it.
-const LAYERS: [&str; 15] = [
+const LAYERS: [&str; 16] = [
     "commands",
     "config",
     "train",
@@ -16,6 +16,7 @@ const LAYERS: [&str; 15] = [
     "data",
     "metrics",
     "run",
+    "onnx",
     "libtorch",
     "task",
     "rng",

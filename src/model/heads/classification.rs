@@ -7,11 +7,12 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{Decoded, Head};
+use super::{Decoded, Head, OnnxInputs};
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::parameters::{Linear, Scope};
 use crate::model::{Encoded, Mode, Script, TrunkConfig};
+use crate::onnx::{Attribute, Graph, Value};
 use crate::task::Task;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -126,6 +127,70 @@ impl Head for Classification {
 
     fn metric(&self) -> Box<dyn Metric> {
         Box::new(ClassMetric::new(self.n_labels))
+    }
+
+    fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value) {
+        let tokens = &inputs.tokens;
+        let mask = graph.mask(tokens, &inputs.lengths);
+        let mask = graph.unsqueeze(&mask, 2); // [B, T, 1]
+        let filled = |graph: &mut Graph, x: &Value, value: f32| {
+            let value = graph.number(value);
+            graph.op("Where", &[&mask, x, &value], vec![])
+        };
+        let sum = |graph: &mut Graph, x: &Value| {
+            let axis = graph.ints(&[1]);
+            graph.op("ReduceSum", &[x, &axis], vec![Attribute::Int("keepdims", 0)])
+        };
+        let mut x = match self.pooling {
+            Pooling::Last => {
+                let hidden = self.trunk_hidden;
+                let one = graph.constant(&Tensor::from(1i64));
+                let last = graph.op("Sub", &[&inputs.lengths, &one], vec![]);
+                let last = graph.unsqueeze(&last, 1);
+                let forward = graph.slice(tokens, 2, 0, hidden);
+                let forward = graph.at(&forward, &last, hidden); // [B, 1, H]
+                let states = match inputs.width > hidden {
+                    false => forward,
+                    true => {
+                        let first = graph.slice(tokens, 1, 0, 1);
+                        let reverse = graph.slice(&first, 2, hidden, inputs.width);
+                        graph.op("Concat", &[&forward, &reverse], vec![Attribute::Int("axis", -1)])
+                    }
+                };
+                graph.squeeze(&states, 1)
+            }
+            Pooling::Max => {
+                let tokens = filled(graph, tokens, f32::NEG_INFINITY);
+                let attributes = vec![Attribute::Ints("axes", vec![1]), Attribute::Int("keepdims", 0)];
+                graph.op("ReduceMax", &[&tokens], attributes)
+            }
+            Pooling::Mean => {
+                let tokens = filled(graph, tokens, 0.0);
+                let total = sum(graph, &tokens);
+                let lengths = graph.unsqueeze(&inputs.lengths, 1);
+                let lengths = graph.op("Cast", &[&lengths], vec![Attribute::Int("to", 1)]);
+                graph.op("Div", &[&total, &lengths], vec![])
+            }
+            Pooling::Attention => {
+                let (projection, score) = self.attention.as_ref().expect("invariant: made with the pooling");
+                let projected = projection.onnx(graph, tokens);
+                let projected = graph.op("Tanh", &[&projected], vec![]);
+                let scores = score.onnx(graph, &projected);
+                let scores = filled(graph, &scores, f32::NEG_INFINITY);
+                let weights = graph.op("Softmax", &[&scores], vec![Attribute::Int("axis", 1)]);
+                let tokens = filled(graph, tokens, 0.0);
+                let weighted = graph.op("Mul", &[&weights, &tokens], vec![]);
+                sum(graph, &weighted)
+            }
+        };
+        if let Some(hidden) = &self.hidden {
+            x = hidden.onnx(graph, &x);
+            x = graph.op("Relu", &[&x], vec![]);
+        }
+        let logits = self.output.onnx(graph, &x);
+        let attributes = vec![Attribute::Int("axis", -1), Attribute::Int("keepdims", 0)];
+        let labels = graph.op("ArgMax", &[&logits], attributes);
+        (logits, labels)
     }
 
     fn script(&self) -> Script {

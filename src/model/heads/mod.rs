@@ -11,6 +11,7 @@ use super::parameters::Scope;
 use super::{Encoded, Mode, Script, TrunkConfig};
 use crate::data::Targets;
 use crate::metrics::Metric;
+use crate::onnx::{Graph, Value};
 use crate::task::{Task, TaskKind};
 
 pub use classification::{ClassificationConfig, Pooling};
@@ -86,4 +87,21 @@ pub trait Head {
     /// `forward(tokens [B, T, F], lengths [B], words [B, W, F])` gives logits, `decode(logits, n_words [B])` the ids of the
     /// best labels: [B] for classes, [B, W] for tags with -1 beyond a sentence's end.
     fn script(&self) -> Script;
+
+    /// Logits and labels, as [`Self::script`] has them, as ONNX operators.
+    fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value);
+}
+
+/// What an ONNX head reads.
+pub struct OnnxInputs {
+    /// [B, T, F]
+    pub tokens: Value,
+    /// [B]
+    pub lengths: Value,
+    /// [B, W, F]
+    pub words: Value,
+    /// [B]
+    pub n_words: Value,
+    /// F
+    pub width: i64,
 }

@@ -9,12 +9,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Reduction, Tensor};
 
 use super::crf::Crf;
-use super::{Decoded, Head};
+use super::{Decoded, Head, OnnxInputs};
 use crate::data::labels::NO_LABEL;
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::parameters::{Linear, Scope};
 use crate::model::{Encoded, Mode, Script, TrunkConfig};
+use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Scheme, Task};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -115,6 +116,21 @@ impl Head for Tagging {
             Decoded { labels, scores: scores[range].to_vec() }
         };
         n_words.iter().enumerate().map(row).collect()
+    }
+
+    fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value) {
+        let logits = self.output.onnx(graph, &inputs.words);
+        let here = graph.mask(&logits, &inputs.n_words); // [B, W]
+        let labels = match &self.crf {
+            Some(crf) => crf.onnx(graph, &logits, &here),
+            None => {
+                let attributes = vec![Attribute::Int("axis", -1), Attribute::Int("keepdims", 0)];
+                graph.op("ArgMax", &[&logits], attributes)
+            }
+        };
+        let none = graph.constant(&Tensor::from(-1i64));
+        let labels = graph.op("Where", &[&here, &labels, &none], vec![]);
+        (logits, labels)
     }
 
     fn script(&self) -> Script {
