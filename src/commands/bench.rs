@@ -14,6 +14,7 @@ use super::cli::BenchArgs;
 use super::{End, prepare, table};
 use crate::config::Experiment;
 use crate::data::{Sampler, Split, Tokenizer};
+use crate::evaluate::predict;
 use crate::optim::Optimizer;
 use crate::problem::fail_on_errors;
 use crate::rng::Seed;
@@ -53,6 +54,10 @@ fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>>
 }
 
 pub fn run(args: &BenchArgs) -> Result<End> {
+    let yaml = args.experiment.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
+    if args.experiment.is_dir() || (args.experiment.is_file() && !yaml) {
+        return labelling(args);
+    }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
     let (corpus, problems) = prepare::corpus(&experiment)?;
@@ -149,6 +154,39 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     println!("{out}");
     if let Some(bytes) = peak_memory() {
         println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
+    }
+    Ok(End::Done)
+}
+
+/// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.
+fn labelling(args: &BenchArgs) -> Result<End> {
+    let (device, threads) = prepare::machine(&args.machine)?;
+    let trained = prepare::trained(&args.experiment, "best", device)?;
+    let (corpus, problems) = prepare::corpus(&trained.experiment)?;
+    fail_on_errors(problems)?;
+    let data = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, device)?;
+    let mut seconds = Vec::new();
+    for round in 0..=args.rounds {
+        let started = Instant::now();
+        predict(&trained.model, &data)?;
+        // Round 0 warms up.
+        if round > 0 {
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+    }
+    let typical = median(&seconds);
+    let per_sec = |n: usize| n as f64 / typical;
+    let (sentences, tokens) = (per_sec(data.set.len()), per_sec(data.set.token_ids.len()));
+    if args.json {
+        let content = json!({
+            "experiment": trained.experiment.name, "device": prepare::device_name(device), "threads": threads,
+            "rounds": args.rounds, "peak_memory_bytes": peak_memory(), "sentences_per_sec": sentences,
+            "tokens_per_sec": tokens,
+        });
+        println!("{}", serde_json::to_string_pretty(&content)?);
+    } else {
+        let (sentences, tokens) = (table::count(sentences as usize), table::count(tokens as usize));
+        println!("{sentences} sentences/s, {tokens} tokens/s on {}, {threads} threads", prepare::device_name(device));
     }
     Ok(End::Done)
 }

@@ -39,7 +39,7 @@ pub enum Command {
     Study(StudyArgs),
     /// Put runs or studies side by side: did multi-task training help?
     Compare(CompareArgs),
-    /// Measure a training step, and what each weighting strategy adds to it
+    /// Measure a training step and what each weighting strategy adds, or how fast a trained model labels
     Bench(BenchArgs),
     /// Check the mathematics of loss weighting on this machine's device
     Selftest(SelftestArgs),
@@ -156,6 +156,8 @@ pub enum ExportDtype {
     Float32,
     Float16,
     Bfloat16,
+    /// int8 weights in LSTM layers and affine maps, for the CPU
+    Int8,
 }
 
 impl From<ExportDtype> for Precision {
@@ -164,6 +166,7 @@ impl From<ExportDtype> for Precision {
             ExportDtype::Float32 => Precision::Float32,
             ExportDtype::Float16 => Precision::Float16,
             ExportDtype::Bfloat16 => Precision::Bfloat16,
+            ExportDtype::Int8 => Precision::Int8,
         }
     }
 }
@@ -210,7 +213,7 @@ pub struct CompareArgs {
 
 #[derive(Args)]
 pub struct BenchArgs {
-    /// The experiment file
+    /// The experiment file; or a run directory or exported model, to measure labelling
     pub experiment: PathBuf,
     /// Change a value of the experiment, as in --set training.batch_size=64
     #[arg(long = "set", value_name = "KEY=VALUE")]

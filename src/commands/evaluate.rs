@@ -20,7 +20,7 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     if data.set.is_empty() {
         return Err(invalid(format!("the experiment has no {} split", split.name())));
     }
-    let report = evaluate(&trained.model, &data, &trained.tasks);
+    let report = evaluate(&trained.model, &data, &trained.tasks)?;
     if args.json {
         let content = json!({
             "checkpoint": args.checkpoint,

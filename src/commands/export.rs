@@ -42,7 +42,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     let (corpus, problems) = prepare::corpus(&trained.experiment)?;
     fail_on_errors(problems)?;
     let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
-    let report = evaluate(&trained.model, &dev, &trained.tasks);
+    let report = evaluate(&trained.model, &dev, &trained.tasks)?;
     // Built under another name beside its place; dropped, and so removed, when anything fails.
     let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
     let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
@@ -177,6 +177,9 @@ impl Content<'_> {
     /// Weights under PyTorch's names, tokenizer and configuration in a folder.
     fn safetensors(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir(folder)?;
+        if self.precision == Precision::Int8 {
+            return Err(invalid("--format safetensors holds plain weights: use float32, float16 or bfloat16"));
+        }
         let kind = self.precision.kind();
         let weights = self.trained.model.parameters.iter();
         let weights: Vec<(&str, Tensor)> =
@@ -232,7 +235,7 @@ impl Content<'_> {
 /// Triton's description of inputs and outputs; outputs go by position, which `__N` says.
 fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision) -> String {
     let float = match precision {
-        Precision::Float32 => "TYPE_FP32",
+        Precision::Float32 | Precision::Int8 => "TYPE_FP32",
         Precision::Float16 => "TYPE_FP16",
         Precision::Bfloat16 => "TYPE_BF16",
     };
@@ -307,7 +310,7 @@ pub fn open(path: &Path) -> Result<Exported> {
 pub fn verify(args: &VerifyArgs) -> Result<End> {
     let exported = open(&args.model)?;
     let tasks: Vec<Task> = serde_json::from_str(&exported.files[2])?;
-    let precisions = [Precision::Float32, Precision::Float16, Precision::Bfloat16];
+    let precisions = [Precision::Float32, Precision::Float16, Precision::Bfloat16, Precision::Int8];
     let precision = precisions.into_iter().find(|precision| exported.about["dtype"] == precision.name());
     let precision = precision.with_context(|| format!("unknown dtype {}", exported.about["dtype"]))?;
     let cases = Cases::read(&args.cases)?;

@@ -139,7 +139,7 @@ fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Ve
         true => Vec::new(),
         false => {
             let data = DeviceSet::new(set, trained.tokenizer.padding, device);
-            predict(&trained.model, &data, trained.tasks.len())
+            predict(&trained.model, &data)?
         }
     };
     let mut all: Vec<Value> = sentences.iter().map(|sentence| json!({"text": sentence.text, "words": []})).collect();

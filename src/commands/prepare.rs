@@ -82,7 +82,8 @@ pub fn weighting(experiment: &Experiment, tasks: &[Task], device: Device) -> Wei
     Weighting::new(&experiment.weighting, &weighted, Seed(experiment.seed), device)
 }
 
-/// Rebuilds the model from an exported file, in float32 whatever its weights are.
+/// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
+/// on the CPU.
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let exported = super::export::open(path)?;
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
@@ -94,13 +95,24 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let experiment = Experiment::load(&resolved, &[])?;
     let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
     let tokenizer = Tokenizer::from_json(tokenizer.as_bytes(), experiment.tokenizer.splitter())?;
-    let model = model(&experiment, &tasks, &tokenizer, device)?;
+    let mut model = model(&experiment, &tasks, &tokenizer, device)?;
     let weights = exported.module.parameters()?;
     let weights = weights.into_iter().map(|(name, tensor)| (name, tensor.to_kind(tch::Kind::Float)));
-    model
-        .parameters
-        .load(weights.collect())
-        .with_context(|| format!("{} does not fit its experiment", path.display()))?;
+    let fits = || format!("{} does not fit its experiment", path.display());
+    if exported.about["dtype"] == "float32" {
+        model.parameters.load(weights.collect()).with_context(fits)?;
+    } else {
+        if device != Device::Cpu {
+            let dtype = &exported.about["dtype"];
+            return Err(invalid(format!(
+                "{} holds {dtype} weights, which run on the CPU: use --device cpu",
+                path.display()
+            )));
+        }
+        model.parameters.load_some(weights.collect()).with_context(fits)?;
+        let names = tasks.iter().map(|task| format!("{}.logits", task.name)).collect();
+        model.run_by(exported.module, names);
+    }
     Ok(Trained { experiment, tasks, tokenizer, model, about: exported.about })
 }
 

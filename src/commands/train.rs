@@ -220,7 +220,7 @@ fn report(
     for split in [Split::Dev, Split::Test] {
         let data = prepare::encoded(corpus, split, tokenizer, tasks, device)?;
         if !data.set.is_empty() {
-            reports.push((split.name(), evaluate(model, &data, tasks)));
+            reports.push((split.name(), evaluate(model, &data, tasks)?));
         }
     }
     let splits: Vec<(&str, &_)> = reports.iter().map(|(name, report)| (*name, report)).collect();

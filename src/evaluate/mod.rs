@@ -1,11 +1,11 @@
 //! `evaluate(model, data) -> Report`: losses and scores of every task over one split.
 
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
 use crate::data::DeviceSet;
 use crate::metrics::Score;
-use crate::model::{Decoded, Mode, Model};
+use crate::model::{Decoded, Model};
 use crate::task::{Task, TaskId};
 
 /// One task's results on a split.
@@ -55,7 +55,10 @@ fn batches(data: &DeviceSet) -> Vec<Vec<usize>> {
 }
 
 /// Runs `model` over all rows of `data`, every dropout off.
-pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Report {
+///
+/// # Errors
+/// Those of an exported module that computes in the model's place.
+pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Report> {
     let _no_grad = tch::no_grad_guard();
     let mut metrics: Vec<_> = (0..tasks.len()).map(|task| model.head(TaskId(task)).metric()).collect();
     let mut losses = vec![(0.0, 0i64); tasks.len()];
@@ -63,33 +66,26 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Report {
     let (mut n_joint, mut n_joint_right) = (0, 0);
     for rows in batches(data) {
         let batch = data.batch(&rows);
-        let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
-        for (task, loss) in model.losses(&encoded, &batch, Mode::Eval).into_iter().enumerate() {
-            let (Some(loss), Some(targets)) = (loss, &batch.targets[task]) else { continue };
-            losses[task].0 += loss.double_value(&[]) * targets.n_decisions as f64;
+        // By row of the batch: labels of so many tasks, and whether all are right.
+        let mut joint = vec![(0, true); rows.len()];
+        for (task, logits) in model.logits(&batch)?.iter().enumerate() {
+            let Some(targets) = &batch.targets[task] else { continue };
+            let head = model.head(TaskId(task));
+            let logits = logits.index_select(0, &targets.index);
+            losses[task].0 += head.loss(&logits, targets).double_value(&[]) * targets.n_decisions as f64;
             losses[task].1 += targets.n_decisions;
-        }
-        let decoded: Vec<Vec<Decoded>> = (0..tasks.len())
-            .map(|task| {
-                let head = model.head(TaskId(task));
-                head.decode(&head.logits(&encoded.taps[task], Mode::Eval), &batch.word_lengths.host)
-            })
-            .collect();
-        for (at, &row) in rows.iter().enumerate() {
-            let (mut n_labelled, mut right) = (0, true);
-            for task in 0..tasks.len() {
-                let Some(gold) = data.set.labels(TaskId(task), row) else { continue };
-                let predicted = &decoded[task][at].labels;
-                metrics[task].update(gold, predicted);
+            let n_words: Vec<i64> = targets.rows.iter().map(|&at| batch.word_lengths.host[at]).collect();
+            for (&at, decoded) in targets.rows.iter().zip(head.decode(&logits, &n_words)) {
+                let Some(gold) = data.set.labels(TaskId(task), rows[at]) else { continue };
+                metrics[task].update(gold, &decoded.labels);
                 n_sentences[task] += 1;
-                n_labelled += 1;
-                right &= gold.iter().zip(predicted).all(|(&gold, &predicted)| gold as usize == predicted);
-            }
-            if n_labelled > 1 {
-                n_joint += 1;
-                n_joint_right += usize::from(right);
+                joint[at].0 += 1;
+                joint[at].1 &= gold.iter().zip(&decoded.labels).all(|(&gold, &label)| gold as usize == label);
             }
         }
+        let labelled = joint.iter().filter(|(n_labels, _)| *n_labels > 1);
+        n_joint += labelled.clone().count();
+        n_joint_right += labelled.filter(|(_, right)| *right).count();
     }
     let task = |i: usize| TaskReport {
         name: tasks[i].name.clone(),
@@ -97,26 +93,24 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Report {
         loss: losses[i].0 / losses[i].1.max(1) as f64,
         scores: metrics[i].scores(),
     };
-    Report {
+    Ok(Report {
         tasks: (0..tasks.len()).map(task).collect(),
         sentence_accuracy: (n_joint > 0).then(|| n_joint_right as f64 / n_joint as f64),
-    }
+    })
 }
 
 /// What every task's head says of each row, in row order: by row, then by [`TaskId`].
-pub fn predict(model: &Model, data: &DeviceSet, n_tasks: usize) -> Vec<Vec<Decoded>> {
+pub fn predict(model: &Model, data: &DeviceSet) -> Result<Vec<Vec<Decoded>>> {
     let _no_grad = tch::no_grad_guard();
     let mut results = vec![Vec::new(); data.set.len()];
     for rows in batches(data) {
         let batch = data.batch(&rows);
-        let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
-        for task in 0..n_tasks {
-            let head = model.head(TaskId(task));
-            let logits: Tensor = head.logits(&encoded.taps[task], Mode::Eval);
-            for (&row, decoded) in rows.iter().zip(head.decode(&logits, &batch.word_lengths.host)) {
+        for (task, logits) in model.logits(&batch)?.iter().enumerate() {
+            let decoded = model.head(TaskId(task)).decode(logits, &batch.word_lengths.host);
+            for (&row, decoded) in rows.iter().zip(decoded) {
                 results[row].push(decoded);
             }
         }
     }
-    results
+    Ok(results)
 }

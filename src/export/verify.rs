@@ -27,14 +27,6 @@ struct Case {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mismatch(pub String);
 
-fn inputs(batch: &Batch) -> Vec<Tensor> {
-    let mut inputs = vec![batch.token_ids.shallow_clone(), batch.lengths.device.shallow_clone()];
-    if let Some(first) = &batch.first_tokens {
-        inputs.extend([first.shallow_clone(), batch.word_lengths.device.shallow_clone()]);
-    }
-    inputs
-}
-
 impl Cases {
     /// Runs `model` over batches of `data`: one row, the shortest and the longest row alone, rows of one length, and rows
     /// of many lengths.
@@ -134,7 +126,7 @@ impl Case {
         }
         let on_cpu = |x: &Tensor| x.to_device(Device::Cpu);
         Case {
-            inputs: inputs(batch).iter().map(on_cpu).collect(),
+            inputs: batch.inputs().iter().map(on_cpu).collect(),
             n_words: on_cpu(&batch.word_lengths.device),
             outputs,
         }
@@ -158,7 +150,7 @@ pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSet, tasks: &[T
     rows.sort_by_key(|&row| data.set.n_tokens(row));
     for rows in rows.chunks(128) {
         let batch = data.batch(rows);
-        let found = module.forward(&inputs(&batch).iter().collect::<Vec<_>>())?;
+        let found = module.forward(&batch.inputs().iter().collect::<Vec<_>>())?;
         for (i, metric) in metrics.iter_mut().enumerate() {
             let labels = &found.iter().find(|(name, _)| *name == format!("{}.labels", tasks[i].name));
             let labels = &labels.with_context(|| format!("no labels of task `{}`", tasks[i].name))?.1;

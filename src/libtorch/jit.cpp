@@ -1,6 +1,11 @@
 // TorchScript modules: built from source text, saved, loaded and run. Every function returns null, or the text of the
 // exception that was thrown, which the caller frees with pt_free.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/quantize_per_channel.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/csrc/jit/frontend/sugared_value.h>
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <cstdlib>
@@ -27,6 +32,31 @@ char* guarded(F f) {
   }
 }
 
+c10::IValue call(const char* name, std::vector<c10::IValue> stack) {
+  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(&stack);
+  return stack.back();
+}
+
+// What names in source text stand for: `torch` for aten's operators, as everywhere, and `quantized` for its own.
+struct Names : torch::jit::Resolver {
+  std::shared_ptr<torch::jit::SugaredValue> resolveValue(
+      const std::string& name, torch::jit::GraphFunction&, const torch::jit::SourceRange&) override {
+    if (name == "torch") return std::make_shared<torch::jit::BuiltinModule>("aten");
+    if (name == "quantized") return std::make_shared<torch::jit::BuiltinModule>("quantized");
+    return nullptr;
+  }
+
+  c10::TypePtr resolveType(const std::string&, const torch::jit::SourceRange&) override { return nullptr; }
+};
+
+// Weights as int8 with a scale for each output, symmetric.
+c10::IValue packed_linear(const at::Tensor& weight, const at::Tensor& bias) {
+  auto rows = weight.detach().contiguous();
+  auto scales = rows.abs().amax({1}).clamp_min(1e-8).div(127).to(at::kDouble);
+  auto quantized = at::quantize_per_channel(rows, scales, at::zeros_like(scales, at::kLong), 0, at::kQInt8);
+  return call("quantized::linear_prepack", {quantized, bias.detach()});
+}
+
 }  // namespace
 
 extern "C" {
@@ -49,7 +79,26 @@ char* pt_module_child(Module* module, const char* name, Module* child) {
 }
 
 char* pt_module_define(Module* module, const char* source) {
-  return guarded([&] { module->define(source); });
+  return guarded([&] { module->define(source, std::make_shared<Names>()); });
+}
+
+// An attribute `packed`: the weights [outputs, inputs] of an affine map as int8, for quantized::linear_dynamic.
+char* pt_module_quantized_linear(Module* module, Handle weight, Handle bias) {
+  return guarded([&] {
+    auto packed = packed_linear(*weight, *bias);
+    module->register_attribute("packed", packed.type(), packed);
+  });
+}
+
+// An attribute for aten::quantized_lstm: the weights of one direction of one layer as int8.
+char* pt_module_quantized_cell(Module* module, const char* name, const Handle* weights) {
+  return guarded([&] {
+    auto input = packed_linear(*weights[0], *weights[2]), hidden = packed_linear(*weights[1], *weights[3]);
+    // Activations of 7 bits: with 8 the 16-bit sums of older processors overflow.
+    auto cell = call("quantized::make_quantized_cell_params_dynamic",
+        {input, hidden, weights[2]->detach(), weights[3]->detach(), true});
+    module->register_attribute(name, cell.type(), cell);
+  });
 }
 
 char* pt_module_convert(Module* module, int kind, int device_index) {

@@ -61,7 +61,9 @@ fn checked(text: *mut c_char) -> Result<()> {
         pt_free(text);
         message
     };
-    Err(anyhow!("libtorch: {}", message.lines().next().unwrap_or_default().trim()))
+    let first = message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    log::debug!("{message}");
+    Err(anyhow!("libtorch: {first}"))
 }
 
 /// The handles of a list. tch hands out `*const`, yet its in-place operators write through the same pointer.

@@ -26,6 +26,9 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn pt_module_child(module: *mut Module, name: *const c_char, child: *mut Module) -> *mut c_char;
     fn pt_module_define(module: *mut Module, source: *const c_char) -> *mut c_char;
+    fn pt_module_quantized_linear(module: *mut Module, weight: *mut C_tensor, bias: *mut C_tensor) -> *mut c_char;
+    fn pt_module_quantized_cell(module: *mut Module, name: *const c_char, weights: *const *mut C_tensor)
+    -> *mut c_char;
     fn pt_module_convert(module: *mut Module, kind: i32, device_index: i32) -> *mut c_char;
     fn pt_module_save(
         module: *mut Module,
@@ -119,6 +122,21 @@ impl ScriptModule {
     fn add(&mut self, name: &str, value: &Tensor, is_parameter: bool) -> Result<()> {
         // SAFETY: module, text and tensor live through the call.
         checked(unsafe { pt_module_tensor(self.0, text(name)?.as_ptr(), value.as_ptr().cast_mut(), is_parameter) })
+    }
+
+    /// Adds an attribute `packed`: an affine map with int8 weights, for `quantized.linear_dynamic`.
+    pub fn add_quantized_linear(&mut self, weight: &Tensor, bias: &Tensor) -> Result<()> {
+        let (weight, bias) = (weight.as_ptr().cast_mut(), bias.as_ptr().cast_mut());
+        // SAFETY: module and tensors live through the call.
+        checked(unsafe { pt_module_quantized_linear(self.0, weight, bias) })
+    }
+
+    /// Adds an attribute for `torch.quantized_lstm`: one direction of one layer with int8 weights. `weights` are
+    /// weight_ih, weight_hh, bias_ih and bias_hh.
+    pub fn add_quantized_cell(&mut self, name: &str, weights: &[Tensor; 4]) -> Result<()> {
+        let weights = handles(&weights.each_ref());
+        // SAFETY: module, text and the four tensors live through the call.
+        checked(unsafe { pt_module_quantized_cell(self.0, text(name)?.as_ptr(), weights.as_ptr()) })
     }
 
     /// Adds a module below this one.

@@ -41,7 +41,7 @@ impl Embedding {
 def forward(self, token_ids: Tensor) -> Tensor:
     return torch.embedding(self.weight, token_ids)
 ";
-        Script { source: source.to_owned(), constants: Vec::new() }
+        Script { source: source.to_owned(), ..Script::default() }
     }
 
     pub fn onnx(&self, graph: &mut Graph, token_ids: &Value) -> Value {

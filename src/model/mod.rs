@@ -7,7 +7,7 @@ pub mod heads;
 mod parameters;
 mod trunk;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
@@ -18,6 +18,7 @@ pub use parameters::{Linear, Parameters, Scope};
 pub use trunk::TrunkConfig;
 
 use crate::data::{Batch, Lengths, Targets};
+use crate::libtorch::ScriptModule;
 use crate::onnx::{Element, Graph, Size};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
@@ -84,6 +85,16 @@ impl Encoded {
 pub struct Script {
     pub source: String,
     pub constants: Vec<(&'static str, Tensor)>,
+    /// Directions of LSTM layers that take the place of the part's parameters, with int8 weights, by name.
+    pub quantized_cells: Vec<(String, [Tensor; 4])>,
+}
+
+/// The numbers that weights are multiplied in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    Float,
+    /// int8 for LSTM layers and affine maps, with activations quantized as they come; the CPU alone.
+    Int8,
 }
 
 /// A batch after the trunk.
@@ -103,6 +114,8 @@ pub struct Model {
     hidden: i64,
     /// D*H
     width: i64,
+    /// A module that computes logits in this model's place, with the names of its outputs.
+    exported: Option<(ScriptModule, Vec<String>)>,
     /// The parameters of the last LSTM layer; those before are below it, those after belong to heads.
     pub last_layer: std::ops::Range<usize>,
 }
@@ -128,7 +141,7 @@ impl Model {
         let build = |(head, task): (&&HeadConfig, &Task)| head.build(scope.sub(&task.name), task, &config.trunk);
         let heads = heads.iter().zip(tasks).map(build).collect();
         let (hidden, width) = (config.trunk.hidden, config.trunk.width());
-        Ok(Model { parameters, embedding, trunk, heads, hidden, width, last_layer })
+        Ok(Model { parameters, embedding, trunk, heads, hidden, width, exported: None, last_layer })
     }
 
     pub fn head(&self, task: TaskId) -> &dyn Head {
@@ -136,9 +149,11 @@ impl Model {
     }
 
     /// The model's parts as TorchScript, by the prefix of their parameters. Heads stand below `heads`.
-    pub fn scripts(&self, tasks: &[Task]) -> Vec<(String, Script)> {
+    ///
+    /// Affine maps are called as `self.NAME.forward(x)`: what stands behind that is the exporter's part.
+    pub fn scripts(&self, tasks: &[Task], weights: Weights) -> Vec<(String, Script)> {
         let mut parts =
-            vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script())];
+            vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script(weights))];
         let heads = tasks.iter().zip(&self.heads);
         parts.extend(heads.map(|(task, head)| (format!("heads.{}", task.name), head.script())));
         parts
@@ -187,6 +202,25 @@ impl Model {
             hidden: self.hidden,
         };
         Shared { taps: (0..self.heads.len()).map(tap).collect(), last_layer_input: states.last_layer_input }
+    }
+
+    /// The logits of every task for all rows of a batch, by [`TaskId`], every dropout off.
+    pub fn logits(&self, batch: &Batch) -> Result<Vec<Tensor>> {
+        if let Some((module, names)) = &self.exported {
+            let mut found = module.forward(&batch.inputs().iter().collect::<Vec<_>>())?;
+            let mut take = |name: &String| {
+                let at = found.iter().position(|(found, _)| found == name)?;
+                Some(found.swap_remove(at).1.to_kind(tch::Kind::Float))
+            };
+            return names.iter().map(|name| take(name).with_context(|| format!("no `{name}`"))).collect();
+        }
+        let shared = self.encode(batch, &batch.token_ids, Mode::Eval);
+        Ok(self.heads.iter().zip(&shared.taps).map(|(head, encoded)| head.logits(encoded, Mode::Eval)).collect())
+    }
+
+    /// Lets an exported module compute the logits `names`, instead of this model's own weights.
+    pub fn run_by(&mut self, module: ScriptModule, names: Vec<String>) {
+        self.exported = Some((module, names));
     }
 
     /// The unweighted loss of every task that has labels in the batch, by [`TaskId`]: scalars with gradients.

@@ -1,6 +1,6 @@
 //! The trainable tensors of a model under unique names, in the order of their creation.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
@@ -39,9 +39,17 @@ impl Parameters {
     }
 
     /// Copies `values` in. Names, shapes and kinds must be exactly those of the model.
-    pub fn load(&self, mut values: BTreeMap<String, Tensor>) -> Result<()> {
+    pub fn load(&self, values: BTreeMap<String, Tensor>) -> Result<()> {
+        if let Some((name, _)) = self.entries.iter().find(|(name, _)| !values.contains_key(name)) {
+            bail!("no weights named `{name}`");
+        }
+        self.load_some(values)
+    }
+
+    /// Copies `values` in, which may be fewer than the model's.
+    pub fn load_some(&self, mut values: BTreeMap<String, Tensor>) -> Result<()> {
         for (name, tensor) in &self.entries {
-            let value = values.remove(name).with_context(|| format!("no weights named `{name}`"))?;
+            let Some(value) = values.remove(name) else { continue };
             ensure!(
                 value.size() == tensor.size() && value.kind() == tensor.kind(),
                 "weights `{name}` are {:?} {:?}, the model needs {:?} {:?}",

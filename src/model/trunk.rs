@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::parameters::Scope;
-use super::{Mode, Script};
+use super::{Mode, Script, Weights};
 use crate::data::Lengths;
 use crate::onnx::{Attribute, Graph, Value};
 
@@ -101,14 +101,13 @@ impl Trunk {
     }
 
     /// The same, on the device and in the kind of its weights; no dropout.
-    pub fn script(&self) -> Script {
+    pub fn script(&self, numbers: Weights) -> Script {
         let hidden = self.hidden;
         let mut source = format!(
             "
-def lstm(self, x: Tensor, weights: List[Tensor], directions: int) -> Tensor:
+def zero(self, x: Tensor, directions: int) -> List[Tensor]:
     zero = torch.zeros([directions, x.size(0), {hidden}], dtype=x.dtype, device=x.device)
-    output, h, c = torch.lstm(x, [zero, zero], weights, True, 1, 0.0, False, directions == 2, True)
-    return output
+    return [zero, zero]
 
 def reorder(self, x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(2)))
@@ -120,25 +119,46 @@ def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
     even = bool((lengths == x.size(1)).all())
 "
         );
-        let weights = |layer: usize, suffix: &str| {
-            let names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"];
-            names.map(|name| format!("self.{name}_l{layer}{suffix}")).join(", ")
+        let weights = |layer: usize, suffix: &str| match numbers {
+            Weights::Float => {
+                let names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"];
+                names.map(|name| format!("self.{name}_l{layer}{suffix}")).join(", ")
+            }
+            Weights::Int8 => format!("self.cell_l{layer}{suffix}"),
         };
+        let lstm = |input: &str, weights: &str, n: usize| {
+            let both = if n == 2 { "True" } else { "False" };
+            let call = format!("({input}, self.zero(x, {n}), [{weights}], True, 1, 0.0, False, {both}, True");
+            match numbers {
+                Weights::Float => format!("torch.lstm{call})[0]"),
+                // 12 is qint8 in c10::ScalarType.
+                Weights::Int8 => format!("torch.quantized_lstm{call}, dtype=12, use_dynamic=True)[0]"),
+            }
+        };
+        let mut quantized_cells = Vec::new();
         for (i, layer) in self.layers.iter().enumerate() {
             let (forward, reverse) = (weights(i, ""), weights(i, "_reverse"));
             source += &match layer.reverse {
-                None => format!("    x = self.lstm(x, [{forward}], 1)\n"),
+                None => format!("    x = {}\n", lstm("x", &forward, 1)),
                 Some(_) => format!(
                     "    if even:
-        x = self.lstm(x, [{forward}, {reverse}], 2)
+        x = {both}
     else:
-        backward = self.lstm(self.reorder(x, turned), [{reverse}], 1)
-        x = torch.cat([self.lstm(x, [{forward}], 1), self.reorder(backward, turned)], -1)
-"
+        backward = {backward}
+        x = torch.cat([{forward}, self.reorder(backward, turned)], -1)
+",
+                    both = lstm("x", &format!("{forward}, {reverse}"), 2),
+                    backward = lstm("self.reorder(x, turned)", &reverse, 1),
+                    forward = lstm("x", &forward, 1)
                 ),
             };
+            if numbers == Weights::Int8 {
+                let copies = |direction: &Direction| direction.each_ref().map(|weight| weight.detach().copy());
+                quantized_cells.push((format!("cell_l{i}"), copies(&layer.forward)));
+                quantized_cells.extend(layer.reverse.as_ref().map(|d| (format!("cell_l{i}_reverse"), copies(d))));
+            }
         }
-        Script { source: source + "    return x\n", constants: Vec::new() }
+        Script { source: source + "    return x\n", quantized_cells, ..Script::default() }
     }
 
     /// The same as ONNX LSTM operators: [B, T, E] to [B, T, D*H].

@@ -188,7 +188,7 @@ impl Trainer<'_> {
 
     /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
     fn evaluate(&self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
-        let report = evaluate(self.model, self.dev, self.tasks);
+        let report = evaluate(self.model, self.dev, self.tasks)?;
         let mut values =
             Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
         for task in report.tasks.iter().filter(|task| task.n_sentences > 0) {

@@ -175,10 +175,16 @@ fn checks_of_a_word_model(folder: &Folder) {
     std::fs::write(&best, &content[..100]).unwrap();
     assert!(export(folder, &["--force", "--checkpoint", "best-topic"], 1).contains("is damaged"));
     assert_eq!(std::fs::read(folder.path().join("model.pt")).unwrap(), before, "a failed export leaves the old file");
-    for dtype in ["float16", "bfloat16"] {
+    for dtype in ["float16", "bfloat16", "int8"] {
         assert!(export(folder, &["--force", "--dtype", dtype], 0).contains(dtype));
-        assert_eq!(predicted(folder, "model.pt").len(), 4);
+        assert_eq!(predicted(folder, "model.pt"), predicted(folder, "run"), "{dtype}");
+        // The file's own module does the work.
+        let f1 = |report: &Value| report["tasks"][1]["scores"][0]["value"].as_f64().unwrap();
+        assert!((f1(&scores("model.pt")) - f1(&scores("run"))).abs() < 0.1, "{dtype}");
     }
+    let output = folder.polytask(&["bench", "model.pt", "--rounds", "1", "--json"]).assert().success();
+    let json: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    assert!(json["sentences_per_sec"].as_f64().unwrap() > 0.0);
     assert!(export(folder, &["--force", "--checkpoint", "last"], 0).contains("agrees"));
     assert!(export(folder, &["--force"], 0).contains("agrees"));
     let left = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());

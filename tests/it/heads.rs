@@ -72,7 +72,7 @@ fn ensure_trains_saves_and_loads(overrides: &[&str]) {
         losses.push(total.double_value(&[]));
     }
     assert!(losses[59] < 0.35 * losses[0], "{overrides:?}: loss {} to {}", losses[0], losses[59]);
-    let report = evaluate(&model, &s.train, &s.tasks);
+    let report = evaluate(&model, &s.train, &s.tasks).unwrap();
     assert!(report.mean() > 0.9, "{overrides:?}: {report:?}");
 
     let folder = tempfile::tempdir().unwrap();

@@ -208,15 +208,15 @@ impl Head for Classification {
     x = x / lengths.unsqueeze(1).to(x.dtype)
 "
             .to_owned(),
-            Pooling::Attention => "    x = torch.tanh(torch.linear(tokens, self.attention.projection.weight, self.attention.projection.bias))
-    scores = torch.linear(x, self.attention.score.weight, self.attention.score.bias)
+            Pooling::Attention => "    x = torch.tanh(self.attention.projection.forward(tokens))
+    scores = self.attention.score.forward(x)
     weights = torch.softmax(scores.masked_fill(torch.logical_not(mask), float('-inf')), 1)
     x = (weights * tokens.masked_fill(torch.logical_not(mask), 0.0)).sum([1])
 "
             .to_owned(),
         };
         let hidden = match self.hidden {
-            Some(_) => "    x = torch.relu(torch.linear(x, self.hidden.weight, self.hidden.bias))\n",
+            Some(_) => "    x = torch.relu(self.hidden.forward(x))\n",
             None => "",
         };
         let source = format!(
@@ -224,12 +224,12 @@ impl Head for Classification {
 def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
     positions = torch.arange(tokens.size(1), device=tokens.device).unsqueeze(0)
     mask = (positions < lengths.unsqueeze(1)).unsqueeze(-1)
-{pooled}{hidden}    return torch.linear(x, self.output.weight, self.output.bias)
+{pooled}{hidden}    return self.output.forward(x)
 
 def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
     return logits.argmax(-1)
 "
         );
-        Script { source, constants: Vec::new() }
+        Script { source, ..Script::default() }
     }
 }

@@ -283,7 +283,7 @@ impl Crf {
     labels = torch.stack(tags, 1).flip([1])
 "
         );
-        Script { source, constants }
+        Script { source, constants, ..Script::default() }
     }
 }
 

@@ -136,12 +136,12 @@ impl Head for Tagging {
     fn script(&self) -> Script {
         let mut script = match &self.crf {
             Some(crf) => crf.script(),
-            None => Script { source: "    labels = logits.argmax(-1)\n".to_owned(), constants: Vec::new() },
+            None => Script { source: "    labels = logits.argmax(-1)\n".to_owned(), ..Script::default() },
         };
         script.source = format!(
             "
 def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
-    return torch.linear(words, self.output.weight, self.output.bias)
+    return self.output.forward(words)
 
 def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
 {}    positions = torch.arange(logits.size(1), device=logits.device).unsqueeze(0)
