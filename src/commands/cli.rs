@@ -31,7 +31,7 @@ pub enum Command {
     Predict(PredictArgs),
     /// Find everything wrong or odd in an experiment and its data, before training
     Check(CheckArgs),
-    /// Write a trained run as a file or folder that others load, checked before it is kept
+    /// Write a trained run as a file or folder that others load
     Export(ExportArgs),
     #[command(hide = true)]
     VerifyExport(VerifyArgs),

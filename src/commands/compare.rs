@@ -18,6 +18,8 @@ use crate::run::{RunDirectory, atomic};
 struct Found {
     run: Run,
     path: PathBuf,
+    /// The study's folder, or the experiment's name.
+    source: String,
 }
 
 pub fn run(args: &CompareArgs) -> Result<End> {
@@ -50,6 +52,10 @@ pub fn show(paths: &[PathBuf], page: Option<&Path>) -> Result<End> {
     Ok(End::Done)
 }
 
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// The finished runs in run directories and studies.
 fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     let mut found = Vec::new();
@@ -60,7 +66,8 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             if !directory.file("report.json").is_file() {
                 return Err(invalid(format!("{} is not finished: it has no report.json", path.display())));
             }
-            found.push(Found { run: read(&directory, None)?, path: path.clone() });
+            let source = Experiment::load(&directory.file("resolved.yaml"), &[])?.name;
+            found.push(Found { run: read(&directory, None)?, path: path.clone(), source });
             continue;
         }
         let text = std::fs::read_to_string(&plan).with_context(|| format!("{} cannot be read", plan.display()))?;
@@ -70,7 +77,8 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         for entry in &plan {
             let run = path.join("runs").join(&entry["name"]);
             if run.join("report.json").is_file() {
-                found.push(Found { run: read(&RunDirectory::open(&run)?, Some(&entry["label"]))?, path: run });
+                let label = Some(entry["label"].as_str());
+                found.push(Found { run: read(&RunDirectory::open(&run)?, label)?, path: run, source: name_of(path) });
             } else {
                 n_open += 1;
             }
@@ -79,9 +87,25 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             log::warn!("{}: {n_open} of {} runs are not finished and left out", path.display(), plan.len());
         }
     }
+    tell_apart(&mut found);
     match found.is_empty() {
         true => Err(invalid("there is no finished run to compare")),
         false => Ok(found),
+    }
+}
+
+/// Strategies of experiments with different names, of different studies, or of one seed twice, are not one strategy: their
+/// labels get the source, or the run, in front. Tasks alone keep theirs, so that they stay the twins of all.
+fn tell_apart(found: &mut [Found]) {
+    let several = found.windows(2).any(|pair| pair[0].source != pair[1].source);
+    let key = |run: &Run| (run.label.clone(), run.seed, run.fraction.to_bits(), run.learning_rate.to_bits());
+    let keys: Vec<_> = found.iter().map(|found| (found.source.clone(), key(&found.run))).collect();
+    for (found, own) in found.iter_mut().zip(&keys).filter(|(found, _)| !found.run.label.starts_with("only-")) {
+        let twice = keys.iter().filter(|key| *key == own).count() > 1;
+        let before = if twice { name_of(&found.path) } else { found.source.clone() };
+        if several || twice {
+            found.run.label = format!("{before}: {}", found.run.label);
+        }
     }
 }
 
@@ -90,21 +114,21 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
     let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
     let report: Value = serde_json::from_str(&directory.read("report.json")?)
         .with_context(|| format!("{path}/report.json is damaged"))?;
-    let dev = &report["splits"]["dev"];
-    let split = report["splits"].get("test").unwrap_or(dev);
-    let tasks = split["tasks"].as_array().with_context(|| format!("{path}/report.json has no scores"))?.iter();
-    let task = |(i, task): (usize, &Value)| {
-        let score = &task["scores"][0];
-        let value = score["value"].as_f64()?;
+    let split = |name: &str| report["splits"][name]["tasks"].as_array();
+    let task = |i: usize| {
+        // A task without rows in test is compared on dev, in its twin as here.
+        let labelled = |name: &str| split(name)?.get(i).filter(|task| task["n_sentences"].as_u64() > Some(0));
+        let (test, dev) = (labelled("test"), labelled("dev")?);
+        let score = &test.unwrap_or(dev)["scores"][0];
         Some(RunTask {
-            name: task["name"].as_str()?.to_owned(),
+            name: dev["name"].as_str()?.to_owned(),
             metric: score["name"].as_str()?.to_owned(),
             higher_is_better: score["higher_is_better"].as_bool()?,
-            value,
-            dev: dev["tasks"][i]["scores"][0]["value"].as_f64().unwrap_or(value),
+            value: score["value"].as_f64()?,
+            dev: dev["scores"][0]["value"].as_f64()?,
         })
     };
-    let tasks: Option<Vec<RunTask>> = tasks.enumerate().map(task).collect();
+    let tasks: Option<Vec<RunTask>> = (0..experiment.tasks.len()).map(task).collect();
     let tasks = tasks.with_context(|| format!("{path}/report.json is damaged"))?;
     let strategy = serde_json::to_value(&experiment.weighting)?;
     let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
@@ -127,8 +151,7 @@ fn write_page(file: &Path, paths: &[PathBuf]) -> Result<()> {
     let found = find(paths)?;
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);
-    let names: Vec<String> =
-        paths.iter().map(|path| path.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect();
+    let names: Vec<String> = paths.iter().map(|path| name_of(path)).collect();
     let page = html::page(&names.join(", "), &comparison.sheets(), &charts(&found, &comparison)?);
     atomic::write(file, page.as_bytes())
 }
@@ -168,7 +191,7 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
         let points = sums.into_iter().map(|(step, (sum, n))| (step as f64, sum / f64::from(n))).collect();
         match charts.iter_mut().find(|chart| chart.title == title) {
             Some(chart) => chart.lines.push((label, points)),
-            None => charts.push(Chart { logarithmic: title.contains("loss"), title, lines: vec![(label, points)] }),
+            None => charts.push(Chart { logarithmic: title.ends_with("(nats)"), title, lines: vec![(label, points)] }),
         }
     }
     charts.sort_by(|a, b| a.title.cmp(&b.title));

@@ -1,4 +1,4 @@
-//! `polytask export`: a trained run as files that others load, proved before they are kept.
+//! `polytask export`: a trained run as files that others load, checked before they are kept.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -30,9 +30,7 @@ pub const FILES: [&str; 7] =
 
 pub fn run(args: &ExportArgs) -> Result<End> {
     let out = &args.out;
-    if out.exists() && !args.force {
-        return Err(invalid(format!("{} exists; --force replaces it", out.display())));
-    }
+    may_write(args)?;
     let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !folder.is_dir() {
         return Err(invalid(format!("{} cannot be written: {} is no folder", out.display(), folder.display())));
@@ -60,7 +58,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             None
         }
     };
-    put_in_place(&built, out, partial.path())?;
+    put_in_place(&built, out, partial)?;
     if let Some((off, scores)) = found {
         log::info!(
             "{}: agrees with the live model to {off:.1e} of the largest logit, in a process of its own",
@@ -68,23 +66,54 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         );
         println!("{}", scores_table(&report, &scores, precision));
     } else {
-        log::info!("{}: written", out.display());
+        match args.format {
+            ExportFormat::Onnx => log::info!("{}: written; it was not run here: that takes onnxruntime", out.display()),
+            _ => log::info!("{}: written and read back", out.display()),
+        }
     }
     Ok(End::Done)
 }
 
-/// Renames `built` to `out`; what was there before goes only when the new one stands.
-fn put_in_place(built: &Path, out: &Path, partial: &Path) -> Result<()> {
-    let old = partial.join("old");
+/// Refuses to replace what no export wrote, whatever `--force` says.
+fn may_write(args: &ExportArgs) -> Result<()> {
+    let out = &args.out;
+    if !out.exists() {
+        return Ok(());
+    }
+    if !args.force {
+        return Err(invalid(format!("{} exists; --force replaces it", out.display())));
+    }
+    let one_file = matches!(args.format, ExportFormat::Torchscript | ExportFormat::Onnx);
+    let ours = match one_file {
+        true => out.is_file(),
+        false => out.join(MARKER).is_file(),
+    };
+    if !ours {
+        let what = if one_file { "is a folder" } else { "is no folder that polytask exported" };
+        return Err(invalid(format!("{} {what}: it is not replaced", out.display())));
+    }
+    Ok(())
+}
+
+/// Stands in every exported folder.
+const MARKER: &str = "polytask.json";
+
+/// Renames `built` to `out`. A file takes the place of a file at once; of folders the old one goes when the new one stands.
+fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<()> {
     let name = || format!("{} could not be written", out.display());
-    if out.exists() {
-        std::fs::rename(out, &old).with_context(name)?;
+    if !out.is_dir() {
+        return std::fs::rename(built, out).with_context(name);
     }
-    let placed = std::fs::rename(built, out);
-    if placed.is_err() && old.exists() {
-        std::fs::rename(&old, out).with_context(name)?;
+    let old = partial.path().join("old");
+    std::fs::rename(out, &old).with_context(name)?;
+    if let Err(error) = std::fs::rename(built, out) {
+        if std::fs::rename(&old, out).is_err() {
+            let kept = partial.keep().join("old");
+            bail!("{} could not be written ({error}); what was there is in {}", out.display(), kept.display());
+        }
+        return Err(error).with_context(name);
     }
-    placed.with_context(name)
+    Ok(())
 }
 
 struct Content<'a> {
@@ -220,13 +249,18 @@ impl Content<'_> {
         let name = &self.trained.experiment.name;
         let version = folder.join(name).join("1");
         std::fs::create_dir_all(&version)?;
-        // The dictionary form is checked; the tuple form is the same code but for its last line.
         let checked = folder.join("checked.pt");
         let found = self.torchscript(&checked)?;
         std::fs::remove_file(&checked)?;
         std::fs::remove_file(checked.with_extension("cases"))?;
         let module = export::build(&self.trained.model, tasks, self.precision, Output::Tuple)?;
-        module.save(&version.join("model.pt"), &self.files()?)?;
+        let file = version.join("model.pt");
+        module.save(&file, &self.files()?)?;
+        // The server's form, read back and run.
+        let tolerance = self.precision.tolerance();
+        let cases = Cases::new(&self.trained.model, self.dev, tasks);
+        cases.check(&open(&file)?.module, tasks, tolerance, self.precision == Precision::Float32)?;
+        std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(folder.join(name).join("config.pbtxt"), config_pbtxt(name, tasks, self.precision))?;
         Ok(found)
     }

@@ -56,11 +56,12 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         done.len(),
         out.display()
     );
+    let n_open = open.len();
     let outcomes = work(open, args, n_side_by_side)?;
     let failed: Vec<&(Job, Outcome)> =
         outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Failed(_))).collect();
     let interrupted = outcomes.iter().any(|(_, outcome)| matches!(outcome, Outcome::Interrupted));
-    if interrupted {
+    if interrupted || outcomes.len() < n_open {
         log::info!("stopped, everything is saved; the same command goes on");
         return Ok(End::Interrupted);
     }
@@ -75,7 +76,11 @@ pub fn run(args: &StudyArgs) -> Result<End> {
                 _ => String::new(),
             })
             .collect();
-        bail!("{} runs failed; the same command tries them again\n  {}", failed.len(), lines.join("\n  "));
+        bail!(
+            "{} runs failed; the same command goes on with them, from the start where their folders are removed\n  {}",
+            failed.len(),
+            lines.join("\n  ")
+        );
     }
     Ok(End::Done)
 }

@@ -35,7 +35,7 @@ pub struct RunTask {
 impl Run {
     /// A run of one task is the twin of every multi-task run of the same task.
     fn is_twin(&self) -> bool {
-        self.tasks.len() == 1
+        self.label.starts_with("only-")
     }
 
     fn task(&self, name: &str) -> Option<&RunTask> {
@@ -349,7 +349,7 @@ impl Comparison {
 }
 
 fn percent_of_data(fraction: f64) -> String {
-    format!("{:.0} %", 100.0 * fraction)
+    format!("{} %", (1000.0 * fraction).round() / 10.0)
 }
 
 #[cfg(test)]

@@ -185,6 +185,15 @@ fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {
         check_weighting(c, &path, weighting, experiment);
     }
     c.require("study.seeds", !study.seeds.is_empty(), "name at least one seed");
+    let mut seeds = study.seeds.clone();
+    seeds.sort_unstable();
+    c.require("study.seeds", seeds.windows(2).all(|pair| pair[0] != pair[1]), "each once");
+    for (path, values) in
+        [("study.learning_rates", &study.learning_rates), ("study.data_fractions", &study.data_fractions)]
+    {
+        let twice = values.iter().enumerate().any(|(i, value)| values[..i].contains(value));
+        c.require(path, !twice, "each once");
+    }
     let rates = &study.learning_rates;
     c.require("study.learning_rates", rates.iter().all(|&rate| rate > 0.0), "must be more than 0");
     let fractions = &study.data_fractions;

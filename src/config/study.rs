@@ -4,6 +4,8 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::Experiment;
+use crate::model::HeadConfig;
+use crate::task::TaskKind;
 use crate::weighting::WeightingConfig;
 
 /// All combinations of strategies, seeds, learning rates and fractions are run, each with the budget of the experiment.
@@ -90,6 +92,14 @@ impl Experiment {
             alone.tasks.retain(|name, _| name == task);
             let sets = self.tasks[task].sets();
             alone.data.sets.retain(|name, _| sets.contains(name));
+            // The twin's cuts have to take the rows that the cuts of the whole experiment take.
+            for (name, set) in &mut alone.data.sets {
+                let column = |head: &HeadConfig| {
+                    let classes = head.kind() == TaskKind::Classification && head.sets().contains(name);
+                    classes.then(|| head.column().to_owned())
+                };
+                set.stratify = set.stratify.take().or_else(|| self.tasks.values().find_map(column));
+            }
             alone.training.early_stopping.metric = "mean".to_owned();
             (format!("only-{task}"), alone)
         };

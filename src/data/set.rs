@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use indexmap::IndexMap;
-use rand::seq::SliceRandom;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::cuts::{cut, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
 use super::labels;
 use super::rows::{ABSENT, Rows, Wanted, WantedKind};
@@ -57,6 +57,10 @@ pub struct SetConfig {
     /// Seed of that cut, apart from the experiment's, so that runs of many seeds share their dev rows. Default 0.
     #[serde(default)]
     pub dev_seed: u64,
+    /// The column of classes whose shares `dev_fraction` and `train_fraction` keep. Default: that of the first
+    /// classification task of the set, or, without one, each row's rarest tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stratify: Option<String>,
     /// The column or field with raw text. Default `text`, for formats that hold text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -183,26 +187,38 @@ pub fn load(
     let mut sets = Vec::new();
     for (name, set) in used {
         let carried = columns.iter().enumerate().filter(|(_, column)| column.sets.contains(name));
-        let (tasks, wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
+        let (tasks, mut wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
+        let n_wanted = wanted.len();
+        // No task may need the column: it is read for the cuts and then let go.
+        wanted.extend(set.stratify.iter().map(|column| Wanted { column: column.clone(), kind: WantedKind::Class }));
         let mut splits = [&Some(set.train.clone()), &set.dev, &set.test].map(|paths| {
             let paths = paths.as_ref().map_or(&[][..], |paths| &paths.0);
             read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
         });
-        for (i, wanted) in wanted.iter().enumerate() {
+        for (i, wanted) in wanted[..n_wanted].iter().enumerate() {
             if let TaskKind::Tagging(scheme) = columns[tasks[i].0].kind {
                 for rows in &splits {
                     problems.extend(labels::check_tags(scheme, &wanted.column, rows, i));
                 }
             }
         }
-        problems.extend(leave_out_unlabelled(&mut splits[0], &wanted));
+        let classes = match set.stratify {
+            Some(_) => Some(n_wanted),
+            None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class),
+        };
         if let Some(fraction) = set.dev_fraction {
-            splits[1] = cut(&mut splits[0], &wanted, fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
+            splits[1] =
+                cut(&mut splits[0], (&wanted, classes), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
         }
         if config.train_fraction < 1.0 {
             let generator = Seed(config.train_fraction_seed).generator(Purpose::Split, 1);
-            cut(&mut splits[0], &wanted, 1.0 - config.train_fraction, generator);
+            cut(&mut splits[0], (&wanted, classes), 1.0 - config.train_fraction, generator);
         }
+        wanted.truncate(n_wanted);
+        for rows in &mut splits {
+            rows.columns.truncate(n_wanted);
+        }
+        problems.extend(leave_out_unlabelled(&mut splits[0], &wanted));
         sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits });
     }
     problems.extend(check_presence(config, columns, &sets));
@@ -305,105 +321,4 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
         }
     }
     problems
-}
-
-/// Takes rows that carry no label at all out of a training split: a batch of them would have no loss.
-fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Problem> {
-    let labelled = |row: usize| {
-        wanted.iter().enumerate().any(|(column, wanted)| match wanted.kind {
-            WantedKind::Class => train.columns[column].values[row] != ABSENT,
-            WantedKind::Tags => train.tags_of(column, row).is_some(),
-        })
-    };
-    let taken: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
-    let first = taken.iter().position(|&taken| taken)?;
-    if !taken.contains(&false) {
-        return None; // Said by task, as an error.
-    }
-    let place = train.place(first);
-    let message = match train.split_off(&taken, &kinds(wanted)).len() {
-        1 => "a row without a label for any task is left out of training".to_owned(),
-        n => format!("{n} rows without a label for any task are left out of training; this is the first"),
-    };
-    Some(Problem::warning(place, message))
-}
-
-fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
-    wanted.iter().map(|wanted| wanted.kind).collect()
-}
-
-/// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest tag.
-fn cut(train: &mut Rows, wanted: &[Wanted], fraction: f64, mut generator: impl rand::Rng) -> Rows {
-    let class = wanted.iter().position(|wanted| wanted.kind == WantedKind::Class);
-    let tags = wanted.iter().position(|wanted| wanted.kind == WantedKind::Tags);
-    let stratum: Vec<u32> = match (class, tags) {
-        (Some(column), _) => train.columns[column].values.clone(),
-        (None, Some(column)) => {
-            let mut counts = vec![0usize; train.columns[column].strings.len()];
-            for &tag in train.columns[column].values.iter().filter(|&&tag| tag != ABSENT) {
-                counts[tag as usize] += 1;
-            }
-            let rarest = |tags: &[u32]| tags.iter().copied().min_by_key(|&tag| (counts[tag as usize], tag));
-            (0..train.len()).map(|row| train.tags_of(column, row).and_then(rarest).unwrap_or(ABSENT)).collect()
-        }
-        (None, None) => vec![ABSENT; train.len()],
-    };
-    let mut strata: std::collections::BTreeMap<u32, Vec<usize>> = Default::default();
-    for (row, stratum) in stratum.into_iter().enumerate() {
-        strata.entry(stratum).or_default().push(row);
-    }
-    let mut taken = vec![false; train.len()];
-    // The running sum keeps the total right where strata are too small for a share of their own.
-    let (mut due, mut n_taken) = (0.0, 0);
-    for rows in strata.values_mut() {
-        rows.shuffle(&mut generator);
-        due += rows.len() as f64 * fraction;
-        let n = (due.round() as usize - n_taken).min(rows.len());
-        n_taken += n;
-        for &row in &rows[..n] {
-            taken[row] = true;
-        }
-    }
-    train.split_off(&taken, &kinds(wanted))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::rows::{Field, RowsBuilder};
-    use super::*;
-
-    #[test]
-    fn a_dev_cut_is_stratified_seeded_and_loses_nothing() {
-        let wanted = [Wanted { column: "label".into(), kind: WantedKind::Class }];
-        let build = || {
-            let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
-            for i in 0..200 {
-                let label = if i % 4 == 0 { "rare" } else { "common" };
-                builder.push(i + 1, &[&format!("w{i}")], &[Field::Class(label)]);
-            }
-            let mut rows = Rows::new(1);
-            rows.append_file(Path::new("f"), vec![builder.rows]);
-            rows
-        };
-        let (mut train, mut again, mut other) = (build(), build(), build());
-        let generator = |seed| Seed(seed).generator(Purpose::Split, 0);
-        let dev = cut(&mut train, &wanted, 0.1, generator(0));
-        let rare = dev.columns[0].values.iter().filter(|&&v| dev.columns[0].strings.get(v) == "rare").count();
-        assert_eq!((dev.len(), train.len(), rare), (20, 180, 5));
-        let lines = |rows: &Rows| (0..rows.len()).map(|r| rows.place(r).line).collect::<Vec<_>>();
-        assert_eq!(lines(&dev), lines(&cut(&mut again, &wanted, 0.1, generator(0))));
-        assert_ne!(lines(&dev), lines(&cut(&mut other, &wanted, 0.1, generator(1))));
-        let mut all = [lines(&dev), lines(&train)].concat();
-        all.sort();
-        assert_eq!(all, (1..=200).collect::<Vec<_>>());
-        let rest = |fraction| {
-            let mut rows = build();
-            cut(&mut rows, &wanted, 1.0 - fraction, generator(0));
-            lines(&rows)
-        };
-        assert_eq!((rest(0.1).len(), rest(0.3).len()), (20, 60));
-        assert!(rest(0.1).iter().all(|line| rest(0.3).contains(line)), "a smaller share is part of a larger one");
-        assert_eq!(dev.text_of(0), format!("w{}", dev.place(0).line - 1));
-    }
 }

@@ -142,7 +142,7 @@ pub fn build(model: &Model, tasks: &[Task], precision: Precision, output: Output
     root.script.source = source(tasks, output);
     let mut module = root.build("Polytask", weights)?;
     if precision.kind() != Kind::Float {
-        module.convert(precision.kind(), tch::Device::Cpu)?;
+        module.convert(precision.kind())?;
     }
     Ok(module)
 }

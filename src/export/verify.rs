@@ -72,8 +72,11 @@ impl Cases {
         let mut worst: f64 = 0.0;
         for case in &self.0 {
             let found = module.forward(&case.inputs.iter().collect::<Vec<_>>())?;
-            for (name, expected) in output_names(tasks).iter().zip(&case.outputs) {
-                let found = found.iter().find(|(found, _)| found == name).with_context(|| format!("no `{name}`"))?;
+            for (i, (name, expected)) in output_names(tasks).iter().zip(&case.outputs).enumerate() {
+                // The outputs of a tuple have no names but an order.
+                let named = found.iter().find(|(found, _)| found == name);
+                let placed = found.get(i).filter(|(name, _)| name.is_empty());
+                let found = named.or(placed).with_context(|| format!("no `{name}`"))?;
                 let found = found.1.to_kind(expected.kind());
                 let shape = expected.size();
                 if found.size() != shape {

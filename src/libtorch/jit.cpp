@@ -101,11 +101,8 @@ char* pt_module_quantized_cell(Module* module, const char* name, const Handle* w
   });
 }
 
-char* pt_module_convert(Module* module, int kind, int device_index) {
-  return guarded([&] {
-    module->to(static_cast<at::ScalarType>(kind));
-    if (device_index >= 0) module->to(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device_index)));
-  });
+char* pt_module_convert(Module* module, int kind) {
+  return guarded([&] { module->to(static_cast<at::ScalarType>(kind)); });
 }
 
 char* pt_module_save(Module* module, const char* path, size_t n, const char** names, const char** contents,
@@ -143,20 +140,25 @@ char* pt_module_parameters(Module* module, size_t capacity, char** names, Handle
   });
 }
 
-// forward(inputs...) -> Dict[str, Tensor], in the dictionary's order.
+// forward(inputs...) -> Dict[str, Tensor], in the dictionary's order, or a tuple of tensors, whose names are empty.
 char* pt_module_forward(Module* module, size_t n_inputs, const Handle* inputs, size_t capacity, char** names,
     Handle* tensors, size_t* n) {
   return guarded([&] {
     std::vector<c10::IValue> values;
     for (size_t i = 0; i < n_inputs; i++) values.emplace_back(*inputs[i]);
-    auto result = module->forward(values).toGenericDict();
+    auto result = module->forward(values);
     *n = 0;
-    for (const auto& entry : result) {
+    auto add = [&](const std::string& name, const at::Tensor& tensor) {
       if (*n < capacity) {
-        names[*n] = strdup(entry.key().toStringRef().c_str());
-        tensors[*n] = new at::Tensor(entry.value().toTensor());
+        names[*n] = strdup(name.c_str());
+        tensors[*n] = new at::Tensor(tensor);
       }
       ++*n;
+    };
+    if (result.isTuple()) {
+      for (const auto& element : result.toTupleRef().elements()) add("", element.toTensor());
+    } else {
+      for (const auto& entry : result.toGenericDict()) add(entry.key().toStringRef(), entry.value().toTensor());
     }
   });
 }

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::{checked, handles, pt_free};
@@ -29,7 +29,7 @@ unsafe extern "C" {
     fn pt_module_quantized_linear(module: *mut Module, weight: *mut C_tensor, bias: *mut C_tensor) -> *mut c_char;
     fn pt_module_quantized_cell(module: *mut Module, name: *const c_char, weights: *const *mut C_tensor)
     -> *mut c_char;
-    fn pt_module_convert(module: *mut Module, kind: i32, device_index: i32) -> *mut c_char;
+    fn pt_module_convert(module: *mut Module, kind: i32) -> *mut c_char;
     fn pt_module_save(
         module: *mut Module,
         path: *const c_char,
@@ -151,14 +151,10 @@ impl ScriptModule {
         checked(unsafe { pt_module_define(self.0, text(source)?.as_ptr()) })
     }
 
-    /// Moves parameters and floating-point buffers to another kind and device, as `.to()` does.
-    pub fn convert(&mut self, kind: Kind, device: Device) -> Result<()> {
-        let index = match device {
-            Device::Cuda(index) => index as i32,
-            _ => -1,
-        };
+    /// Moves parameters and floating-point buffers to another kind, as `.to()` does.
+    pub fn convert(&mut self, kind: Kind) -> Result<()> {
         // SAFETY: the module lives through the call.
-        checked(unsafe { pt_module_convert(self.0, scalar_type(kind)?, index) })
+        checked(unsafe { pt_module_convert(self.0, scalar_type(kind)?) })
     }
 
     /// Writes the module with `extra` files (name, content) beside it.
@@ -194,7 +190,7 @@ impl ScriptModule {
         entries(|names, tensors, n| unsafe { pt_module_parameters(self.0, CAPACITY, names, tensors, n) })
     }
 
-    /// `forward(inputs...)`, for a module that returns a dictionary of tensors.
+    /// `forward(inputs...)`, for a module that returns a dictionary of tensors, or a tuple, whose names are then empty.
     pub fn forward(&self, inputs: &[&Tensor]) -> Result<Vec<(String, Tensor)>> {
         let inputs = handles(inputs);
         // SAFETY: module and inputs live through the call, the lists have room for CAPACITY entries.

@@ -169,8 +169,8 @@ impl Trainer<'_> {
             ("learning_rate".to_owned(), json!(self.learning_rate(state.step - 1, self.n_steps()))),
             ("tokens_per_sec".to_owned(), json!(speed.round())),
         ]);
-        if let Some(weights) = &pending.weights {
-            let report = self.weighting.report(weights);
+        if let Some((weights, present)) = &pending.weights {
+            let report = self.weighting.report(weights, present);
             values.insert("weight".to_owned(), named(&report.weights));
             values.extend(report.details.iter().map(|(name, details)| ((*name).to_owned(), named(details))));
             if let Some(warning) = report.warning {

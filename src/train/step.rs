@@ -29,8 +29,8 @@ pub struct Pending {
     /// 1 since a total or a gradient was not finite: from then on no update happens.
     halted: Tensor,
     device: Device,
-    /// Weights of the last step, [T].
-    pub weights: Option<Tensor>,
+    /// Weights of the last step, [T], and which tasks it had.
+    pub weights: Option<(Tensor, Vec<bool>)>,
     /// Of the last step that compared the tasks' gradients: who was there, and their products [k, k].
     pub gram: Option<(Vec<bool>, Tensor)>,
 }
@@ -130,7 +130,7 @@ impl Trainer<'_> {
         self.optimizer.step(&gradients.sum, rate, &pending.halted)?;
         let observed = Observed { losses: &as_vector(&losses, device), present: &present, norms: norms.as_ref() };
         self.weighting.learn(&observed)?;
-        pending.weights = weights;
+        pending.weights = weights.map(|weights| (weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values, present });
         Ok(batches.iter().map(|batch| batch.n_tokens()).sum())
     }

@@ -169,6 +169,10 @@ impl LossWeighting for Gradnorm {
     fn learn(&mut self, step: &Observed) -> Result<()> {
         let ready = self.note_initial(step);
         let (Some(norms), true) = (step.norms, ready) else { return Ok(()) };
+        // A task alone has nothing to be balanced against.
+        if step.present.iter().filter(|&&present| present).count() < 2 {
+            return Ok(());
+        }
         let closed = self.closed_form(step.losses, step.present, norms);
         let here = mask(step.present, norms.device());
         let moved = self.adapter.step(&self.weights, &closed.gradient, step.present);

@@ -149,12 +149,12 @@ pub struct WeightedTask {
 pub struct Weighting {
     strategy: Box<dyn LossWeighting>,
     priorities: Tensor,
-    n_tasks: usize,
 }
 
-/// Weights for people: scaled so that they sum to T where priorities are 1.
+/// Weights for people: scaled so that those of the tasks present sum to their number where priorities are 1.
 #[derive(Clone, Debug)]
 pub struct WeightReport {
+    /// NaN for absent tasks.
     pub weights: Vec<f64>,
     /// Numbers by task that explain them, by name; NaN where unknown.
     pub details: Vec<(&'static str, Vec<f64>)>,
@@ -177,7 +177,7 @@ impl Weighting {
             WeightingConfig::Dwa(config) => Box::new(dwa::Dwa::new(config, n, device)),
             WeightingConfig::Random(_) => Box::new(random::Random { seed, device, n }),
         };
-        Weighting { strategy, priorities, n_tasks: n }
+        Weighting { strategy, priorities }
     }
 
     pub fn wants(&self, step: usize) -> Wants {
@@ -197,10 +197,13 @@ impl Weighting {
         self.strategy.epoch_ended();
     }
 
-    /// What `weights` (of the last step) look like, and why. Waits for the device.
-    pub fn report(&mut self, weights: &Tensor) -> WeightReport {
-        let scale = (weights / &self.priorities).sum(Kind::Double);
-        let weights = numbers(&(weights * self.n_tasks as f64 / scale));
+    /// What `weights` (of the last step, which had the tasks `present`) look like, and why. Waits for the device.
+    pub fn report(&mut self, weights: &Tensor, present: &[bool]) -> WeightReport {
+        let here = mask(present, weights.device());
+        let n_present = present.iter().filter(|&&present| present).count() as f64;
+        let scale = (weights / &self.priorities * &here).sum(Kind::Double);
+        let scaled = weights * n_present / scale;
+        let weights = numbers(&scaled.where_self(&here.gt(0.0), &scaled.full_like(f64::NAN)));
         let details = self.strategy.details().into_iter().map(|(name, values)| (name, numbers(&values))).collect();
         WeightReport { weights, details, warning: self.strategy.warning() }
     }
@@ -371,7 +374,7 @@ mod tests {
     fn reports_sum_to_the_number_of_tasks() {
         let mut weighting = build(r#"{"uncertainty": {}}"#);
         run(&mut weighting, 0..40, [0, 1, 2], 1.0);
-        let report = weighting.report(&weighting.weights(40, &[true; 3], None));
+        let report = weighting.report(&weighting.weights(40, &[true; 3], None), &[true; 3]);
         assert!((report.weights.iter().sum::<f64>() - 3.0).abs() < 1e-12);
         assert_eq!(report.details[0].0, "sigma");
     }
@@ -383,7 +386,7 @@ mod tests {
         weighting.learn(&Observed { losses: &losses, present: &[true; 3], norms: Some(&norms) }).unwrap();
         let weights = weighting.weights(1, &[true; 3], None);
         assert!(numbers(&weights).iter().all(|&w| w > 0.0));
-        assert!(weighting.report(&weights).warning.is_some_and(|text| text.contains("floor of 0.001")));
-        assert!(weighting.report(&weights).warning.is_none());
+        assert!(weighting.report(&weights, &[true; 3]).warning.is_some_and(|text| text.contains("floor of 0.001")));
+        assert!(weighting.report(&weights, &[true; 3]).warning.is_none());
     }
 }

@@ -87,7 +87,7 @@ fn uncertainty_finds_the_noise_of_two_regressions() {
         let observed = Observed { losses: &as_vector(&losses, Device::Cpu), present: &[true; 2], norms: None };
         strategy.learn(&observed).unwrap();
     }
-    let sigma = &strategy.report(&strategy.weights(0, &[true; 2], None)).details[0].1;
+    let sigma = &strategy.report(&strategy.weights(0, &[true; 2], None), &[true; 2]).details[0].1;
     println!("sigma {sigma:?}");
     assert!((8.0..10.5).contains(&sigma[0]) && (0.85..1.05).contains(&sigma[1]), "sigma {sigma:?}");
 }
