@@ -156,12 +156,15 @@ fn write_page(file: &Path, paths: &[PathBuf]) -> Result<()> {
     atomic::write(file, page.as_bytes())
 }
 
+/// Sums and counts by step.
+type Sums = BTreeMap<u64, (f64, u32)>;
+
 /// The curves of the chosen runs with the largest share of the data: mean over seeds of losses, scores and weights.
 fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     let groups = || comparison.groups.iter().chain(&comparison.twins);
     let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
-    // By title and label: sums and counts by step.
-    let mut curves: Vec<(String, String, BTreeMap<u64, (f64, u32)>)> = Vec::new();
+    // By title and label.
+    let mut curves: Vec<(String, String, Sums)> = Vec::new();
     for group in groups().filter(|group| group.fraction == largest) {
         let chosen = found.iter().filter(|found| {
             let run = &found.run;

@@ -66,7 +66,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         return Ok(End::Interrupted);
     }
     if done.len() + outcomes.len() > failed.len() {
-        compare::show(&[out.clone()], Some(&out.join("report.html")))?;
+        compare::show(std::slice::from_ref(&out), Some(&out.join("report.html")))?;
     }
     if !failed.is_empty() {
         let lines: Vec<String> = failed
