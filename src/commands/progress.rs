@@ -86,8 +86,8 @@ impl Observer for TrainingProgress<'_> {
         let speed = self.tokens_per_sec() / 1e3;
         self.bar.finish_and_clear();
         let score = |task: &crate::evaluate::TaskReport| {
-            let score = task.main_score()?;
-            Some(format!("{} {} {}", task.name, score.name.replace('_', " "), percent(score.value)))
+            // Without the metric's name: the line has to fit a terminal, and the table at the end says it.
+            Some(format!("{} {}", task.name, percent(task.main_score()?.value)))
         };
         let mut scores: Vec<String> = report.tasks.iter().filter_map(score).collect();
         scores.extend(report.sentence_accuracy.map(|accuracy| format!("sentences {}", percent(accuracy))));

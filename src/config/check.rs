@@ -3,7 +3,7 @@
 use super::decode::suggestion;
 use super::source::Layer;
 use super::{Experiment, StudyConfig};
-use crate::data::{Format, SetConfig, TokenizerConfig};
+use crate::data::{Format, SamplingConfig, SetConfig, TokenizerConfig};
 use crate::model::HeadConfig;
 use crate::model::heads::Decoder;
 use crate::optim::OptimizerConfig;
@@ -172,8 +172,18 @@ fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, exp
             c.require(&at("update_every"), config.update_every != Some(0), "must be at least 1");
             let some = config.initial_loss != InitialLoss::MeanOfFirst(0);
             c.require(&at("initial_loss"), some, "mean_of_first must be at least 1");
+            let message = "gradnorm balances the tasks of one step, and with round_robin sampling over separate sets each step \
+                           has one: give training.accumulate_steps the number of sets, or sample proportional";
+            c.require(path, !one_task_a_step(experiment), message);
         }
     }
+}
+
+/// Whether no step ever has labels of two tasks.
+fn one_task_a_step(experiment: &Experiment) -> bool {
+    let in_turn = matches!(experiment.training.sampling, SamplingConfig::RoundRobin(_));
+    let shared = |name: &String| experiment.tasks.values().filter(|head| head.sets().contains(name)).count() > 1;
+    in_turn && experiment.training.accumulate_steps == 1 && !experiment.data.sets.keys().any(shared)
 }
 
 fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {
@@ -239,7 +249,7 @@ fn check_training(c: &mut Checker, experiment: &Experiment) {
         }
     }
     c.dropout("training.schedule.warmup_fraction", training.schedule.warmup_fraction());
-    if let crate::data::SamplingConfig::Temperature(config) = &training.sampling {
+    if let SamplingConfig::Temperature(config) = &training.sampling {
         c.positive("training.sampling.temperature", config.temperature);
     }
     let metric = &training.early_stopping.metric;

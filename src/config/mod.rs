@@ -166,6 +166,13 @@ training:
             &GOOD.replace("learning_rate: 1e-3", "learning_rate: -1"),
             &["e.yaml:13: training.optimizer.learning_rate: must be more than 0"],
         );
+        let apart = GOOD
+            .replace("tasks:\n", "    other: {format: parallel, train: train, dev: dev}\ntasks:\n")
+            .replace("slots: {type: tagging, set: snips", "slots: {type: tagging, set: other");
+        check_error(
+            &(apart + "  sampling: {strategy: round_robin}\nweighting: {strategy: gradnorm}\n"),
+            &["e.yaml:16: weighting: gradnorm balances the tasks of one step"],
+        );
         check_error("name: [", &["e.yaml:2: did not find expected node content"]);
     }
 

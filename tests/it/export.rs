@@ -173,6 +173,15 @@ fn checks_of_a_word_model(folder: &Folder) {
 
     let before = std::fs::read(folder.path().join("model.pt")).unwrap();
     assert!(export(folder, &[], 2).contains("model.pt exists; --force replaces it"));
+    for (format, out, why) in [
+        ("torchscript", "run", "run is a folder: it is not replaced"),
+        ("safetensors", "run", "run is no folder that polytask exported"),
+        ("triton", ".", "is no folder that polytask exported"),
+    ] {
+        let command = ["export", "run", "--format", format, "--out", out, "--force"];
+        let output = folder.polytask(&command).assert().code(2).get_output().clone();
+        assert!(String::from_utf8_lossy(&output.stderr).contains(why), "{format} to {out}");
+    }
     let best = folder.path().join("run/checkpoints/best-topic.safetensors");
     let content = std::fs::read(&best).unwrap();
     std::fs::write(&best, &content[..100]).unwrap();

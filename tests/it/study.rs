@@ -29,6 +29,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     let runs = || std::fs::read_dir(folder.path().join("runs/small-study/runs")).unwrap().count();
     assert_eq!(runs(), 16);
     let twin = folder.read("runs/small-study/experiments/only-slots-f0.5-s2.yaml");
+    assert!(twin.contains("stratify: topic"), "a twin's share of the rows is that of the whole experiment: {twin}");
     assert!(!twin.contains("topic:") && twin.contains("train_fraction: 0.5") && twin.contains("seed: 2"), "{twin}");
 
     let changed = |name: &str| {
@@ -60,6 +61,27 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));
     let (_, error) = said(&folder, &command, 2);
     assert!(error.contains("of another experiment"), "{error}");
+}
+
+#[test]
+fn a_task_without_test_rows_is_compared_on_dev() {
+    let folder = small();
+    let two = SMALL
+        .replace("tasks:", "    other: {format: jsonl, tokens: tokens, train: train.jsonl, dev: dev.jsonl}\ntasks:")
+        .replace("slots: {type: tagging, set: toy", "slots: {type: tagging, set: other");
+    folder.file("two.yaml", two);
+    for (out, more) in [("both", ""), ("alone", "tasks.topic=null")] {
+        let mut arguments = vec!["train", "two.yaml", "--out", out];
+        if !more.is_empty() {
+            arguments.extend(["--set", more, "--set", "data.sets.toy=null"]);
+        }
+        folder.polytask(&arguments).assert().success();
+    }
+    let (json, _) = said(&folder, &["compare", "both", "alone", "--json"], 0);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let slots = &json["groups"][0]["tasks"][1];
+    assert!(slots["mean"].as_f64().unwrap() > 0.3, "{slots}");
+    assert!(slots["difference"]["mean"].as_f64().unwrap().abs() < 0.6, "{slots}");
 }
 
 #[test]

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use polytask::model::Mode;
 use polytask::optim::{Optimizer, OptimizerConfig};
 use polytask::rng::Seed;
-use polytask::train::gradients::{as_vector, weighted_sum};
-use polytask::weighting::{Observed, WeightedTask, Weighting};
+use polytask::train::gradients::{Gradients, as_vector, weighted_sum};
+use polytask::weighting::{Observed, Reference, WeightedTask, Weighting};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use tch::{Device, Kind, Tensor};
+
+use crate::heads::{build, setting};
 
 /// Normal numbers from a generator of the test's own: libtorch's is shared by all tests of the process.
 fn normal(generator: &mut ChaCha8Rng, size: &[i64], deviation: f64) -> Tensor {
@@ -61,6 +64,20 @@ fn the_gradient_of_gradnorms_loss_is_that_of_create_graph_in_pytorch() {
     let off = (found - expected).abs().max().double_value(&[]);
     // Norms and losses are float32 on both sides.
     assert!(off < 1e-7, "weights are off by {off}");
+}
+
+#[test]
+fn a_task_without_a_path_to_the_trunk_is_an_error() {
+    let s = setting(&[]);
+    let model = build(&s);
+    let batch = s.train.batch(&[0, 1, 2]);
+    let forward = || model.encode(&batch, &batch.token_ids, Mode::Train);
+    let losses = model.losses(&forward(), &batch, Mode::Train);
+    let weights = Tensor::ones([2], (Kind::Double, Device::Cpu));
+    // Losses that do not come from these states.
+    let mut gradients = Gradients::new(&model, &s.tasks, Some(Reference::Representation));
+    let error = gradients.add(&forward(), &losses, &weights).unwrap_err().to_string();
+    assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
 }
 
 #[test]
