@@ -289,7 +289,7 @@ impl Graph {
         self.op("Slice", &[x, &from, &to, &axis], vec![])
     }
 
-    /// True within the lengths [B] along axis 1 of `like` [B, T, ...]: [B, T].
+    /// True within the lengths `[B]` along axis 1 of `like` [B, T, ...]: [B, T].
     pub fn mask(&mut self, like: &Value, lengths: &Value) -> Value {
         let shape = self.op("Shape", &[like], vec![]);
         let one = self.ints(&[1]);

@@ -20,7 +20,7 @@ pub struct StudyConfig {
     /// Learning rates to try; dev chooses the best of each strategy and each twin. Default: the experiment's.
     #[serde(default)]
     pub learning_rates: Vec<f64>,
-    /// Shares of the training rows: a learning curve. Default [1].
+    /// Shares of the training rows: a learning curve. Default `[1]`.
     #[serde(default = "default_fractions")]
     pub data_fractions: Vec<f64>,
     /// Also train every task alone, which is what multi-task training has to beat. Default true.

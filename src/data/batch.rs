@@ -75,8 +75,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// What an exported model reads: token ids [B, T], lengths [B] and, for pieces of words, the position of each word's
-    /// first token [B, W] and the number of words [B].
+    /// What an exported model reads: token ids [B, T], lengths `[B]` and, for pieces of words, the position of each word's
+    /// first token [B, W] and the number of words `[B]`.
     pub fn inputs(&self) -> Vec<Tensor> {
         let mut inputs = vec![self.token_ids.shallow_clone(), self.lengths.device.shallow_clone()];
         if let Some(first) = &self.first_tokens {

@@ -22,14 +22,14 @@ pub struct Gradients<'a> {
     own: Vec<Vec<Tensor>>,
 }
 
-/// sum_i w_i L_i over the tasks present; `weights` [T] float64.
+/// sum_i w_i L_i over the tasks present; `weights` `[T]` float64.
 pub fn weighted_sum(losses: &[Option<Tensor>], weights: &Tensor) -> Option<Tensor> {
     let weights = weights.to_kind(Kind::Float);
     let terms = losses.iter().enumerate().filter_map(|(i, loss)| Some(loss.as_ref()? * weights.get(i as i64)));
     terms.reduce(|a, b| a + b)
 }
 
-/// Losses as [T] float64 without gradient, 0 for absent tasks.
+/// Losses as `[T]` float64 without gradient, 0 for absent tasks.
 pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
     let zero = Tensor::zeros([], (Kind::Float, device));
     let all: Vec<Tensor> =
@@ -43,7 +43,7 @@ impl<'a> Gradients<'a> {
         Gradients { model, tasks, reference, sum: Vec::new(), own }
     }
 
-    /// Adds the gradients of one batch; `losses` by task, `weights` [T].
+    /// Adds the gradients of one batch; `losses` by task, `weights` `[T]`.
     ///
     /// # Errors
     /// A task whose loss does not depend on the reference of its norm.
@@ -110,7 +110,7 @@ impl<'a> Gradients<'a> {
         Ok(())
     }
 
-    /// 2-norms of the tasks' unweighted gradients at the reference, [T] float64, 0 for absent tasks; where wanted.
+    /// 2-norms of the tasks' unweighted gradients at the reference, `[T]` float64, 0 for absent tasks; where wanted.
     pub fn norms(&self, device: Device) -> Option<Tensor> {
         let reference = self.reference?;
         let norm = |own: &Vec<Tensor>| match (own.is_empty(), reference) {

@@ -29,7 +29,7 @@ pub struct Pending {
     /// 1 since a total or a gradient was not finite: from then on no update happens.
     halted: Tensor,
     device: Device,
-    /// Weights of the last step, [T], and which tasks it had.
+    /// Weights of the last step, `[T]`, and which tasks it had.
     pub weights: Option<(Tensor, Vec<bool>)>,
     /// Of the last step that compared the tasks' gradients: who was there, and their products [k, k].
     pub gram: Option<(Vec<bool>, Tensor)>,

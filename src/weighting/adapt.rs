@@ -34,7 +34,7 @@ impl Adapter {
         Adapter { by, learning_rate, first: zeros(), second: zeros(), steps: vec![0; n] }
     }
 
-    /// `values` [T] after one step against `gradient` [T]; those of absent tasks are unchanged.
+    /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged.
     pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
         let device = values.device();
         let here = mask(present, device).gt(0.0);

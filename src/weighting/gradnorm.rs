@@ -80,7 +80,7 @@ pub struct Gradnorm {
     warned: bool,
 }
 
-/// One update in the paper's terms, [T] each.
+/// One update in the paper's terms, `[T]` each.
 pub(super) struct Closed {
     pub rates: Tensor,
     pub targets: Tensor,

@@ -90,11 +90,11 @@ pub enum Wants {
 
 /// A step as a strategy sees it, without gradients. Vectors hold 0 for absent tasks.
 pub struct Observed<'a> {
-    /// Unweighted losses in nats, [T].
+    /// Unweighted losses in nats, `[T]`.
     pub losses: &'a Tensor,
     /// Which tasks have labels in the step.
     pub present: &'a [bool],
-    /// 2-norms of the unweighted losses' gradients, before clipping, [T]; there when they were wanted.
+    /// 2-norms of the unweighted losses' gradients, before clipping, `[T]`; there when they were wanted.
     pub norms: Option<&'a Tensor>,
 }
 
@@ -106,7 +106,7 @@ pub trait LossWeighting {
         Wants::Nothing
     }
 
-    /// The weights of step `step`, [T]; `losses` [T] where they were wanted. Those of absent tasks have no meaning.
+    /// The weights of step `step`, `[T]`; `losses` `[T]` where they were wanted. Those of absent tasks have no meaning.
     fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor;
 
     /// Learns from the step that was just taken.
@@ -116,7 +116,7 @@ pub trait LossWeighting {
 
     fn epoch_ended(&mut self) {}
 
-    /// Numbers by task that explain the weights, by name: [T] each, NaN where unknown.
+    /// Numbers by task that explain the weights, by name: `[T]` each, NaN where unknown.
     fn details(&self) -> Vec<(&'static str, Tensor)> {
         Vec::new()
     }
@@ -184,7 +184,7 @@ impl Weighting {
         self.strategy.wants(step)
     }
 
-    /// p_i w_i, [T].
+    /// p_i w_i, `[T]`.
     pub fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
         self.strategy.weights(step, present, losses) * &self.priorities
     }
@@ -217,12 +217,12 @@ impl Weighting {
     }
 }
 
-/// [T] of float64.
+/// `[T]` of float64.
 fn vector(values: &[f64], device: Device) -> Tensor {
     Tensor::from_slice(values).to_device(device)
 }
 
-/// 1 for present tasks, 0 for absent ones, [T].
+/// 1 for present tasks, 0 for absent ones, `[T]`.
 fn mask(present: &[bool], device: Device) -> Tensor {
     vector(&present.iter().map(|&present| f64::from(present)).collect::<Vec<_>>(), device)
 }

@@ -40,7 +40,7 @@ impl Uncertainty {
         }
     }
 
-    /// d total / ds, [T].
+    /// d total / ds, `[T]`.
     pub(super) fn gradient(&self, losses: &Tensor) -> Tensor {
         0.5 - self.log_variances.neg().exp() * losses
     }

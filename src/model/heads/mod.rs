@@ -84,8 +84,9 @@ pub trait Head {
 
     fn metric(&self) -> Box<dyn Metric>;
 
-    /// `forward(tokens [B, T, F], lengths [B], words [B, W, F])` gives logits, `decode(logits, n_words [B])` the ids of the
-    /// best labels: [B] for classes, [B, W] for tags with -1 beyond a sentence's end.
+    /// Methods `forward(tokens, lengths, words)`, which gives logits, and `decode(logits, n_words)`, which gives the ids of
+    /// the best labels: `[B]` for classes, [B, W] for tags with -1 beyond a sentence's end. Shapes are those of
+    /// [`OnnxInputs`].
     fn script(&self) -> Script;
 
     /// Logits and labels, as [`Self::script`] has them, as ONNX operators.
@@ -96,11 +97,11 @@ pub trait Head {
 pub struct OnnxInputs {
     /// [B, T, F]
     pub tokens: Value,
-    /// [B]
+    /// `[B]`
     pub lengths: Value,
     /// [B, W, F]
     pub words: Value,
-    /// [B]
+    /// `[B]`
     pub n_words: Value,
     /// F
     pub width: i64,

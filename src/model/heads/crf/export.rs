@@ -72,7 +72,7 @@ impl Crf {
         along(graph, &tags, &[1, 0])
     }
 
-    /// Viterbi over a batch as the body of a TorchScript function: `logits` [B, W, C] and `n_words` [B] to `labels`.
+    /// Viterbi over a batch as the body of a TorchScript function: `logits` [B, W, C] and `n_words` `[B]` to `labels`.
     pub fn script(&self) -> Script {
         let constrained = self.constraints.as_ref();
         let constants = constrained.map_or(Vec::new(), |(pairs, first)| {
