@@ -169,7 +169,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     }
 }
 
-/// What earlier sessions of a resumed run took; those that were killed did not say.
+/// What the run took before it was stopped; one that was killed did not say.
 fn seconds_before(run: &RunDirectory) -> f64 {
     let timing: Option<serde_json::Value> =
         run.read("timing.json").ok().and_then(|text| serde_json::from_str(&text).ok());
