@@ -7,6 +7,7 @@ fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
     println!("cargo:rerun-if-changed=src/libtorch/jit.cpp");
+    println!("cargo:rerun-if-changed=src/libtorch/guarded.h");
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
     let library = libtorch.join("lib/libtorch_cpu.so");
     // Behind links lies the folder whose neighbours hold everything else, CUDA included.

@@ -105,36 +105,11 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         args.rounds,
         prepare::device_name(device)
     );
-    // A turn on CUDA is long enough not to wait for the device all the time.
-    let turn = if device == Device::Cpu { 1 } else { 25 };
-    for trainer in &mut trainers {
-        time(trainer, &steps[..WARM_UP.min(n_steps)], 0, device)?;
-    }
-    let rounds = usize::from(args.rounds);
-    let mut seconds = vec![vec![0.0; rounds]; trainers.len()];
-    for round in 0..rounds {
-        for (i, steps) in steps.chunks(turn).enumerate() {
-            for (trainer, seconds) in trainers.iter_mut().zip(&mut seconds) {
-                seconds[round] += time(trainer, steps, i * turn, device)?;
-            }
-        }
-    }
-    let measured: Vec<Measured> = candidates
-        .into_iter()
-        .zip(&seconds)
-        .map(|((strategy, _), own)| {
-            let mut ratios: Vec<f64> = own.iter().zip(&seconds[0]).map(|(own, equal)| own / equal).collect();
-            ratios.sort_by(f64::total_cmp);
-            let typical = median(own);
-            Measured {
-                strategy,
-                ms_per_step: 1000.0 * typical / n_steps as f64,
-                tokens_per_sec: n_tokens as f64 / typical,
-                sentences_per_sec: n_sentences as f64 / typical,
-                ratio: [median(&ratios), ratios[0], ratios[ratios.len() - 1]],
-            }
-        })
-        .collect();
+    let seconds = measure(&mut trainers, &steps, usize::from(args.rounds), device)?;
+    let size = Size { n_steps, n_tokens, n_sentences };
+    let names = candidates.into_iter().map(|(name, _)| name);
+    let measured: Vec<Measured> =
+        names.zip(&seconds).map(|(name, own)| summarize(name, own, &seconds[0], &size)).collect();
     if args.json {
         let content = json!({
             "experiment": experiment.name, "device": prepare::device_name(device), "threads": threads, "steps": n_steps,
@@ -143,9 +118,53 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         println!("{}", serde_json::to_string_pretty(&content)?);
         return Ok(End::Done);
     }
+    print(&measured);
+    Ok(End::Done)
+}
+
+/// What one round of a strategy works through.
+struct Size {
+    n_steps: usize,
+    n_tokens: i64,
+    n_sentences: usize,
+}
+
+/// Seconds of each round of each trainer, after a warm-up.
+fn measure(trainers: &mut [Trainer], steps: &[&[Vec<usize>]], rounds: usize, device: Device) -> Result<Vec<Vec<f64>>> {
+    // A turn on CUDA is long enough not to wait for the device all the time.
+    let turn = if device == Device::Cpu { 1 } else { 25 };
+    for trainer in trainers.iter_mut() {
+        time(trainer, &steps[..WARM_UP.min(steps.len())], 0, device)?;
+    }
+    let mut seconds = vec![vec![0.0; rounds]; trainers.len()];
+    for round in 0..rounds {
+        for (i, steps) in steps.chunks(turn).enumerate() {
+            for (trainer, seconds) in trainers.iter_mut().zip(&mut seconds) {
+                seconds[round] += time(trainer, steps, i * turn, device)?;
+            }
+        }
+    }
+    Ok(seconds)
+}
+
+/// `own` and `equal` are seconds by round.
+fn summarize(strategy: String, own: &[f64], equal: &[f64], size: &Size) -> Measured {
+    let mut ratios: Vec<f64> = own.iter().zip(equal).map(|(own, equal)| own / equal).collect();
+    ratios.sort_by(f64::total_cmp);
+    let typical = median(own);
+    Measured {
+        strategy,
+        ms_per_step: 1000.0 * typical / size.n_steps as f64,
+        tokens_per_sec: size.n_tokens as f64 / typical,
+        sentences_per_sec: size.n_sentences as f64 / typical,
+        ratio: [median(&ratios), ratios[0], ratios[ratios.len() - 1]],
+    }
+}
+
+fn print(measured: &[Measured]) {
     let mut out =
         table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", "time / equal", "least", "most"], 1);
-    for m in &measured {
+    for m in measured {
         let mut row = vec![m.strategy.clone(), format!("{:.2}", m.ms_per_step)];
         row.extend([m.tokens_per_sec, m.sentences_per_sec].map(|n| table::count(n as usize)));
         row.extend(m.ratio.map(|ratio| format!("{ratio:.3}")));
@@ -155,7 +174,6 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     if let Some(bytes) = peak_memory() {
         println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
     }
-    Ok(End::Done)
 }
 
 /// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.

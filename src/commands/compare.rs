@@ -23,21 +23,21 @@ struct Found {
 }
 
 pub fn run(args: &CompareArgs) -> Result<End> {
-    if args.json {
-        let runs: Vec<Run> = find(&args.runs)?.into_iter().map(|found| found.run).collect();
-        println!("{}", serde_json::to_string_pretty(&compare(&runs))?);
-        if let Some(file) = &args.html {
-            write_page(file, &args.runs)?;
-        }
-        return Ok(End::Done);
+    if !args.json {
+        return show(&args.runs, args.html.as_deref());
     }
-    show(&args.runs, args.html.as_deref())
+    let (found, comparison) = load(&args.runs)?;
+    println!("{}", serde_json::to_string_pretty(&comparison)?);
+    if let Some(file) = &args.html {
+        write_page(file, &args.runs, &found, &comparison)?;
+    }
+    Ok(End::Done)
 }
 
-/// Prints the tables; a study also gets its page.
+/// Prints the tables, and writes the page where one is wished.
 pub fn show(paths: &[PathBuf], page: Option<&Path>) -> Result<End> {
-    let runs: Vec<Run> = find(paths)?.into_iter().map(|found| found.run).collect();
-    for sheet in compare(&runs).sheets() {
+    let (found, comparison) = load(paths)?;
+    for sheet in comparison.sheets() {
         let header: Vec<&str> = sheet.header.iter().map(String::as_str).collect();
         let mut table = table::table(&header, sheet.n_names);
         for row in sheet.rows {
@@ -46,10 +46,16 @@ pub fn show(paths: &[PathBuf], page: Option<&Path>) -> Result<End> {
         println!("{}\n{table}\n", sheet.title);
     }
     if let Some(file) = page {
-        write_page(file, paths)?;
+        write_page(file, paths, &found, &comparison)?;
         log::info!("curves: {}", file.display());
     }
     Ok(End::Done)
+}
+
+fn load(paths: &[PathBuf]) -> Result<(Vec<Found>, Comparison)> {
+    let found = find(paths)?;
+    let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
+    Ok((found, compare(&runs)))
 }
 
 fn name_of(path: &Path) -> String {
@@ -147,12 +153,9 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
     })
 }
 
-fn write_page(file: &Path, paths: &[PathBuf]) -> Result<()> {
-    let found = find(paths)?;
-    let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
-    let comparison = compare(&runs);
+fn write_page(file: &Path, paths: &[PathBuf], found: &[Found], comparison: &Comparison) -> Result<()> {
     let names: Vec<String> = paths.iter().map(|path| name_of(path)).collect();
-    let page = html::page(&names.join(", "), &comparison.sheets(), &charts(&found, &comparison)?);
+    let page = html::page(&names.join(", "), &comparison.sheets(), &charts(found, comparison)?);
     atomic::write(file, page.as_bytes())
 }
 

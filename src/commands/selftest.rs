@@ -127,7 +127,7 @@ impl Setting {
 
 fn no_leak(device: Device) -> Result<()> {
     let setting = Setting::new(device)?;
-    // Only in this check a rounding would show that the path differs: it must not.
+    // The graph is the same one: nothing may be rounded differently.
     let off = setting.difference(Reference::Representation)?;
     ensure!(off == 0.0, "a gradient is off by {off:.1e} of its size");
     Ok(())

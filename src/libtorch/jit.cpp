@@ -1,5 +1,7 @@
 // TorchScript modules: built from source text, saved, loaded and run. Every function returns null, or the text of the
 // exception that was thrown, which the caller frees with pt_free.
+#include "guarded.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/quantize_per_channel.h>
 #include <ATen/ops/zeros_like.h>
@@ -10,27 +12,12 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <string>
 #include <vector>
 
 namespace {
 
-using Handle = at::Tensor*;
 using torch::jit::Module;
-
-template <typename F>
-char* guarded(F f) {
-  try {
-    c10::NoGradGuard no_grad;
-    f();
-    return nullptr;
-  } catch (const c10::Error& error) {
-    return strdup(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  }
-}
 
 c10::IValue call(const char* name, std::vector<c10::IValue> stack) {
   c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(&stack);

@@ -1,7 +1,8 @@
 // The operators of libtorch that the tch crate does not reach. Every function returns null, or the text of the
 // exception that was thrown, which the caller frees with pt_free.
+#include "guarded.h"
+
 #include <ATen/Context.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
@@ -10,36 +11,18 @@
 #include <ATen/ops/_fused_sgd.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
-#include <c10/core/GradMode.h>
 
 #include <cstdlib>
-#include <cstring>
-#include <exception>
 #include <string>
 #include <vector>
 
 namespace {
-
-using Handle = at::Tensor*;
 
 std::vector<at::Tensor> list(const Handle* handles, size_t n) {
   std::vector<at::Tensor> tensors;
   tensors.reserve(n);
   for (size_t i = 0; i < n; i++) tensors.push_back(*handles[i]);
   return tensors;
-}
-
-template <typename F>
-char* guarded(F f) {
-  try {
-    c10::NoGradGuard no_grad;
-    f();
-    return nullptr;
-  } catch (const c10::Error& error) {
-    return strdup(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  }
 }
 
 }  // namespace

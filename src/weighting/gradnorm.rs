@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::adapt::Adapter;
 use super::{
-    AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, from_json, mask, numbers, to_json, vector,
+    AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, count, from_json, mask, numbers, to_json, vector,
 };
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -137,13 +137,12 @@ impl Gradnorm {
     pub(super) fn closed_form(&self, losses: &Tensor, present: &[bool], norms: &Tensor) -> Closed {
         let device = losses.device();
         let here = mask(present, device);
-        let n_present = present.iter().filter(|&&present| present).count() as f64;
         let priorities = vector(&self.priorities, device) * &here;
         let slopes = norms * &priorities; // dG_i / dw_i
         let magnitudes = &self.weights * &slopes;
         let mean = magnitudes.sum(Kind::Double) / priorities.sum(Kind::Double);
         let ratios = losses / self.initial.clamp_min(SMALLEST_LOSS) * &here;
-        let rates = &ratios / (ratios.sum(Kind::Double) / n_present).clamp_min(f64::MIN_POSITIVE);
+        let rates = &ratios / (ratios.sum(Kind::Double) / count(present) as f64).clamp_min(f64::MIN_POSITIVE);
         let targets = priorities * mean * rates.pow_tensor_scalar(self.config.alpha);
         let off = magnitudes - &targets;
         Closed { gradient: off.sign() * slopes, loss: off.abs().sum(Kind::Double), rates, targets }
@@ -170,7 +169,7 @@ impl LossWeighting for Gradnorm {
         let ready = self.note_initial(step);
         let (Some(norms), true) = (step.norms, ready) else { return Ok(()) };
         // A task alone has nothing to be balanced against.
-        if step.present.iter().filter(|&&present| present).count() < 2 {
+        if count(step.present) < 2 {
             return Ok(());
         }
         let closed = self.closed_form(step.losses, step.present, norms);

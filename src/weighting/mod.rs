@@ -200,9 +200,8 @@ impl Weighting {
     /// What `weights` (of the last step, which had the tasks `present`) look like, and why. Waits for the device.
     pub fn report(&mut self, weights: &Tensor, present: &[bool]) -> WeightReport {
         let here = mask(present, weights.device());
-        let n_present = present.iter().filter(|&&present| present).count() as f64;
         let scale = (weights / &self.priorities * &here).sum(Kind::Double);
-        let scaled = weights * n_present / scale;
+        let scaled = weights * count(present) as f64 / scale;
         let weights = numbers(&scaled.where_self(&here.gt(0.0), &scaled.full_like(f64::NAN)));
         let details = self.strategy.details().into_iter().map(|(name, values)| (name, numbers(&values))).collect();
         WeightReport { weights, details, warning: self.strategy.warning() }
@@ -225,6 +224,11 @@ fn vector(values: &[f64], device: Device) -> Tensor {
 /// 1 for present tasks, 0 for absent ones, `[T]`.
 fn mask(present: &[bool], device: Device) -> Tensor {
     vector(&present.iter().map(|&present| f64::from(present)).collect::<Vec<_>>(), device)
+}
+
+/// How many tasks are present.
+fn count(present: &[bool]) -> usize {
+    present.iter().filter(|&&present| present).count()
 }
 
 /// The numbers of a vector, read from the device.

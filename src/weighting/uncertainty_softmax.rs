@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{LossWeighting, Wants, mask};
+use super::{LossWeighting, Wants, count, mask};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -38,7 +38,6 @@ impl LossWeighting for UncertaintySoftmax {
         let losses = losses.expect("invariant: the caller gives what is wanted");
         let absent = mask(present, losses.device()).eq(0.0);
         let logits = losses.clamp_min(SMALLEST_LOSS).reciprocal() / self.temperature;
-        let n_present = present.iter().filter(|&&present| present).count() as f64;
-        logits.masked_fill(&absent, f64::NEG_INFINITY).softmax(0, Kind::Double) * n_present
+        logits.masked_fill(&absent, f64::NEG_INFINITY).softmax(0, Kind::Double) * count(present) as f64
     }
 }

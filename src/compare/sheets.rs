@@ -1,0 +1,129 @@
+//! A comparison as tables, for the terminal and for the page.
+
+use super::stats::Estimate;
+use super::{Comparison, Group, Saving, TaskResult};
+
+/// A table for people; the first `n_names` columns are names.
+pub struct Sheet {
+    pub title: String,
+    pub header: Vec<String>,
+    pub n_names: usize,
+    pub rows: Vec<Vec<String>>,
+}
+
+fn thousands(n: u64) -> String {
+    format!("{:.1} k", n as f64 / 1000.0)
+}
+
+fn percent(value: f64) -> String {
+    format!("{:.2}", 100.0 * value)
+}
+
+fn interval(estimate: &Estimate) -> String {
+    match (estimate.low, estimate.high) {
+        (Some(low), Some(high)) => {
+            format!("{:+.2} [{:+.2}, {:+.2}]", 100.0 * estimate.mean, 100.0 * low, 100.0 * high)
+        }
+        _ => format!("{:+.2}", 100.0 * estimate.mean),
+    }
+}
+
+impl Comparison {
+    /// The comparison as tables: percent, and 95 % intervals of paired differences over seeds.
+    pub fn sheets(&self) -> Vec<Sheet> {
+        let mut sheets = vec![self.results(), self.verdicts()];
+        if !self.savings.is_empty() {
+            sheets.push(self.curve());
+        }
+        sheets.retain(|sheet| !sheet.rows.is_empty());
+        sheets
+    }
+
+    fn results(&self) -> Sheet {
+        let mut names: Vec<(String, String)> = Vec::new();
+        for task in self.groups.iter().chain(&self.twins).flat_map(|group| &group.tasks) {
+            if !names.iter().any(|(name, _)| *name == task.name) {
+                names.push((task.name.clone(), task.metric.clone()));
+            }
+        }
+        let mut header = vec!["data".to_owned(), "strategy".to_owned(), "seeds".to_owned()];
+        header.extend(names.iter().map(|(name, metric)| format!("{name} {metric}")));
+        header.extend(["delta-m".to_owned(), "secs".to_owned(), "parameters".to_owned()]);
+        let score = |tasks: &[&TaskResult], name: &str| -> String {
+            let Some(task) = tasks.iter().find(|task| task.name == name) else { return "-".to_owned() };
+            let spread = task.deviation.map_or(String::new(), |sd| format!(" ± {}", percent(sd)));
+            percent(task.mean) + &spread
+        };
+        let mut rows = Vec::new();
+        let mut fractions: Vec<f64> = self.groups.iter().chain(&self.twins).map(|group| group.fraction).collect();
+        fractions.sort_by(f64::total_cmp);
+        fractions.dedup();
+        for fraction in fractions {
+            for group in self.groups.iter().filter(|group| group.fraction == fraction) {
+                let tasks: Vec<&TaskResult> = group.tasks.iter().collect();
+                let mut row = vec![percent_of_data(fraction), group.label.clone(), group.seeds.len().to_string()];
+                row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+                row.push(group.delta_m.as_ref().map_or("-".to_owned(), interval));
+                row.push(format!("{:.0}", group.training_secs));
+                row.push(thousands(group.n_parameters));
+                rows.push(row);
+            }
+            let twins: Vec<&Group> = self.twins.iter().filter(|group| group.fraction == fraction).collect();
+            if twins.is_empty() {
+                continue;
+            }
+            let tasks: Vec<&TaskResult> = twins.iter().flat_map(|group| &group.tasks).collect();
+            let n_seeds = twins.iter().map(|group| group.seeds.len()).min().unwrap_or(0);
+            let mut row = vec![percent_of_data(fraction), "each task alone".to_owned(), n_seeds.to_string()];
+            row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+            row.push(String::new());
+            row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));
+            row.push(thousands(twins.iter().map(|group| group.n_parameters).sum()));
+            rows.push(row);
+        }
+        Sheet { title: "Scores in percent, mean ± standard deviation over seeds".to_owned(), header, n_names: 2, rows }
+    }
+
+    fn verdicts(&self) -> Sheet {
+        let mut rows = Vec::new();
+        for group in &self.groups {
+            for task in &group.tasks {
+                let (Some(difference), Some(verdict)) = (&task.difference, task.verdict) else { continue };
+                rows.push(vec![
+                    percent_of_data(group.fraction),
+                    group.label.clone(),
+                    task.name.clone(),
+                    interval(difference),
+                    verdict.name().to_owned(),
+                ]);
+            }
+        }
+        Sheet {
+            title: "Against the task alone: points, with the 95 % interval over seeds".to_owned(),
+            header: ["data", "strategy", "task", "difference", "multi-task"].map(str::to_owned).into(),
+            n_names: 3,
+            rows,
+        }
+    }
+
+    fn curve(&self) -> Sheet {
+        let needs = |saving: &Saving| match (saving.alone_needs, saving.reached) {
+            (Some(share), _) => percent_of_data(share),
+            (None, true) => "the smallest share, or less".to_owned(),
+            (None, false) => "more than all of it".to_owned(),
+        };
+        let row = |saving: &Saving| {
+            vec![percent_of_data(saving.fraction), saving.label.clone(), saving.task.clone(), needs(saving)]
+        };
+        Sheet {
+            title: "How much data the task alone needs to be as good".to_owned(),
+            header: ["data", "strategy", "task", "alone it needs"].map(str::to_owned).into(),
+            n_names: 3,
+            rows: self.savings.iter().map(row).collect(),
+        }
+    }
+}
+
+fn percent_of_data(fraction: f64) -> String {
+    format!("{} %", (1000.0 * fraction).round() / 10.0)
+}

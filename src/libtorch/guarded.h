@@ -1,0 +1,25 @@
+// What every function of the shim shares: handles of tensors, and exceptions turned into texts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+
+#include <cstring>
+#include <exception>
+
+using Handle = at::Tensor*;
+
+// Runs `f` without gradients. Null, or the text of the exception that was thrown, which the caller frees with pt_free.
+template <typename F>
+char* guarded(F f) {
+  try {
+    c10::NoGradGuard no_grad;
+    f();
+    return nullptr;
+  } catch (const c10::Error& error) {
+    return strdup(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  }
+}
