@@ -13,7 +13,7 @@ use tch::Device;
 use super::cli::BenchArgs;
 use super::{End, prepare, table};
 use crate::config::Experiment;
-use crate::data::{Sampler, Split, Tokenizer};
+use crate::data::{Sampler, Split};
 use crate::evaluate::predict;
 use crate::optim::Optimizer;
 use crate::problem::fail_on_errors;
@@ -62,7 +62,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let (device, threads) = prepare::machine(&args.machine)?;
     let (corpus, problems) = prepare::corpus(&experiment)?;
     fail_on_errors(problems)?;
-    let tokenizer = Tokenizer::build(&experiment.tokenizer, &experiment.data.root, &corpus.rows(Split::Train))?;
+    let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
     let tasks = prepare::tasks(&experiment, &corpus);
     let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
     let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
@@ -81,6 +81,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
             tasks: &tasks,
             model: &model,
             optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+            average: prepare::average(config, &model),
             weighting: prepare::weighting(
                 &Experiment { weighting: weighting.clone(), ..experiment.clone() },
                 &tasks,

@@ -9,7 +9,7 @@ use super::cli::CheckArgs;
 use super::prepare;
 use super::table::{count, percent, table};
 use crate::config::Experiment;
-use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split, Tokenizer, WantedKind};
+use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split, WantedKind};
 use crate::problem::{Problem, Severity};
 use crate::task::{TaskId, TaskKind};
 
@@ -84,7 +84,10 @@ fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table
     if corpus.rows(Split::Train).iter().all(|rows| rows.is_empty()) {
         return Ok(out);
     }
-    let tokenizer = Tokenizer::build(&experiment.tokenizer, &experiment.data.root, &corpus.rows(Split::Train))?;
+    let (tokenizer, coverage) = prepare::tokenizer(experiment, corpus)?;
+    for coverage in &coverage {
+        println!("{}", prepare::coverage_line(coverage));
+    }
     for set in &corpus.sets {
         for split in Split::ALL {
             let rows = &set.splits[split as usize];

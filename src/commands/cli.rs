@@ -39,6 +39,8 @@ pub enum Command {
     Study(StudyArgs),
     /// Put runs or studies side by side: did multi-task training help?
     Compare(CompareArgs),
+    /// Find a learning rate: the loss while the rate rises from step to step
+    FindLr(FindLrArgs),
     /// Measure a training step and what each weighting strategy adds, or how fast a trained model labels
     Bench(BenchArgs),
     /// Check the mathematics of loss weighting on this machine's device
@@ -209,6 +211,32 @@ pub struct CompareArgs {
     /// Also write one self-contained page with the curves
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct FindLrArgs {
+    /// The experiment file
+    pub experiment: PathBuf,
+    /// Change a value of the experiment, as in --set training.batch_size=64
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// The first learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 1e-6)]
+    pub from: f64,
+    /// The last learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 1.0)]
+    pub to: f64,
+    /// Steps at most; the test ends before where the loss runs away
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u16).range(20..))]
+    pub steps: u16,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// Also write a page with the curve
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    #[command(flatten)]
+    pub machine: Machine,
 }
 
 #[derive(Args)]

@@ -137,6 +137,7 @@ impl Content<'_> {
             "epoch": trained.about["epoch"],
             "dtype": self.precision.name(),
             "tokenizer": experiment.tokenizer,
+            "max_bytes": trained.tokenizer.max_bytes,
             "dev": self.report,
         });
         let sources = experiment.data.sets.iter();
@@ -210,7 +211,7 @@ impl Content<'_> {
             return Err(invalid("--format safetensors holds plain weights: use float32, float16 or bfloat16"));
         }
         let kind = self.precision.kind();
-        let weights = self.trained.model.parameters.iter();
+        let weights = self.trained.model.parameters.with_constants();
         let weights: Vec<(&str, Tensor)> =
             weights.map(|(name, tensor)| (name, tensor.detach().to_kind(kind).contiguous())).collect();
         let file = folder.join("model.safetensors");
@@ -232,7 +233,9 @@ impl Content<'_> {
             "heads": self.trained.experiment.tasks,
             "tasks": self.trained.tasks,
             "n_tokens": self.trained.tokenizer.size(),
+            "n_trained": self.trained.tokenizer.n_trained,
             "padding": self.trained.tokenizer.padding,
+            "unknown": self.trained.tokenizer.unknown,
         });
         std::fs::write(folder.join("config.json"), serde_json::to_string_pretty(&config)?)?;
         Ok(())
@@ -261,13 +264,20 @@ impl Content<'_> {
         let cases = Cases::new(&self.trained.model, self.dev, tasks);
         cases.check(&open(&file)?.module, tasks, tolerance, self.precision == Precision::Float32)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
-        std::fs::write(folder.join(name).join("config.pbtxt"), config_pbtxt(name, tasks, self.precision))?;
+        std::fs::write(
+            folder.join(name).join("config.pbtxt"),
+            config_pbtxt(name, tasks, self.precision, self.trained.model.reads_bytes()),
+        )?;
         Ok(found)
     }
 }
 
 /// Triton's description of inputs and outputs; outputs go by position, which `__N` says.
-fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision) -> String {
+fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision, bytes: bool) -> String {
+    let bytes = match bytes {
+        true => ",\n  {\n    name: \"bytes__2\"\n    data_type: TYPE_INT64\n    dims: [ -1, -1 ]\n  }",
+        false => "",
+    };
     let float = match precision {
         Precision::Float32 | Precision::Int8 => "TYPE_FP32",
         Precision::Float16 => "TYPE_FP16",
@@ -293,7 +303,7 @@ fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision) -> String {
     format!(
         "name: \"{name}\"\nplatform: \"pytorch_libtorch\"\nmax_batch_size: 64\ninput [\n  {{\n    name: \"token_ids__0\"\n    \
          data_type: TYPE_INT64\n    dims: [ -1 ]\n    allow_ragged_batch: false\n  }},\n  {{\n    name: \"lengths__1\"\n    \
-         data_type: TYPE_INT64\n    dims: [ 1 ]\n  }}\n]\noutput [\n{}\n]\n",
+         data_type: TYPE_INT64\n    dims: [ 1 ]\n  }}{bytes}\n]\noutput [\n{}\n]\n",
         outputs.join(",\n")
     )
 }

@@ -6,6 +6,7 @@ pub mod cli;
 mod compare;
 mod evaluate;
 mod export;
+mod find_lr;
 mod predict;
 pub mod prepare;
 mod progress;
@@ -13,6 +14,7 @@ mod selftest;
 mod study;
 mod table;
 mod train;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -58,6 +60,7 @@ pub fn main() -> ExitCode {
         Command::VerifyExport(args) => export::verify(args),
         Command::Study(args) => study::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::FindLr(args) => find_lr::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
     };

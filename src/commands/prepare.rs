@@ -3,17 +3,20 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::cli::Machine;
 use crate::config::Experiment;
+use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, labels};
 use crate::libtorch;
-use crate::model::{HeadConfig, Model};
+use crate::model::{HeadConfig, Model, Vocabulary};
+use crate::optim::Average;
 use crate::problem::{Problem, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
+use crate::train::TrainingConfig;
 use crate::weighting::{WeightedTask, Weighting};
 
 /// Sets the number of threads and opens the device.
@@ -68,8 +71,64 @@ pub fn encoded(
 
 pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<Model> {
     let heads: Vec<&HeadConfig> = experiment.tasks.values().collect();
-    let vocabulary = (tokenizer.size(), tokenizer.padding);
-    Model::new(&experiment.model, &heads, tasks, vocabulary, (Seed(experiment.seed), device))
+    let vocabulary = Vocabulary {
+        n_trained: tokenizer.n_trained,
+        padding: tokenizer.padding,
+        unknown: tokenizer.unknown,
+        vectors: &tokenizer.vectors,
+    };
+    Model::new(&experiment.model, &heads, tasks, &vocabulary, (Seed(experiment.seed), device))
+}
+
+/// Learns the tokenizer of an experiment, with the pretrained vectors that it names.
+pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer, Vec<Coverage>)> {
+    let (train, root) = (corpus.rows(Split::Train), &experiment.data.root);
+    let mut tokenizer = Tokenizer::build(&experiment.tokenizer, root, &train)?;
+    tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
+    let configs = &experiment.model.embedding.vectors;
+    let coverage = match configs.is_empty() {
+        true => Vec::new(),
+        false => vectors::attach(&mut tokenizer, configs, root, &train)?,
+    };
+    Ok((tokenizer, coverage))
+}
+
+/// What pretrained vectors know of the training text, in one line.
+pub fn coverage_line(coverage: &Coverage) -> String {
+    let ((types, known), (tokens, known_tokens)) = (coverage.types, coverage.tokens);
+    format!(
+        "{}: {} words of {} numbers, which know {} of {} training words ({:.1} % of the text)",
+        coverage.file.display(),
+        super::table::count(coverage.n_words),
+        coverage.dim,
+        super::table::count(known),
+        super::table::count(types),
+        100.0 * known_tokens as f64 / tokens.max(1) as f64
+    )
+}
+
+/// A run's file of pretrained vectors.
+const VECTORS: &str = "vectors.safetensors";
+
+/// Keeps the vectors of a run's tokenizer in its directory.
+pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
+    if tokenizer.vectors.is_empty() {
+        return Ok(());
+    }
+    let tables = tokenizer.vectors.iter().enumerate();
+    let tables: Vec<_> = tables.map(|(i, table)| (i.to_string(), table.shallow_clone())).collect();
+    checkpoint::save(&run.file(VECTORS), &tables, &[], &tokenizer.n_trained.into())
+}
+
+/// The tokenizer of a trained model, from its parts.
+fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter())?;
+    tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
+    Ok(tokenizer)
+}
+
+pub fn average(config: &TrainingConfig, model: &Model) -> Option<Average> {
+    (config.ema_decay > 0.0).then(|| Average::new(config.ema_decay, model.parameters.iter()))
 }
 
 pub fn weighting(experiment: &Experiment, tasks: &[Task], device: Device) -> Weighting {
@@ -94,9 +153,17 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     std::fs::write(&resolved, yaml)?;
     let experiment = Experiment::load(&resolved, &[])?;
     let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
-    let tokenizer = Tokenizer::from_json(tokenizer.as_bytes(), experiment.tokenizer.splitter())?;
-    let mut model = model(&experiment, &tasks, &tokenizer, device)?;
+    let mut tokenizer = tokenizer_of(&experiment, tokenizer)?;
     let weights = exported.module.parameters()?;
+    let named = |name: String| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor);
+    for i in 0..experiment.model.embedding.vectors.len() {
+        let first =
+            named(format!("embedding.vectors_{i}")).with_context(|| format!("{} lacks its vectors", path.display()))?;
+        tokenizer.n_trained = first.size()[0] as usize;
+        let parts: Vec<&Tensor> = std::iter::once(first).chain(named(format!("embedding.further_{i}"))).collect();
+        tokenizer.vectors.push(Tensor::cat(&parts, 0).to_kind(tch::Kind::Float));
+    }
+    let mut model = model(&experiment, &tasks, &tokenizer, device)?;
     let weights = weights.into_iter().map(|(name, tensor)| (name, tensor.to_kind(tch::Kind::Float)));
     let fits = || format!("{} does not fit its experiment", path.display());
     if exported.about["dtype"] == "float32" {
@@ -130,8 +197,16 @@ pub struct Trained {
 pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> {
     let experiment = Experiment::load(&run.file("resolved.yaml"), &[])?;
     let json = run.read("tokenizer.json")?;
-    let tokenizer = Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter())
-        .with_context(|| format!("{}", run.file("tokenizer.json").display()))?;
+    let mut tokenizer =
+        tokenizer_of(&experiment, &json).with_context(|| format!("{}", run.file("tokenizer.json").display()))?;
+    if !experiment.model.embedding.vectors.is_empty() {
+        let saved = checkpoint::load(&run.file(VECTORS))?;
+        tokenizer.n_trained = serde_json::from_value(saved.state)?;
+        let mut tables: Vec<(usize, Tensor)> =
+            saved.model.into_iter().filter_map(|(name, table)| Some((name.parse().ok()?, table))).collect();
+        tables.sort_by_key(|(number, _)| *number);
+        tokenizer.vectors = tables.into_iter().map(|(_, table)| table).collect();
+    }
     Ok((experiment, run.read_tasks()?, tokenizer))
 }
 

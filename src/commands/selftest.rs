@@ -8,7 +8,7 @@ use super::End;
 use super::cli::SelftestArgs;
 use super::prepare;
 use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
-use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared};
+use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared, Vocabulary};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Scheme, Task, TaskKind};
 use crate::train::gradients::{Gradients, weighted_sum};
@@ -60,6 +60,7 @@ impl Setting {
             token_offsets: offsets.clone(),
             word_offsets: offsets,
             first_tokens: None,
+            spelling: None,
             targets: vec![
                 TargetValues::Classes(vec![0, 2, -1, -1]),
                 TargetValues::Tags(vec![-1, -1, -1, -1, -1, 1, 2, 0, 0, 0, 1, 2, 2]),
@@ -84,7 +85,8 @@ impl Setting {
         let config: ModelConfig = serde_json::from_value(json!({
             "embedding": {"dim": 12}, "trunk": {"hidden": 16, "layers": 2},
         }))?;
-        let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, (10, 0), (Seed(7), device))?;
+        let vocabulary = Vocabulary { n_trained: 10, padding: 0, unknown: 1, vectors: &[] };
+        let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, &vocabulary, (Seed(7), device))?;
         let batch = DeviceSet::new(set, 0, device).batch(&[0, 1, 2, 3]);
         Ok(Setting { model, tasks, batch })
     }
@@ -150,7 +152,7 @@ fn norms_are_right(device: Device) -> Result<()> {
             let (shared, mut losses) = setting.forward();
             let parameters = setting.model.parameters.tensors();
             let inputs = match reference {
-                Reference::Representation => vec![&shared.taps[task].tokens],
+                Reference::Representation => vec![&shared.taps[task][0].1.tokens],
                 Reference::LastLayer => parameters[setting.model.last_layer.clone()].to_vec(),
             };
             let loss = losses.swap_remove(task).context("every task is in the batch")?;

@@ -13,7 +13,7 @@ use super::End;
 use super::cli::TrainArgs;
 use super::prepare;
 use super::progress::TrainingProgress;
-use super::table;
+use super::{table, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, Sampler, Split, Tokenizer};
 use crate::evaluate::evaluate;
@@ -91,11 +91,15 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
             log::warn!("{} more warnings about the data; `polytask check {file}` lists them", warnings.len() - 1);
         }
     }
-    let tokenizer = Tokenizer::build(&experiment.tokenizer, &experiment.data.root, &corpus.rows(Split::Train))?;
+    let (tokenizer, coverage) = prepare::tokenizer(experiment, &corpus)?;
+    for coverage in &coverage {
+        log::info!("{}", prepare::coverage_line(coverage));
+    }
     let tasks = prepare::tasks(experiment, &corpus);
     let written = std::fs::read_to_string(&args.experiment).context("the experiment file is gone")?;
     run.write("experiment.yaml", &written)?;
     run.write("tokenizer.json", &tokenizer.to_json()?)?;
+    prepare::write_vectors(run, &tokenizer)?;
     run.write_tasks(&tasks)?;
     let environment = json!({
         "polytask": env!("CARGO_PKG_VERSION"),
@@ -123,6 +127,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
         tasks: &tasks,
         model: &model,
         optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+        average: prepare::average(config, &model),
         weighting: prepare::weighting(&experiment, &tasks, device),
         sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
         unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
@@ -143,7 +148,13 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     );
     let state = match args.resume && run.checkpoint("last").exists() {
         true => trainer.resume()?,
-        false => State::new(tasks.len()),
+        false => {
+            if let Some(from) = &experiment.init_from {
+                transfer::initialize(&model, &tasks, &tokenizer, from)?;
+                trainer.average = prepare::average(config, &model);
+            }
+            State::new(tasks.len())
+        }
     };
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());

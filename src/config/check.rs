@@ -4,9 +4,9 @@ use super::decode::suggestion;
 use super::source::Layer;
 use super::{Experiment, StudyConfig};
 use crate::data::{Format, SamplingConfig, SetConfig, TokenizerConfig};
-use crate::model::HeadConfig;
 use crate::model::heads::Decoder;
-use crate::optim::OptimizerConfig;
+use crate::model::{CharactersConfig, HeadConfig};
+use crate::optim::{OptimizerConfig, ScheduleConfig};
 use crate::problem::{Problem, Severity};
 use crate::task::Scheme;
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
@@ -107,6 +107,7 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
     c.require(&path, valid, "a task's name is [a-z][a-z0-9_]*");
     c.require(&path, name != "mean", "`mean` stands for the mean of the tasks");
+    c.require(&path, name != "trunk", "`trunk` stands for the shared trunk");
     // As written: a set that was taken out for its own errors is still known.
     let written = c.layer.value.pointer("/data/sets").and_then(|sets| sets.as_object());
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());
@@ -121,26 +122,88 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
             c.require(&format!("{path}.set"), !raw, "tags need words: give the set `tokens:` instead of `text:`");
         }
     }
-    let (dropout, priority) = match head {
+    check_reads(c, &path, name, head, experiment);
+    let (dropout, priority, smoothing) = match head {
         HeadConfig::Classification(config) => {
             c.require(&format!("{path}.hidden"), config.hidden >= 0, "must not be negative");
-            (config.dropout, config.priority)
+            (config.dropout, config.priority, config.label_smoothing)
         }
         HeadConfig::Tagging(config) => {
             let can = config.decoder == Decoder::Crf && config.scheme != Scheme::Plain;
             let message = "needs `decoder: crf` and a scheme of spans";
             c.require(&format!("{path}.constraints"), can || !config.constraints, message);
-            (config.dropout, config.priority)
+            let can = config.decoder == Decoder::Softmax || config.label_smoothing == 0.0;
+            c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
+            (config.dropout, config.priority, config.label_smoothing)
         }
     };
+    c.dropout(&format!("{path}.label_smoothing"), smoothing);
     c.dropout(&format!("{path}.dropout"), dropout);
     c.positive(&format!("{path}.priority"), priority);
 }
 
+/// What a head reads: the trunk, a layer that there is, and heads that do not see it in turn.
+fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, experiment: &Experiment) {
+    let inputs = format!("{path}.inputs");
+    c.require(&inputs, head.reads_trunk(), "`trunk` must be among them");
+    let known: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+    for other in head.other_inputs() {
+        if !known.contains(&other) {
+            c.error(&inputs, format!("no task `{other}`{}", suggestion(other, &known)));
+        }
+    }
+    // All that it sees, directly or through others.
+    let mut seen: Vec<&str> = head.other_inputs().collect();
+    let mut next = 0;
+    while let Some(&other) = seen.get(next) {
+        let further = experiment.tasks.get(other).into_iter().flat_map(HeadConfig::other_inputs);
+        let further: Vec<&str> = further.filter(|further| !seen.contains(further)).collect();
+        seen.extend(further);
+        next += 1;
+    }
+    c.require(&inputs, !seen.contains(&name), "a head must not see itself, directly or through others");
+    let reads = head.reads(&[]);
+    let layers = experiment.model.trunk.layers;
+    c.require(&format!("{path}.layer"), reads.layer <= layers, &format!("the trunk has {layers} layers"));
+    let one = !(reads.mix_layers && reads.layer > 0);
+    c.require(&format!("{path}.layer"), one, "give `layer` or `mix_layers: true`, not both");
+    c.require(&format!("{path}.private_lstm"), reads.private_lstm >= 0, "must not be negative");
+}
+
+fn check_embedding(c: &mut Checker, experiment: &Experiment) {
+    let embedding = &experiment.model.embedding;
+    let others = !embedding.vectors.is_empty() || embedding.characters.max_bytes().is_some();
+    let valid = embedding.dim >= 1 || (embedding.dim == 0 && others);
+    c.require("model.embedding.dim", valid, "must be at least 1, or 0 beside vectors or characters");
+    for (key, value) in [
+        ("dropout", embedding.dropout),
+        ("row_dropout", embedding.row_dropout),
+        ("word_dropout", embedding.word_dropout),
+    ] {
+        c.dropout(&format!("model.embedding.{key}"), value);
+    }
+    let whole = matches!(experiment.tokenizer, TokenizerConfig::Word(_)) || embedding.vectors.is_empty();
+    c.require("model.embedding.vectors", whole, "vectors are of whole words: they need `tokenizer: {model: word}`");
+    let at = |key: &str| format!("model.embedding.characters.{key}");
+    match &embedding.characters {
+        CharactersConfig::None(_) => {}
+        CharactersConfig::Cnn(cnn) => {
+            c.require(&at("dim"), cnn.dim >= 1, "must be at least 1");
+            c.require(&at("filters"), cnn.filters >= 1, "must be at least 1");
+            c.require(&at("width"), cnn.width >= 1 && cnn.width % 2 == 1, "must be an odd number from 1");
+            c.at_least_one(&at("max_bytes"), cnn.max_bytes);
+        }
+        CharactersConfig::Lstm(lstm) => {
+            c.require(&at("dim"), lstm.dim >= 1, "must be at least 1");
+            c.require(&at("hidden"), lstm.hidden >= 1, "must be at least 1");
+            c.at_least_one(&at("max_bytes"), lstm.max_bytes);
+        }
+    }
+}
+
 fn check_model(c: &mut Checker, experiment: &Experiment) {
-    let (embedding, trunk) = (&experiment.model.embedding, &experiment.model.trunk);
-    c.require("model.embedding.dim", embedding.dim >= 1, "must be at least 1");
-    c.dropout("model.embedding.dropout", embedding.dropout);
+    check_embedding(c, experiment);
+    let trunk = &experiment.model.trunk;
     c.require("model.trunk.hidden", trunk.hidden >= 1, "must be at least 1");
     c.at_least_one("model.trunk.layers", trunk.layers);
     c.dropout("model.trunk.dropout", trunk.dropout);
@@ -234,6 +297,16 @@ fn check_training(c: &mut Checker, experiment: &Experiment) {
     c.require("training.checkpoint_every_steps", training.checkpoint_every_steps != Some(0), "must be at least 1");
     c.at_least_one("training.log_every_steps", training.log_every_steps);
     c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 is off");
+    c.dropout("training.ema_decay", training.ema_decay);
+    for part in training.freeze_epochs.keys() {
+        let (known, path) = (["embedding", "trunk", "heads"], format!("training.freeze_epochs.{part}"));
+        if !known.contains(&part.split('.').next().unwrap_or_default()) {
+            c.error(
+                &path,
+                format!("no part `{part}`{}; parts begin with embedding, trunk or heads", suggestion(part, &known)),
+            );
+        }
+    }
     c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());
     match &training.optimizer {
         OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) => {
@@ -249,6 +322,9 @@ fn check_training(c: &mut Checker, experiment: &Experiment) {
         }
     }
     c.dropout("training.schedule.warmup_fraction", training.schedule.warmup_fraction());
+    if let ScheduleConfig::Range(range) = &training.schedule {
+        c.positive("training.schedule.final_factor", range.final_factor);
+    }
     if let SamplingConfig::Temperature(config) = &training.sampling {
         c.positive("training.sampling.temperature", config.temperature);
     }

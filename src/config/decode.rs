@@ -9,9 +9,10 @@ use super::source::Layer;
 use crate::problem::{Place, Problem, Severity};
 
 /// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
-const TAGGED: [(&str, &str); 7] = [
+const TAGGED: [(&str, &str); 8] = [
     ("tasks.*", "type"),
     ("tokenizer", "model"),
+    ("model.embedding.characters", "kind"),
     ("weighting", "strategy"),
     ("study.strategies.*", "strategy"),
     ("training.optimizer", "kind"),

@@ -5,7 +5,7 @@ mod decode;
 mod source;
 mod study;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use indexmap::IndexMap;
@@ -32,6 +32,10 @@ pub struct Experiment {
     /// The seed from which every use of chance derives its own. Default 13.
     #[serde(default = "default_seed")]
     pub seed: u64,
+    /// A run directory whose best checkpoint gives the first weights: embedding rows of the same tokens, the trunk, and heads
+    /// of the same task and labels. Relative paths are relative to the working directory. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<PathBuf>,
     pub data: DataConfig,
     /// The tasks by name, in the order that they have everywhere. Names are `[a-z][a-z0-9_]*`.
     pub tasks: IndexMap<String, HeadConfig>,
@@ -66,7 +70,9 @@ impl Experiment {
         if !problems.is_empty() {
             return Err(InvalidInput(problems).into());
         }
-        experiment.data.root = std::path::absolute(&experiment.data.root).context("the working directory is gone")?;
+        let absolute = |path: &PathBuf| std::path::absolute(path).context("the working directory is gone");
+        experiment.data.root = absolute(&experiment.data.root)?;
+        experiment.init_from = experiment.init_from.as_ref().map(absolute).transpose()?;
         Ok(experiment)
     }
 

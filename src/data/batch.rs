@@ -67,6 +67,8 @@ pub struct Batch {
     /// [B, T]
     pub token_ids: Tensor,
     pub lengths: Lengths,
+    /// The bytes of each token's word, each plus 1, with 0 beyond its end, [B, T, L]; where the set keeps them.
+    pub bytes: Option<Tensor>,
     /// Position of each word's first token, [B, W]; `None` where every word is one token.
     pub first_tokens: Option<Tensor>,
     pub word_lengths: Lengths,
@@ -75,10 +77,12 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// What an exported model reads: token ids [B, T], lengths `[B]` and, for pieces of words, the position of each word's
+    /// What an exported model reads: token ids [B, T], lengths `[B]`, for words with characters their bytes [B, T, L] and, for
+    /// pieces of words, the position of each word's
     /// first token [B, W] and the number of words `[B]`.
     pub fn inputs(&self) -> Vec<Tensor> {
         let mut inputs = vec![self.token_ids.shallow_clone(), self.lengths.device.shallow_clone()];
+        inputs.extend(self.bytes.as_ref().map(Tensor::shallow_clone));
         if let Some(first) = &self.first_tokens {
             inputs.extend([first.shallow_clone(), self.word_lengths.device.shallow_clone()]);
         }
@@ -97,6 +101,8 @@ pub struct DeviceSet {
     padding: i64,
     token_ids: Tensor,
     first_tokens: Option<Tensor>,
+    /// Forms [n_forms, max_bytes] of 16-bit integers, and the form of each token.
+    spelling: Option<(Tensor, Tensor)>,
     targets: Vec<Tensor>,
 }
 
@@ -106,7 +112,12 @@ impl DeviceSet {
         let targets = set.targets.iter().map(|target| match target {
             TargetValues::Classes(values) | TargetValues::Tags(values) => resident(values),
         });
+        let spelling = set.spelling.as_ref().map(|spelling| {
+            let forms = Tensor::from_slice(&spelling.bytes).view([-1, spelling.max_bytes as i64]);
+            (forms.to_device(device), resident(&spelling.token_forms))
+        });
         DeviceSet {
+            spelling,
             token_ids: resident(&set.token_ids),
             first_tokens: set.first_tokens.as_deref().map(resident),
             targets: targets.collect(),
@@ -125,12 +136,26 @@ impl DeviceSet {
         let targets = (0..self.targets.len()).map(|task| self.targets(TaskId(task), rows, &words, &word_starts));
         Batch {
             token_ids: gather(&self.token_ids, &token_starts, &lengths, self.padding),
+            bytes: self.bytes(rows, &token_starts, &lengths),
             first_tokens: self.first_tokens.as_ref().map(|first| gather(first, &word_starts, &words, 0)),
             targets: targets.collect(),
             rows: rows.to_vec(),
             lengths,
             word_lengths: words,
         }
+    }
+
+    fn bytes(&self, rows: &[usize], token_starts: &Tensor, lengths: &Lengths) -> Option<Tensor> {
+        let ((forms, token_forms), spelling) = (self.spelling.as_ref()?, self.set.spelling.as_ref()?);
+        let tokens = rows.iter().flat_map(|&row| self.set.token_offsets[row]..self.set.token_offsets[row + 1]);
+        let longest = tokens.map(|token| spelling.n_bytes(token as usize)).max().unwrap_or(0).max(1);
+        let which = gather(token_forms, token_starts, lengths, 0); // [B, T]
+        let bytes = forms.narrow(1, 0, longest as i64).index_select(0, &which.flatten(0, 1)).to_kind(Kind::Int64);
+        let bytes = bytes.view([rows.len() as i64, lengths.max, longest as i64]);
+        Some(match lengths.even() {
+            true => bytes,
+            false => bytes.masked_fill(&lengths.mask().logical_not().unsqueeze(-1), 0),
+        })
     }
 
     fn starts(&self, offsets: &[i64], rows: &[usize]) -> Tensor {
@@ -186,6 +211,7 @@ mod tests {
             token_offsets: vec![0, 2, 5, 6],
             word_offsets: vec![0, 2, 4, 5],
             first_tokens: Some(vec![0, 1, 0, 2, 0]),
+            spelling: None,
             targets: vec![
                 TargetValues::Classes(vec![1, NO_LABEL, 0]),
                 TargetValues::Tags(vec![NO_LABEL, NO_LABEL, 2, 3, 1]),

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::labels::{Labels, NO_LABEL};
+use super::rows::Strings;
 use super::set::{Corpus, Split};
 use super::tokenizer::Tokenizer;
 use crate::problem::Place;
@@ -16,6 +17,39 @@ pub enum TargetValues {
     Tags(Vec<i32>),
 }
 
+/// How words are spelled, for models that read characters.
+pub struct Spelling {
+    /// The bytes of each distinct word, each plus 1, with 0 beyond its end: [n_forms, max_bytes].
+    pub bytes: Vec<i16>,
+    pub max_bytes: usize,
+    /// Which of the words each token is, or is a piece of.
+    pub token_forms: Vec<i32>,
+}
+
+impl Spelling {
+    fn new(max_bytes: usize) -> Self {
+        Spelling { bytes: Vec::new(), max_bytes, token_forms: Vec::new() }
+    }
+
+    fn n_forms(&self) -> usize {
+        self.bytes.len() / self.max_bytes
+    }
+
+    fn add_forms(&mut self, words: &Strings) {
+        for word in words.iter() {
+            let bytes = word.bytes().map(|byte| i16::from(byte) + 1);
+            self.bytes.extend(bytes.chain(std::iter::repeat(0)).take(self.max_bytes));
+        }
+    }
+
+    /// Bytes of the word of a token.
+    pub fn n_bytes(&self, token: usize) -> usize {
+        let form = self.token_forms[token] as usize;
+        let bytes = &self.bytes[form * self.max_bytes..(form + 1) * self.max_bytes];
+        bytes.iter().position(|&byte| byte == 0).unwrap_or(self.max_bytes)
+    }
+}
+
 /// One split of all sets, one set after the other. Row `r` has the tokens `token_offsets[r]..token_offsets[r + 1]` and the
 /// words `word_offsets[r]..word_offsets[r + 1]`.
 pub struct EncodedSet {
@@ -24,6 +58,8 @@ pub struct EncodedSet {
     pub word_offsets: Vec<i64>,
     /// The position in its row of each word's first token; `None` where every word is one token.
     pub first_tokens: Option<Vec<i32>>,
+    /// Where the tokenizer was told to keep it.
+    pub spelling: Option<Spelling>,
     /// By [`TaskId`].
     pub targets: Vec<TargetValues>,
     /// First row of each set, and the number of rows at the end.
@@ -35,17 +71,18 @@ pub struct EncodedSet {
 impl EncodedSet {
     /// Encodes `split` of every set.
     pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
-        let mut set = EncodedSet::empty(tasks);
+        let mut set = EncodedSet::empty(tasks, tokenizer);
         let mut pieces_differ = false;
         let mut first_tokens = Vec::new();
         for loaded in &corpus.sets {
             let rows = &loaded.splits[split as usize];
             let pieces = tokenizer.encode_words(&rows.words)?;
+            let first_form = set.add_forms(&rows.words);
             for row in 0..rows.len() {
                 let start = set.token_ids.len();
                 for &word in rows.words_of(row) {
                     first_tokens.push((set.token_ids.len() - start) as i32);
-                    set.token_ids.extend(pieces.of(word).iter().map(|&id| id as i32));
+                    set.add_word(pieces.of(word), first_form + word as usize);
                 }
                 set.end_row(rows.words_of(row).len());
                 set.places.push(rows.place(row));
@@ -67,17 +104,18 @@ impl EncodedSet {
 
     /// Encodes sentences that carry no labels.
     pub fn of_words(sentences: &[Vec<&str>], tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
-        let mut words = super::rows::Strings::default();
+        let mut words = Strings::default();
         let ids: Vec<Vec<u32>> =
             sentences.iter().map(|words_of| words_of.iter().map(|word| words.add(word)).collect()).collect();
         let pieces = tokenizer.encode_words(&words)?;
-        let mut set = EncodedSet::empty(tasks);
+        let mut set = EncodedSet::empty(tasks, tokenizer);
+        set.add_forms(&words);
         let mut first_tokens = Vec::new();
         for sentence in &ids {
             let start = set.token_ids.len();
             for &word in sentence {
                 first_tokens.push((set.token_ids.len() - start) as i32);
-                set.token_ids.extend(pieces.of(word).iter().map(|&id| id as i32));
+                set.add_word(pieces.of(word), word as usize);
             }
             set.end_row(sentence.len());
         }
@@ -93,7 +131,22 @@ impl EncodedSet {
         Ok(set)
     }
 
-    fn empty(tasks: &[Task]) -> EncodedSet {
+    /// Notes how `words` are spelled; the number of the first.
+    fn add_forms(&mut self, words: &Strings) -> usize {
+        let Some(spelling) = &mut self.spelling else { return 0 };
+        let first = spelling.n_forms();
+        spelling.add_forms(words);
+        first
+    }
+
+    fn add_word(&mut self, pieces: &[u32], form: usize) {
+        self.token_ids.extend(pieces.iter().map(|&id| id as i32));
+        if let Some(spelling) = &mut self.spelling {
+            spelling.token_forms.extend(pieces.iter().map(|_| form as i32));
+        }
+    }
+
+    fn empty(tasks: &[Task], tokenizer: &Tokenizer) -> EncodedSet {
         let target = |task: &Task| match task.kind {
             crate::task::TaskKind::Classification => TargetValues::Classes(Vec::new()),
             crate::task::TaskKind::Tagging(_) => TargetValues::Tags(Vec::new()),
@@ -103,6 +156,7 @@ impl EncodedSet {
             token_offsets: vec![0],
             word_offsets: vec![0],
             first_tokens: None,
+            spelling: tokenizer.max_bytes.map(Spelling::new),
             targets: tasks.iter().map(target).collect(),
             set_starts: vec![0],
             places: Vec::new(),

@@ -9,6 +9,7 @@ mod rows;
 mod sampler;
 mod set;
 mod tokenizer;
+pub mod vectors;
 pub mod words;
 
 pub use batch::{Batch, DeviceSet, Lengths, Targets};
@@ -18,3 +19,4 @@ pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted, Wanted
 pub use sampler::{Sampler, SamplingConfig};
 pub use set::{Corpus, DataConfig, LoadedSet, Paths, SetConfig, Split, TaskColumn, load};
 pub use tokenizer::{FileConfig, PieceConfig, Tokenizer, TokenizerConfig, WordConfig};
+pub use vectors::VectorsConfig;

@@ -182,6 +182,7 @@ mod tests {
             word_offsets: offsets.clone(),
             token_offsets: offsets,
             first_tokens: None,
+            spelling: None,
             targets: vec![],
             set_starts: starts,
             places: vec![],

@@ -5,7 +5,8 @@
 //!
 //! `forward(token_ids [B, T], lengths [B], first_tokens [B, W] = None, n_words [B] = None)` gives for each task
 //! `TASK.logits` and `TASK.labels`. The last two are for tokenizers that cut words into pieces: the position of each
-//! word's first token, and the number of words.
+//! word's first token, and the number of words. A model that reads characters has `bytes [B, T, L]` after `lengths`: the
+//! UTF-8 of each token's word, each byte plus 1, cut at `max_bytes`, with 0 beyond its end.
 
 pub mod card;
 mod verify;
@@ -17,8 +18,8 @@ use tch::{Kind, Tensor};
 pub use verify::{Cases, Mismatch, scores};
 
 use crate::libtorch::ScriptModule;
-use crate::model::{Model, Script, Weights};
-use crate::task::Task;
+use crate::model::{Model, Script, Weights, distribution_script};
+use crate::task::{Task, TaskId};
 
 /// The number kind of an exported model's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +131,7 @@ fn affine(mut module: ScriptModule, weight: &Tensor, bias: &Tensor, weights: Wei
 /// The model as TorchScript, with copies of its weights.
 pub fn build(model: &Model, tasks: &[Task], precision: Precision, output: Output) -> Result<ScriptModule> {
     let mut root = Node::default();
-    for (name, tensor) in model.parameters.iter() {
+    for (name, tensor) in model.parameters.with_constants() {
         let (path, leaf) = name.rsplit_once('.').unwrap_or(("", name));
         ensure!(!path.is_empty(), "parameter `{name}` belongs to no part of the model");
         root.at(path).parameters.push((leaf.to_owned(), tensor.detach().copy()));
@@ -139,7 +140,7 @@ pub fn build(model: &Model, tasks: &[Task], precision: Precision, output: Output
     for (path, script) in model.scripts(tasks, weights) {
         root.at(&path).script = script;
     }
-    root.script.source = source(tasks, output);
+    root.script.source = source(model, tasks, output);
     let mut module = root.build("Polytask", weights)?;
     if precision.kind() != Kind::Float {
         module.convert(precision.kind())?;
@@ -148,42 +149,62 @@ pub fn build(model: &Model, tasks: &[Task], precision: Precision, output: Output
 }
 
 /// The methods of the whole: `encode`, one a task, and `forward`.
-fn source(tasks: &[Task], output: Output) -> String {
-    let mut source = "
-def encode(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-    return self.trunk.forward(self.embedding.forward(token_ids), lengths)
+fn source(model: &Model, tasks: &[Task], output: Output) -> String {
+    let bytes = model.reads_bytes();
+    let (spelled, embedded) = if bytes { (", bytes: Tensor", "token_ids, bytes") } else { ("", "token_ids") };
+    let mut source = format!(
+        "
+def encode(self, token_ids: Tensor, lengths: Tensor{spelled}) -> List[Tensor]:
+    return self.trunk.forward(self.embedding.forward({embedded}), lengths)
 
 def at_words(self, tokens: Tensor, first_tokens: Optional[Tensor]) -> Tensor:
     if first_tokens is None:
         return tokens
     return tokens.gather(1, first_tokens.unsqueeze(-1).expand(-1, -1, tokens.size(2)))
+
+def average(self, x: Tensor, n: Tensor) -> Tensor:
+    positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+    here = (positions < n.unsqueeze(1)).unsqueeze(-1).to(x.dtype)
+    return (x * here).sum([1]) / n.unsqueeze(1).to(x.dtype)
 "
-    .to_owned();
-    const INPUTS: &str =
-        "token_ids: Tensor, lengths: Tensor, first_tokens: Optional[Tensor] = None, n_words: Optional[Tensor] = None";
-    let outputs = |task: &str| {
-        format!(
-            "    {task}_logits = self.heads.{task}.forward(tokens, lengths, words)
-    {task}_labels = self.heads.{task}.decode({task}_logits, n)
-"
-        )
+    );
+    let inputs = format!(
+        "token_ids: Tensor, lengths: Tensor{spelled}, first_tokens: Optional[Tensor] = None, n_words: Optional[Tensor] = None"
+    );
+    let encode = format!("    layers = self.encode({}{})\n", "token_ids, lengths", if bytes { ", bytes" } else { "" });
+    // The heads in their order, each with what it sees of the others.
+    let logits = |needed: &[TaskId]| -> String {
+        let one = |&id: &TaskId| {
+            let Task { name, kind, .. } = &tasks[id.0];
+            let seen = model.seen_by(id).iter().map(|other| &tasks[other.0]);
+            let beside: Vec<String> =
+                seen.map(|other| distribution_script((&other.name, other.kind), (name, *kind))).collect();
+            format!(
+                "    {name}_tokens = self.heads.{name}.view(layers, lengths)
+    {name}_words = self.at_words({name}_tokens, first_tokens)
+    {name}_logits = self.heads.{name}.forward({name}_tokens, lengths, {name}_words, [{}])
+",
+                beside.join(", ")
+            )
+        };
+        needed.iter().map(one).collect()
     };
-    let start = "    tokens = self.encode(token_ids, lengths)
-    words = self.at_words(tokens, first_tokens)
-    n = lengths
+    let labels = |task: &str| format!("    {task}_labels = self.heads.{task}.decode({task}_logits, n)\n");
+    let counted = "    n = lengths
     if n_words is not None:
         n = n_words
 ";
-    for Task { name, .. } in tasks {
+    for (i, Task { name, .. }) in tasks.iter().enumerate() {
         source += &format!(
             "
-def task_{name}(self, {INPUTS}) -> Tuple[Tensor, Tensor]:
-{start}{}    return {name}_logits, {name}_labels
+def task_{name}(self, {inputs}) -> Tuple[Tensor, Tensor]:
+{encode}{counted}{}{}    return {name}_logits, {name}_labels
 ",
-            outputs(name)
+            logits(&model.needs(TaskId(i))),
+            labels(name)
         );
     }
-    let all: String = tasks.iter().map(|task| outputs(&task.name)).collect();
+    let all = logits(model.order()) + &tasks.iter().map(|task| labels(&task.name)).collect::<String>();
     let names = output_names(tasks);
     source
         + &match output {
@@ -192,8 +213,8 @@ def task_{name}(self, {INPUTS}) -> Tuple[Tensor, Tensor]:
                     names.iter().map(|name| format!("'{name}': {}", name.replace('.', "_"))).collect();
                 format!(
                     "
-def forward(self, {INPUTS}) -> Dict[str, Tensor]:
-{start}{all}    return {{{}}}
+def forward(self, {inputs}) -> Dict[str, Tensor]:
+{encode}{counted}{all}    return {{{}}}
 ",
                     entries.join(", ")
                 )
@@ -204,11 +225,10 @@ def forward(self, {INPUTS}) -> Dict[str, Tensor]:
                 // Servers send lengths as [B, 1].
                 format!(
                     "
-def forward(self, token_ids: Tensor, lengths: Tensor) -> Tuple[{types}]:
+def forward(self, token_ids: Tensor, lengths: Tensor{spelled}) -> Tuple[{types}]:
     lengths = lengths.view(-1)
-    tokens = self.encode(token_ids, lengths)
-    words = tokens
-    n = lengths
+    first_tokens: Optional[Tensor] = None
+{encode}    n = lengths
 {all}    return {}
 ",
                     entries.join(", ")

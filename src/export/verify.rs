@@ -109,7 +109,7 @@ impl Case {
         let mut outputs = Vec::new();
         for (i, task) in tasks.iter().enumerate() {
             let head = model.head(TaskId(i));
-            let logits = head.logits(&shared.taps[i], Mode::Eval);
+            let logits = model.head_logits(&shared.taps[i], Mode::Eval);
             let width = batch.word_lengths.max as usize;
             let row = |labels: &Vec<usize>| -> Vec<i64> {
                 let mut row: Vec<i64> = labels.iter().map(|&label| label as i64).collect();

@@ -1,56 +1,200 @@
-//! Token embedding with dropout.
+//! Token embedding: a learned table, pretrained vectors and the spelling of words, side by side; with dropout.
 //!
-//! B sentences, T tokens, E embedding.
+//! word dropout: a token is read as unknown (Iyyer 2015, section 3.2; Gal & Ghahramani 2016 drop word types).
+//! row dropout: all numbers of a word type are 0 wherever it stands in the batch (Merity 2018, arXiv 1708.02182, section 4.3).
+//!
+//! B sentences, T tokens, L bytes of the longest word, E embedding, V tokens of training, X further tokens.
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::characters::{Characters, CharactersConfig};
+use super::dropout::{Masks, dropout};
 use super::parameters::Scope;
-use super::{Mode, Script};
-use crate::onnx::{Graph, Value};
+use super::{Mode, Script, Vocabulary};
+use crate::data::{Batch, VectorsConfig};
+use crate::onnx::{Attribute, Graph, Value};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EmbeddingConfig {
-    /// Numbers a token. Default 128, at least 1.
+    /// Numbers a token that are learned from nothing; 0 is none, where there are vectors or characters. Default 128.
     pub dim: i64,
+    /// Pretrained word vectors, beside the learned numbers. Default: none.
+    pub vectors: Vec<VectorsConfig>,
+    /// Features of a word's spelling: `{kind: cnn}`, `{kind: lstm}`, `{kind: none}`. Default `none`.
+    pub characters: CharactersConfig,
     /// Dropout on the embedded tokens. Default 0.3, from 0 to below 1.
     pub dropout: f64,
+    /// One mask of `dropout` for all tokens of a sentence. Default false.
+    pub locked_dropout: bool,
+    /// Share of the word types whose vectors are 0 throughout a batch. Default 0, from 0 to below 1.
+    pub row_dropout: f64,
+    /// Share of the tokens that are read as unknown. Default 0, from 0 to below 1.
+    pub word_dropout: f64,
 }
 
 impl Default for EmbeddingConfig {
     fn default() -> Self {
-        EmbeddingConfig { dim: 128, dropout: 0.3 }
+        EmbeddingConfig {
+            dim: 128,
+            vectors: Vec::new(),
+            characters: CharactersConfig::default(),
+            dropout: 0.3,
+            locked_dropout: false,
+            row_dropout: 0.0,
+            word_dropout: 0.0,
+        }
     }
+}
+
+/// A table of pretrained vectors.
+struct Pretrained {
+    /// Those of the tokens of training, [V, E]: tuned or not.
+    trained: Tensor,
+    /// Those of tokens that training never meets, [X, E]: as they were.
+    further: Option<Tensor>,
 }
 
 pub struct Embedding {
-    weight: Tensor,
+    learned: Option<Tensor>,
+    pretrained: Vec<Pretrained>,
+    characters: Option<Characters>,
+    config: EmbeddingConfig,
     padding: i64,
-    dropout: f64,
+    unknown: i64,
+    n_trained: i64,
 }
 
 impl Embedding {
-    pub fn new(mut scope: Scope, config: &EmbeddingConfig, n_tokens: i64, padding: i64) -> Self {
-        let weight = scope.normal_rows("weight", &[n_tokens, config.dim], padding);
-        Embedding { weight, padding, dropout: config.dropout }
+    pub fn new(mut scope: Scope, config: &EmbeddingConfig, vocabulary: &Vocabulary) -> Self {
+        let n_trained = vocabulary.n_trained as i64;
+        let (padding, unknown) = (vocabulary.padding.into(), vocabulary.unknown.into());
+        let learned = (config.dim > 0).then(|| scope.normal_rows("weight", &[n_trained, config.dim], padding));
+        let mut pretrained = Vec::new();
+        for (i, (table, config)) in vocabulary.vectors.iter().zip(&config.vectors).enumerate() {
+            let (first, rest) =
+                (table.narrow(0, 0, n_trained), table.narrow(0, n_trained, table.size()[0] - n_trained));
+            let name = format!("vectors_{i}");
+            let trained = match config.trainable {
+                true => scope.add(&name, first.copy()),
+                false => scope.constant(&name, first.copy()),
+            };
+            let further = (rest.size()[0] > 0).then(|| scope.constant(&format!("further_{i}"), rest.copy()));
+            pretrained.push(Pretrained { trained, further });
+        }
+        let characters = Characters::new(scope.sub("characters"), &config.characters);
+        Embedding { learned, pretrained, characters, config: config.clone(), padding, unknown, n_trained }
     }
 
+    /// Numbers a token: E.
+    pub fn width(&self) -> i64 {
+        let pretrained = self.pretrained.iter().map(|table| table.trained.size()[1]).sum::<i64>();
+        let characters = self.characters.as_ref().map_or(0, Characters::width);
+        self.learned.as_ref().map_or(0, |table| table.size()[1]) + pretrained + characters
+    }
+
+    /// `forward(token_ids)`, or `forward(token_ids, bytes)` where words have characters.
     pub fn script(&self) -> Script {
-        let source = "
-def forward(self, token_ids: Tensor) -> Tensor:
-    return torch.embedding(self.weight, token_ids)
-";
-        Script { source: source.to_owned(), ..Script::default() }
+        let mut parts = String::new();
+        let n = self.n_trained;
+        if self.learned.is_some() {
+            parts += "    parts.append(torch.embedding(self.weight, known))\n";
+        }
+        for (i, table) in self.pretrained.iter().enumerate() {
+            parts += &match table.further {
+                None => format!("    parts.append(torch.embedding(self.vectors_{i}, known))\n"),
+                Some(_) => format!(
+                    "    further = torch.embedding(self.further_{i}, (token_ids - {n}).clamp(min=0))
+    parts.append(torch.where((token_ids < {n}).unsqueeze(-1), torch.embedding(self.vectors_{i}, known), further))\n"
+                ),
+            };
+        }
+        let mut inputs = "token_ids: Tensor";
+        if self.characters.is_some() {
+            parts += "    parts.append(self.characters.forward(bytes))\n";
+            inputs = "token_ids: Tensor, bytes: Tensor";
+        }
+        let source = format!(
+            "
+def forward(self, {inputs}) -> Tensor:
+    known = token_ids.masked_fill(token_ids >= {n}, {})
+    parts: List[Tensor] = []
+{parts}    return torch.cat(parts, -1)
+",
+            self.unknown
+        );
+        Script { source, ..Script::default() }
     }
 
-    pub fn onnx(&self, graph: &mut Graph, token_ids: &Value) -> Value {
-        let weight = graph.constant(&self.weight);
-        graph.op("Gather", &[&weight, token_ids], vec![])
+    pub fn characters_script(&self) -> Option<Script> {
+        self.characters.as_ref().map(Characters::script)
     }
 
-    /// [B, T] ids to [B, T, E].
-    pub fn forward(&self, token_ids: &Tensor, mode: Mode) -> Tensor {
-        Tensor::embedding(&self.weight, token_ids, self.padding, false, false).dropout(self.dropout, mode.training())
+    pub fn onnx(&self, graph: &mut Graph, token_ids: &Value, bytes: Option<&Value>) -> Value {
+        let n = graph.constant(&Tensor::from(self.n_trained));
+        let trained = graph.op("Less", &[token_ids, &n], vec![]); // [B, T]
+        let unknown = graph.constant(&Tensor::from(self.unknown));
+        let known = graph.op("Where", &[&trained, token_ids, &unknown], vec![]);
+        let gather = |graph: &mut Graph, table: &Tensor, ids: &Value| {
+            let table = graph.constant(table);
+            graph.op("Gather", &[&table, ids], vec![])
+        };
+        let mut parts = Vec::new();
+        parts.extend(self.learned.as_ref().map(|table| gather(graph, table, &known)));
+        for table in &self.pretrained {
+            let vectors = gather(graph, &table.trained, &known);
+            parts.push(match &table.further {
+                None => vectors,
+                Some(further) => {
+                    let zero = graph.constant(&Tensor::from(0i64));
+                    let ids = graph.op("Sub", &[token_ids, &n], vec![]);
+                    let ids = graph.op("Max", &[&ids, &zero], vec![]);
+                    let further = gather(graph, further, &ids);
+                    let trained = graph.unsqueeze(&trained, 2);
+                    graph.op("Where", &[&trained, &vectors, &further], vec![])
+                }
+            });
+        }
+        if let (Some(characters), Some(bytes)) = (&self.characters, bytes) {
+            parts.push(characters.onnx(graph, bytes));
+        }
+        graph.op("Concat", &parts.iter().collect::<Vec<_>>(), vec![Attribute::Int("axis", -1)])
+    }
+
+    /// Ids [B, T] and, where words have characters, the batch's bytes [B, T, L] to [B, T, E].
+    pub fn forward(&self, token_ids: &Tensor, batch: &Batch, mode: Mode) -> Tensor {
+        let mut ids = token_ids.shallow_clone();
+        if mode.training() && self.config.word_dropout > 0.0 {
+            let drawn = Tensor::rand(ids.size(), (Kind::Float, ids.device())).lt(self.config.word_dropout);
+            ids = ids.masked_fill(&drawn, self.unknown);
+        }
+        let further = ids.ge(self.n_trained); // [B, T]
+        let known = ids.masked_fill(&further, self.unknown);
+        let look_up = |table: &Tensor| Tensor::embedding(table, &known, self.padding, false, false);
+        let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();
+        for table in &self.pretrained {
+            let vectors = look_up(&table.trained);
+            // Training meets no further token.
+            parts.push(match &table.further {
+                Some(rows) if !mode.training() => {
+                    let rows = Tensor::embedding(rows, &(&ids - self.n_trained).clamp_min(0), -1, false, false);
+                    rows.where_self(&further.unsqueeze(-1), &vectors)
+                }
+                _ => vectors,
+            });
+        }
+        if mode.training() && self.config.row_dropout > 0.0 && !parts.is_empty() {
+            let kept =
+                Tensor::ones([self.n_trained], (Kind::Float, ids.device())).dropout(self.config.row_dropout, true);
+            let kept = kept.take(&known).unsqueeze(-1); // [B, T, 1]
+            parts.iter_mut().for_each(|part| *part = &*part * &kept);
+        }
+        if let (Some(characters), Some(bytes)) = (&self.characters, &batch.bytes) {
+            parts.push(characters.forward(bytes, mode));
+        }
+        let embedded = if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(&parts, -1) };
+        let masks = if self.config.locked_dropout { Masks::ByRow } else { Masks::ByToken };
+        dropout(&embedded, self.config.dropout, masks, mode)
     }
 }

@@ -1,25 +1,32 @@
 //! The model: embedding, shared trunk, and a head a task.
 //!
-//! B sentences, T tokens, W words, E embedding, H hidden, D directions.
+//! B sentences, T tokens, W words, L bytes of a word, E embedding, H hidden, D directions.
 
+mod characters;
+mod dropout;
 mod embedding;
 pub mod heads;
+mod lstm;
 mod parameters;
 mod trunk;
+mod view;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+pub use characters::CharactersConfig;
 pub use embedding::EmbeddingConfig;
-use heads::OnnxInputs;
 pub use heads::{Decoded, Head, HeadConfig};
+use heads::{HeadSize, OnnxInputs};
 pub use parameters::{Linear, Parameters, Scope};
 pub use trunk::TrunkConfig;
+use view::View;
+pub use view::distribution_script;
 
 use crate::data::{Batch, Lengths, Targets};
 use crate::libtorch::ScriptModule;
-use crate::onnx::{Element, Graph, Size};
+use crate::onnx::{Element, Graph, Size, Value};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
 
@@ -44,6 +51,16 @@ pub struct ModelConfig {
     pub trunk: TrunkConfig,
 }
 
+/// The tokens that a model knows.
+pub struct Vocabulary<'a> {
+    /// Those of training come first; the others are known by their pretrained vectors alone.
+    pub n_trained: usize,
+    pub padding: u32,
+    pub unknown: u32,
+    /// Pretrained vectors of all tokens, [V, E] each.
+    pub vectors: &'a [Tensor],
+}
+
 /// What the trunk gives to a head.
 pub struct Encoded {
     /// [B, T, D*H]; what stands beyond a row's end has no meaning.
@@ -51,21 +68,32 @@ pub struct Encoded {
     pub lengths: Lengths,
     /// Position of each word's first token, [B, W]; `None` where every word is one token.
     first_tokens: Option<Tensor>,
+    word_lengths: Lengths,
     hidden: i64,
+    /// Distributions of other heads, in the shape that this head reads: [B, C], or [B, W, C].
+    beside: Vec<Tensor>,
 }
 
 impl Encoded {
     /// The state at each word's first token, [B, W, D*H].
     pub fn words(&self) -> Tensor {
         match &self.first_tokens {
-            Some(positions) => trunk::reorder(&self.tokens, positions),
+            Some(positions) => lstm::reorder(&self.tokens, positions),
             None => self.tokens.shallow_clone(),
         }
     }
 
     /// The last state of each direction, [B, D*H].
     pub fn last(&self) -> Tensor {
-        trunk::last_states(&self.tokens, &self.lengths, self.hidden)
+        lstm::last_states(&self.tokens, &self.lengths.device, self.hidden)
+    }
+
+    /// `x` with the other heads' distributions after it.
+    pub fn with_beside(&self, x: Tensor) -> Tensor {
+        match self.beside.is_empty() {
+            true => x,
+            false => Tensor::cat(&std::iter::once(&x).chain(&self.beside).collect::<Vec<_>>(), -1),
+        }
     }
 
     /// The rows that carry a label.
@@ -75,10 +103,15 @@ impl Encoded {
             tokens: rows(&self.tokens),
             lengths: self.lengths.select(&targets.rows, &targets.index),
             first_tokens: self.first_tokens.as_ref().map(rows),
+            word_lengths: self.word_lengths.select(&targets.rows, &targets.index),
             hidden: self.hidden,
+            beside: self.beside.iter().map(rows).collect(),
         }
     }
 }
+
+/// A direction of an LSTM layer: its name, and weight_ih, weight_hh, bias_ih, bias_hh.
+pub type QuantizedCell = (String, [Tensor; 4]);
 
 /// A part of the model as TorchScript: its methods, which name its parameters as `self.NAME`, and constants.
 #[derive(Debug, Default)]
@@ -86,7 +119,7 @@ pub struct Script {
     pub source: String,
     pub constants: Vec<(&'static str, Tensor)>,
     /// Directions of LSTM layers that take the place of the part's parameters, with int8 weights, by name.
-    pub quantized_cells: Vec<(String, [Tensor; 4])>,
+    pub quantized_cells: Vec<QuantizedCell>,
 }
 
 /// The numbers that weights are multiplied in.
@@ -99,53 +132,98 @@ pub enum Weights {
 
 /// A batch after the trunk.
 pub struct Shared {
-    /// The trunk's output once for each task, by [`TaskId`]: each a node of its own, so that one backward pass tells the
-    /// tasks' gradients apart.
-    pub taps: Vec<Encoded>,
-    /// What the last LSTM layer read: [B, T, E], or [B, T, D*H] above other layers.
-    pub last_layer_input: Tensor,
+    /// What each task reads of the trunk, by [`TaskId`]: first its own view, then those of the heads that it sees. Each is a
+    /// node of its own, so that one backward pass tells the tasks' gradients apart.
+    pub taps: Vec<Vec<(TaskId, Encoded)>>,
+    /// All ways from the last shared layer and what is above it to what is below: its input, and lower layers' states that
+    /// heads read.
+    pub cuts: Vec<Tensor>,
 }
 
 pub struct Model {
     pub parameters: Parameters,
     embedding: embedding::Embedding,
     trunk: trunk::Trunk,
+    views: Vec<View>,
     heads: Vec<Box<dyn Head>>,
-    hidden: i64,
-    /// D*H
-    width: i64,
+    kinds: Vec<TaskKind>,
+    /// Tasks in an order in which each comes after those whose heads it sees.
+    order: Vec<TaskId>,
     /// A module that computes logits in this model's place, with the names of its outputs.
     exported: Option<(ScriptModule, Vec<String>)>,
-    /// The parameters of the last LSTM layer; those before are below it, those after belong to heads.
+    /// The number of the highest layer that all tasks read, directly or through others, from 0.
+    shared_layer: usize,
+    /// The parameters of that layer; those before are below it, those after above it.
     pub last_layer: std::ops::Range<usize>,
 }
 
 impl Model {
-    /// Builds a model with fresh weights drawn from `seed`; `heads` and `tasks` by [`TaskId`].
+    /// Builds a model with fresh weights drawn from `seed`; `heads` and `tasks` by [`TaskId`]. No head sees itself, directly
+    /// or through others.
     pub fn new(
         config: &ModelConfig,
         heads: &[&HeadConfig],
         tasks: &[Task],
-        vocabulary: (usize, u32),
+        vocabulary: &Vocabulary,
         (seed, device): (Seed, Device),
     ) -> Result<Model> {
         seed.seed_torch(Purpose::Initialization, 0);
-        let (n_tokens, padding) = (vocabulary.0 as i64, vocabulary.1.into());
         let mut parameters = Parameters::new(device);
         let mut root = parameters.root();
-        let embedding = embedding::Embedding::new(root.sub("embedding"), &config.embedding, n_tokens, padding);
-        let trunk = trunk::Trunk::new(root.sub("trunk"), &config.trunk, config.embedding.dim);
-        let end = root.count();
-        let last_layer = end - trunk.n_last_layer()..end;
+        let embedding = embedding::Embedding::new(root.sub("embedding"), &config.embedding, vocabulary);
+        let (trunk, starts) = trunk::Trunk::new(root.sub("trunk"), &config.trunk, embedding.width());
         let mut scope = root.sub("heads");
-        let build = |(head, task): (&&HeadConfig, &Task)| head.build(scope.sub(&task.name), task, &config.trunk);
-        let heads = heads.iter().zip(tasks).map(build).collect();
-        let (hidden, width) = (config.trunk.hidden, config.trunk.width());
-        Ok(Model { parameters, embedding, trunk, heads, hidden, width, exported: None, last_layer })
+        let (mut views, mut built): (Vec<View>, Vec<Box<dyn Head>>) = (Vec::new(), Vec::new());
+        for (head, task) in heads.iter().zip(tasks) {
+            let mut scope = scope.sub(&task.name);
+            let view = View::new(&mut scope, head.reads(tasks), &config.trunk);
+            let beside = view.heads.iter().map(|other| tasks[other.0].labels.len() as i64).sum();
+            built.push(head.build(scope, task, HeadSize { width: view.width, hidden: view.hidden, beside }));
+            views.push(view);
+        }
+        let shared_layer = views.iter().map(|view| view.layer).min().unwrap_or(0);
+        let last_layer = starts[shared_layer]..starts[shared_layer + 1];
+        let mut order: Vec<TaskId> = Vec::new();
+        while order.len() < tasks.len() {
+            let ready =
+                |id: &TaskId| !order.contains(id) && views[id.0].heads.iter().all(|other| order.contains(other));
+            let next = (0..tasks.len()).map(TaskId).find(ready);
+            order.push(next.context("heads see each other in a circle")?);
+        }
+        let kinds = tasks.iter().map(|task| task.kind).collect();
+        let heads = built;
+        Ok(Model { parameters, embedding, trunk, views, heads, kinds, order, exported: None, shared_layer, last_layer })
     }
 
     pub fn head(&self, task: TaskId) -> &dyn Head {
         &*self.heads[task.0]
+    }
+
+    /// All tasks, each after those whose heads it sees.
+    pub fn order(&self) -> &[TaskId] {
+        &self.order
+    }
+
+    /// The heads that `task` needs, itself last, each after those that it sees.
+    pub fn needs(&self, task: TaskId) -> Vec<TaskId> {
+        let mut needed = vec![task];
+        for &id in self.order.iter().rev() {
+            if needed.iter().any(|known| self.views[known.0].heads.contains(&id)) && !needed.contains(&id) {
+                needed.push(id);
+            }
+        }
+        needed.reverse();
+        needed
+    }
+
+    /// The tasks whose heads `task` sees.
+    pub fn seen_by(&self, task: TaskId) -> &[TaskId] {
+        &self.views[task.0].heads
+    }
+
+    /// Whether a batch needs the spelling of its words.
+    pub fn reads_bytes(&self) -> bool {
+        self.embedding.characters_script().is_some()
     }
 
     /// The model's parts as TorchScript, by the prefix of their parameters. Heads stand below `heads`.
@@ -154,8 +232,14 @@ impl Model {
     pub fn scripts(&self, tasks: &[Task], weights: Weights) -> Vec<(String, Script)> {
         let mut parts =
             vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script(weights))];
-        let heads = tasks.iter().zip(&self.heads);
-        parts.extend(heads.map(|(task, head)| (format!("heads.{}", task.name), head.script())));
+        parts.extend(self.embedding.characters_script().map(|script| ("embedding.characters".to_owned(), script)));
+        for ((task, head), view) in tasks.iter().zip(&self.heads).zip(&self.views) {
+            let (method, lstm) = view.script(weights);
+            let mut script = head.script();
+            script.source += &method;
+            parts.push((format!("heads.{}", task.name), script));
+            parts.extend(lstm.map(|lstm| (format!("heads.{}.lstm", task.name), lstm)));
+        }
         parts
     }
 
@@ -166,20 +250,31 @@ impl Model {
         let (rows, tokens, words) = (Size::Free("B"), Size::Free("T"), Size::Free(if pieces { "W" } else { "T" }));
         let token_ids = graph.input("token_ids", Element::Int64, &[rows, tokens]);
         let lengths = graph.input("lengths", Element::Int64, &[rows]);
-        let embedded = self.embedding.onnx(&mut graph, &token_ids);
-        let states = self.trunk.onnx(&mut graph, &embedded, &lengths);
-        let width = self.width;
-        let (at_words, n_words) = match pieces {
-            false => (states.clone(), lengths.clone()),
-            true => {
-                let first = graph.input("first_tokens", Element::Int64, &[rows, words]);
-                let n_words = graph.input("n_words", Element::Int64, &[rows]);
-                (graph.at(&states, &first, width), n_words)
-            }
-        };
-        let inputs = OnnxInputs { tokens: states, lengths, words: at_words, n_words, width };
-        for (task, head) in tasks.iter().zip(&self.heads) {
-            let (logits, labels) = head.onnx(&mut graph, &inputs);
+        let bytes = self.reads_bytes().then(|| graph.input("bytes", Element::Int64, &[rows, tokens, Size::Free("L")]));
+        let places = pieces.then(|| {
+            let first = graph.input("first_tokens", Element::Int64, &[rows, words]);
+            (first, graph.input("n_words", Element::Int64, &[rows]))
+        });
+        let embedded = self.embedding.onnx(&mut graph, &token_ids, bytes.as_ref());
+        let layers = self.trunk.onnx(&mut graph, &embedded, &lengths);
+        let mut found: Vec<Option<(Value, Value)>> = vec![None; tasks.len()];
+        for &id in &self.order {
+            let view = &self.views[id.0];
+            let tokens = view.onnx(&mut graph, &layers, &lengths);
+            let (words, n_words) = match &places {
+                None => (tokens.clone(), lengths.clone()),
+                Some((first, n_words)) => (graph.at(&tokens, first, view.width), n_words.clone()),
+            };
+            let beside = view.heads.iter().filter_map(|other| {
+                let kinds = (self.kinds[other.0], self.kinds[id.0]);
+                let logits = &found[other.0].as_ref()?.0;
+                Some(view::distribution_onnx(&mut graph, logits, kinds, (&words, &n_words)))
+            });
+            let beside = beside.collect();
+            let inputs = OnnxInputs { tokens, lengths: lengths.clone(), words, n_words, width: view.width, beside };
+            found[id.0] = Some(self.heads[id.0].onnx(&mut graph, &inputs));
+        }
+        for (task, (logits, labels)) in tasks.iter().zip(found.into_iter().flatten()) {
             let mut sizes = match task.kind {
                 TaskKind::Classification => vec![rows],
                 TaskKind::Tagging(_) => vec![rows, words],
@@ -193,15 +288,64 @@ impl Model {
 
     /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own.
     pub fn encode(&self, batch: &Batch, token_ids: &Tensor, mode: Mode) -> Shared {
-        let embedded = self.embedding.forward(token_ids, mode); // [B, T, E]
-        let states = self.trunk.forward(&embedded, &batch.lengths, mode);
-        let tap = |_| Encoded {
-            tokens: states.tokens.alias(),
-            lengths: batch.lengths.share(),
-            first_tokens: batch.first_tokens.as_ref().map(Tensor::shallow_clone),
-            hidden: self.hidden,
+        let embedded = self.embedding.forward(token_ids, batch, mode); // [B, T, E]
+        let mut cuts = Vec::new();
+        let mut cut = |number: usize, input: &Tensor| match number == self.shared_layer {
+            false => input.shallow_clone(),
+            true => {
+                cuts.push(input.alias());
+                cuts[0].shallow_clone()
+            }
         };
-        Shared { taps: (0..self.heads.len()).map(tap).collect(), last_layer_input: states.last_layer_input }
+        let states = self.trunk.forward(&embedded, &batch.lengths, mode, &mut cut);
+        // Heads read lower layers through nodes of their own, so that a way down is counted once.
+        let read = |number: &usize| self.views.iter().any(|view| view.layers().contains(number));
+        let lower: Vec<(usize, Tensor)> =
+            (0..self.shared_layer).filter(read).map(|number| (number, states[number].alias())).collect();
+        cuts.extend(lower.iter().map(|(_, state)| state.shallow_clone()));
+        let state = |number: usize| {
+            let own = lower.iter().find(|(known, _)| *known == number);
+            own.map_or(&states[number], |(_, state)| state)
+        };
+        let tap = |&id: &TaskId| {
+            let view = &self.views[id.0];
+            let read: Vec<&Tensor> = view.layers().map(state).collect();
+            let encoded = Encoded {
+                tokens: view.of(&read),
+                lengths: batch.lengths.share(),
+                first_tokens: batch.first_tokens.as_ref().map(Tensor::shallow_clone),
+                word_lengths: batch.word_lengths.share(),
+                hidden: view.hidden,
+                beside: Vec::new(),
+            };
+            (id, encoded)
+        };
+        let taps = (0..self.heads.len()).map(|task| self.needs(TaskId(task)).iter().rev().map(tap).collect()).collect();
+        Shared { taps, cuts }
+    }
+
+    /// The logits of a task's head over what it reads: its own view first, then those of the heads that it sees.
+    pub fn head_logits(&self, taps: &[(TaskId, Encoded)], mode: Mode) -> Tensor {
+        let find = |task: TaskId| taps.iter().find(|(id, _)| *id == task).map(|(_, encoded)| encoded);
+        self.logits_of(taps[0].0, &find, mode)
+    }
+
+    fn logits_of<'a>(&self, task: TaskId, find: &dyn Fn(TaskId) -> Option<&'a Encoded>, mode: Mode) -> Tensor {
+        let tap = find(task).expect("invariant: a tap for every head that is needed");
+        let view = &self.views[task.0];
+        let beside = view.heads.iter().map(|&other| {
+            let kinds = (self.kinds[other.0], self.kinds[task.0]);
+            view::distribution(&self.logits_of(other, find, mode), kinds, &tap.word_lengths)
+        });
+        let encoded = Encoded {
+            beside: beside.collect(),
+            tokens: view.own(&tap.tokens, &tap.lengths, mode),
+            lengths: tap.lengths.share(),
+            first_tokens: tap.first_tokens.as_ref().map(Tensor::shallow_clone),
+            word_lengths: tap.word_lengths.share(),
+            hidden: tap.hidden,
+        };
+        self.heads[task.0].logits(&encoded, mode)
     }
 
     /// The logits of every task for all rows of a batch, by [`TaskId`], every dropout off.
@@ -215,7 +359,7 @@ impl Model {
             return names.iter().map(|name| take(name).with_context(|| format!("no `{name}`"))).collect();
         }
         let shared = self.encode(batch, &batch.token_ids, Mode::Eval);
-        Ok(self.heads.iter().zip(&shared.taps).map(|(head, encoded)| head.logits(encoded, Mode::Eval)).collect())
+        Ok(shared.taps.iter().map(|taps| self.head_logits(taps, Mode::Eval)).collect())
     }
 
     /// Lets an exported module compute the logits `names`, instead of this model's own weights.
@@ -225,13 +369,17 @@ impl Model {
 
     /// The unweighted loss of every task that has labels in the batch, by [`TaskId`]: scalars with gradients.
     pub fn losses(&self, shared: &Shared, batch: &Batch, mode: Mode) -> Vec<Option<Tensor>> {
-        let loss = |task: usize| {
-            let (head, targets) = (self.head(TaskId(task)), batch.targets[task].as_ref()?);
-            let encoded = &shared.taps[task];
-            let all = targets.rows.len() == batch.rows.len();
-            let logits = if all { head.logits(encoded, mode) } else { head.logits(&encoded.select(targets), mode) };
-            Some(head.loss(&logits, targets))
+        let loss = |(task, taps): (usize, &Vec<(TaskId, Encoded)>)| {
+            let targets = batch.targets[task].as_ref()?;
+            let logits = match targets.rows.len() == batch.rows.len() {
+                true => self.head_logits(taps, mode),
+                false => {
+                    let select = |(id, tap): &(TaskId, Encoded)| (*id, tap.select(targets));
+                    self.head_logits(&taps.iter().map(select).collect::<Vec<_>>(), mode)
+                }
+            };
+            Some(self.heads[task].loss(&logits, targets))
         };
-        (0..self.heads.len()).map(loss).collect()
+        shared.taps.iter().enumerate().map(loss).collect()
     }
 }

@@ -9,12 +9,14 @@ use crate::onnx::{Graph, Value};
 /// All parameters of a model. Order is creation order, so that it is the same in every run.
 pub struct Parameters {
     entries: Vec<(String, Tensor)>,
+    /// Tensors that are never trained.
+    constants: Vec<(String, Tensor)>,
     device: Device,
 }
 
 impl Parameters {
     pub fn new(device: Device) -> Self {
-        Parameters { entries: Vec::new(), device }
+        Parameters { entries: Vec::new(), constants: Vec::new(), device }
     }
 
     pub fn root(&mut self) -> Scope<'_> {
@@ -27,6 +29,11 @@ impl Parameters {
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.entries.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The trainable tensors, then those that are never trained.
+    pub fn with_constants(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.entries.iter().chain(&self.constants).map(|(name, tensor)| (name.as_str(), tensor))
     }
 
     pub fn tensors(&self) -> Vec<&Tensor> {
@@ -46,9 +53,9 @@ impl Parameters {
         self.load_some(values)
     }
 
-    /// Copies `values` in, which may be fewer than the model's.
+    /// Copies `values` in, which may be fewer than the model's. Constants may be among them.
     pub fn load_some(&self, mut values: BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, tensor) in &self.entries {
+        for (name, tensor) in self.entries.iter().chain(&self.constants) {
             let Some(value) = values.remove(name) else { continue };
             ensure!(
                 value.size() == tensor.size() && value.kind() == tensor.kind(),
@@ -88,11 +95,18 @@ impl Scope<'_> {
     }
 
     /// Creates a parameter with values drawn on the CPU, so that every device starts from the same weights.
-    fn add(&mut self, name: &str, values: Tensor) -> Tensor {
+    pub fn add(&mut self, name: &str, values: Tensor) -> Tensor {
         let name = format!("{}{name}", self.prefix);
-        assert!(self.parameters.entries.iter().all(|(known, _)| *known != name), "invariant: {name} is unique");
+        assert!(self.parameters.with_constants().all(|(known, _)| *known != name), "invariant: {name} is unique");
         let tensor = values.to_device(self.parameters.device).set_requires_grad(true);
         self.parameters.entries.push((name, tensor.shallow_clone()));
+        tensor
+    }
+
+    /// Adds a tensor that is never trained.
+    pub fn constant(&mut self, name: &str, values: Tensor) -> Tensor {
+        let tensor = values.to_device(self.parameters.device);
+        self.parameters.constants.push((format!("{}{name}", self.prefix), tensor.shallow_clone()));
         tensor
     }
 
@@ -100,6 +114,14 @@ impl Scope<'_> {
     pub fn uniform(&mut self, name: &str, size: &[i64], bound: f64) -> Tensor {
         let mut values = Tensor::zeros(size, (Kind::Float, Device::Cpu));
         let _ = values.uniform_(-bound, bound);
+        self.add(name, values)
+    }
+
+    /// Uniform in (-bound, bound), with row `zero` (padding) set to zero.
+    pub fn uniform_rows(&mut self, name: &str, size: &[i64], bound: f64, zero: i64) -> Tensor {
+        let mut values = Tensor::zeros(size, (Kind::Float, Device::Cpu));
+        let _ = values.uniform_(-bound, bound);
+        let _ = values.get(zero).zero_();
         self.add(name, values)
     }
 
@@ -119,6 +141,14 @@ impl Scope<'_> {
             weight: scope.uniform("weight", &[outputs, inputs], bound),
             bias: scope.uniform("bias", &[outputs], bound),
         }
+    }
+
+    /// An affine map for a gate of `width` numbers, open at first: its bias is 1.
+    pub fn gate(&mut self, name: &str, width: i64) -> Linear {
+        let bound = 1.0 / (width as f64).sqrt();
+        let mut scope = self.sub(name);
+        let weight = scope.uniform("weight", &[width, width], bound);
+        Linear { weight, bias: scope.add("bias", Tensor::ones([width], (Kind::Float, Device::Cpu))) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Optimizers on libtorch's fused operators, with their state in the open so that a run resumes exactly; schedules.
 
+mod average;
 mod schedule;
 
 use std::collections::BTreeMap;
@@ -8,7 +9,8 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-pub use schedule::ScheduleConfig;
+pub use average::Average;
+pub use schedule::{RangeConfig, ScheduleConfig};
 
 use crate::libtorch::{Adam, AdamLists, Sgd, fused_adam, fused_sgd};
 
@@ -41,11 +43,13 @@ pub struct AdamConfig {
     pub epsilon: f64,
     /// Default 0.01.
     pub weight_decay: f64,
+    /// Whether biases and embeddings decay too. Default true.
+    pub decay_all: bool,
 }
 
 impl Default for AdamConfig {
     fn default() -> Self {
-        AdamConfig { learning_rate: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01 }
+        AdamConfig { learning_rate: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01, decay_all: true }
     }
 }
 
@@ -58,11 +62,13 @@ pub struct SgdConfig {
     pub momentum: f64,
     /// Default 0.
     pub weight_decay: f64,
+    /// Whether biases and embeddings decay too. Default true.
+    pub decay_all: bool,
 }
 
 impl Default for SgdConfig {
     fn default() -> Self {
-        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0 }
+        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: true }
     }
 }
 
@@ -74,12 +80,24 @@ impl OptimizerConfig {
         }
     }
 
+    fn decay_all(&self) -> bool {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.decay_all,
+            OptimizerConfig::Sgd(config) => config.decay_all,
+        }
+    }
+
     pub fn learning_rate(&self) -> f64 {
         match self {
             OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate,
             OptimizerConfig::Sgd(config) => config.learning_rate,
         }
     }
+}
+
+/// Biases, other vectors such as a CRF's first tags, and all of the embedding: their size says nothing of complexity.
+fn is_spared(name: &str, parameter: &Tensor) -> bool {
+    parameter.dim() < 2 || name.starts_with("embedding.")
 }
 
 /// One parameter with what the optimizer remembers of it.
@@ -90,6 +108,7 @@ struct Slot {
     second: Tensor,
     /// Steps that this parameter has had: a head absent from a step has none.
     step: Tensor,
+    decays: bool,
 }
 
 pub struct Optimizer {
@@ -108,6 +127,7 @@ impl Optimizer {
                 _ => parameter.detach().zeros_like(),
             },
             step: Tensor::zeros([], (Kind::Float, parameter.device())),
+            decays: config.decay_all() || !is_spared(name, parameter),
         };
         Optimizer { config: config.clone(), slots: parameters.map(slot).collect() }
     }
@@ -115,8 +135,20 @@ impl Optimizer {
     /// One update of the parameters that have a gradient, at `learning_rate`. Where `skip` (one float on the device) is 1,
     /// nothing changes.
     pub fn step(&mut self, gradients: &[Tensor], learning_rate: f64, skip: &Tensor) -> Result<()> {
-        let present: Vec<(&Slot, &Tensor)> =
-            self.slots.iter().zip(gradients).filter(|(_, gradient)| gradient.defined()).collect();
+        for decays in [true, false] {
+            self.step_some(gradients, learning_rate, skip, decays)?;
+        }
+        Ok(())
+    }
+
+    /// The update of the parameters that decay, or of those that do not.
+    fn step_some(&mut self, gradients: &[Tensor], learning_rate: f64, skip: &Tensor, decays: bool) -> Result<()> {
+        let here = |(slot, gradient): &(&Slot, &Tensor)| gradient.defined() && slot.decays == decays;
+        let present: Vec<(&Slot, &Tensor)> = self.slots.iter().zip(gradients).filter(here).collect();
+        if present.is_empty() {
+            return Ok(());
+        }
+        let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
         let list = |of: fn(&Slot) -> &Tensor| present.iter().map(|(slot, _)| of(slot)).collect::<Vec<&Tensor>>();
         let gradients: Vec<&Tensor> = present.iter().map(|(_, gradient)| *gradient).collect();
         let (parameters, first) = (list(|slot| &slot.parameter), list(|slot| &slot.first));
@@ -133,13 +165,13 @@ impl Optimizer {
                     learning_rate,
                     betas: config.betas,
                     epsilon: config.epsilon,
-                    weight_decay: config.weight_decay,
+                    weight_decay: decay(config.weight_decay),
                     decoupled: matches!(self.config, OptimizerConfig::Adamw(_)),
                 };
                 fused_adam(&lists, adam, skip)
             }
             OptimizerConfig::Sgd(config) => {
-                let sgd = Sgd { learning_rate, momentum: config.momentum, weight_decay: config.weight_decay };
+                let sgd = Sgd { learning_rate, momentum: config.momentum, weight_decay: decay(config.weight_decay) };
                 // A zero buffer times momentum plus the gradient is what a first step puts there.
                 fused_sgd((&parameters, &gradients, &first), sgd, false, skip)
             }

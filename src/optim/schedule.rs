@@ -1,7 +1,7 @@
 //! Learning-rate schedules: a factor a step.
 //!
 //! With s the step from 0, w warm-up steps and n steps in all: (s + 1) / w while s < w, then with
-//! p = (s - w) / (n - w): constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2.
+//! p = (s - w) / (n - w): constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2; range f^p, f the final factor.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,8 @@ pub enum ScheduleConfig {
     Linear(WarmupConfig),
     /// Down to 0 at the last step, along half a cosine (Loshchilov & Hutter 2017).
     Cosine(WarmupConfig),
+    /// By the same factor at every step, up or down.
+    Range(RangeConfig),
 }
 
 impl Default for ScheduleConfig {
@@ -29,9 +31,17 @@ pub struct WarmupConfig {
     pub warmup_fraction: f64,
 }
 
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RangeConfig {
+    /// The factor that the last step comes to, more than 0.
+    pub final_factor: f64,
+}
+
 impl ScheduleConfig {
     pub fn warmup_fraction(&self) -> f64 {
         match self {
+            ScheduleConfig::Range(_) => 0.0,
             ScheduleConfig::Constant(c) | ScheduleConfig::Linear(c) | ScheduleConfig::Cosine(c) => c.warmup_fraction,
         }
     }
@@ -45,6 +55,7 @@ impl ScheduleConfig {
         let progress = ((step - warmup) as f64 / (n_steps - warmup).max(1) as f64).min(1.0);
         match self {
             ScheduleConfig::Constant(_) => 1.0,
+            ScheduleConfig::Range(config) => config.final_factor.powf(progress),
             ScheduleConfig::Linear(_) => 1.0 - progress,
             ScheduleConfig::Cosine(_) => (1.0 + (std::f64::consts::PI * progress).cos()) / 2.0,
         }
@@ -62,6 +73,8 @@ mod tests {
         let factors: Vec<f64> = [0, 9, 10, 55, 99].iter().map(|&step| linear.factor(step, 100)).collect();
         assert_eq!(factors, [0.1, 1.0, 1.0, 0.5, 1.0 - 89.0 / 90.0]);
         assert!((ScheduleConfig::Cosine(warmup).factor(55, 100) - 0.5).abs() < 1e-12);
+        let range = ScheduleConfig::Range(RangeConfig { final_factor: 1e4 });
+        assert!((range.factor(50, 100) - 100.0).abs() < 1e-9);
         assert_eq!(ScheduleConfig::Constant(WarmupConfig::default()).factor(70, 100), 1.0);
     }
 }

@@ -1,5 +1,6 @@
 //! The `training:` of an experiment.
 
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use crate::data::SamplingConfig;
@@ -20,6 +21,12 @@ pub struct TrainingConfig {
     pub schedule: ScheduleConfig,
     /// Limit of the gradient's 2-norm over all parameters; 0 is off. Default 5.
     pub clip_norm: f64,
+    /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. Default 0, below 1;
+    /// 0.999 averages over about 1,000 steps.
+    pub ema_decay: f64,
+    /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `heads.TASK`, or longer names of
+    /// parameters from their beginning. Default: none.
+    pub freeze_epochs: IndexMap<String, usize>,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses. Default 50, at least 1.
@@ -41,6 +48,8 @@ impl Default for TrainingConfig {
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig::default(),
             clip_norm: 5.0,
+            ema_decay: 0.0,
+            freeze_epochs: IndexMap::new(),
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),
             log_every_steps: 50,

@@ -64,12 +64,15 @@ impl<'a> Gradients<'a> {
             Some(_) => (0..losses.len()).filter(|&task| losses[task].is_some()).collect(),
             None => Vec::new(),
         };
-        inputs.extend(tapped.iter().map(|&task| &shared.taps[task].tokens));
+        inputs.extend(tapped.iter().flat_map(|&task| &shared.taps[task]).map(|(_, tap)| &tap.tokens));
         let mut gradients = Tensor::f_run_backward(&[total], &inputs, false, false)?;
-        for (task, gradient) in tapped.into_iter().zip(gradients.split_off(n)) {
-            self.ensure_path(task, &gradient)?;
-            // The tap has the gradient of w_i L_i.
-            let square = (gradient.norm().to_kind(Kind::Double) / weights.get(task as i64)).square();
+        let mut at_taps = gradients.split_off(n).into_iter();
+        for task in tapped {
+            let own: Vec<Tensor> = at_taps.by_ref().take(shared.taps[task].len()).collect();
+            self.ensure_path(task, &own[0])?;
+            // The taps have the gradient of w_i L_i.
+            let norms = own.iter().map(|gradient| gradient.norm().to_kind(Kind::Double)).collect::<Vec<_>>();
+            let square = (Tensor::stack(&norms, 0).norm() / weights.get(task as i64)).square();
             match self.own[task].first_mut() {
                 Some(sum) => *sum = &*sum + square,
                 None => self.own[task].push(square),
@@ -78,14 +81,15 @@ impl<'a> Gradients<'a> {
         Ok(gradients)
     }
 
-    /// A backward pass for each task down to the input of the last layer, and one for all below it. Their weighted sum is
+    /// A backward pass for each task down to the input of the last shared layer, and one for all below it. Their weighted sum is
     /// the step's gradient, so that nothing is computed twice.
     fn by_task(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
         let (parameters, range) = (self.model.parameters.tensors(), self.model.last_layer.clone());
         let (below, above) = parameters.split_at(range.start);
-        let input = &shared.last_layer_input;
         let mut inputs = above.to_vec();
-        inputs.push(input);
+        // Vectors that are not tuned lead nowhere.
+        let cuts: Vec<&Tensor> = shared.cuts.iter().filter(|cut| cut.requires_grad()).collect();
+        inputs.extend(&cuts);
         let weights = weights.to_kind(Kind::Float);
         let last = losses.iter().rposition(Option::is_some);
         let mut sum: Vec<Tensor> = Vec::new();
@@ -98,8 +102,15 @@ impl<'a> Gradients<'a> {
             accumulate(&mut sum, weighted)?;
             accumulate(&mut self.own[task], own.into_iter().take(range.len()).collect())?;
         }
-        let Some(at_input) = sum.pop() else { return Ok(Vec::new()) };
-        let mut gradients = Tensor::f_run_backward(&[(input * at_input).sum(Kind::Float)], below, false, false)?;
+        if sum.is_empty() {
+            return Ok(Vec::new());
+        }
+        let at_cuts = sum.split_off(above.len());
+        let products = cuts.iter().zip(at_cuts).filter(|(_, gradient)| gradient.defined());
+        let Some(down) = products.map(|(cut, gradient)| (*cut * gradient).sum(Kind::Float)).reduce(|a, b| a + b) else {
+            return Ok(sum);
+        };
+        let mut gradients = Tensor::f_run_backward(&[down], below, false, false)?;
         gradients.extend(sum);
         Ok(gradients)
     }

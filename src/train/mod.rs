@@ -20,7 +20,7 @@ pub use unknown::UnknownWords;
 use crate::data::{DeviceSet, Sampler};
 use crate::evaluate::{Report, evaluate};
 use crate::model::Model;
-use crate::optim::Optimizer;
+use crate::optim::{Average, Optimizer};
 use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
 use crate::task::Task;
@@ -33,6 +33,8 @@ pub struct Trainer<'a> {
     pub tasks: &'a [Task],
     pub model: &'a Model,
     pub optimizer: Optimizer,
+    /// Evaluated and kept in place of the weights.
+    pub average: Option<Average>,
     pub weighting: Weighting,
     pub sampler: Sampler,
     pub train: &'a DeviceSet,
@@ -75,8 +77,12 @@ impl Trainer<'_> {
         let path = self.run.checkpoint("last");
         let saved = checkpoint::load(&path)?;
         let state: State = serde_json::from_value(saved.state).with_context(|| format!("{}", path.display()))?;
+        let mut moments = saved.optimizer;
         self.model.parameters.load(saved.model)?;
-        self.optimizer.load(saved.optimizer)?;
+        if let Some(average) = &mut self.average {
+            average.load(&mut moments)?;
+        }
+        self.optimizer.load(moments)?;
         self.weighting.load(&state.weighting)?;
         Ok(state)
     }
@@ -187,7 +193,9 @@ impl Trainer<'_> {
     }
 
     /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
-    fn evaluate(&self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
+    fn evaluate(&mut self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
+        // Where there is an average, the best checkpoints are of it; the last one holds the weights and their average.
+        self.swap_average()?;
         let report = evaluate(self.model, self.dev, self.tasks)?;
         let mut values =
             Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
@@ -225,6 +233,7 @@ impl Trainer<'_> {
         for (task, _) in self.tasks.iter().zip(&by_task).filter(|(_, better)| better.is_some()) {
             keep(&format!("best-{}", task.name))?;
         }
+        self.swap_average()?;
         state.judge(chosen, improved, by_task);
         let patience = self.config.early_stopping.patience_epochs;
         state.finished =
@@ -233,11 +242,17 @@ impl Trainer<'_> {
         Ok(report)
     }
 
+    fn swap_average(&mut self) -> Result<()> {
+        self.average.as_mut().map_or(Ok(()), Average::swap)
+    }
+
     fn save(&self, state: &State) -> Result<()> {
         let model: Vec<_> =
             self.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
         let state = State { weighting: self.weighting.save(), ..state.clone() };
-        checkpoint::save(&self.run.checkpoint("last"), &model, &self.optimizer.state(), &serde_json::to_value(state)?)
+        let mut moments = self.optimizer.state();
+        moments.extend(self.average.iter().flat_map(Average::state));
+        checkpoint::save(&self.run.checkpoint("last"), &model, &moments, &serde_json::to_value(state)?)
     }
 
     fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {

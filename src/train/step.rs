@@ -118,6 +118,7 @@ impl Trainer<'_> {
             losses = add_losses(losses, part);
         }
         let losses = losses.unwrap_or_default();
+        self.freeze(step.number, &mut gradients.sum);
         let clipped: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
         let norms = gradients.norms(device);
         let norm = clip_gradients(&clipped, self.config.clip_norm)?;
@@ -128,11 +129,29 @@ impl Trainer<'_> {
         pending.halted = pending.halted.maximum(&(1.0 - sound));
         let rate = self.learning_rate(step.number, step.n_steps);
         self.optimizer.step(&gradients.sum, rate, &pending.halted)?;
+        if let Some(average) = &mut self.average {
+            average.update(step.number)?;
+        }
         let observed = Observed { losses: &as_vector(&losses, device), present: &present, norms: norms.as_ref() };
         self.weighting.learn(&observed)?;
         pending.weights = weights.map(|weights| (weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values, present });
         Ok(batches.iter().map(|batch| batch.n_tokens()).sum())
+    }
+
+    /// Takes the gradients of the parts that are frozen at this step away.
+    fn freeze(&self, step: usize, gradients: &mut [Tensor]) {
+        let epoch = step / self.steps_per_epoch();
+        let frozen: Vec<&String> =
+            self.config.freeze_epochs.iter().filter(|(_, epochs)| epoch < **epochs).map(|(part, _)| part).collect();
+        if frozen.is_empty() {
+            return;
+        }
+        for ((name, _), gradient) in self.model.parameters.iter().zip(gradients) {
+            if frozen.iter().any(|part| is_part(name, part)) {
+                *gradient = Tensor::new();
+            }
+        }
     }
 
     /// The losses of batch `i` of a step: means over the batch, or, where a step has several, its share of their mean.
@@ -153,6 +172,11 @@ impl Trainer<'_> {
         }
         (shared, losses)
     }
+}
+
+/// Whether parameter `name` belongs to `part`: `trunk.weight_ih_l0` to `trunk`, but `trunks.x` does not.
+pub fn is_part(name: &str, part: &str) -> bool {
+    name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.') || part.ends_with('.'))
 }
 
 fn reference(wants: Wants) -> Option<Reference> {

@@ -12,6 +12,42 @@ use crate::util::{Folder, small};
 
 const SENTENCES: &str = "play the rock\ncook the soup bowl now\nvisit the unheard\nthe\n";
 
+/// Every option of embedding, trunk and heads that adds to the graph.
+const OPTIONS: [[&str; 6]; 4] = [
+    [
+        "model.embedding.characters={kind: cnn, dim: 4, filters: 5}",
+        "model.embedding.vectors=[{file: vectors.txt}]",
+        "model.trunk.layers=2",
+        "model.trunk.connection=highway",
+        "tasks.slots.inputs=[trunk, topic]",
+        "tasks.topic.layer=1",
+    ],
+    [
+        "model.embedding.characters={kind: lstm, dim: 4, hidden: 3}",
+        "model.embedding.vectors=[{file: vectors.txt, trainable: false}, {file: vectors.txt, max_words: 2}]",
+        "model.trunk.layers=2",
+        "model.trunk.connection=residual",
+        "tasks.topic.inputs=[trunk, slots]",
+        "tasks.slots.mix_layers=true",
+    ],
+    [
+        "model.embedding.characters={kind: cnn, dim: 4, filters: 5, max_bytes: 3}",
+        "tokenizer={model: bpe, size: 100}",
+        "tasks.topic.private_lstm=5",
+        "tasks.topic.pooling=last",
+        "tasks.slots.inputs=[trunk, topic]",
+        "model.trunk.layers=1",
+    ],
+    [
+        "model.embedding.characters={kind: cnn, dim: 4, filters: 5}",
+        "model.embedding.dim=0",
+        "model.trunk.bidirectional=false",
+        "tasks.slots.private_lstm=6",
+        "tasks.topic.inputs=[slots, trunk]",
+        "model.trunk.layers=2",
+    ],
+];
+
 fn train(folder: &Folder, overrides: &[&str]) {
     let mut arguments = vec!["train", "small.yaml", "--out", "run"];
     for value in overrides {
@@ -48,6 +84,10 @@ fn every_part_has_its_torchscript() {
         &["tasks.topic.pooling=max", "tasks.slots.decoder=softmax"],
         &["tasks.topic.pooling=attention", "model.trunk.bidirectional=false", "tasks.slots.scheme=plain"],
         &["tasks.topic.pooling=last", "model.trunk.bidirectional=false", "tokenizer={model: bpe, size: 100}"],
+        &OPTIONS[0],
+        &OPTIONS[1],
+        &OPTIONS[2],
+        &OPTIONS[3],
     ] {
         let s = setting(overrides);
         let module = build(&model_of(&s), &s.tasks, Precision::Float32, Output::Dictionary).unwrap();
@@ -66,11 +106,14 @@ fn every_part_has_its_torchscript() {
 fn python_and_cpp_programs_say_what_predict_says() {
     let folder = small();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    for tokenizer in ["{model: word, lowercase: true}", "{model: bpe, size: 100}"] {
-        train(
-            &folder,
-            &[&format!("tokenizer={tokenizer}"), "tasks.slots.constraints=true", "tasks.topic.pooling=last"],
-        );
+    let (word, bpe) = ("tokenizer={model: word, lowercase: true}", "tokenizer={model: bpe, size: 100}");
+    let spelled = "model.embedding.characters={kind: cnn}";
+    for settings in [
+        [word, "tasks.topic.pooling=last", "tasks.slots.constraints=true"],
+        [word, spelled, "model.embedding.vectors=[{file: vectors.txt}]"],
+        [bpe, spelled, "tasks.topic.pooling=last"],
+    ] {
+        train(&folder, &settings);
         let said = export(&folder, &[], 0);
         assert!(said.contains("agrees with the live model"), "{said}");
         let expected = predicted(&folder, "run");
@@ -83,9 +126,11 @@ fn python_and_cpp_programs_say_what_predict_says() {
              runpy.run_path({:?}, run_name='__main__')",
             program.display().to_string()
         );
-        assert_eq!(parsed(&python(&folder, &run)), expected, "{tokenizer}");
-        if tokenizer.contains("word") {
+        assert_eq!(parsed(&python(&folder, &run)), expected, "{settings:?}");
+        if settings[0] == word {
             assert_eq!(parsed(&cpp(&folder)), expected);
+        }
+        if settings[1] != spelled {
             checks_of_a_word_model(&folder);
         }
         std::fs::remove_dir_all(folder.path().join("run")).unwrap();
@@ -103,6 +148,10 @@ fn onnxruntime_agrees_with_torchscript() {
         &["tasks.topic.pooling=max", "tasks.topic.hidden=7", "tokenizer={model: bpe, size: 100}"],
         &["tasks.topic.pooling=attention", "model.trunk.bidirectional=false", "tasks.topic.hidden=3"],
         &["tasks.topic.pooling=last", "model.trunk.bidirectional=false"],
+        &OPTIONS[0],
+        &OPTIONS[1],
+        &OPTIONS[2],
+        &OPTIONS[3],
     ] {
         train(&folder, &[overrides, &["training.max_steps=20"]].concat());
         export(&folder, &["--force"], 0);
@@ -113,13 +162,17 @@ session = onnxruntime.InferenceSession('m.onnx')
 texts = session.get_modelmeta().custom_metadata_map
 assert json.loads(texts['labels.json'])[0]['name'] == 'topic' and 'model' in json.loads(texts['tokenizer.json'])
 model = torch.jit.load('model.pt')
-pieces = len(session.get_inputs()) == 4
+names = [value.name for value in session.get_inputs()]
+pieces, spelled = 'n_words' in names, 'bytes' in names
 torch.manual_seed(1)
 for n_rows, n_tokens in [(1, 1), (1, 9), (5, 4), (7, 12)]:
     ids = torch.randint(2, 12, (n_rows, n_tokens))
     lengths = torch.randint(1, n_tokens + 1, (n_rows,)); lengths[0] = n_tokens
     ids[torch.arange(n_tokens) >= lengths[:, None]] = 0
     feeds = {'token_ids': ids, 'lengths': lengths}
+    if spelled:
+        bytes = torch.randint(0, 257, (n_rows, n_tokens, 7)).cummin(-1).values
+        feeds['bytes'] = bytes * (torch.arange(n_tokens) < lengths[:, None]).unsqueeze(-1)
     n_words = lengths
     if pieces:
         n_words = (lengths + 1) // 2

@@ -10,7 +10,7 @@ use polytask::libtorch::clip_gradients;
 use polytask::model::{Mode, Model};
 use polytask::optim::Optimizer;
 use polytask::run::checkpoint;
-use polytask::task::{Task, TaskId};
+use polytask::task::Task;
 use tch::{Device, Kind, Tensor};
 
 use crate::util::{Folder, small};
@@ -30,7 +30,7 @@ pub fn setting(overrides: &[&str]) -> Setting {
     let experiment = Experiment::load(&folder.path().join("small.yaml"), &overrides).unwrap();
     let splitter = experiment.tokenizer.splitter();
     let (corpus, _) = load(&experiment.data, &experiment.task_columns(), splitter, &|_: &Path| {}).unwrap();
-    let tokenizer = Tokenizer::build(&experiment.tokenizer, Path::new(""), &corpus.rows(Split::Train)).unwrap();
+    let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus).unwrap();
     let tasks = prepare::tasks(&experiment, &corpus);
     let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, Device::Cpu).unwrap();
     Setting { _folder: folder, experiment, tasks, tokenizer, train }
@@ -44,7 +44,7 @@ fn logits(model: &Model, s: &Setting, rows: &[usize]) -> Vec<Tensor> {
     let _no_grad = tch::no_grad_guard();
     let batch = s.train.batch(rows);
     let encoded = model.encode(&batch, &batch.token_ids, Mode::Eval);
-    (0..s.tasks.len()).map(|task| model.head(TaskId(task)).logits(&encoded.taps[task], Mode::Eval)).collect()
+    encoded.taps.iter().map(|taps| model.head_logits(taps, Mode::Eval)).collect()
 }
 
 fn ensure_trains_saves_and_loads(overrides: &[&str]) {
@@ -119,6 +119,129 @@ fn decoders() {
 fn trunks() {
     ensure_trains_saves_and_loads(&["model.trunk.layers=2", "model.trunk.dropout=0.1", "model.embedding.dropout=0.1"]);
     ensure_trains_saves_and_loads(&["model.trunk.bidirectional=false", "tasks.topic.pooling=last"]);
+}
+
+#[test]
+fn layers_that_heads_read() {
+    let two = "model.trunk.layers=2";
+    for connection in ["residual", "highway"] {
+        ensure_trains_saves_and_loads(&[two, &format!("model.trunk.connection={connection}")]);
+    }
+    ensure_trains_saves_and_loads(&[two, "tasks.topic.layer=1", "model.trunk.locked_dropout=true"]);
+    ensure_trains_saves_and_loads(&[two, "tasks.slots.mix_layers=true", "tasks.topic.layer=1"]);
+    ensure_trains_saves_and_loads(&[
+        "tasks.slots.private_lstm=7",
+        "tasks.topic.private_lstm=5",
+        "tasks.topic.pooling=last",
+    ]);
+}
+
+#[test]
+fn heads_that_see_other_heads() {
+    ensure_trains_saves_and_loads(&["tasks.slots.inputs=[trunk, topic]"]);
+    ensure_trains_saves_and_loads(&["tasks.topic.inputs=[trunk, slots]", "tasks.slots.decoder=softmax"]);
+    ensure_trains_saves_and_loads(&[
+        "tasks.slots.inputs=[topic, trunk]",
+        "model.trunk.layers=2",
+        "tasks.topic.layer=1",
+        "tasks.topic.private_lstm=6",
+        "tasks.topic.hidden=8",
+    ]);
+}
+
+#[test]
+fn embeddings() {
+    ensure_trains_saves_and_loads(&["model.embedding.characters={kind: cnn, dim: 5, filters: 9, width: 5}"]);
+    ensure_trains_saves_and_loads(&[
+        "model.embedding.characters={kind: lstm, dim: 5, hidden: 4}",
+        "model.embedding.dim=0",
+    ]);
+    ensure_trains_saves_and_loads(&[
+        "model.embedding.characters={kind: cnn, max_bytes: 3}",
+        "tokenizer={model: bpe, size: 100}",
+    ]);
+    let vectors = "model.embedding.vectors=[{file: vectors.txt}]";
+    ensure_trains_saves_and_loads(&[vectors, "model.embedding.locked_dropout=true"]);
+    ensure_trains_saves_and_loads(&[
+        "model.embedding.vectors=[{file: vectors.txt, trainable: false}, {file: vectors.txt}]",
+        "model.embedding.dim=0",
+        "model.embedding.row_dropout=0.02",
+        "model.embedding.dropout=0",
+    ]);
+    ensure_trains_saves_and_loads(&["model.embedding.word_dropout=0.1", "tasks.topic.label_smoothing=0.02"]);
+    ensure_trains_saves_and_loads(&["tasks.slots.decoder=softmax", "tasks.slots.label_smoothing=0.02"]);
+}
+
+#[test]
+fn weights_that_decay_and_weights_that_do_not() {
+    let s = setting(&["training.optimizer={kind: adamw, weight_decay: 0.5, decay_all: false}"]);
+    let model = build(&s);
+    let before: Vec<Tensor> = model.parameters.tensors().iter().map(|tensor| tensor.copy()).collect();
+    let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
+    // Without a gradient decay alone moves a weight.
+    let gradients: Vec<Tensor> = before.iter().map(Tensor::zeros_like).collect();
+    optimizer.step(&gradients, 0.1, &Tensor::from(0.0f32)).unwrap();
+    for ((name, tensor), before) in model.parameters.iter().zip(&before) {
+        let spared = name.starts_with("embedding.") || tensor.dim() < 2;
+        let factor = if spared { 1.0 } else { 1.0 - 0.1 * 0.5 };
+        assert!((tensor - before * factor).abs().max().double_value(&[]) < 1e-6, "{name}");
+    }
+}
+
+#[test]
+fn frozen_parts_stay_for_their_epochs_and_the_average_is_what_is_kept() {
+    let folder = small();
+    let weights = |out: &str, name: &str, more: &[&str]| {
+        let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "training.max_epochs=2"];
+        more.iter().for_each(|value| arguments.extend(["--set", value]));
+        folder.polytask(&arguments).assert().success();
+        checkpoint::load(&folder.path().join(out).join(format!("checkpoints/{name}.safetensors"))).unwrap().model
+    };
+    let start = build(&setting(&[]));
+    let frozen = weights("frozen", "last", &["training.freeze_epochs={trunk: 2, heads.topic: 1}"]);
+    for (name, tensor) in start.parameters.iter() {
+        assert_eq!(*tensor == frozen[name], name.starts_with("trunk."), "{name}");
+    }
+    // With a decay near 1 / 5 the average follows the weights, but not closely.
+    let last = weights("average", "last", &["training.ema_decay=0.8"]);
+    let best = checkpoint::load(&folder.path().join("average/checkpoints/best.safetensors")).unwrap().model;
+    let plain = weights("plain", "last", &[]);
+    assert_eq!(last, plain, "averaging does not change how weights are trained");
+    assert!(best.iter().any(|(name, tensor)| *tensor != last[name]));
+}
+
+#[test]
+fn a_run_starts_from_what_fits_of_an_earlier_one() {
+    let folder = small();
+    folder.polytask(&["train", "small.yaml", "--out", "first"]).assert().success();
+    let train = |out: &str, more: &[&str]| {
+        let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "init_from=first"];
+        more.iter().for_each(|value| arguments.extend(["--set", value]));
+        folder.polytask(&arguments).assert()
+    };
+    let frozen = "training.freeze_epochs={embedding: 9, trunk: 9, heads.slots: 9}";
+    let fewer = r#"{"tokens": ["play", "brandnew", "rock"], "topic": "music", "slots": ["O", "O", "B-thing"]}"#;
+    folder.file("train.jsonl", format!("{}{fewer}\n", crate::util::rows(30)));
+    let output = train("second", &[frozen]).success().get_output().clone();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("the trunk, heads topic, slots"), "{said}");
+    let load = |run: &str, name: &str| {
+        checkpoint::load(&folder.path().join(run).join(format!("checkpoints/{name}.safetensors"))).unwrap().model
+    };
+    let (first, second) = (load("first", "best"), load("second", "last"));
+    for (name, tensor) in &second {
+        let same = first[name].size() == tensor.size() && first[name] == *tensor;
+        // The vocabularies differ, so that rows stand elsewhere.
+        assert!(same || name.starts_with("heads.topic.") || name == "embedding.weight", "{name}");
+    }
+    let row = |run: &str, weights: &std::collections::BTreeMap<String, Tensor>, word: &str| {
+        let json: serde_json::Value = serde_json::from_str(&folder.read(&format!("{run}/tokenizer.json"))).unwrap();
+        weights["embedding.weight"].get(json["model"]["vocab"][word].as_i64().unwrap())
+    };
+    assert_eq!(row("first", &first, "rock"), row("second", &second, "rock"));
+    train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success();
+    let error = train("fourth", &["model.trunk.hidden=9"]).code(2).get_output().clone();
+    assert!(String::from_utf8_lossy(&error.stderr).contains("init_from: `trunk.weight_ih_l0` is [40, 12] in"));
 }
 
 #[test]

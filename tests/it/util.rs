@@ -80,11 +80,16 @@ training:
   optimizer: {kind: adamw, learning_rate: 1.0e-2}
 ";
 
+/// Word vectors; training does not meet the last two words.
+pub const VECTORS: &str =
+    "the 1 0.5 -0.2\nplay 0.3 1 0.1\nrock -0.5 0.2 1\nvisit 0.9 -0.1 0.4\nunheard 0.2 0.2 -0.7\nof -1 0.5 0.5\n";
+
 /// A folder with [`SMALL`] as `small.yaml` and its data.
 pub fn small() -> Folder {
     let folder = Folder::new();
     folder.file("small.yaml", SMALL);
     folder.file("train.jsonl", rows(90));
     folder.file("dev.jsonl", rows(30));
+    folder.file("vectors.txt", VECTORS);
     folder
 }

@@ -80,6 +80,59 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
 }
 
+/// Whatever heads read, the paths that take norms in passing give the gradient of the weighted sum, and each task's own norm.
+#[test]
+fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
+    for options in [
+        &["model.trunk.layers=2", "tasks.topic.layer=1"] as &[&str],
+        &["model.trunk.layers=3", "tasks.slots.mix_layers=true", "model.trunk.connection=residual"],
+        &["model.trunk.layers=3", "tasks.slots.mix_layers=true", "tasks.topic.layer=2", "tasks.topic.private_lstm=4"],
+        &["model.trunk.layers=2", "tasks.slots.inputs=[trunk, topic]", "tasks.topic.layer=1"],
+        &["tasks.topic.inputs=[trunk, slots]", "tasks.slots.decoder=softmax"],
+        &[
+            "model.embedding.vectors=[{file: vectors.txt, trainable: false}]",
+            "model.embedding.dim=0",
+            "model.trunk.layers=2",
+            "tasks.topic.layer=1",
+        ],
+    ] {
+        let s = setting(options);
+        let model = build(&s);
+        let batch = s.train.batch(&(0..20).collect::<Vec<_>>());
+        let forward = || {
+            let shared = model.encode(&batch, &batch.token_ids, Mode::Eval);
+            let losses = model.losses(&shared, &batch, Mode::Eval);
+            (shared, losses)
+        };
+        let weights = Tensor::from_slice(&[0.3f64, 1.7]);
+        let parameters = model.parameters.tensors();
+        let total = weighted_sum(&forward().1, &weights).unwrap();
+        let plain = Tensor::run_backward(&[total], &parameters, false, false);
+        for reference in [Reference::Representation, Reference::LastLayer] {
+            let (shared, losses) = forward();
+            let mut gradients = Gradients::new(&model, &s.tasks, Some(reference));
+            gradients.add(&shared, &losses, &weights).unwrap();
+            for (((name, _), plain), found) in model.parameters.iter().zip(&plain).zip(&gradients.sum) {
+                let off = (plain - found).abs().max().double_value(&[]) / plain.abs().max().double_value(&[]);
+                // float32 sums in another order.
+                assert!(off < 1e-4, "{options:?}, {reference:?}: the gradient of {name} is off by {off}");
+            }
+            let norms = gradients.norms(Device::Cpu).unwrap();
+            for task in 0..2 {
+                let (shared, losses) = forward();
+                let inputs: Vec<&Tensor> = match reference {
+                    Reference::Representation => shared.taps[task].iter().map(|(_, tap)| &tap.tokens).collect(),
+                    Reference::LastLayer => parameters[model.last_layer.clone()].to_vec(),
+                };
+                let own = Tensor::run_backward(&[losses[task].as_ref().unwrap()], &inputs, false, false);
+                let squares = own.iter().map(|g| g.square().sum(Kind::Double).double_value(&[]));
+                let (alone, found) = (squares.sum::<f64>().sqrt(), norms.double_value(&[task as i64]));
+                assert!((alone - found).abs() < 1e-4 * alone, "{options:?}, {reference:?}: {found} is not {alone}");
+            }
+        }
+    }
+}
+
 #[test]
 fn uncertainty_finds_the_noise_of_two_regressions() {
     // Gal's notebook: y1 = 2 x + 8 + 10 e, y2 = 3 x + 3 + e, 100 points each.

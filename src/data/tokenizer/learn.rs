@@ -94,7 +94,7 @@ pub fn learn_words(config: &WordConfig, train: &[&Rows]) -> Result<Engine> {
 }
 
 /// The normalized pieces into which the pre-tokenizer cuts one word.
-fn parts_of(engine: &Engine, word: &str) -> Result<Vec<String>> {
+pub fn parts_of(engine: &Engine, word: &str) -> Result<Vec<String>> {
     use tokenizers::{Normalizer, OffsetReferential, OffsetType, PreTokenizer};
     let mut text = tokenizers::NormalizedString::from(word);
     let failed = |error| anyhow!("{error}");

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 use tokenizers::Tokenizer as Engine;
 
 use learn::{PieceKind, learn_pieces, learn_words};
@@ -128,6 +129,12 @@ pub struct Tokenizer {
     pub splitter: Splitter,
     pub padding: u32,
     pub unknown: u32,
+    /// Sets keep so many bytes of each word's spelling. Default: none.
+    pub max_bytes: Option<usize>,
+    /// Tokens that training may meet: they come first. The others stand for words that pretrained vectors know.
+    pub n_trained: usize,
+    /// Pretrained vectors of all tokens, [V, E] a file.
+    pub vectors: Vec<Tensor>,
 }
 
 /// The token ids of each of a list of distinct words: word `w` has `ids[offsets[w]..offsets[w + 1]]`.
@@ -172,7 +179,8 @@ impl Tokenizer {
         let unknown = unknown.ok_or_else(|| anyhow!("the tokenizer has no token for unknown words ({UNKNOWN})"))?;
         // Padding is masked wherever it could count, so that any id serves where a tokenizer has none of its own.
         let padding = find(&[PADDING, "<pad>", "<PAD>"]).unwrap_or(0);
-        Ok(Tokenizer { engine, splitter, padding, unknown })
+        let n_trained = engine.get_vocab_size(true);
+        Ok(Tokenizer { engine, splitter, padding, unknown, max_bytes: None, n_trained, vectors: Vec::new() })
     }
 
     /// The number of token ids.
@@ -185,6 +193,29 @@ impl Tokenizer {
         (0..self.size() as u32).map(|id| self.engine.id_to_token(id).unwrap_or_default()).collect()
     }
 
+    /// The tokens that whole words would be, known or not; `None` where a word falls apart.
+    pub fn whole_tokens(&self, words: &[String]) -> Vec<Option<String>> {
+        let engine = &self.engine;
+        let whole = |word: &String| {
+            let mut parts = learn::parts_of(engine, word).ok()?;
+            if parts.len() == 1 { parts.pop() } else { None }
+        };
+        words.par_iter().map(whole).collect()
+    }
+
+    /// Appends words to the vocabulary of a word tokenizer; those that it knows stay where they are.
+    pub fn extend<'a>(&mut self, words: impl Iterator<Item = &'a str>) -> Result<()> {
+        let mut json: serde_json::Value = serde_json::from_str(&self.to_json()?)?;
+        let vocab =
+            json["model"]["vocab"].as_object_mut().ok_or_else(|| anyhow!("the tokenizer has no list of words"))?;
+        for word in words {
+            let next = vocab.len();
+            vocab.entry(word).or_insert_with(|| next.into());
+        }
+        self.engine = engine_from(json.to_string().as_bytes())?;
+        Ok(())
+    }
+
     pub fn to_json(&self) -> Result<String> {
         self.engine.to_string(true).map_err(|error| anyhow!("{error}"))
     }
@@ -192,7 +223,9 @@ impl Tokenizer {
     /// Encodes distinct words, in parallel. A word of which the tokenizer leaves nothing is the unknown token.
     pub fn encode_words(&self, words: &Strings) -> Result<Pieces> {
         let words: Vec<&str> = words.iter().collect();
-        let encoded: Vec<Vec<u32>> = words.par_iter().map(|word| self.encode_word(word)).collect::<Result<_>>()?;
+        let (engine, unknown) = (&self.engine, self.unknown);
+        let encoded: Vec<Vec<u32>> =
+            words.par_iter().map(|word| encode_word(engine, unknown, word)).collect::<Result<_>>()?;
         let mut pieces = Pieces { ids: Vec::new(), offsets: vec![0] };
         for ids in encoded {
             pieces.ids.extend(ids);
@@ -200,12 +233,12 @@ impl Tokenizer {
         }
         Ok(pieces)
     }
+}
 
-    fn encode_word(&self, word: &str) -> Result<Vec<u32>> {
-        let encoding = self.engine.encode_fast(vec![word], false).map_err(|error| anyhow!("{error}"))?;
-        let ids = encoding.get_ids();
-        Ok(if ids.is_empty() { vec![self.unknown] } else { ids.to_vec() })
-    }
+fn encode_word(engine: &Engine, unknown: u32, word: &str) -> Result<Vec<u32>> {
+    let encoding = engine.encode_fast(vec![word], false).map_err(|error| anyhow!("{error}"))?;
+    let ids = encoding.get_ids();
+    Ok(if ids.is_empty() { vec![unknown] } else { ids.to_vec() })
 }
 
 fn engine_from(json: &[u8]) -> Result<Engine> {
@@ -226,7 +259,7 @@ mod tests {
     }
 
     fn ids(tokenizer: &Tokenizer, word: &str) -> Vec<u32> {
-        tokenizer.encode_word(word).unwrap()
+        encode_word(&tokenizer.engine, tokenizer.unknown, word).unwrap()
     }
 
     #[test]

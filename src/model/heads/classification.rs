@@ -5,13 +5,15 @@
 //! b sentences, T tokens, F = D*H features, C classes.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
-use super::{Decoded, Head, OnnxInputs};
+use super::{Decoded, Head, HeadSize, OnnxInputs};
+use crate::data::labels::NO_LABEL;
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
+use crate::model::lstm::{last_states_onnx, last_states_script};
 use crate::model::parameters::{Linear, Scope};
-use crate::model::{Encoded, Mode, Script, TrunkConfig};
+use crate::model::{Encoded, Mode, Script};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::Task;
 
@@ -31,6 +33,22 @@ pub struct ClassificationConfig {
     /// Dropout before each layer of the head, beyond the trunk's own. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
+    /// What it reads: `trunk`, and other tasks, whose heads' distributions it sees. Default `[trunk]`.
+    #[serde(default = "super::trunk_alone")]
+    pub inputs: Vec<String>,
+    /// The trunk's layer that it reads, from 1; 0 is the last. Default 0.
+    #[serde(default)]
+    pub layer: usize,
+    /// Read a learned mix of all layers instead. Default false.
+    #[serde(default)]
+    pub mix_layers: bool,
+    /// Hidden size of an LSTM layer of its own; 0 is none. Default 0.
+    #[serde(default)]
+    pub private_lstm: i64,
+    /// Share of the probability that the loss spreads over all classes (Szegedy 2016, section 7). Default 0, from 0 to
+    /// below 1.
+    #[serde(default)]
+    pub label_smoothing: f64,
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
     #[serde(default = "crate::config::one")]
     pub priority: f64,
@@ -53,28 +71,34 @@ pub struct Classification {
     hidden: Option<Linear>,
     output: Linear,
     dropout: f64,
+    label_smoothing: f64,
     n_labels: usize,
-    /// H, where the trunk's output has the last states of the forward direction end.
-    trunk_hidden: i64,
+    /// H, of the states that are pooled.
+    state_hidden: i64,
+    /// Whether other heads' distributions stand beside the pooled sentence.
+    beside: bool,
 }
 
 impl Classification {
-    pub fn new(mut scope: Scope, config: &ClassificationConfig, task: &Task, trunk: &TrunkConfig) -> Self {
-        let inputs = trunk.width();
+    pub fn new(mut scope: Scope, config: &ClassificationConfig, task: &Task, size: HeadSize) -> Self {
+        let inputs = size.width;
         let attention = (config.pooling == Pooling::Attention).then(|| {
             let mut scope = scope.sub("attention");
             (scope.linear("projection", inputs, inputs), scope.linear("score", inputs, 1))
         });
-        let hidden = (config.hidden > 0).then(|| scope.linear("hidden", inputs, config.hidden));
-        let width = if config.hidden > 0 { config.hidden } else { inputs };
+        let pooled = inputs + size.beside;
+        let hidden = (config.hidden > 0).then(|| scope.linear("hidden", pooled, config.hidden));
+        let width = if config.hidden > 0 { config.hidden } else { pooled };
         Classification {
             pooling: config.pooling,
             attention,
             hidden,
             output: scope.linear("output", width, task.labels.len() as i64),
             dropout: config.dropout,
+            label_smoothing: config.label_smoothing,
             n_labels: task.labels.len(),
-            trunk_hidden: trunk.hidden,
+            state_hidden: size.hidden,
+            beside: size.beside > 0,
         }
     }
 
@@ -106,7 +130,7 @@ impl Classification {
 
 impl Head for Classification {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
-        let mut x = self.pool(encoded).dropout(self.dropout, mode.training());
+        let mut x = encoded.with_beside(self.pool(encoded)).dropout(self.dropout, mode.training());
         if let Some(hidden) = &self.hidden {
             x = hidden.forward(&x).relu().dropout(self.dropout, mode.training());
         }
@@ -114,7 +138,8 @@ impl Head for Classification {
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {
-        logits.cross_entropy_for_logits(&targets.labels)
+        let none = None::<&Tensor>;
+        logits.cross_entropy_loss(&targets.labels, none, Reduction::Mean, NO_LABEL.into(), self.label_smoothing)
     }
 
     fn decode(&self, logits: &Tensor, _: &[i64]) -> Vec<Decoded> {
@@ -142,23 +167,7 @@ impl Head for Classification {
             graph.op("ReduceSum", &[x, &axis], vec![Attribute::Int("keepdims", 0)])
         };
         let mut x = match self.pooling {
-            Pooling::Last => {
-                let hidden = self.trunk_hidden;
-                let one = graph.constant(&Tensor::from(1i64));
-                let last = graph.op("Sub", &[&inputs.lengths, &one], vec![]);
-                let last = graph.unsqueeze(&last, 1);
-                let forward = graph.slice(tokens, 2, 0, hidden);
-                let forward = graph.at(&forward, &last, hidden); // [B, 1, H]
-                let states = match inputs.width > hidden {
-                    false => forward,
-                    true => {
-                        let first = graph.slice(tokens, 1, 0, 1);
-                        let reverse = graph.slice(&first, 2, hidden, inputs.width);
-                        graph.op("Concat", &[&forward, &reverse], vec![Attribute::Int("axis", -1)])
-                    }
-                };
-                graph.squeeze(&states, 1)
-            }
+            Pooling::Last => last_states_onnx(graph, tokens, &inputs.lengths, (self.state_hidden, inputs.width)),
             Pooling::Max => {
                 let tokens = filled(graph, tokens, f32::NEG_INFINITY);
                 let attributes = vec![Attribute::Ints("axes", vec![1]), Attribute::Int("keepdims", 0)];
@@ -183,6 +192,7 @@ impl Head for Classification {
                 sum(graph, &weighted)
             }
         };
+        x = inputs.with_beside(graph, x);
         if let Some(hidden) = &self.hidden {
             x = hidden.onnx(graph, &x);
             x = graph.op("Relu", &[&x], vec![]);
@@ -195,14 +205,7 @@ impl Head for Classification {
 
     fn script(&self) -> Script {
         let pooled = match self.pooling {
-            Pooling::Last => format!(
-                "    index = (lengths - 1).view(-1, 1, 1).expand(-1, 1, {hidden})
-    x = tokens[:, :, :{hidden}].gather(1, index).squeeze(1)
-    if tokens.size(2) > {hidden}:
-        x = torch.cat([x, tokens[:, 0, {hidden}:]], -1)
-",
-                hidden = self.trunk_hidden
-            ),
+            Pooling::Last => last_states_script("tokens", self.state_hidden),
             Pooling::Max => "    x = tokens.masked_fill(torch.logical_not(mask), float('-inf')).amax([1])\n".to_owned(),
             Pooling::Mean => "    x = tokens.masked_fill(torch.logical_not(mask), 0.0).sum([1])
     x = x / lengths.unsqueeze(1).to(x.dtype)
@@ -219,12 +222,13 @@ impl Head for Classification {
             Some(_) => "    x = torch.relu(self.hidden.forward(x))\n",
             None => "",
         };
+        let beside = if self.beside { "    x = torch.cat([x] + beside, -1)\n" } else { "" };
         let source = format!(
             "
-def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
+def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor, beside: List[Tensor]) -> Tensor:
     positions = torch.arange(tokens.size(1), device=tokens.device).unsqueeze(0)
     mask = (positions < lengths.unsqueeze(1)).unsqueeze(-1)
-{pooled}{hidden}    return self.output.forward(x)
+{pooled}{beside}{hidden}    return self.output.forward(x)
 
 def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
     return logits.argmax(-1)

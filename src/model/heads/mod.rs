@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::parameters::Scope;
-use super::{Encoded, Mode, Script, TrunkConfig};
+use super::view::Reads;
+use super::{Encoded, Mode, Script};
 use crate::data::Targets;
 use crate::metrics::Metric;
-use crate::onnx::{Graph, Value};
-use crate::task::{Task, TaskKind};
+use crate::onnx::{Attribute, Graph, Value};
+use crate::task::{Task, TaskId, TaskKind};
 
 pub use classification::{ClassificationConfig, Pooling};
 pub use tagging::{Decoder, Scoring, TaggingConfig};
@@ -54,14 +55,57 @@ impl HeadConfig {
         }
     }
 
-    pub fn build(&self, scope: Scope, task: &Task, trunk: &TrunkConfig) -> Box<dyn Head> {
+    fn inputs(&self) -> &[String] {
         match self {
-            HeadConfig::Classification(config) => {
-                Box::new(classification::Classification::new(scope, config, task, trunk))
-            }
-            HeadConfig::Tagging(config) => Box::new(tagging::Tagging::new(scope, config, task, trunk)),
+            HeadConfig::Classification(config) => &config.inputs,
+            HeadConfig::Tagging(config) => &config.inputs,
         }
     }
+
+    pub fn reads_trunk(&self) -> bool {
+        self.inputs().iter().any(|name| name == TRUNK)
+    }
+
+    /// The other heads that it sees, by name.
+    pub fn other_inputs(&self) -> impl Iterator<Item = &str> {
+        self.inputs().iter().map(String::as_str).filter(|&name| name != TRUNK)
+    }
+
+    /// What it reads; `tasks` by [`TaskId`].
+    pub fn reads(&self, tasks: &[Task]) -> Reads {
+        let (HeadConfig::Classification(ClassificationConfig { layer, mix_layers, private_lstm, .. })
+        | HeadConfig::Tagging(TaggingConfig { layer, mix_layers, private_lstm, .. })) = self;
+        let id = |name: &str| tasks.iter().position(|task| task.name == name).map(TaskId);
+        let heads = self.other_inputs().filter_map(id).collect();
+        Reads { heads, layer: *layer, mix_layers: *mix_layers, private_lstm: *private_lstm }
+    }
+
+    pub fn build(&self, scope: Scope, task: &Task, size: HeadSize) -> Box<dyn Head> {
+        match self {
+            HeadConfig::Classification(config) => {
+                Box::new(classification::Classification::new(scope, config, task, size))
+            }
+            HeadConfig::Tagging(config) => Box::new(tagging::Tagging::new(scope, config, task, size)),
+        }
+    }
+}
+
+/// The name of the trunk among a head's inputs.
+pub const TRUNK: &str = "trunk";
+
+fn trunk_alone() -> Vec<String> {
+    vec![TRUNK.to_owned()]
+}
+
+/// The sizes of what a head sees.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadSize {
+    /// Numbers a token: F = D*H.
+    pub width: i64,
+    /// Those of one direction: H.
+    pub hidden: i64,
+    /// Numbers that other heads add, a sentence or a word.
+    pub beside: i64,
 }
 
 /// What a head says of one sentence: a label and its probability, for the sentence or for each word.
@@ -84,7 +128,7 @@ pub trait Head {
 
     fn metric(&self) -> Box<dyn Metric>;
 
-    /// Methods `forward(tokens, lengths, words)`, which gives logits, and `decode(logits, n_words)`, which gives the ids of
+    /// Methods `forward(tokens, lengths, words, beside)`, which gives logits, and `decode(logits, n_words)`, which gives the ids of
     /// the best labels: `[B]` for classes, [B, W] for tags with -1 beyond a sentence's end. Shapes are those of
     /// [`OnnxInputs`].
     fn script(&self) -> Script;
@@ -105,4 +149,17 @@ pub struct OnnxInputs {
     pub n_words: Value,
     /// F
     pub width: i64,
+    /// Distributions of other heads: [B, C] for classes, [B, W, C] for tags.
+    pub beside: Vec<Value>,
+}
+
+impl OnnxInputs {
+    /// `x` with the other heads' distributions after it.
+    fn with_beside(&self, graph: &mut Graph, x: Value) -> Value {
+        if self.beside.is_empty() {
+            return x;
+        }
+        let parts: Vec<&Value> = std::iter::once(&x).chain(&self.beside).collect();
+        graph.op("Concat", &parts, vec![Attribute::Int("axis", -1)])
+    }
 }

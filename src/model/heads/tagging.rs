@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Reduction, Tensor};
 
 use super::crf::Crf;
-use super::{Decoded, Head, OnnxInputs};
+use super::{Decoded, Head, HeadSize, OnnxInputs};
 use crate::data::labels::NO_LABEL;
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::parameters::{Linear, Scope};
-use crate::model::{Encoded, Mode, Script, TrunkConfig};
+use crate::model::{Encoded, Mode, Script};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Scheme, Task};
 
@@ -41,6 +41,22 @@ pub struct TaggingConfig {
     /// Dropout before the head, beyond the trunk's own. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
+    /// What it reads: `trunk`, and other tasks, whose heads' distributions it sees. Default `[trunk]`.
+    #[serde(default = "super::trunk_alone")]
+    pub inputs: Vec<String>,
+    /// The trunk's layer that it reads, from 1; 0 is the last. Default 0.
+    #[serde(default)]
+    pub layer: usize,
+    /// Read a learned mix of all layers instead. Default false.
+    #[serde(default)]
+    pub mix_layers: bool,
+    /// Hidden size of an LSTM layer of its own; 0 is none. Default 0.
+    #[serde(default)]
+    pub private_lstm: i64,
+    /// With softmax: share of the probability that the loss spreads over all tags (Szegedy 2016, section 7). Default 0,
+    /// from 0 to below 1.
+    #[serde(default)]
+    pub label_smoothing: f64,
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
     #[serde(default = "crate::config::one")]
     pub priority: f64,
@@ -70,25 +86,31 @@ pub struct Tagging {
     output: Linear,
     crf: Option<Crf>,
     dropout: f64,
+    label_smoothing: f64,
+    /// Whether other heads' distributions stand beside the words.
+    beside: bool,
     task: Task,
     scoring: Scoring,
 }
 
 impl Tagging {
-    pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, trunk: &TrunkConfig) -> Self {
-        let output = scope.linear("output", trunk.width(), task.labels.len() as i64);
+    pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, size: HeadSize) -> Self {
+        let output = scope.linear("output", size.width + size.beside, task.labels.len() as i64);
         let constrained = config.constraints && task.kind.has_spans();
         let crf = match config.decoder {
             Decoder::Softmax => None,
             Decoder::Crf => Some(Crf::new(scope.sub("crf"), &task.labels, constrained)),
         };
-        Tagging { output, crf, dropout: config.dropout, task: task.clone(), scoring: config.scoring }
+        let (dropout, label_smoothing) = (config.dropout, config.label_smoothing);
+        let (task, beside) = (task.clone(), size.beside > 0);
+        Tagging { output, crf, dropout, label_smoothing, beside, task, scoring: config.scoring }
     }
 }
 
 impl Head for Tagging {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
-        self.output.forward(&encoded.words().dropout(self.dropout, mode.training())) // [b, W, C]
+        let words = encoded.with_beside(encoded.words()); // [b, W, F]
+        self.output.forward(&words.dropout(self.dropout, mode.training())) // [b, W, C]
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {
@@ -97,7 +119,7 @@ impl Head for Tagging {
             None => {
                 let (flat, labels) = (logits.flatten(0, 1), targets.labels.flatten(0, 1)); // [b*W, C], [b*W]
                 let none = None::<&Tensor>;
-                flat.cross_entropy_loss(&labels, none, Reduction::Mean, NO_LABEL.into(), 0.0)
+                flat.cross_entropy_loss(&labels, none, Reduction::Mean, NO_LABEL.into(), self.label_smoothing)
             }
         }
     }
@@ -119,7 +141,8 @@ impl Head for Tagging {
     }
 
     fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value) {
-        let logits = self.output.onnx(graph, &inputs.words);
+        let words = inputs.with_beside(graph, inputs.words.clone());
+        let logits = self.output.onnx(graph, &words);
         let here = graph.mask(&logits, &inputs.n_words); // [B, W]
         let labels = match &self.crf {
             Some(crf) => crf.onnx(graph, &logits, &here),
@@ -138,10 +161,11 @@ impl Head for Tagging {
             Some(crf) => crf.script(),
             None => Script { source: "    labels = logits.argmax(-1)\n".to_owned(), ..Script::default() },
         };
+        let words = if self.beside { "torch.cat([words] + beside, -1)" } else { "words" };
         script.source = format!(
             "
-def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
-    return self.output.forward(words)
+def forward(self, tokens: Tensor, lengths: Tensor, words: Tensor, beside: List[Tensor]) -> Tensor:
+    return self.output.forward({words})
 
 def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
 {}    positions = torch.arange(logits.size(1), device=logits.device).unsqueeze(0)

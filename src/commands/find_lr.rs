@@ -1,0 +1,160 @@
+//! `polytask find-lr`: the loss while the learning rate rises, and the rate that it suggests (Smith 2017, "Cyclical Learning
+//! Rates", arXiv 1506.01186, section 3.3).
+//!
+//! The loss is smoothed with a decay of 0.9, corrected for its start. The suggestion is the rate at which it falls fastest
+//! against the logarithm of the rate, before its lowest point.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::cli::FindLrArgs;
+use super::{End, prepare, table};
+use crate::compare::html::{self, Chart};
+use crate::config::Experiment;
+use crate::data::{Sampler, Split};
+use crate::optim::{Optimizer, RangeConfig, ScheduleConfig};
+use crate::problem::{fail_on_errors, invalid};
+use crate::rng::Seed;
+use crate::run::{RunDirectory, atomic};
+use crate::train::{Pending, State, Step, Trainer, TrainingConfig, UnknownWords};
+
+/// The test ends when the loss is so many times its lowest.
+const DIVERGED: f64 = 4.0;
+
+/// A step's learning rate and the smoothed sum of the tasks' losses.
+type Point = (f64, f64);
+
+pub fn run(args: &FindLrArgs) -> Result<End> {
+    if !(args.from > 0.0 && args.to > args.from) {
+        return Err(invalid("--from must be more than 0 and less than --to"));
+    }
+    let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let points = measure(args, &experiment)?;
+    let suggestion = suggestion(&points);
+    if args.json {
+        let points: Vec<_> = points.iter().map(|(rate, loss)| json!({"learning_rate": rate, "loss": loss})).collect();
+        println!("{}", json!({"suggestion": suggestion, "points": points}));
+        return Ok(End::Done);
+    }
+    println!("{}", curve(&points));
+    match suggestion {
+        Some(rate) => println!("the loss falls fastest at {rate:.1e}: training.optimizer.learning_rate of that size"),
+        None => println!("the loss did not fall: try a lower --from, or more --steps"),
+    }
+    if let Some(path) = &args.html {
+        let chart = Chart {
+            title: "smoothed loss by log10 of the learning rate".to_owned(),
+            lines: vec![(experiment.name.clone(), points.iter().map(|(rate, loss)| (rate.log10(), *loss)).collect())],
+            logarithmic: false,
+        };
+        atomic::write(path, html::page(&format!("{}: learning rates", experiment.name), &[], &[chart]).as_bytes())?;
+        log::info!("the curve is in {}", path.display());
+    }
+    Ok(End::Done)
+}
+
+/// Trains with a rate that rises at every step, until the loss runs away.
+fn measure(args: &FindLrArgs, experiment: &Experiment) -> Result<Vec<Point>> {
+    let (device, _) = prepare::machine(&args.machine)?;
+    let (corpus, problems) = prepare::corpus(experiment)?;
+    fail_on_errors(problems)?;
+    let (tokenizer, _) = prepare::tokenizer(experiment, &corpus)?;
+    let tasks = prepare::tasks(experiment, &corpus);
+    let model = prepare::model(experiment, &tasks, &tokenizer, device)?;
+    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
+    let n_steps = usize::from(args.steps);
+    let mut config = TrainingConfig {
+        schedule: ScheduleConfig::Range(RangeConfig { final_factor: args.to / args.from }),
+        ..experiment.training.clone()
+    };
+    config.optimizer.set_learning_rate(args.from);
+    let seed = Seed(experiment.seed);
+    let sampler = || Sampler::new(&train.set, &config.sampling, config.batch_size, seed);
+    let mut batches = Vec::new();
+    for epoch in 0.. {
+        batches.extend(sampler().plan(epoch));
+        if batches.len() >= n_steps * config.accumulate_steps {
+            break;
+        }
+    }
+    let rate = experiment.tokenizer.unknown_rate();
+    let nowhere = RunDirectory { path: std::path::PathBuf::new() };
+    let mut trainer = Trainer {
+        config: &config,
+        tasks: &tasks,
+        model: &model,
+        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+        average: None,
+        weighting: prepare::weighting(experiment, &tasks, device),
+        sampler: sampler(),
+        unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
+        train: &train,
+        dev: &train,
+        seed,
+        run: &nowhere,
+    };
+    let mut pending = Pending::new(device);
+    let (mut points, mut average, mut best) = (Vec::new(), 0.0, f64::MAX);
+    for (number, batches) in batches.chunks(config.accumulate_steps).take(n_steps).enumerate() {
+        let mut state = State::new(tasks.len());
+        trainer.take(&Step { number, n_steps, batches, diagnose: false }, &mut pending)?;
+        if pending.drain(&mut state, &tasks).is_err() {
+            break;
+        }
+        let loss: f64 = state.interval.means().into_iter().flatten().sum();
+        average = 0.9 * average + 0.1 * loss;
+        let smoothed = average / (1.0 - 0.9f64.powi(number as i32 + 1));
+        points.push((args.from * config.schedule.factor(number, n_steps), smoothed));
+        best = best.min(smoothed);
+        if smoothed > DIVERGED * best {
+            break;
+        }
+    }
+    Ok(points)
+}
+
+/// The rate of the steepest fall over a twentieth of the steps, before the lowest point.
+fn suggestion(points: &[Point]) -> Option<f64> {
+    let lowest = (0..points.len()).min_by(|&a, &b| points[a].1.total_cmp(&points[b].1))?;
+    let span = (points.len() / 20).max(1);
+    let slope = |i: usize| {
+        let ((rate, loss), (next_rate, next_loss)) = (points[i], points[i + span]);
+        (next_loss - loss) / (next_rate / rate).ln()
+    };
+    // The first steps' mean is over too few to tell a slope.
+    let candidates = (span.max(5)..lowest.saturating_sub(span)).map(|i| (i + span / 2, slope(i)));
+    let (at, slope) = candidates.min_by(|a, b| a.1.total_cmp(&b.1))?;
+    (slope < 0.0).then(|| points[at].0)
+}
+
+/// About twenty of the points, with bars.
+fn curve(points: &[Point]) -> comfy_table::Table {
+    let mut out = table::table(&["learning rate", "loss", ""], 0);
+    let top = points.iter().map(|(_, loss)| *loss).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
+    for (rate, loss) in points.iter().step_by((points.len() / 20).max(1)) {
+        let bar = "█".repeat((40.0 * loss / top).round() as usize);
+        out.add_row([format!("{rate:.1e}"), format!("{loss:.3}"), bar]);
+    }
+    if let Some(column) = out.column_mut(2) {
+        column.set_cell_alignment(comfy_table::CellAlignment::Left);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_steepest_fall_is_suggested_and_a_rise_suggests_nothing() {
+        // Flat, a fall around 1e-3, flat, then up.
+        let rate = |i: usize| 1e-5 * 10f64.powf(i as f64 / 20.0);
+        let loss = |i: usize| 2.0 - 1.0 / (1.0 + (-(i as f64 - 40.0) / 3.0).exp()) + ((i as f64 - 90.0) / 5.0).exp();
+        let points: Vec<Point> = (0..100).map(|i| (rate(i), loss(i))).collect();
+        let found = suggestion(&points).unwrap();
+        assert!((0.5e-3..2e-3).contains(&found), "{found}");
+        let rising: Vec<Point> = (0..100).map(|i| (rate(i), 1.0 + i as f64)).collect();
+        assert_eq!(suggestion(&rising), None);
+        assert_eq!(suggestion(&[]), None);
+    }
+}

@@ -1,0 +1,284 @@
+//! Pretrained word vectors: reading them, and giving each token of a vocabulary its own.
+//!
+//! A token has the vector of the word as it is written or, where the file does not know that, in lower case. Words of the
+//! file that training never meets become further tokens, so that a trained model knows them when it meets them in use.
+//!
+//! V tokens, E numbers a word.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use rayon::prelude::*;
+use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::rows::Rows;
+use super::tokenizer::Tokenizer;
+use crate::problem::{InvalidInput, Place, Problem, invalid};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VectorsConfig {
+    /// A file of vectors, relative to the data root: GloVe's text (`word v1 v2 ...`), word2vec's text (with a first line
+    /// `count dim`), or `.npy` [count, dim].
+    pub file: PathBuf,
+    /// For `.npy`: a file with the words, one a line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words: Option<PathBuf>,
+    /// Whether training changes the vectors of the words that it meets. Default true.
+    #[serde(default = "yes")]
+    pub trainable: bool,
+    /// Words from the file's beginning that the model keeps though training does not meet them. Default 100,000.
+    #[serde(default = "default_max_words")]
+    pub max_words: usize,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_max_words() -> usize {
+    100_000
+}
+
+/// A file of vectors as read.
+#[derive(Debug)]
+struct Table {
+    words: Vec<String>,
+    dim: usize,
+    /// [words, dim]
+    values: Vec<f32>,
+}
+
+/// How much of the training text a file of vectors knows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Coverage {
+    pub file: PathBuf,
+    pub dim: usize,
+    /// Words in the file.
+    pub n_words: usize,
+    /// Distinct training words, and how many of them the file knows.
+    pub types: (usize, usize),
+    /// Running training words, and how many of them the file knows.
+    pub tokens: (u64, u64),
+}
+
+/// Reads the files, gives `tokenizer` their further words and all its tokens their vectors.
+///
+/// # Errors
+/// [`InvalidInput`] with file and line of what cannot be read.
+pub fn attach(
+    tokenizer: &mut Tokenizer,
+    configs: &[VectorsConfig],
+    root: &Path,
+    train: &[&Rows],
+) -> Result<Vec<Coverage>> {
+    let mut tables = Vec::new();
+    for config in configs {
+        let table = read(&root.join(&config.file), config.words.as_ref().map(|words| root.join(words)).as_deref())?;
+        let tokens = tokenizer.whole_tokens(&table.words);
+        tables.push((config, table, tokens));
+    }
+    let further = tables
+        .iter()
+        .flat_map(|(config, _, tokens)| tokens.iter().take(config.max_words).flatten().map(String::as_str));
+    tokenizer.extend(further)?;
+    let vocabulary = tokenizer.vocabulary();
+    let counts = counts(tokenizer, train)?;
+    let mut coverages = Vec::new();
+    for (config, table, tokens) in &tables {
+        let mut place: FxHashMap<&str, usize> = FxHashMap::default();
+        for (row, token) in tokens.iter().enumerate() {
+            if let Some(token) = token {
+                place.entry(token).or_insert(row);
+            }
+        }
+        let found: Vec<Option<usize>> = vocabulary
+            .iter()
+            .map(|token| place.get(token.as_str()).or_else(|| place.get(token.to_lowercase().as_str())).copied())
+            .collect();
+        tokenizer.vectors.push(table.of(&found, tokenizer, config.trainable));
+        let known = |id: &usize| found[*id].is_some();
+        let met = counts.iter().enumerate().filter(|(_, count)| **count > 0).map(|(id, _)| id);
+        coverages.push(Coverage {
+            file: config.file.clone(),
+            dim: table.dim,
+            n_words: table.words.len(),
+            types: (met.clone().count(), met.clone().filter(known).count()),
+            tokens: (counts.iter().sum(), met.filter(known).map(|id| counts[id]).sum()),
+        });
+    }
+    Ok(coverages)
+}
+
+/// How often training meets each token; unknown words count as that token.
+fn counts(tokenizer: &Tokenizer, train: &[&Rows]) -> Result<Vec<u64>> {
+    let mut counts = vec![0; tokenizer.size()];
+    for rows in train {
+        let pieces = tokenizer.encode_words(&rows.words)?;
+        for &word in &rows.word_ids {
+            pieces.of(word).iter().for_each(|&id| counts[id as usize] += 1);
+        }
+    }
+    Ok(counts)
+}
+
+impl Table {
+    /// The vectors at the rows `found` for all tokens, [V, E]. A token without one has zeros, or, where it is trained, normal
+    /// numbers of the table's own spread.
+    fn of(&self, found: &[Option<usize>], tokenizer: &Tokenizer, trainable: bool) -> Tensor {
+        let n = self.values.len().max(1) as f64;
+        let spread = (self.values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n).sqrt();
+        let dim = self.dim as i64;
+        let mut generator = crate::rng::Seed(0).generator(crate::rng::Purpose::Initialization, 0);
+        let mut values = Vec::with_capacity(found.len() * self.dim);
+        for (id, row) in found.iter().enumerate() {
+            match row {
+                Some(row) => values.extend_from_slice(&self.values[row * self.dim..(row + 1) * self.dim]),
+                None if trainable && id < tokenizer.n_trained && id != tokenizer.padding as usize => {
+                    let normal = rand_distr::Normal::new(0.0, spread as f32).expect("invariant: a spread of squares");
+                    values.extend((0..self.dim).map(|_| rand_distr::Distribution::sample(&normal, &mut generator)));
+                }
+                None => values.resize(values.len() + self.dim, 0.0),
+            }
+        }
+        Tensor::from_slice(&values).view([-1, dim])
+    }
+}
+
+fn read(path: &Path, words: Option<&Path>) -> Result<Table> {
+    let is_npy = path.extension().is_some_and(|extension| extension == "npy");
+    match (is_npy, words) {
+        (true, Some(words)) => read_npy(path, words),
+        (true, None) => {
+            Err(invalid(format!("{}: a .npy file needs `words:`, a file with a word a line", path.display())))
+        }
+        (false, _) => read_text(path, &load(path)?),
+    }
+}
+
+fn load(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|error| invalid(format!("{}: {error}", path.display())))
+}
+
+fn read_npy(path: &Path, words: &Path) -> Result<Table> {
+    let wrong = |message: String| invalid(format!("{}: {message}", path.display()));
+    let tensor = Tensor::read_npy(path).map_err(|error| wrong(format!("no .npy file ({error})")))?;
+    let size = tensor.size();
+    let [count, dim] = size.as_slice() else { return Err(wrong(format!("expected [count, dim], found {size:?}"))) };
+    let list = String::from_utf8_lossy(&load(words)?).into_owned();
+    let list: Vec<String> = list.lines().map(|line| line.trim().to_owned()).collect();
+    if list.len() as i64 != *count {
+        return Err(wrong(format!("{count} vectors, but {} words in {}", list.len(), words.display())));
+    }
+    let values = Vec::try_from(tensor.to_kind(Kind::Float).to_device(Device::Cpu).flatten(0, 1))?;
+    Ok(Table { words: list, dim: *dim as usize, values })
+}
+
+fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
+    let mut lines: Vec<(usize, &[u8])> =
+        content.split(|&byte| byte == b'\n').enumerate().map(|(i, line)| (i + 1, line.trim_ascii_end())).collect();
+    lines.retain(|(_, line)| !line.is_empty());
+    let error = |line: usize, message: &str| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
+    let Some((_, first)) = lines.first() else { return Err(error(0, "no vectors").into()) };
+    let fields: Vec<&[u8]> = first.split(|&byte| byte == b' ').collect();
+    let number = |field: &&[u8]| std::str::from_utf8(field).ok()?.parse::<usize>().ok();
+    let dim = match fields.iter().map(number).collect::<Option<Vec<usize>>>().as_deref() {
+        Some(&[_, dim]) => {
+            lines.remove(0);
+            dim
+        }
+        _ => fields.len() - 1,
+    };
+    if dim == 0 {
+        return Err(error(1, "expected `word v1 v2 ...`, or `count dim` on the first line").into());
+    }
+    let parse = |(number, line): &(usize, &[u8])| {
+        // From the right: some files have words with spaces in them.
+        let mut fields = line.rsplitn(dim + 1, |&byte| byte == b' ');
+        let mut values: Vec<f32> = Vec::with_capacity(dim);
+        for field in fields.by_ref().take(dim) {
+            let value = std::str::from_utf8(field).ok().and_then(|text| text.parse().ok());
+            let value = value.filter(|value: &f32| value.is_finite());
+            values.push(value.ok_or_else(|| error(*number, &format!("expected a word and {dim} numbers")))?);
+        }
+        values.reverse();
+        let word = fields.next().ok_or_else(|| error(*number, &format!("expected a word and {dim} numbers")))?;
+        Ok((String::from_utf8_lossy(word).into_owned(), values))
+    };
+    let rows: Vec<Result<(String, Vec<f32>), InvalidInput>> = lines.par_iter().map(parse).collect();
+    let mut table = Table { words: Vec::with_capacity(rows.len()), dim, values: Vec::with_capacity(rows.len() * dim) };
+    let mut problems = Vec::new();
+    for row in rows {
+        match row {
+            Ok((word, values)) => {
+                table.words.push(word);
+                table.values.extend(values);
+            }
+            Err(InvalidInput(more)) => problems.extend(more),
+        }
+    }
+    if problems.is_empty() { Ok(table) } else { Err(InvalidInput(problems).into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rows::RowsBuilder;
+    use super::super::tokenizer::{TokenizerConfig, WordConfig};
+    use super::*;
+
+    fn text(content: &str) -> Result<Table> {
+        read_text(Path::new("v.txt"), content.as_bytes())
+    }
+
+    #[test]
+    fn both_text_formats_are_read_and_broken_lines_named() {
+        let glove = text("the 1 2\nnew york 3 4.5\n").unwrap();
+        let word2vec = text("2 2\nthe 1 2\nnew york 3 4.5").unwrap();
+        for table in [glove, word2vec] {
+            assert_eq!((table.words, table.dim), (vec!["the".to_owned(), "new york".to_owned()], 2));
+            assert_eq!(table.values, [1.0, 2.0, 3.0, 4.5]);
+        }
+        let error = text("the 1 2\na 1 x\nb 1 2\nc nan 1\nd 2\n").unwrap_err().to_string();
+        assert_eq!(error.lines().count(), 3, "{error}");
+        assert!(error.contains("v.txt:2: expected a word and 2 numbers") && error.contains("v.txt:5"), "{error}");
+    }
+
+    #[test]
+    fn npy_files_take_their_words_from_a_list() {
+        let folder = tempfile::tempdir().unwrap();
+        let (npy, words) = (folder.path().join("v.npy"), folder.path().join("words.txt"));
+        Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0]).view([2, 2]).write_npy(&npy).unwrap();
+        std::fs::write(&words, "a\nb\n").unwrap();
+        assert_eq!(read(&npy, Some(&words)).unwrap().values, [1.0, 2.0, 3.0, 4.0]);
+        std::fs::write(&words, "a\n").unwrap();
+        assert!(read(&npy, Some(&words)).unwrap_err().to_string().contains("2 vectors, but 1 words"));
+        assert!(read(&npy, None).unwrap_err().to_string().contains("needs `words:`"));
+    }
+
+    #[test]
+    fn tokens_get_their_vectors_and_new_words_become_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("v.txt"), "play 1 1\nsong 2 2\njazz 3 3\nblues 4 4\n").unwrap();
+        let mut builder = RowsBuilder::new(Path::new("f"), &[]);
+        builder.push(1, &["Play", "the", "song", "Play"], &[]);
+        let config = TokenizerConfig::Word(WordConfig::default());
+        let mut tokenizer = Tokenizer::build(&config, Path::new(""), &[&builder.rows]).unwrap();
+        let vectors = VectorsConfig { file: "v.txt".into(), words: None, trainable: true, max_words: 3 };
+        let coverage = attach(&mut tokenizer, &[vectors], folder.path(), &[&builder.rows]).unwrap();
+        assert_eq!((coverage[0].types, coverage[0].tokens, coverage[0].n_words), ((3, 2), (4, 3), 4));
+        // [PAD] [UNK] Play song the, then words that training did not meet, of the first three of the file.
+        assert_eq!(tokenizer.vocabulary()[..2], ["[PAD]", "[UNK]"]);
+        assert_eq!(
+            (tokenizer.n_trained, tokenizer.vocabulary()[5..].to_vec()),
+            (5, vec!["play".into(), "jazz".into()])
+        );
+        let vector = |word: &str| {
+            let id = tokenizer.vocabulary().iter().position(|token| token == word).unwrap();
+            Vec::<f32>::try_from(tokenizer.vectors[0].get(id as i64)).unwrap()
+        };
+        assert_eq!((vector("Play"), vector("jazz"), vector("[PAD]")), (vec![1.0; 2], vec![3.0; 2], vec![0.0; 2]));
+        assert!(vector("the").iter().all(|&v| v != 0.0), "a trained word without a vector starts at chance");
+    }
+}

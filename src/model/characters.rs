@@ -1,0 +1,220 @@
+//! What a word's spelling says of it: a small CNN or LSTM over the bytes of its UTF-8, so that unknown words are not alike.
+//!
+//! cnn: max_t relu(conv(c)_t) over the word's bytes (Ma & Hovy 2016, arXiv 1603.01354, section 2.1).
+//! lstm: the last state of each direction over the word's bytes (Lample 2016, arXiv 1603.01360, section 4.1).
+//! Differs from the papers in: bytes instead of characters (Gillick 2016, arXiv 1512.00103), so that there is no alphabet to
+//! learn or to miss; a ReLU, whose 0 stands in for what is beyond a word's end.
+//!
+//! B sentences, T tokens, L bytes of the longest word, N = B*T, E embedding, F filters, H hidden. A byte is its value + 1;
+//! 0 is beyond the end.
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn, last_states, last_states_onnx, last_states_script};
+use super::parameters::Scope;
+use super::{Mode, Script, Weights};
+use crate::onnx::{Attribute, Graph, Value};
+
+/// Byte values and the padding.
+const N_BYTES: i64 = 257;
+
+/// The `characters:` of an embedding; `kind:` names the variant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CharactersConfig {
+    /// Words are known by their ids alone.
+    None(NoCharacters),
+    Cnn(CnnConfig),
+    Lstm(LstmConfig),
+}
+
+impl Default for CharactersConfig {
+    fn default() -> Self {
+        CharactersConfig::None(NoCharacters {})
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoCharacters {}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CnnConfig {
+    /// Numbers a byte. Default 30, at least 1.
+    pub dim: i64,
+    /// Numbers a word. Default 64, at least 1.
+    pub filters: i64,
+    /// Bytes that a filter sees, an odd number. Default 3, at least 1.
+    pub width: i64,
+    /// Bytes of a word that count; the rest is not read. Default 24, at least 1.
+    pub max_bytes: usize,
+}
+
+impl Default for CnnConfig {
+    fn default() -> Self {
+        CnnConfig { dim: 30, filters: 64, width: 3, max_bytes: 24 }
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LstmConfig {
+    /// Numbers a byte. Default 25, at least 1.
+    pub dim: i64,
+    /// Hidden size of each of the two directions. Default 25, at least 1.
+    pub hidden: i64,
+    /// Bytes of a word that count; the rest is not read. Default 24, at least 1.
+    pub max_bytes: usize,
+}
+
+impl Default for LstmConfig {
+    fn default() -> Self {
+        LstmConfig { dim: 25, hidden: 25, max_bytes: 24 }
+    }
+}
+
+impl CharactersConfig {
+    /// Bytes of a word that are read; `None` where none is.
+    pub fn max_bytes(&self) -> Option<usize> {
+        match self {
+            CharactersConfig::None(_) => None,
+            CharactersConfig::Cnn(config) => Some(config.max_bytes),
+            CharactersConfig::Lstm(config) => Some(config.max_bytes),
+        }
+    }
+}
+
+pub struct Characters {
+    /// [257, E]
+    weight: Tensor,
+    reader: Reader,
+}
+
+enum Reader {
+    /// Filters [F, E, width] and their bias `[F]`.
+    Cnn(Tensor, Tensor),
+    Lstm(Lstm, i64),
+}
+
+impl Characters {
+    pub fn new(mut scope: Scope, config: &CharactersConfig) -> Option<Self> {
+        let dim = match config {
+            CharactersConfig::None(_) => return None,
+            CharactersConfig::Cnn(config) => config.dim,
+            CharactersConfig::Lstm(config) => config.dim,
+        };
+        // Uniform within sqrt(3 / E), as both papers have it.
+        let weight = scope.uniform_rows("weight", &[N_BYTES, dim], (3.0 / dim as f64).sqrt(), 0);
+        let reader = match config {
+            CharactersConfig::Lstm(config) => {
+                Reader::Lstm(Lstm::new(&mut scope, 0, dim, config.hidden, true), config.hidden)
+            }
+            CharactersConfig::Cnn(CnnConfig { filters, width, .. }) => {
+                let bound = 1.0 / ((dim * width) as f64).sqrt();
+                let size = [*filters, dim, *width];
+                Reader::Cnn(scope.uniform("filters", &size, bound), scope.uniform("bias", &[*filters], bound))
+            }
+            CharactersConfig::None(_) => return None,
+        };
+        Some(Characters { weight, reader })
+    }
+
+    /// Numbers a word.
+    pub fn width(&self) -> i64 {
+        match &self.reader {
+            Reader::Cnn(filters, _) => filters.size()[0],
+            Reader::Lstm(lstm, _) => lstm.width(),
+        }
+    }
+
+    /// Bytes [B, T, L] to [B, T, F] or [B, T, 2*H].
+    pub fn forward(&self, bytes: &Tensor, mode: Mode) -> Tensor {
+        let flat = bytes.flatten(0, 1); // [N, L]
+        let x = Tensor::embedding(&self.weight, &flat, 0, false, false); // [N, L, E]
+        let words = match &self.reader {
+            Reader::Cnn(filters, bias) => {
+                let padding = filters.size()[2] / 2;
+                let x = x.transpose(1, 2).conv1d(filters, Some(bias), 1, padding, 1, 1).relu(); // [N, F, L]
+                (x * flat.gt(0).unsqueeze(1)).amax([2], false)
+            }
+            Reader::Lstm(lstm, hidden) => {
+                let lengths = lengths(&flat);
+                let states = lstm.forward(&x, &Turn::of(&lengths, flat.size()[1]), mode);
+                last_states(&states, &lengths, *hidden)
+            }
+        };
+        words.view([bytes.size()[0], bytes.size()[1], -1])
+    }
+
+    /// `forward(bytes)`. An LSTM's weights stay float32: they are few.
+    pub fn script(&self) -> Script {
+        let start = "
+def forward(self, bytes: Tensor) -> Tensor:
+    flat = bytes.flatten(0, 1)
+    x = torch.embedding(self.weight, flat)
+";
+        let end = "    return x.view(bytes.size(0), bytes.size(1), -1)\n";
+        match &self.reader {
+            Reader::Cnn(filters, _) => {
+                let padding = filters.size()[2] / 2;
+                let source = format!(
+                    "{start}    x = torch.relu(torch.conv1d(x.transpose(1, 2), self.filters, self.bias, [1], [{padding}]))
+    x = (x * (flat > 0).unsqueeze(1).to(x.dtype)).amax([2])
+{end}"
+                );
+                Script { source, ..Script::default() }
+            }
+            Reader::Lstm(lstm, hidden) => {
+                let source = format!(
+                    "{SCRIPT_HELPERS}{start}    lengths = (flat > 0).sum([1]).clamp(min=1)
+{SCRIPT_TURN}{}{}{end}",
+                    lstm.script(Weights::Float),
+                    last_states_script("x", *hidden)
+                );
+                Script { source, ..Script::default() }
+            }
+        }
+    }
+
+    pub fn onnx(&self, graph: &mut Graph, bytes: &Value) -> Value {
+        let flat = graph.op("Flatten", &[bytes], vec![Attribute::Int("axis", 2)]); // [N, L]
+        let weight = graph.constant(&self.weight);
+        let x = graph.op("Gather", &[&weight, &flat], vec![]);
+        let zero = graph.constant(&Tensor::from(0i64));
+        let real = graph.op("Greater", &[&flat, &zero], vec![]);
+        let words = match &self.reader {
+            Reader::Cnn(filters, bias) => {
+                let x = graph.op("Transpose", &[&x], vec![Attribute::Ints("perm", vec![0, 2, 1])]);
+                let padding = filters.size()[2] / 2;
+                let (filters, bias) = (graph.constant(filters), graph.constant(bias));
+                let x = graph.op("Conv", &[&x, &filters, &bias], vec![Attribute::Ints("pads", vec![padding; 2])]);
+                let x = graph.op("Relu", &[&x], vec![]);
+                let real = graph.op("Cast", &[&real], vec![Attribute::Int("to", 1)]);
+                let real = graph.unsqueeze(&real, 1);
+                let x = graph.op("Mul", &[&x, &real], vec![]);
+                graph.op("ReduceMax", &[&x], vec![Attribute::Ints("axes", vec![2]), Attribute::Int("keepdims", 0)])
+            }
+            Reader::Lstm(lstm, hidden) => {
+                let real = graph.op("Cast", &[&real], vec![Attribute::Int("to", 7)]);
+                let axis = graph.ints(&[1]);
+                let lengths = graph.op("ReduceSum", &[&real, &axis], vec![Attribute::Int("keepdims", 0)]);
+                let one = graph.constant(&Tensor::from(1i64));
+                let lengths = graph.op("Max", &[&lengths, &one], vec![]);
+                let states = lstm.onnx(graph, &x, &lengths);
+                last_states_onnx(graph, &states, &lengths, (*hidden, lstm.width()))
+            }
+        };
+        let shape = graph.op("Shape", &[bytes], vec![]);
+        let shape = graph.slice(&shape, 0, 0, 2);
+        let width = graph.ints(&[-1]);
+        let shape = graph.op("Concat", &[&shape, &width], vec![Attribute::Int("axis", 0)]);
+        graph.op("Reshape", &[&words, &shape], vec![])
+    }
+}
+
+/// The number of bytes of each word, at least 1: `[N]`.
+fn lengths(flat: &Tensor) -> Tensor {
+    flat.gt(0).sum_dim_intlist([1].as_slice(), false, tch::Kind::Int64).clamp_min(1)
+}

@@ -1,0 +1,31 @@
+//! Dropout with one mask a number, or one for all tokens of a sentence.
+//!
+//! ByRow: y[b, t] = x[b, t] * m[b] / (1 - p), m[b] ~ Bernoulli(1 - p) a feature (Gal & Ghahramani 2016, arXiv 1512.05287).
+//! Differs from the paper in: inputs and outputs of layers alone, not within the recurrence.
+
+use tch::Tensor;
+
+use super::Mode;
+
+/// What shares a mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Masks {
+    /// Every number has its own.
+    ByToken,
+    /// The tokens of a row have one.
+    ByRow,
+}
+
+/// `x` [B, T, F] with a share `rate` of its numbers set to 0 and the others scaled up; as it is outside training.
+pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode) -> Tensor {
+    if rate == 0.0 || !mode.training() {
+        return x.shallow_clone();
+    }
+    match masks {
+        Masks::ByToken => x.dropout(rate, true),
+        Masks::ByRow => {
+            let ones = x.detach().narrow(1, 0, 1).ones_like(); // [B, 1, F]
+            x * ones.dropout(rate, true)
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! One LSTM layer, in one or both directions: of the trunk, of a head, or over the bytes of words.
+//!
+//! B rows, T positions, E inputs, H hidden, D directions.
+//!
+//! A layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run it. Where a batch has padding,
+//! the reverse direction reads each row turned round within its own length, which equals what packing computes.
+
+use tch::{Kind, Tensor};
+
+use super::parameters::Scope;
+use super::{Mode, QuantizedCell, Weights};
+use crate::data::Lengths;
+use crate::onnx::{Attribute, Graph, Value};
+
+/// The weights of one direction: weight_ih, weight_hh, bias_ih, bias_hh.
+type Direction = [Tensor; 4];
+
+pub struct Lstm {
+    forward: Direction,
+    reverse: Option<Direction>,
+    hidden: i64,
+    /// `lN`, the end of its parameters' names.
+    suffix: String,
+}
+
+/// What the layers of one pass share: how rows turn round within their lengths.
+pub struct Turn {
+    positions: Option<Tensor>,
+}
+
+impl Turn {
+    pub fn new(lengths: &Lengths) -> Self {
+        Turn { positions: (!lengths.even()).then(|| turned_positions(&lengths.device, lengths.max)) }
+    }
+
+    /// For rows of `lengths` `[B]` within `max`, whether or not there is padding.
+    pub fn of(lengths: &Tensor, max: i64) -> Self {
+        Turn { positions: Some(turned_positions(lengths, max)) }
+    }
+}
+
+impl Lstm {
+    /// Layer `number` of a stack. Names and initialization (uniform within 1 / sqrt(H)) are those of PyTorch's `nn.LSTM`.
+    pub fn new(scope: &mut Scope, number: usize, inputs: i64, hidden: i64, bidirectional: bool) -> Self {
+        let bound = 1.0 / (hidden as f64).sqrt();
+        let mut direction = |suffix: &str| {
+            let sizes: [(&str, &[i64]); 4] = [
+                ("weight_ih", &[4 * hidden, inputs]),
+                ("weight_hh", &[4 * hidden, hidden]),
+                ("bias_ih", &[4 * hidden]),
+                ("bias_hh", &[4 * hidden]),
+            ];
+            sizes.map(|(name, size)| scope.uniform(&format!("{name}_l{number}{suffix}"), size, bound))
+        };
+        let forward = direction("");
+        let reverse = bidirectional.then(|| direction("_reverse"));
+        Lstm { forward, reverse, hidden, suffix: format!("l{number}") }
+    }
+
+    /// Numbers a position in its output: D*H.
+    pub fn width(&self) -> i64 {
+        self.hidden * if self.reverse.is_some() { 2 } else { 1 }
+    }
+
+    /// [B, T, E] to [B, T, D*H]; what stands beyond a row's end has no meaning.
+    pub fn forward(&self, input: &Tensor, turn: &Turn, mode: Mode) -> Tensor {
+        match (&self.reverse, &turn.positions) {
+            (None, _) => self.run(input, &[&self.forward], mode),
+            (Some(reverse), None) => self.run(input, &[&self.forward, reverse], mode),
+            (Some(reverse), Some(turned)) => {
+                let forward = self.run(input, &[&self.forward], mode);
+                let backward = self.run(&reorder(input, turned), &[reverse], mode);
+                Tensor::cat(&[forward, reorder(&backward, turned)], -1) // [B, T, 2*H]
+            }
+        }
+    }
+
+    fn run(&self, input: &Tensor, directions: &[&Direction], mode: Mode) -> Tensor {
+        let n = directions.len() as i64;
+        let zero = Tensor::zeros([n, input.size()[0], self.hidden], (input.kind(), input.device()));
+        let weights: Vec<&Tensor> = directions.iter().copied().flatten().collect();
+        let (output, _, _) = input.lstm(&[&zero, &zero], &weights, true, 1, 0.0, mode.training(), n == 2, true);
+        output
+    }
+
+    /// The lines of a TorchScript method that take `x` [B, T, E] to [B, T, D*H]. They need the methods of
+    /// [`SCRIPT_HELPERS`] and the variables of [`SCRIPT_TURN`].
+    pub fn script(&self, numbers: Weights) -> String {
+        let weights = |end: &str| match numbers {
+            Weights::Float => {
+                let names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"];
+                names.map(|name| format!("self.{name}_{}{end}", self.suffix)).join(", ")
+            }
+            Weights::Int8 => format!("self.cell_{}{end}", self.suffix),
+        };
+        let lstm = |input: &str, weights: &str, n: usize| {
+            let (hidden, both) = (self.hidden, if n == 2 { "True" } else { "False" });
+            let call = format!("({input}, self.zero(x, {n}, {hidden}), [{weights}], True, 1, 0.0, False, {both}, True");
+            match numbers {
+                Weights::Float => format!("torch.lstm{call})[0]"),
+                // 12 is qint8 in c10::ScalarType.
+                Weights::Int8 => format!("torch.quantized_lstm{call}, dtype=12, use_dynamic=True)[0]"),
+            }
+        };
+        let (forward, reverse) = (weights(""), weights("_reverse"));
+        match self.reverse {
+            None => format!("    x = {}\n", lstm("x", &forward, 1)),
+            Some(_) => format!(
+                "    if even:
+        x = {both}
+    else:
+        backward = {backward}
+        x = torch.cat([{forward}, self.reorder(backward, turned)], -1)
+",
+                both = lstm("x", &format!("{forward}, {reverse}"), 2),
+                backward = lstm("self.reorder(x, turned)", &reverse, 1),
+                forward = lstm("x", &forward, 1)
+            ),
+        }
+    }
+
+    /// Its directions for a module with int8 weights, by the names that [`Self::script`] uses.
+    pub fn quantized_cells(&self) -> Vec<QuantizedCell> {
+        let copies = |direction: &Direction| direction.each_ref().map(|weight| weight.detach().copy());
+        let cell = |end: &str, direction| (format!("cell_{}{end}", self.suffix), copies(direction));
+        let reverse = self.reverse.as_ref().map(|direction| cell("_reverse", direction));
+        std::iter::once(cell("", &self.forward)).chain(reverse).collect()
+    }
+
+    /// The same as an ONNX LSTM operator; `lengths` `[B]` of 64-bit integers.
+    pub fn onnx(&self, graph: &mut Graph, x: &Value, lengths: &Value) -> Value {
+        // 6 is INT32 in TensorProto.DataType.
+        let lengths = graph.op("Cast", &[lengths], vec![Attribute::Int("to", 6)]);
+        let swap =
+            |graph: &mut Graph, x: &Value| graph.op("Transpose", &[x], vec![Attribute::Ints("perm", vec![1, 0, 2])]);
+        let x = swap(graph, x); // [T, B, E]
+        let directions: Vec<&Direction> = std::iter::once(&self.forward).chain(&self.reverse).collect();
+        let stacked = |part: &dyn Fn(&Direction) -> Tensor| {
+            Tensor::stack(&directions.iter().map(|direction| part(direction)).collect::<Vec<_>>(), 0)
+        };
+        let weights = [
+            stacked(&|d| onnx_gates(&d[0])),
+            stacked(&|d| onnx_gates(&d[1])),
+            stacked(&|d| Tensor::cat(&[onnx_gates(&d[2]), onnx_gates(&d[3])], 0)),
+        ];
+        let [w, r, b] = weights.map(|weights| graph.constant(&weights)); // [D, 4*H, ...], [D, 8*H]
+        let direction = if self.reverse.is_some() { "bidirectional" } else { "forward" };
+        let attributes = vec![Attribute::Int("hidden_size", self.hidden), Attribute::Text("direction", direction)];
+        let states = graph.op("LSTM", &[&x, &w, &r, &b, &lengths], attributes); // [T, D, B, H]
+        let states = graph.op("Transpose", &[&states], vec![Attribute::Ints("perm", vec![0, 2, 1, 3])]);
+        let shape = graph.ints(&[0, 0, -1]);
+        let x = graph.op("Reshape", &[&states, &shape], vec![]); // [T, B, D*H]
+        swap(graph, &x)
+    }
+}
+
+/// Methods that [`Lstm::script`] calls.
+pub const SCRIPT_HELPERS: &str = "
+def zero(self, x: Tensor, directions: int, hidden: int) -> List[Tensor]:
+    zero = torch.zeros([directions, x.size(0), hidden], dtype=x.dtype, device=x.device)
+    return [zero, zero]
+
+def reorder(self, x: Tensor, positions: Tensor) -> Tensor:
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(2)))
+";
+
+/// Lines that define `even` and `turned` from `x` [B, T, ...] and `lengths` `[B]`.
+pub const SCRIPT_TURN: &str = "    positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+    turned = lengths.unsqueeze(1) - 1 - positions
+    turned = torch.where(turned >= 0, turned, positions.expand_as(turned))
+    even = bool((lengths == x.size(1)).all())
+";
+
+/// PyTorch's gates are input, forget, cell, output; those of ONNX input, output, forget, cell.
+fn onnx_gates(weight: &Tensor) -> Tensor {
+    let gates = weight.detach().chunk(4, 0);
+    Tensor::cat(&[&gates[0], &gates[3], &gates[1], &gates[2]], 0)
+}
+
+/// The forward direction at each row's last position and the reverse direction, if there is one, at its first: [B, D*H].
+pub fn last_states(states: &Tensor, lengths: &Tensor, hidden: i64) -> Tensor {
+    let index = (lengths - 1).view([-1, 1, 1]).expand([-1, 1, hidden], false);
+    let forward = states.narrow(2, 0, hidden).gather(1, &index, false).squeeze_dim(1); // [B, H]
+    match states.size()[2] == hidden {
+        true => forward,
+        false => Tensor::cat(&[forward, states.select(1, 0).narrow(1, hidden, hidden)], -1),
+    }
+}
+
+/// The lines of a TorchScript method that make `x` [B, D*H] of states `STATES` [B, T, D*H] and `lengths`.
+pub fn last_states_script(states: &str, hidden: i64) -> String {
+    format!(
+        "    index = (lengths - 1).view(-1, 1, 1).expand(-1, 1, {hidden})
+    last = {states}[:, :, :{hidden}].gather(1, index).squeeze(1)
+    if {states}.size(2) > {hidden}:
+        last = torch.cat([last, {states}[:, 0, {hidden}:]], -1)
+    x = last
+"
+    )
+}
+
+/// [`last_states`] in ONNX, for states of `width` = D*H.
+pub fn last_states_onnx(graph: &mut Graph, states: &Value, lengths: &Value, (hidden, width): (i64, i64)) -> Value {
+    let one = graph.constant(&Tensor::from(1i64));
+    let last = graph.op("Sub", &[lengths, &one], vec![]);
+    let last = graph.unsqueeze(&last, 1);
+    let forward = graph.slice(states, 2, 0, hidden);
+    let forward = graph.at(&forward, &last, hidden); // [B, 1, H]
+    let both = match width > hidden {
+        false => forward,
+        true => {
+            let first = graph.slice(states, 1, 0, 1);
+            let reverse = graph.slice(&first, 2, hidden, width);
+            graph.op("Concat", &[&forward, &reverse], vec![Attribute::Int("axis", -1)])
+        }
+    };
+    graph.squeeze(&both, 1)
+}
+
+/// For each position the one it trades places with when a row is turned round within its length: [B, max].
+fn turned_positions(lengths: &Tensor, max: i64) -> Tensor {
+    let positions = Tensor::arange(max, (Kind::Int64, lengths.device())).unsqueeze(0);
+    let turned = lengths.unsqueeze(1) - 1 - &positions;
+    turned.where_self(&turned.ge(0), &positions.expand_as(&turned))
+}
+
+/// x[b, positions[b, t]], for x of [B, T, F].
+pub fn reorder(x: &Tensor, positions: &Tensor) -> Tensor {
+    let index = positions.unsqueeze(-1).expand([-1, -1, x.size()[2]], false);
+    x.gather(1, &index, false)
+}

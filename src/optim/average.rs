@@ -1,0 +1,85 @@
+//! The exponential moving average of the weights, which is evaluated and kept in their place.
+//!
+//! a_t = d_t a_(t-1) + (1 - d_t) w_t with d_t = min(d, (1 + t) / (10 + t)), t steps from 1 (Polyak & Juditsky 1992; the rising
+//! rate is that of TensorFlow's ExponentialMovingAverage). Once the run is halted the weights stay, and the average goes to
+//! them.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use tch::Tensor;
+
+pub struct Average {
+    decay: f64,
+    /// The weights, and their averages.
+    pairs: Vec<(String, Tensor, Tensor)>,
+}
+
+impl Average {
+    pub fn new<'a>(decay: f64, parameters: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Self {
+        let pair = |(name, tensor): (&str, &Tensor)| (name.to_owned(), tensor.detach(), tensor.detach().copy());
+        Average { decay, pairs: parameters.map(pair).collect() }
+    }
+
+    /// Takes in the weights after step `number` (from 0).
+    pub fn update(&mut self, number: usize) -> Result<()> {
+        let t = number as f64 + 1.0;
+        let decay = self.decay.min((1.0 + t) / (10.0 + t));
+        for (_, weight, average) in &mut self.pairs {
+            let _ = average.f_lerp_(weight, 1.0 - decay)?;
+        }
+        Ok(())
+    }
+
+    /// Exchanges the weights and their averages.
+    pub fn swap(&mut self) -> Result<()> {
+        for (_, weight, average) in &mut self.pairs {
+            let kept = weight.copy();
+            weight.f_copy_(average)?;
+            average.f_copy_(&kept)?;
+        }
+        Ok(())
+    }
+
+    /// Averages by parameter name, for a checkpoint.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        self.pairs.iter().map(|(name, _, average)| (format!("{name}.average"), average.shallow_clone())).collect()
+    }
+
+    /// Takes its part of a checkpoint's tensors.
+    pub fn load(&mut self, state: &mut BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, _, average) in &mut self.pairs {
+            let name = format!("{name}.average");
+            let value = state.remove(&name).with_context(|| format!("the checkpoint lacks `{name}`"))?;
+            ensure!(value.size() == average.size(), "`{name}` in the checkpoint has another shape");
+            average.f_copy_(&value)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn averages_follow_the_formula_swap_and_come_back() {
+        let mut weight = Tensor::from_slice(&[1.0f32]);
+        let named = [("w", weight.shallow_clone())];
+        let mut average = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
+        let _ = weight.fill_(2.0);
+        average.update(0).unwrap(); // 2/11 of 1 and 9/11 of 2
+        let expected = 1.0 * 2.0 / 11.0 + 2.0 * 9.0 / 11.0;
+        average.swap().unwrap();
+        assert!((weight.double_value(&[0]) - expected).abs() < 1e-6);
+        average.swap().unwrap();
+        assert_eq!(weight.double_value(&[0]), 2.0);
+        let _ = weight.fill_(4.0);
+        average.update(99).unwrap(); // the rate has reached 0.5
+        let mut state: BTreeMap<_, _> = average.state().into_iter().collect();
+        let mut other = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
+        other.load(&mut state).unwrap();
+        other.swap().unwrap();
+        assert!((weight.double_value(&[0]) - (0.5 * expected + 2.0)).abs() < 1e-6);
+    }
+}
