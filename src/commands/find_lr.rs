@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::cli::FindLrArgs;
-use super::{End, prepare, table};
+use super::{End, prepare, table, transfer};
 use crate::compare::html::{self, Chart};
 use crate::config::Experiment;
 use crate::data::{Sampler, Split};
@@ -21,7 +21,7 @@ use crate::train::{Pending, State, Step, Trainer, TrainingConfig, UnknownWords};
 /// The test ends when the loss is so many times its lowest.
 const DIVERGED: f64 = 4.0;
 
-/// A step's learning rate and the smoothed sum of the tasks' losses.
+/// A step's learning rate and the sum of the tasks' smoothed losses.
 type Point = (f64, f64);
 
 pub fn run(args: &FindLrArgs) -> Result<End> {
@@ -61,6 +61,10 @@ fn measure(args: &FindLrArgs, experiment: &Experiment) -> Result<Vec<Point>> {
     let (tokenizer, _) = prepare::tokenizer(experiment, &corpus)?;
     let tasks = prepare::tasks(experiment, &corpus);
     let model = prepare::model(experiment, &tasks, &tokenizer, device)?;
+    prepare::check_parts(&experiment.training, &model)?;
+    if let Some(earlier) = transfer::earlier(experiment)? {
+        transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
+    }
     let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
     let n_steps = usize::from(args.steps);
     let mut config = TrainingConfig {
@@ -94,16 +98,20 @@ fn measure(args: &FindLrArgs, experiment: &Experiment) -> Result<Vec<Point>> {
         run: &nowhere,
     };
     let mut pending = Pending::new(device);
-    let (mut points, mut average, mut best) = (Vec::new(), 0.0, f64::MAX);
+    let (mut points, mut averages, mut best) = (Vec::new(), vec![(0.0, 0); tasks.len()], f64::MAX);
     for (number, batches) in batches.chunks(config.accumulate_steps).take(n_steps).enumerate() {
         let mut state = State::new(tasks.len());
         trainer.take(&Step { number, n_steps, batches, diagnose: false }, &mut pending)?;
         if pending.drain(&mut state, &tasks).is_err() {
             break;
         }
-        let loss: f64 = state.interval.means().into_iter().flatten().sum();
-        average = 0.9 * average + 0.1 * loss;
-        let smoothed = average / (1.0 - 0.9f64.powi(number as i32 + 1));
+        // Each task apart, so that tasks that come in turn do not look like a rise and a fall.
+        for ((average, n), loss) in averages.iter_mut().zip(state.interval.means()) {
+            let Some(loss) = loss else { continue };
+            *average = 0.9 * *average + 0.1 * loss;
+            *n += 1;
+        }
+        let smoothed: f64 = averages.iter().map(|(average, n)| average / (1.0 - 0.9f64.powi(*n)).max(0.1)).sum();
         points.push((args.from * config.schedule.factor(number, n_steps), smoothed));
         best = best.min(smoothed);
         if smoothed > DIVERGED * best {

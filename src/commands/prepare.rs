@@ -16,7 +16,7 @@ use crate::problem::{Problem, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
-use crate::train::TrainingConfig;
+use crate::train::{TrainingConfig, is_part};
 use crate::weighting::{WeightedTask, Weighting};
 
 /// Sets the number of threads and opens the device.
@@ -88,7 +88,7 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
     let configs = &experiment.model.embedding.vectors;
     let coverage = match configs.is_empty() {
         true => Vec::new(),
-        false => vectors::attach(&mut tokenizer, configs, root, &train)?,
+        false => vectors::attach(&mut tokenizer, configs, root, &train, Seed(experiment.seed))?,
     };
     Ok((tokenizer, coverage))
 }
@@ -96,8 +96,12 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
 /// What pretrained vectors know of the training text, in one line.
 pub fn coverage_line(coverage: &Coverage) -> String {
     let ((types, known), (tokens, known_tokens)) = (coverage.types, coverage.tokens);
+    let case = match coverage.case_lost {
+        true => "; it has no capital letters: with `tokenizer.lowercase: true` it knows more words in use",
+        false => "",
+    };
     format!(
-        "{}: {} words of {} numbers, which know {} of {} training words ({:.1} % of the text)",
+        "{}: {} words of {} numbers, which know {} of {} training words ({:.1} % of the text){case}",
         coverage.file.display(),
         super::table::count(coverage.n_words),
         coverage.dim,
@@ -125,6 +129,22 @@ fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter())?;
     tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
     Ok(tokenizer)
+}
+
+/// # Errors
+/// A part in `freeze_epochs` that the model does not have.
+pub fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
+    for part in config.freeze_epochs.keys() {
+        if !model.parameters.with_constants().any(|(name, _)| is_part(name, part)) {
+            let mut known: Vec<&str> = model.parameters.iter().filter_map(|(name, _)| name.split('.').next()).collect();
+            known.dedup();
+            let known = known.join(", ");
+            let message =
+                format!("training.freeze_epochs.{part}: the model has no such part; it has {known}, and parts of them");
+            return Err(invalid(message));
+        }
+    }
+    Ok(())
 }
 
 pub fn average(config: &TrainingConfig, model: &Model) -> Option<Average> {

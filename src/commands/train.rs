@@ -82,6 +82,8 @@ fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
 
 /// Reads the data, learns the tokenizer, and writes what the run is made of.
 fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine: (Device, usize)) -> Result<Corpus> {
+    // Said before the data is read.
+    transfer::earlier(experiment)?;
     let (corpus, problems) = prepare::corpus(experiment)?;
     let warnings = fail_on_errors(problems)?;
     if let Some(first) = warnings.first() {
@@ -117,6 +119,7 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> Result<End> {
     let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
     let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    prepare::check_parts(&experiment.training, &model)?;
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     let config = &experiment.training;
@@ -149,8 +152,8 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     let state = match args.resume && run.checkpoint("last").exists() {
         true => trainer.resume()?,
         false => {
-            if let Some(from) = &experiment.init_from {
-                transfer::initialize(&model, &tasks, &tokenizer, from)?;
+            if let Some(earlier) = transfer::earlier(&experiment)? {
+                transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
                 trainer.average = prepare::average(config, &model);
             }
             State::new(tasks.len())

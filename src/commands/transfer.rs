@@ -1,61 +1,78 @@
 //! First weights from an earlier run: `init_from`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::Result;
 use tch::{Device, Tensor};
 
-use super::prepare;
+use super::prepare::{self, Trained};
+use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::problem::invalid;
 use crate::task::Task;
 
-/// Copies what fits of the best checkpoint of the run `from`: rows of the embedding by token, characters, the trunk, and
-/// heads whose task has the same name and labels. Says what it took.
+/// The run that an experiment begins with, if it names one.
 ///
 /// # Errors
-/// A folder that is no run, or a run whose trunk or embedding has another shape.
-pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, from: &Path) -> Result<()> {
+/// A folder that is no run, or a run of a trunk or an embedding of another shape.
+pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
+    let Some(from) = &experiment.init_from else { return Ok(None) };
+    let wrong = |message: String| invalid(format!("init_from: {}: {message}", from.display()));
+    if !from.is_dir() {
+        return Err(wrong("no run directory".to_owned()));
+    }
     let earlier = prepare::trained(from, "best", Device::Cpu)?;
-    let weights: BTreeMap<&str, &Tensor> = earlier.model.parameters.iter().collect();
+    let (theirs, ours) = (&earlier.experiment.model, &experiment.model);
+    let trunk = |trunk: &crate::model::TrunkConfig| {
+        let (hidden, layers, both) = (trunk.hidden, trunk.layers, trunk.bidirectional);
+        format!("hidden: {hidden}, layers: {layers}, bidirectional: {both}, connection: {:?}", trunk.connection)
+    };
+    if trunk(&theirs.trunk) != trunk(&ours.trunk) {
+        return Err(wrong(format!("its trunk is {}; here it is {}", trunk(&theirs.trunk), trunk(&ours.trunk))));
+    }
+    Ok(Some(earlier))
+}
+
+/// Copies what fits of an earlier run: rows of the embedding by token, characters, the trunk, and heads whose task has the
+/// same name and labels and whose parts are the same. Says what it took.
+///
+/// # Errors
+/// An embedding of other parts.
+pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier: &Trained) -> Result<()> {
+    let weights: BTreeMap<&str, &Tensor> = earlier.model.parameters.with_constants().collect();
     let rows = Rows::new(&earlier.tokenizer, tokenizer);
-    let same_head = |task: &&Task| earlier.tasks.contains(task);
-    let (mut taken, mut values): (Vec<&str>, _) = (Vec::new(), BTreeMap::new());
-    for (name, tensor) in model.parameters.iter() {
-        let head = tasks
-            .iter()
-            .find(|task| name.strip_prefix("heads.").is_some_and(|rest| rest.starts_with(&format!("{}.", task.name))));
-        if head.is_some_and(|task| !same_head(&task)) {
-            continue;
+    let mut values = BTreeMap::new();
+    let vectors = |name: &str| name.starts_with("embedding.vectors_");
+    // Vectors may have been tuned there and stand still here, or the other way round.
+    let all = model.parameters.iter().chain(model.parameters.with_constants().filter(|(name, _)| vectors(name)));
+    for (name, tensor) in all.filter(|(name, _)| !name.starts_with("heads.")) {
+        let value = weights.get(name).and_then(|value| match name == "embedding.weight" || vectors(name) {
+            true => rows.move_to(value, tensor),
+            false => (value.size() == tensor.size()).then(|| value.copy()),
+        });
+        let found = || weights.get(name).map_or("missing".to_owned(), |value| format!("{:?}", value.size()));
+        let wrong = || invalid(format!("init_from: `{name}` is {} there, {:?} here", found(), tensor.size()));
+        values.insert(name.to_owned(), value.ok_or_else(wrong)?);
+    }
+    let mut taken = Vec::new();
+    for task in tasks.iter().filter(|task| earlier.tasks.contains(task)) {
+        let prefix = format!("heads.{}.", task.name);
+        let own: Vec<_> = model.parameters.iter().filter(|(name, _)| name.starts_with(&prefix)).collect();
+        let n_theirs = weights.keys().filter(|name| name.starts_with(&prefix)).count();
+        let fits = |(name, tensor): &(&str, &Tensor)| weights.get(name).is_some_and(|v| v.size() == tensor.size());
+        if own.len() == n_theirs && own.iter().all(fits) {
+            values.extend(own.iter().map(|(name, _)| ((*name).to_owned(), weights[name].copy())));
+            taken.push(task.name.as_str());
         }
-        let Some(&value) = weights.get(name) else {
-            // A part of a head that the earlier run did not have learns from its start.
-            if head.is_some() {
-                continue;
-            }
-            return Err(invalid(format!("init_from: {} has no `{name}`", from.display())));
-        };
-        let by_row = name == "embedding.weight" || name.starts_with("embedding.vectors_");
-        let value = if by_row { rows.move_to(value, tensor) } else { Some(value.copy()) };
-        let Some(value) = value.filter(|value| value.size() == tensor.size()) else {
-            if head.is_some() {
-                continue;
-            }
-            let (theirs, ours) = (weights[name].size(), tensor.size());
-            return Err(invalid(format!("init_from: `{name}` is {theirs:?} in {}, here {ours:?}", from.display())));
-        };
-        taken.extend(head.map(|task| task.name.as_str()).filter(|name| !taken.contains(name)).into_iter().take(1));
-        values.insert(name.to_owned(), value);
     }
     model.parameters.load_some(values)?;
     let heads = if taken.is_empty() { "no head".to_owned() } else { format!("heads {}", taken.join(", ")) };
     log::info!(
-        "from {}: {} of {} tokens, the trunk, {heads}",
-        from.display(),
+        "begins with {} of {} tokens, the trunk and {heads} of {}",
         super::table::count(rows.0.len()),
-        super::table::count(tokenizer.n_trained)
+        super::table::count(tokenizer.n_trained),
+        earlier.experiment.name
     );
     Ok(())
 }

@@ -152,6 +152,9 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
             c.error(&inputs, format!("no task `{other}`{}", suggestion(other, &known)));
         }
     }
+    let mut others: Vec<&str> = head.other_inputs().collect();
+    others.sort_unstable();
+    c.require(&inputs, others.windows(2).all(|pair| pair[0] != pair[1]), "each once");
     // All that it sees, directly or through others.
     let mut seen: Vec<&str> = head.other_inputs().collect();
     let mut next = 0;
@@ -184,6 +187,11 @@ fn check_embedding(c: &mut Checker, experiment: &Experiment) {
     }
     let whole = matches!(experiment.tokenizer, TokenizerConfig::Word(_)) || embedding.vectors.is_empty();
     c.require("model.embedding.vectors", whole, "vectors are of whole words: they need `tokenizer: {model: word}`");
+    for (i, vectors) in embedding.vectors.iter().enumerate() {
+        let path = format!("model.embedding.vectors.{i}");
+        let npy = vectors.file.extension().is_some_and(|extension| extension == "npy");
+        c.require(&path, npy == vectors.words.is_some(), "`words:` goes with a .npy file, and that needs it");
+    }
     let at = |key: &str| format!("model.embedding.characters.{key}");
     match &embedding.characters {
         CharactersConfig::None(_) => {}

@@ -179,6 +179,33 @@ training:
             &(apart + "  sampling: {strategy: round_robin}\nweighting: {strategy: gradnorm}\n"),
             &["e.yaml:16: weighting: gradnorm balances the tasks of one step"],
         );
+        let seen = |intent: &str, slots: &str| {
+            GOOD.replace("label}", &format!("label, inputs: [{intent}]}}"))
+                .replace("decoder: crf}", &format!("decoder: crf, inputs: [{slots}]}}"))
+        };
+        check_error(
+            &seen("trunk, slots", "trunk, intent"),
+            &[
+                "e.yaml:10: tasks.intent.inputs: a head must not see itself, directly or through others",
+                "e.yaml:11: tasks.slots.inputs: a head must not see itself",
+            ],
+        );
+        check_error(
+            &seen("intents", "trunk, intnet"),
+            &["tasks.intent.inputs: `trunk` must be among them", "no task `intnet`; did you mean `intent`?"],
+        );
+        check_error(
+            &(GOOD.replace("label}", "label, layer: 2}").replace("crf}", "crf, label_smoothing: 0.1}")
+                + "  freeze_epochs: {trnk: 1}\ntokenizer: {model: bpe}\n"
+                + "model: {embedding: {dim: 0, characters: {kind: cnn, width: 2}, vectors: [{file: v}]}}\n"),
+            &[
+                "e.yaml:10: tasks.intent.layer: the trunk has 1 layers",
+                "e.yaml:11: tasks.slots.label_smoothing: needs `decoder: softmax`",
+                "training.freeze_epochs.trnk: no part `trnk`; did you mean `trunk`?",
+                "model.embedding.vectors: vectors are of whole words",
+                "model.embedding.characters.width: must be an odd number from 1",
+            ],
+        );
         check_error("name: [", &["e.yaml:2: did not find expected node content"]);
     }
 

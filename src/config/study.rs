@@ -90,6 +90,13 @@ impl Experiment {
         let twin = |task: &String| {
             let mut alone = Experiment { weighting: WeightingConfig::default(), ..self.clone() };
             alone.tasks.retain(|name, _| name == task);
+            let others: Vec<String> =
+                self.tasks.keys().filter(|name| *name != task).map(|name| format!("heads.{name}")).collect();
+            alone
+                .training
+                .freeze_epochs
+                .retain(|part, _| !others.iter().any(|other| part == other || part.starts_with(&format!("{other}."))));
+            alone.tasks.values_mut().for_each(HeadConfig::read_trunk_alone);
             let sets = self.tasks[task].sets();
             alone.data.sets.retain(|name, _| sets.contains(name));
             // The twin's cuts have to take the rows that the cuts of the whole experiment take.

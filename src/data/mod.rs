@@ -1,6 +1,7 @@
 //! From files to batches: formats, words, tokenizer and label maps, encoded sets, batches, and the order of rows.
 
 mod batch;
+mod cache;
 mod cuts;
 mod encoded;
 mod formats;

@@ -101,6 +101,22 @@ impl Rows {
         }
     }
 
+    /// The rows of one file, from their arrays.
+    pub fn of_file(
+        file: &Path,
+        (words, word_ids): (Strings, Vec<u32>),
+        offsets: Vec<usize>,
+        lines: Vec<u32>,
+        columns: Vec<Column>,
+    ) -> Self {
+        Rows { words, word_ids, offsets, columns, files: vec![file.to_owned()], file_starts: vec![0], lines }
+    }
+
+    /// The line of each row in its file.
+    pub fn lines(&self) -> &[u32] {
+        &self.lines
+    }
+
     pub fn len(&self) -> usize {
         self.lines.len()
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use indexmap::IndexMap;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::cache;
 use super::cuts::{cut, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
 use super::labels;
@@ -276,7 +277,7 @@ fn read_split(
     for path in paths {
         let path = config.root.join(path);
         progress(&path);
-        let (parts, found) = formats::read(&path, &layout, wanted);
+        let (parts, found) = cache::read(&path, &layout, wanted);
         // A parallel folder's rows stand in its file of words.
         let main = layout.tokens.as_deref().or(layout.text.as_deref()).unwrap_or("seq.in");
         let file = match set.format {

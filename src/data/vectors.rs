@@ -16,6 +16,7 @@ use tch::{Device, Kind, Tensor};
 use super::rows::Rows;
 use super::tokenizer::Tokenizer;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
+use crate::rng::{Purpose, Seed};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -62,6 +63,9 @@ pub struct Coverage {
     pub types: (usize, usize),
     /// Running training words, and how many of them the file knows.
     pub tokens: (u64, u64),
+    /// The tokenizer tells capital letters apart, of which the file has none: its words are not known when they are
+    /// capitalized and training did not meet them so.
+    pub case_lost: bool,
 }
 
 /// Reads the files, gives `tokenizer` their further words and all its tokens their vectors.
@@ -73,6 +77,7 @@ pub fn attach(
     configs: &[VectorsConfig],
     root: &Path,
     train: &[&Rows],
+    seed: Seed,
 ) -> Result<Vec<Coverage>> {
     let mut tables = Vec::new();
     for config in configs {
@@ -87,7 +92,7 @@ pub fn attach(
     let vocabulary = tokenizer.vocabulary();
     let counts = counts(tokenizer, train)?;
     let mut coverages = Vec::new();
-    for (config, table, tokens) in &tables {
+    for (number, (config, table, tokens)) in tables.iter().enumerate() {
         let mut place: FxHashMap<&str, usize> = FxHashMap::default();
         for (row, token) in tokens.iter().enumerate() {
             if let Some(token) = token {
@@ -98,13 +103,20 @@ pub fn attach(
             .iter()
             .map(|token| place.get(token.as_str()).or_else(|| place.get(token.to_lowercase().as_str())).copied())
             .collect();
-        tokenizer.vectors.push(table.of(&found, tokenizer, config.trainable));
+        tokenizer.vectors.push(table.of(
+            &found,
+            tokenizer,
+            config.trainable,
+            seed.generator(Purpose::Initialization, number as u64 + 1),
+        ));
         let known = |id: &usize| found[*id].is_some();
         let met = counts.iter().enumerate().filter(|(_, count)| **count > 0).map(|(id, _)| id);
         coverages.push(Coverage {
             file: config.file.clone(),
             dim: table.dim,
             n_words: table.words.len(),
+            case_lost: tokenizer.whole_tokens(&["Aa".to_owned()]) == [Some("Aa".to_owned())]
+                && !table.words.iter().take(10_000).any(|word| word.chars().any(char::is_uppercase)),
             types: (met.clone().count(), met.clone().filter(known).count()),
             tokens: (counts.iter().sum(), met.filter(known).map(|id| counts[id]).sum()),
         });
@@ -127,11 +139,16 @@ fn counts(tokenizer: &Tokenizer, train: &[&Rows]) -> Result<Vec<u64>> {
 impl Table {
     /// The vectors at the rows `found` for all tokens, [V, E]. A token without one has zeros, or, where it is trained, normal
     /// numbers of the table's own spread.
-    fn of(&self, found: &[Option<usize>], tokenizer: &Tokenizer, trainable: bool) -> Tensor {
+    fn of(
+        &self,
+        found: &[Option<usize>],
+        tokenizer: &Tokenizer,
+        trainable: bool,
+        mut generator: impl rand::Rng,
+    ) -> Tensor {
         let n = self.values.len().max(1) as f64;
         let spread = (self.values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n).sqrt();
         let dim = self.dim as i64;
-        let mut generator = crate::rng::Seed(0).generator(crate::rng::Purpose::Initialization, 0);
         let mut values = Vec::with_capacity(found.len() * self.dim);
         for (id, row) in found.iter().enumerate() {
             match row {
@@ -266,8 +283,9 @@ mod tests {
         let config = TokenizerConfig::Word(WordConfig::default());
         let mut tokenizer = Tokenizer::build(&config, Path::new(""), &[&builder.rows]).unwrap();
         let vectors = VectorsConfig { file: "v.txt".into(), words: None, trainable: true, max_words: 3 };
-        let coverage = attach(&mut tokenizer, &[vectors], folder.path(), &[&builder.rows]).unwrap();
+        let coverage = attach(&mut tokenizer, &[vectors], folder.path(), &[&builder.rows], Seed(1)).unwrap();
         assert_eq!((coverage[0].types, coverage[0].tokens, coverage[0].n_words), ((3, 2), (4, 3), 4));
+        assert!(coverage[0].case_lost);
         // [PAD] [UNK] Play song the, then words that training did not meet, of the first three of the file.
         assert_eq!(tokenizer.vocabulary()[..2], ["[PAD]", "[UNK]"]);
         assert_eq!(

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DeviceSet;
 use crate::metrics::Score;
-use crate::model::{Decoded, Model};
+use crate::model::{Decoded, Mode, Model};
 use crate::task::{Task, TaskId};
 
 /// One task's results on a split.
@@ -72,7 +72,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
             let Some(targets) = &batch.targets[task] else { continue };
             let head = model.head(TaskId(task));
             let logits = logits.index_select(0, &targets.index);
-            losses[task].0 += head.loss(&logits, targets).double_value(&[]) * targets.n_decisions as f64;
+            losses[task].0 += head.loss(&logits, targets, Mode::Eval).double_value(&[]) * targets.n_decisions as f64;
             losses[task].1 += targets.n_decisions;
             let n_words: Vec<i64> = targets.rows.iter().map(|&at| batch.word_lengths.host[at]).collect();
             for (&at, decoded) in targets.rows.iter().zip(head.decode(&logits, &n_words)) {

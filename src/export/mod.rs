@@ -180,9 +180,9 @@ def average(self, x: Tensor, n: Tensor) -> Tensor:
             let beside: Vec<String> =
                 seen.map(|other| distribution_script((&other.name, other.kind), (name, *kind))).collect();
             format!(
-                "    {name}_tokens = self.heads.{name}.view(layers, lengths)
-    {name}_words = self.at_words({name}_tokens, first_tokens)
-    {name}_logits = self.heads.{name}.forward({name}_tokens, lengths, {name}_words, [{}])
+                "    tokens_{name} = self.heads.{name}.view(layers, lengths)
+    words_{name} = self.at_words(tokens_{name}, first_tokens)
+    {name}_logits = self.heads.{name}.forward(tokens_{name}, lengths, words_{name}, [{}])
 ",
                 beside.join(", ")
             )

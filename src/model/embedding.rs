@@ -52,7 +52,7 @@ impl Default for EmbeddingConfig {
 struct Pretrained {
     /// Those of the tokens of training, [V, E]: tuned or not.
     trained: Tensor,
-    /// Those of tokens that training never meets, [X, E]: as they were.
+    /// Those of tokens that training never meets, or too seldom to count, [X, E]: as they were.
     further: Option<Tensor>,
 }
 
@@ -175,13 +175,12 @@ def forward(self, {inputs}) -> Tensor:
         let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();
         for table in &self.pretrained {
             let vectors = look_up(&table.trained);
-            // Training meets no further token.
             parts.push(match &table.further {
-                Some(rows) if !mode.training() => {
+                Some(rows) => {
                     let rows = Tensor::embedding(rows, &(&ids - self.n_trained).clamp_min(0), -1, false, false);
                     rows.where_self(&further.unsqueeze(-1), &vectors)
                 }
-                _ => vectors,
+                None => vectors,
             });
         }
         if mode.training() && self.config.row_dropout > 0.0 && !parts.is_empty() {

@@ -332,10 +332,15 @@ impl Model {
 
     fn logits_of<'a>(&self, task: TaskId, find: &dyn Fn(TaskId) -> Option<&'a Encoded>, mode: Mode) -> Tensor {
         let tap = find(task).expect("invariant: a tap for every head that is needed");
+        let others = self.views[task.0].heads.iter().map(|&other| self.logits_of(other, find, mode)).collect();
+        self.logits_beside(task, tap, others, mode)
+    }
+
+    /// The logits of a head that sees `others`, the logits of other heads.
+    fn logits_beside(&self, task: TaskId, tap: &Encoded, others: Vec<Tensor>, mode: Mode) -> Tensor {
         let view = &self.views[task.0];
-        let beside = view.heads.iter().map(|&other| {
-            let kinds = (self.kinds[other.0], self.kinds[task.0]);
-            view::distribution(&self.logits_of(other, find, mode), kinds, &tap.word_lengths)
+        let beside = view.heads.iter().zip(others).map(|(other, logits)| {
+            view::distribution(&logits, (self.kinds[other.0], self.kinds[task.0]), &tap.word_lengths)
         });
         let encoded = Encoded {
             beside: beside.collect(),
@@ -359,7 +364,13 @@ impl Model {
             return names.iter().map(|name| take(name).with_context(|| format!("no `{name}`"))).collect();
         }
         let shared = self.encode(batch, &batch.token_ids, Mode::Eval);
-        Ok(shared.taps.iter().map(|taps| self.head_logits(taps, Mode::Eval)).collect())
+        let mut found: Vec<Option<Tensor>> = self.heads.iter().map(|_| None).collect();
+        for &task in &self.order {
+            let seen = self.views[task.0].heads.iter();
+            let others = seen.filter_map(|other| found[other.0].as_ref().map(Tensor::shallow_clone)).collect();
+            found[task.0] = Some(self.logits_beside(task, &shared.taps[task.0][0].1, others, Mode::Eval));
+        }
+        Ok(found.into_iter().flatten().collect())
     }
 
     /// Lets an exported module compute the logits `names`, instead of this model's own weights.
@@ -378,7 +389,7 @@ impl Model {
                     self.head_logits(&taps.iter().map(select).collect::<Vec<_>>(), mode)
                 }
             };
-            Some(self.heads[task].loss(&logits, targets))
+            Some(self.heads[task].loss(&logits, targets, mode))
         };
         shared.taps.iter().enumerate().map(loss).collect()
     }

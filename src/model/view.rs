@@ -145,12 +145,12 @@ pub fn distribution(logits: &Tensor, (source, reader): (TaskKind, TaskKind), wor
     }
 }
 
-/// [`distribution`] as TorchScript, from `{source}_logits`, `{reader}_words` and the numbers of words `n`.
+/// [`distribution`] as TorchScript, from `{source}_logits`, `words_{reader}` and the numbers of words `n`.
 pub fn distribution_script((source, kind): (&str, TaskKind), (reader, reader_kind): (&str, TaskKind)) -> String {
     let p = format!("torch.softmax({source}_logits, -1)");
     match (kind, reader_kind) {
         (TaskKind::Classification, TaskKind::Tagging(_)) => {
-            format!("{p}.unsqueeze(1).expand(-1, {reader}_words.size(1), -1)")
+            format!("{p}.unsqueeze(1).expand(-1, words_{reader}.size(1), -1)")
         }
         (TaskKind::Tagging(_), TaskKind::Classification) => format!("self.average({p}, n)"),
         _ => p,

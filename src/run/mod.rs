@@ -1,6 +1,7 @@
 //! The run directory: what a run leaves behind, and reading it back.
 //!
 //! `experiment.yaml` as written, `resolved.yaml` with every default, `environment.json`, `tokenizer.json`, `labels.json`,
+//! `vectors.safetensors` (pretrained vectors, where there are some),
 //! `metrics.jsonl`, TensorBoard event files, `checkpoints/{last,best,best-TASK}.safetensors`, `report.json`.
 
 pub mod atomic;

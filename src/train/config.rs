@@ -24,8 +24,8 @@ pub struct TrainingConfig {
     /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. Default 0, below 1;
     /// 0.999 averages over about 1,000 steps.
     pub ema_decay: f64,
-    /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `heads.TASK`, or longer names of
-    /// parameters from their beginning. Default: none.
+    /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
+    /// `heads.TASK`, or a parameter by its whole name. Default: none.
     pub freeze_epochs: IndexMap<String, usize>,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,

@@ -25,7 +25,7 @@ use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
 use crate::task::Task;
 use crate::weighting::Weighting;
-pub use step::{Pending, Step};
+pub use step::{Pending, Step, is_part};
 
 /// Everything that training works on.
 pub struct Trainer<'a> {

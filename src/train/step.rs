@@ -121,7 +121,11 @@ impl Trainer<'_> {
         self.freeze(step.number, &mut gradients.sum);
         let clipped: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
         let norms = gradients.norms(device);
-        let norm = clip_gradients(&clipped, self.config.clip_norm)?;
+        // All that this step has labels for may be frozen.
+        let norm = match clipped.is_empty() {
+            true => Tensor::zeros([], (Kind::Float, device)),
+            false => clip_gradients(&clipped, self.config.clip_norm)?,
+        };
         let mut values: Vec<Tensor> = losses.iter().flatten().map(Tensor::shallow_clone).collect();
         values.push(norm);
         let values = Tensor::stack(&values, 0);
@@ -174,9 +178,14 @@ impl Trainer<'_> {
     }
 }
 
-/// Whether parameter `name` belongs to `part`: `trunk.weight_ih_l0` to `trunk`, but `trunks.x` does not.
+/// Whether parameter `name` belongs to `part`: `trunk.weight_ih_l0` to `trunk` and to its layer `trunk.l0`, but `trunks.x`
+/// does not.
 pub fn is_part(name: &str, part: &str) -> bool {
-    name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.') || part.ends_with('.'))
+    if let Some(layer) = part.strip_prefix("trunk.l").filter(|number| number.parse::<usize>().is_ok()) {
+        let of = |name: &str| name.strip_suffix("_reverse").unwrap_or(name).ends_with(&format!("_l{layer}"));
+        return name.strip_prefix("trunk.").and_then(|rest| rest.split('.').next()).is_some_and(of);
+    }
+    name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 fn reference(wants: Wants) -> Option<Reference> {
@@ -195,4 +204,20 @@ fn add_losses(sum: Option<Vec<Option<Tensor>>>, more: Vec<Option<Tensor>>) -> Op
         (sum, more) => sum.or(more),
     };
     Some(sum.into_iter().zip(more).map(add).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_part;
+
+    #[test]
+    fn parts_are_known_by_name_and_layers_by_number() {
+        let check = |name: &str, part: &str, expected: bool| assert_eq!(is_part(name, part), expected, "{name} {part}");
+        check("trunk.weight_ih_l1_reverse", "trunk.l1", true);
+        check("trunk.gate_l1.weight", "trunk.l1", true);
+        check("trunk.weight_ih_l11", "trunk.l1", false);
+        check("heads.topic.output.bias", "heads.topic", true);
+        check("heads.topics.output.bias", "heads.topic", false);
+        check("embedding.vectors_0", "embedding.vectors_0", true);
+    }
 }

@@ -157,9 +157,24 @@ fn every_strategy_says_why_weights_moved_and_resumes_bit_for_bit() {
         ("{strategy: dwa}", "loss_ratio"),
         ("{strategy: random}", "weight"),
         ("{strategy: fixed, weights: {topic: 1, slots: 3}}", "weight"),
+        ("{strategy: equal}", "weight"),
     ] {
         let weighting = format!("weighting={strategy}");
-        let more = ["--set", &weighting, "--set", "training.accumulate_steps=2", "--set", "training.batch_size=4"];
+        let more: Vec<&str> = [
+            &weighting,
+            "training.accumulate_steps=2",
+            "training.batch_size=4",
+            // Options that change the way from the trunk to a head, or keep a state of their own.
+            "model.embedding.characters={kind: cnn, dim: 4, filters: 4}",
+            "model.embedding.vectors=[{file: vectors.txt}]",
+            "model.trunk={layers: 2, hidden: 8, locked_dropout: true, connection: highway}",
+            "tasks.topic.layer=1",
+            "tasks.slots.inputs=[trunk, topic]",
+            "training.ema_decay=0.99",
+        ]
+        .into_iter()
+        .flat_map(|value| ["--set", value])
+        .collect();
         check_kills(&folder, 1, &more);
         let records = metrics(&folder, "whole");
         let trained = records.iter().rfind(|record| record["kind"] == "train").unwrap();
@@ -168,6 +183,21 @@ fn every_strategy_says_why_weights_moved_and_resumes_bit_for_bit() {
         let cosine = compared["gradient_cosine"]["topic-slots"].as_f64().unwrap();
         assert!((-1.0..=1.0).contains(&cosine) && compared["task_gradient_norm"]["slots"].as_f64().unwrap() > 0.0);
     }
+}
+
+#[test]
+fn a_learning_rate_is_found() {
+    let folder = small();
+    folder.file("train.jsonl", rows(400));
+    let command = ["find-lr", "small.yaml", "--from", "1e-5", "--to", "10", "--json", "--threads", "1"];
+    let output = folder.polytask(&command).assert().success().get_output().clone();
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let suggestion = found["suggestion"].as_f64().unwrap();
+    assert!((1e-3..1.0).contains(&suggestion), "{suggestion}");
+    let output = folder.polytask(&["find-lr", "small.yaml", "--html", "lr.html"]).assert().success();
+    assert!(String::from_utf8_lossy(&output.get_output().stdout).contains("the loss falls fastest at"));
+    assert!(folder.read("lr.html").contains("<polyline"));
+    folder.polytask(&["find-lr", "small.yaml", "--from", "1"]).assert().code(2);
 }
 
 #[test]

@@ -224,7 +224,7 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     folder.file("train.jsonl", format!("{}{fewer}\n", crate::util::rows(30)));
     let output = train("second", &[frozen]).success().get_output().clone();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(said.contains("the trunk, heads topic, slots"), "{said}");
+    assert!(said.contains("the trunk and heads topic, slots of small"), "{said}");
     let load = |run: &str, name: &str| {
         checkpoint::load(&folder.path().join(run).join(format!("checkpoints/{name}.safetensors"))).unwrap().model
     };
@@ -241,7 +241,18 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     assert_eq!(row("first", &first, "rock"), row("second", &second, "rock"));
     train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success();
     let error = train("fourth", &["model.trunk.hidden=9"]).code(2).get_output().clone();
-    assert!(String::from_utf8_lossy(&error.stderr).contains("init_from: `trunk.weight_ih_l0` is [40, 12] in"));
+    let said = String::from_utf8_lossy(&error.stderr).into_owned();
+    assert!(said.contains("its trunk is hidden: 10, layers: 1") && said.contains("here it is hidden: 9"), "{said}");
+    assert!(!folder.path().join("fourth").exists(), "nothing was trained, and nothing is left");
+    // A table that stood still is tuned now.
+    let still = "model.embedding.vectors=[{file: vectors.txt, trainable: false}]";
+    folder.polytask(&["train", "small.yaml", "--out", "still", "--set", still]).assert().success();
+    let more = ["model.embedding.vectors=[{file: vectors.txt}]", "init_from=still", "training.max_epochs=1"];
+    train("tuned", &more).success();
+    // All that the first steps have labels for may be frozen.
+    train("all", &["training.freeze_epochs={embedding: 1, trunk: 1, heads.topic: 1, heads.slots: 1}"]).success();
+    let error = train("fifth", &["training.freeze_epochs={heads.solts: 1}"]).code(2).get_output().clone();
+    assert!(String::from_utf8_lossy(&error.stderr).contains("freeze_epochs.heads.solts: the model has no such part"));
 }
 
 #[test]

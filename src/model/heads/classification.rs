@@ -5,10 +5,9 @@
 //! b sentences, T tokens, F = D*H features, C classes.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Reduction, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{Decoded, Head, HeadSize, OnnxInputs};
-use crate::data::labels::NO_LABEL;
+use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::lstm::{last_states_onnx, last_states_script};
@@ -137,9 +136,8 @@ impl Head for Classification {
         self.output.forward(&x) // [b, C]
     }
 
-    fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {
-        let none = None::<&Tensor>;
-        logits.cross_entropy_loss(&targets.labels, none, Reduction::Mean, NO_LABEL.into(), self.label_smoothing)
+    fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor {
+        cross_entropy(logits, &targets.labels, targets.n_decisions, (self.label_smoothing, mode))
     }
 
     fn decode(&self, logits: &Tensor, _: &[i64]) -> Vec<Decoded> {

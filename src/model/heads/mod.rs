@@ -5,12 +5,13 @@ mod crf;
 mod tagging;
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Reduction, Tensor};
 
 use super::parameters::Scope;
 use super::view::Reads;
 use super::{Encoded, Mode, Script};
 use crate::data::Targets;
+use crate::data::labels::NO_LABEL;
 use crate::metrics::Metric;
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Task, TaskId, TaskKind};
@@ -62,6 +63,14 @@ impl HeadConfig {
         }
     }
 
+    /// Takes the other heads out of its inputs.
+    pub fn read_trunk_alone(&mut self) {
+        match self {
+            HeadConfig::Classification(config) => config.inputs = trunk_alone(),
+            HeadConfig::Tagging(config) => config.inputs = trunk_alone(),
+        }
+    }
+
     pub fn reads_trunk(&self) -> bool {
         self.inputs().iter().any(|name| name == TRUNK)
     }
@@ -88,6 +97,22 @@ impl HeadConfig {
             HeadConfig::Tagging(config) => Box::new(tagging::Tagging::new(scope, config, task, size)),
         }
     }
+}
+
+/// The mean cross-entropy of rows [n, C] with labels `[n]` (-1 does not count), of which there are `n_decisions`; in training
+/// against labels of which a share `smoothing` is spread over all classes (Szegedy 2016, section 7).
+///
+/// (1 - e) (-log p_y) + e / C sum_c (-log p_c)
+fn cross_entropy(logits: &Tensor, labels: &Tensor, n_decisions: i64, (smoothing, mode): (f64, Mode)) -> Tensor {
+    let (none, ignored) = (None::<&Tensor>, NO_LABEL.into());
+    let plain = logits.cross_entropy_loss(labels, none, Reduction::Mean, ignored, 0.0);
+    if smoothing == 0.0 || !mode.training() {
+        return plain;
+    }
+    // libtorch's own smoothing waits for the device.
+    let spread = -logits.log_softmax(-1, logits.kind()).mean_dim([-1].as_slice(), false, logits.kind()); // [n]
+    let spread = (spread * labels.ne(ignored)).sum(logits.kind()) / n_decisions as f64;
+    plain * (1.0 - smoothing) + spread * smoothing
 }
 
 /// The name of the trunk among a head's inputs.
@@ -121,7 +146,7 @@ pub trait Head {
 
     /// The mean negative log-likelihood in nats a labelled decision (sentence or word): a scalar with a gradient.
     /// `logits` are those of the labelled rows.
-    fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor;
+    fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor;
 
     /// The best labels of each row with their probabilities. `n_words` of each row; classes do not need it.
     fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded>;

@@ -6,11 +6,10 @@
 //! b sentences, W words, F = D*H features, C tags.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Reduction, Tensor};
+use tch::{Kind, Tensor};
 
 use super::crf::Crf;
-use super::{Decoded, Head, HeadSize, OnnxInputs};
-use crate::data::labels::NO_LABEL;
+use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::parameters::{Linear, Scope};
@@ -113,13 +112,12 @@ impl Head for Tagging {
         self.output.forward(&words.dropout(self.dropout, mode.training())) // [b, W, C]
     }
 
-    fn loss(&self, logits: &Tensor, targets: &Targets) -> Tensor {
+    fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor {
         match &self.crf {
             Some(crf) => crf.negative_log_likelihood(logits, &targets.labels) / targets.n_decisions as f64,
             None => {
                 let (flat, labels) = (logits.flatten(0, 1), targets.labels.flatten(0, 1)); // [b*W, C], [b*W]
-                let none = None::<&Tensor>;
-                flat.cross_entropy_loss(&labels, none, Reduction::Mean, NO_LABEL.into(), self.label_smoothing)
+                cross_entropy(&flat, &labels, targets.n_decisions, (self.label_smoothing, mode))
             }
         }
     }
