@@ -13,10 +13,10 @@
 //! | [`export`] | the model as one TorchScript file |
 //! | [`compare`] | statistics over runs, and their page |
 //! | [`evaluate`] | losses and scores of a model over a split |
-//! | [`model`] | embedding, trunk, heads |
+//! | [`model`] | embedding, trunk, what heads read of it, heads |
 //! | [`weighting`] | how task losses become one |
 //! | [`optim`] | fused optimizers, schedules |
-//! | [`data`] | formats, tokenizer, labels, batches, the order of rows |
+//! | [`data`] | formats, their cache, tokenizer, word vectors, labels, batches, the order of rows |
 //! | [`metrics`] | counting over label ids; no tensors |
 //! | [`run`] | the run directory, checkpoints, records |
 //! | [`onnx`] | writing ONNX files |

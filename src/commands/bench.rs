@@ -11,15 +11,13 @@ use serde_json::json;
 use tch::Device;
 
 use super::cli::BenchArgs;
+use super::rehearsal::Rehearsal;
 use super::{End, prepare, table};
 use crate::config::Experiment;
-use crate::data::{Sampler, Split};
+use crate::data::Split;
 use crate::evaluate::predict;
-use crate::optim::Optimizer;
 use crate::problem::fail_on_errors;
-use crate::rng::Seed;
-use crate::run::RunDirectory;
-use crate::train::{Pending, Step, Trainer, UnknownWords};
+use crate::train::{Pending, Step, Trainer};
 use crate::weighting::WeightingConfig;
 
 /// Steps before the clock starts.
@@ -60,41 +58,15 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
-    let (corpus, problems) = prepare::corpus(&experiment)?;
-    fail_on_errors(problems)?;
-    let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
-    let tasks = prepare::tasks(&experiment, &corpus);
-    let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
-    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
-    let (config, seed) = (&experiment.training, Seed(experiment.seed));
-    let rate = experiment.tokenizer.unknown_rate();
-    let sampler = || Sampler::new(&train.set, &config.sampling, config.batch_size, seed);
-    let nowhere = RunDirectory { path: std::path::PathBuf::new() };
-    let plan = sampler().plan(0);
+    let candidates = candidates(&experiment)?;
+    let rehearsal = Rehearsal::new(experiment, device)?;
+    let (experiment, train) = (&rehearsal.experiment, &rehearsal.train);
+    let config = &experiment.training;
+    let plan = rehearsal.sampler().plan(0);
     let n_steps = usize::from(args.steps).min(plan.len() / config.accumulate_steps).max(1);
     let steps: Vec<&[Vec<usize>]> = plan.chunks(config.accumulate_steps).take(n_steps).collect();
-    let candidates = candidates(&experiment)?;
-    let mut trainers: Vec<Trainer> = candidates
-        .iter()
-        .map(|(_, weighting)| Trainer {
-            config,
-            tasks: &tasks,
-            model: &model,
-            optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-            average: prepare::average(config, &model),
-            weighting: prepare::weighting(
-                &Experiment { weighting: weighting.clone(), ..experiment.clone() },
-                &tasks,
-                device,
-            ),
-            sampler: sampler(),
-            unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
-            train: &train,
-            dev: &train,
-            seed,
-            run: &nowhere,
-        })
-        .collect();
+    let mut trainers: Vec<Trainer> =
+        candidates.iter().map(|(_, weighting)| rehearsal.trainer(config, weighting)).collect();
     let n_sentences: usize = steps.iter().flat_map(|batches| batches.iter()).map(Vec::len).sum();
     let n_tokens: i64 =
         steps.iter().flat_map(|batches| batches.iter().flatten()).map(|&row| train.set.n_tokens(row)).sum();

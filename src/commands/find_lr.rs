@@ -8,15 +8,14 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::cli::FindLrArgs;
-use super::{End, prepare, table, transfer};
+use super::rehearsal::Rehearsal;
+use super::{End, prepare, table};
 use crate::compare::html::{self, Chart};
 use crate::config::Experiment;
-use crate::data::{Sampler, Split};
-use crate::optim::{Optimizer, RangeConfig, ScheduleConfig};
-use crate::problem::{fail_on_errors, invalid};
-use crate::rng::Seed;
-use crate::run::{RunDirectory, atomic};
-use crate::train::{Pending, State, Step, Trainer, TrainingConfig, UnknownWords};
+use crate::optim::{RangeConfig, ScheduleConfig};
+use crate::problem::invalid;
+use crate::run::atomic;
+use crate::train::{Pending, State, Step, TrainingConfig};
 
 /// The test ends when the loss is so many times its lowest.
 const DIVERGED: f64 = 4.0;
@@ -29,7 +28,8 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
         return Err(invalid("--from must be more than 0 and less than --to"));
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
-    let points = measure(args, &experiment)?;
+    let name = experiment.name.clone();
+    let points = measure(args, experiment)?;
     let suggestion = suggestion(&points);
     if args.json {
         let points: Vec<_> = points.iter().map(|(rate, loss)| json!({"learning_rate": rate, "loss": loss})).collect();
@@ -44,65 +44,40 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
     if let Some(path) = &args.html {
         let chart = Chart {
             title: "smoothed loss by log10 of the learning rate".to_owned(),
-            lines: vec![(experiment.name.clone(), points.iter().map(|(rate, loss)| (rate.log10(), *loss)).collect())],
+            lines: vec![(name.clone(), points.iter().map(|(rate, loss)| (rate.log10(), *loss)).collect())],
             logarithmic: false,
         };
-        atomic::write(path, html::page(&format!("{}: learning rates", experiment.name), &[], &[chart]).as_bytes())?;
+        atomic::write(path, html::page(&format!("{name}: learning rates"), &[], &[chart]).as_bytes())?;
         log::info!("the curve is in {}", path.display());
     }
     Ok(End::Done)
 }
 
 /// Trains with a rate that rises at every step, until the loss runs away.
-fn measure(args: &FindLrArgs, experiment: &Experiment) -> Result<Vec<Point>> {
+fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     let (device, _) = prepare::machine(&args.machine)?;
-    let (corpus, problems) = prepare::corpus(experiment)?;
-    fail_on_errors(problems)?;
-    let (tokenizer, _) = prepare::tokenizer(experiment, &corpus)?;
-    let tasks = prepare::tasks(experiment, &corpus);
-    let model = prepare::model(experiment, &tasks, &tokenizer, device)?;
-    prepare::check_parts(&experiment.training, &model)?;
-    if let Some(earlier) = transfer::earlier(experiment)? {
-        transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
-    }
-    let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
-    let n_steps = usize::from(args.steps);
+    let rehearsal = Rehearsal::new(experiment, device)?;
+    let (experiment, tasks) = (&rehearsal.experiment, &rehearsal.tasks);
     let mut config = TrainingConfig {
         schedule: ScheduleConfig::Range(RangeConfig { final_factor: args.to / args.from }),
         ..experiment.training.clone()
     };
     config.optimizer.set_learning_rate(args.from);
-    let seed = Seed(experiment.seed);
-    let sampler = || Sampler::new(&train.set, &config.sampling, config.batch_size, seed);
+    let n_steps = usize::from(args.steps);
     let mut batches = Vec::new();
     for epoch in 0.. {
-        batches.extend(sampler().plan(epoch));
+        batches.extend(rehearsal.sampler().plan(epoch));
         if batches.len() >= n_steps * config.accumulate_steps {
             break;
         }
     }
-    let rate = experiment.tokenizer.unknown_rate();
-    let nowhere = RunDirectory { path: std::path::PathBuf::new() };
-    let mut trainer = Trainer {
-        config: &config,
-        tasks: &tasks,
-        model: &model,
-        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-        average: None,
-        weighting: prepare::weighting(experiment, &tasks, device),
-        sampler: sampler(),
-        unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
-        train: &train,
-        dev: &train,
-        seed,
-        run: &nowhere,
-    };
+    let mut trainer = rehearsal.trainer(&config, &experiment.weighting);
     let mut pending = Pending::new(device);
     let (mut points, mut averages, mut best) = (Vec::new(), vec![(0.0, 0); tasks.len()], f64::MAX);
     for (number, batches) in batches.chunks(config.accumulate_steps).take(n_steps).enumerate() {
         let mut state = State::new(tasks.len());
         trainer.take(&Step { number, n_steps, batches, diagnose: false }, &mut pending)?;
-        if pending.drain(&mut state, &tasks).is_err() {
+        if pending.drain(&mut state, tasks).is_err() {
             break;
         }
         // Each task apart, so that tasks that come in turn do not look like a rise and a fall.

@@ -10,6 +10,7 @@ mod find_lr;
 mod predict;
 pub mod prepare;
 mod progress;
+mod rehearsal;
 mod selftest;
 mod study;
 mod table;
