@@ -1,5 +1,7 @@
 //! An experiment ready to take training steps that no run keeps: for measuring.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use tch::Device;
 
@@ -27,6 +29,7 @@ pub struct Rehearsal {
 
 impl Rehearsal {
     pub fn new(experiment: Experiment, device: Device) -> Result<Self> {
+        let started = Instant::now();
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
@@ -37,6 +40,8 @@ impl Rehearsal {
             transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
         }
         let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
+        let (n, seconds) = (super::table::count(train.set.len()), started.elapsed().as_secs_f64());
+        log::info!("{n} training sentences read and encoded in {seconds:.1} s");
         let nowhere = RunDirectory { path: std::path::PathBuf::new() };
         Ok(Rehearsal { experiment, tasks, model, train, device, tokenizer, nowhere })
     }

@@ -83,7 +83,7 @@ impl Setting {
         ];
         let heads = heads.into_iter().map(serde_json::from_value).collect::<Result<Vec<HeadConfig>, _>>()?;
         let config: ModelConfig = serde_json::from_value(json!({
-            "embedding": {"dim": 12}, "trunk": {"hidden": 16, "layers": 2},
+            "embedding": {"dim": 12, "characters": {"none": {}}}, "trunk": {"hidden": 16, "layers": 2},
         }))?;
         let vocabulary = Vocabulary { n_trained: 10, padding: 0, unknown: 1, vectors: &[] };
         let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, &vocabulary, (Seed(7), device))?;

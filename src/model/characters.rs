@@ -31,7 +31,7 @@ pub enum CharactersConfig {
 
 impl Default for CharactersConfig {
     fn default() -> Self {
-        CharactersConfig::None(NoCharacters {})
+        CharactersConfig::Cnn(CnnConfig::default())
     }
 }
 

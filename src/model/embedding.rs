@@ -22,11 +22,11 @@ pub struct EmbeddingConfig {
     pub dim: i64,
     /// Pretrained word vectors, beside the learned numbers. Default: none.
     pub vectors: Vec<VectorsConfig>,
-    /// Features of a word's spelling: `{kind: cnn}`, `{kind: lstm}`, `{kind: none}`. Default `none`.
+    /// Features of a word's spelling: `{kind: cnn}`, `{kind: lstm}`, `{kind: none}`. Default `cnn`.
     pub characters: CharactersConfig,
-    /// Dropout on the embedded tokens. Default 0.3, from 0 to below 1.
+    /// Dropout on the embedded tokens. Default 0.5, from 0 to below 1.
     pub dropout: f64,
-    /// One mask of `dropout` for all tokens of a sentence. Default false.
+    /// One mask of `dropout` for all tokens of a sentence. Default true.
     pub locked_dropout: bool,
     /// Share of the word types whose vectors are 0 throughout a batch. Default 0, from 0 to below 1.
     pub row_dropout: f64,
@@ -40,8 +40,8 @@ impl Default for EmbeddingConfig {
             dim: 128,
             vectors: Vec::new(),
             characters: CharactersConfig::default(),
-            dropout: 0.3,
-            locked_dropout: false,
+            dropout: 0.5,
+            locked_dropout: true,
             row_dropout: 0.0,
             word_dropout: 0.0,
         }

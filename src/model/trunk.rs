@@ -26,9 +26,9 @@ pub struct TrunkConfig {
     pub layers: usize,
     /// Read both ways. Default true.
     pub bidirectional: bool,
-    /// Dropout on the output of every layer, the last included. Default 0.3, from 0 to below 1.
+    /// Dropout on the output of every layer, the last included. Default 0.5, from 0 to below 1.
     pub dropout: f64,
-    /// One dropout mask for all tokens of a sentence (Gal & Ghahramani 2016; "locked" in Merity 2018). Default false.
+    /// One dropout mask for all tokens of a sentence (Gal & Ghahramani 2016; "locked" in Merity 2018). Default true.
     pub locked_dropout: bool,
     /// What leads past each layer from the second on: `none`, `residual`, `highway`. Default `none`.
     pub connection: Connection,
@@ -40,8 +40,8 @@ impl Default for TrunkConfig {
             hidden: 256,
             layers: 1,
             bidirectional: true,
-            dropout: 0.3,
-            locked_dropout: false,
+            dropout: 0.5,
+            locked_dropout: true,
             connection: Connection::None,
         }
     }

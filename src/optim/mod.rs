@@ -35,7 +35,7 @@ impl Default for OptimizerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamConfig {
-    /// Default 1e-3, more than 0.
+    /// Default 2e-3, more than 0.
     pub learning_rate: f64,
     /// Decay rates of the two moments. Default [0.9, 0.999].
     pub betas: (f64, f64),
@@ -43,13 +43,13 @@ pub struct AdamConfig {
     pub epsilon: f64,
     /// Default 0.01.
     pub weight_decay: f64,
-    /// Whether biases and embeddings decay too. Default true.
+    /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,
 }
 
 impl Default for AdamConfig {
     fn default() -> Self {
-        AdamConfig { learning_rate: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01, decay_all: true }
+        AdamConfig { learning_rate: 2e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01, decay_all: false }
     }
 }
 
@@ -62,13 +62,13 @@ pub struct SgdConfig {
     pub momentum: f64,
     /// Default 0.
     pub weight_decay: f64,
-    /// Whether biases and embeddings decay too. Default true.
+    /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,
 }
 
 impl Default for SgdConfig {
     fn default() -> Self {
-        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: true }
+        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: false }
     }
 }
 

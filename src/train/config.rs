@@ -21,8 +21,8 @@ pub struct TrainingConfig {
     pub schedule: ScheduleConfig,
     /// Limit of the gradient's 2-norm over all parameters; 0 is off. Default 5.
     pub clip_norm: f64,
-    /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. Default 0, below 1;
-    /// 0.999 averages over about 1,000 steps.
+    /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. Default 0.999, which
+    /// averages over about 1,000 steps; below 1.
     pub ema_decay: f64,
     /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
     /// `heads.TASK`, or a parameter by its whole name. Default: none.
@@ -48,7 +48,7 @@ impl Default for TrainingConfig {
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig::default(),
             clip_norm: 5.0,
-            ema_decay: 0.0,
+            ema_decay: 0.999,
             freeze_epochs: IndexMap::new(),
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),

@@ -63,7 +63,12 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
     let slots = json!({"tagging": {"set": "s", "column": "t", "scheme": "plain", "decoder": "crf"}});
     let [topic, slots] = [topic, slots].map(|head| serde_json::from_value::<HeadConfig>(head).unwrap());
     let config = ModelConfig {
-        embedding: EmbeddingConfig { dim: 6, dropout: 0.0, ..Default::default() },
+        embedding: EmbeddingConfig {
+            dim: 6,
+            dropout: 0.0,
+            characters: serde_json::from_value(json!({"none": {}})).unwrap(),
+            ..Default::default()
+        },
         trunk: TrunkConfig { hidden: 5, layers: 2, dropout: 0.0, ..Default::default() },
     };
     let vocabulary = Vocabulary { n_trained: 11, padding: 0, unknown: 1, vectors: &[] };
@@ -74,7 +79,9 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
     let mask = batch.lengths.mask().unsqueeze(-1).to_kind(Kind::Float);
     close("states", &(&encoded.taps[0][0].1.tokens * mask), &fixture["states"]);
 
-    let mut optimizer = Optimizer::new(&OptimizerConfig::default(), model.parameters.iter());
+    // As torch.optim.AdamW has it, biases and embeddings decay too.
+    let adamw: OptimizerConfig = serde_json::from_value(json!({"adamw": {"decay_all": true}})).unwrap();
+    let mut optimizer = Optimizer::new(&adamw, model.parameters.iter());
     for step in 0..20 {
         let encoded = model.encode(&batch, &batch.token_ids, Mode::Train);
         let losses: Vec<Tensor> = model.losses(&encoded, &batch, Mode::Train).into_iter().flatten().collect();

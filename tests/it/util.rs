@@ -71,13 +71,14 @@ tasks:
   topic: {type: classification, set: toy, column: topic}
   slots: {type: tagging, set: toy, column: slots, decoder: crf}
 model:
-  embedding: {dim: 12}
-  trunk: {hidden: 10}
+  embedding: {dim: 12, dropout: 0.3, locked_dropout: false, characters: {kind: none}}
+  trunk: {hidden: 10, dropout: 0.3, locked_dropout: false}
 training:
   batch_size: 8
   max_epochs: 6
   log_every_steps: 3
-  optimizer: {kind: adamw, learning_rate: 1.0e-2}
+  ema_decay: 0
+  optimizer: {kind: adamw, learning_rate: 1.0e-2, decay_all: true}
 ";
 
 /// Word vectors; training does not meet the last two words.
