@@ -55,6 +55,9 @@ pub struct Machine {
     /// Threads on the CPU [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Parts of a batch that go side by side on the CPU, each on threads of its own [default: one a thread]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub workers: Option<u16>,
 }
 
 #[derive(Args)]
@@ -249,6 +252,12 @@ pub struct BenchArgs {
     /// Steps of a strategy in a round
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u16).range(1..))]
     pub steps: u16,
+    /// Strategies to measure, by the names in the table, as in --only equal [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ';')]
+    pub only: Vec<String>,
+    /// Instead of measuring, write the steps' batches, the first weights and the losses of the steps into a folder
+    #[arg(long, value_name = "DIR")]
+    pub write: Option<PathBuf>,
     /// Rounds, in each of which every strategy takes its turn
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     pub rounds: u16,

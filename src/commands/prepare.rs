@@ -24,9 +24,11 @@ pub fn machine(machine: &Machine) -> Result<(Device, usize)> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = machine.threads.map_or(cores, usize::from);
     let device = libtorch::device(&machine.device).map_err(|error| invalid(format!("{error:#}")))?;
-    libtorch::configure(threads, true)?;
-    // Fails only where a pool exists already.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let workers = match device {
+        Device::Cpu => machine.workers.map_or(threads, usize::from),
+        _ => 1,
+    };
+    libtorch::configure(threads, workers, true)?;
     Ok((device, threads))
 }
 

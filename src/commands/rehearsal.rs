@@ -14,6 +14,7 @@ use crate::problem::fail_on_errors;
 use crate::rng::Seed;
 use crate::run::RunDirectory;
 use crate::task::Task;
+use crate::train::laps::Laps;
 use crate::train::{Trainer, TrainingConfig, UnknownWords};
 use crate::weighting::WeightingConfig;
 
@@ -67,6 +68,7 @@ impl Rehearsal {
             train: &self.train,
             dev: &self.train,
             seed: Seed(self.experiment.seed),
+            laps: Laps::default(),
             run: &self.nowhere,
         }
     }

@@ -8,6 +8,7 @@ use super::End;
 use super::cli::SelftestArgs;
 use super::prepare;
 use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
+use crate::libtorch::Draws;
 use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared, Vocabulary};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Scheme, Task, TaskKind};
@@ -94,8 +95,9 @@ impl Setting {
     /// A forward pass with dropout, the same each time.
     fn forward(&self) -> (Shared, Vec<Option<Tensor>>) {
         Seed(7).seed_torch(Purpose::Dropout, 0);
-        let shared = self.model.encode(&self.batch, &self.batch.token_ids, Mode::Train);
-        let losses = self.model.losses(&shared, &self.batch, Mode::Train);
+        let mode = Mode::Train(Draws { seed: 7, first_row: 0 });
+        let shared = self.model.encode(&self.batch, &self.batch.token_ids, None, mode);
+        let losses = self.model.losses(&shared, &self.batch, mode);
         (shared, losses)
     }
 
@@ -112,7 +114,7 @@ impl Setting {
     /// The same through the path that reads norms, and the norms.
     fn watched(&self, reference: Reference) -> Result<(Vec<Tensor>, Tensor)> {
         let (shared, losses) = self.forward();
-        let mut gradients = Gradients::new(&self.model, &self.tasks, Some(reference));
+        let mut gradients = Gradients::new(&self.model, &self.tasks, Some(reference), None);
         gradients.add(&shared, &losses, &self.weights())?;
         let norms = gradients.norms(self.batch.token_ids.device()).context("no norms")?;
         Ok((gradients.sum, norms))

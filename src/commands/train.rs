@@ -23,6 +23,7 @@ use crate::problem::{fail_on_errors, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::Task;
+use crate::train::laps::Laps;
 use crate::train::{Outcome, State, Trainer, UnknownWords};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
@@ -137,6 +138,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
         train: &train,
         dev: &dev,
         seed,
+        laps: Laps::default(),
         run,
     };
     log::info!(

@@ -2,6 +2,8 @@
 //!
 //! B sentences, T tokens of the longest, W words of the longest, b sentences with a label for a task.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use super::encoded::{EncodedSet, TargetValues};
@@ -52,6 +54,8 @@ impl Lengths {
 pub struct Targets {
     /// The rows of the batch that carry a label, and the same on the device.
     pub rows: Vec<usize>,
+    /// How many labelled rows the whole batch has before these.
+    pub first_row: usize,
     pub index: Tensor,
     /// `[b]` for classes, `[b, W]` for tags with -1 beyond a sentence's end.
     pub labels: Tensor,
@@ -64,6 +68,8 @@ pub struct Targets {
 pub struct Batch {
     /// Row numbers in the set.
     pub rows: Vec<usize>,
+    /// How many rows the whole batch has before these, where this is a part of one.
+    pub first_row: usize,
     /// [B, T]
     pub token_ids: Tensor,
     pub lengths: Lengths,
@@ -129,17 +135,28 @@ impl DeviceSet {
 
     /// Gathers `rows` (at least one) on the device.
     pub fn batch(&self, rows: &[usize]) -> Batch {
+        self.part(rows, 0..rows.len())
+    }
+
+    /// Gathers some of a batch's rows on the device.
+    pub fn part(&self, whole: &[usize], range: Range<usize>) -> Batch {
+        let (first_row, rows) = (range.start, &whole[range]);
         let lengths = Lengths::new(rows.iter().map(|&row| self.set.n_tokens(row)).collect(), self.device);
         let words = Lengths::new(rows.iter().map(|&row| self.set.n_words(row)).collect(), self.device);
         let token_starts = self.starts(&self.set.token_offsets, rows);
         let word_starts = self.starts(&self.set.word_offsets, rows);
-        let targets = (0..self.targets.len()).map(|task| self.targets(TaskId(task), rows, &words, &word_starts));
+        let targets = (0..self.targets.len()).map(|task| {
+            let task = TaskId(task);
+            let before = whole[..first_row].iter().filter(|&&row| self.set.labels(task, row).is_some());
+            self.targets(task, (rows, before.count()), &words, &word_starts)
+        });
         Batch {
             token_ids: gather(&self.token_ids, &token_starts, &lengths, self.padding),
             bytes: self.bytes(rows, &token_starts, &lengths),
             first_tokens: self.first_tokens.as_ref().map(|first| gather(first, &word_starts, &words, 0)),
             targets: targets.collect(),
             rows: rows.to_vec(),
+            first_row,
             lengths,
             word_lengths: words,
         }
@@ -163,7 +180,13 @@ impl DeviceSet {
         Tensor::from_slice(&starts).to_device(self.device)
     }
 
-    fn targets(&self, task: TaskId, rows: &[usize], words: &Lengths, word_starts: &Tensor) -> Option<Targets> {
+    fn targets(
+        &self,
+        task: TaskId,
+        (rows, first_row): (&[usize], usize),
+        words: &Lengths,
+        word_starts: &Tensor,
+    ) -> Option<Targets> {
         let labelled: Vec<usize> = (0..rows.len()).filter(|&at| self.set.labels(task, rows[at]).is_some()).collect();
         if labelled.is_empty() {
             return None;
@@ -184,7 +207,7 @@ impl DeviceSet {
                 (gather(values, &starts, &lengths, NO_LABEL.into()), n_decisions) // [b, W]
             }
         };
-        Some(Targets { rows: labelled, index, labels, n_decisions })
+        Some(Targets { rows: labelled, first_row, index, labels, n_decisions })
     }
 }
 

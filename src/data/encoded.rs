@@ -177,6 +177,10 @@ impl EncodedSet {
         self.len() == 0
     }
 
+    pub fn tokens(&self, row: usize) -> &[i32] {
+        &self.token_ids[self.token_offsets[row] as usize..self.token_offsets[row + 1] as usize]
+    }
+
     pub fn n_tokens(&self, row: usize) -> i64 {
         self.token_offsets[row + 1] - self.token_offsets[row]
     }

@@ -2,8 +2,10 @@
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
-use crate::data::DeviceSet;
+use crate::data::{Batch, DeviceSet};
+use crate::libtorch::{side_by_side, workers};
 use crate::metrics::Score;
 use crate::model::{Decoded, Mode, Model};
 use crate::task::{Task, TaskId};
@@ -59,23 +61,20 @@ fn batches(data: &DeviceSet) -> Vec<Vec<usize>> {
 /// # Errors
 /// Those of an exported module that computes in the model's place.
 pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Report> {
-    let _no_grad = tch::no_grad_guard();
     let mut metrics: Vec<_> = (0..tasks.len()).map(|task| model.head(TaskId(task)).metric()).collect();
     let mut losses = vec![(0.0, 0i64); tasks.len()];
     let mut n_sentences = vec![0; tasks.len()];
     let (mut n_joint, mut n_joint_right) = (0, 0);
-    for rows in batches(data) {
-        let batch = data.batch(&rows);
+    let batches = batches(data);
+    let scored = |i: usize| score_batch(model, &data.batch(&batches[i]));
+    for (rows, tasks) in batches.iter().zip(in_turn(batches.len(), &scored)) {
         // By row of the batch: labels of so many tasks, and whether all are right.
         let mut joint = vec![(0, true); rows.len()];
-        for (task, logits) in model.logits(&batch)?.iter().enumerate() {
-            let Some(targets) = &batch.targets[task] else { continue };
-            let head = model.head(TaskId(task));
-            let logits = logits.index_select(0, &targets.index);
-            losses[task].0 += head.loss(&logits, targets, Mode::Eval).double_value(&[]) * targets.n_decisions as f64;
-            losses[task].1 += targets.n_decisions;
-            let n_words: Vec<i64> = targets.rows.iter().map(|&at| batch.word_lengths.host[at]).collect();
-            for (&at, decoded) in targets.rows.iter().zip(head.decode(&logits, &n_words)) {
+        for (task, scored) in tasks?.into_iter().enumerate() {
+            let Some(scored) = scored else { continue };
+            losses[task].0 += scored.loss * scored.n_decisions as f64;
+            losses[task].1 += scored.n_decisions;
+            for (&at, decoded) in scored.rows.iter().zip(scored.decoded) {
                 let Some(gold) = data.set.labels(TaskId(task), rows[at]) else { continue };
                 metrics[task].update(gold, &decoded.labels);
                 n_sentences[task] += 1;
@@ -99,18 +98,58 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
     })
 }
 
+/// One task's part of a batch.
+struct Scored {
+    /// Mean over the labelled decisions, and their number.
+    loss: f64,
+    n_decisions: i64,
+    /// The rows of the batch that carry a label, and what the head says of them.
+    rows: Vec<usize>,
+    decoded: Vec<Decoded>,
+}
+
+/// By [`TaskId`]; `None` for a task without labels in the batch.
+fn score_batch(model: &Model, batch: &Batch) -> Result<Vec<Option<Scored>>> {
+    let score = |(task, logits): (usize, &Tensor)| {
+        let targets = batch.targets[task].as_ref()?;
+        let head = model.head(TaskId(task));
+        let logits = logits.index_select(0, &targets.index);
+        let n_words: Vec<i64> = targets.rows.iter().map(|&at| batch.word_lengths.host[at]).collect();
+        Some(Scored {
+            loss: head.loss(&logits, targets, Mode::Eval).double_value(&[]),
+            n_decisions: targets.n_decisions,
+            rows: targets.rows.clone(),
+            decoded: head.decode(&logits, &n_words),
+        })
+    };
+    Ok(model.logits(batch)?.iter().enumerate().map(score).collect())
+}
+
 /// What every task's head says of each row, in row order: by row, then by [`TaskId`].
 pub fn predict(model: &Model, data: &DeviceSet) -> Result<Vec<Vec<Decoded>>> {
-    let _no_grad = tch::no_grad_guard();
+    let batches = batches(data);
+    let decoded = |i: usize| -> Result<Vec<Vec<Decoded>>> {
+        let batch = data.batch(&batches[i]);
+        let logits = model.logits(&batch)?;
+        let each = logits.iter().enumerate();
+        Ok(each.map(|(task, logits)| model.head(TaskId(task)).decode(logits, &batch.word_lengths.host)).collect())
+    };
     let mut results = vec![Vec::new(); data.set.len()];
-    for rows in batches(data) {
-        let batch = data.batch(&rows);
-        for (task, logits) in model.logits(&batch)?.iter().enumerate() {
-            let decoded = model.head(TaskId(task)).decode(logits, &batch.word_lengths.host);
+    for (rows, tasks) in batches.iter().zip(in_turn(batches.len(), &decoded)) {
+        for decoded in tasks? {
             for (&row, decoded) in rows.iter().zip(decoded) {
                 results[row].push(decoded);
             }
         }
     }
     Ok(results)
+}
+
+/// What `work` makes of each of `n` batches without gradients, in order, by all workers.
+fn in_turn<T: Send>(n: usize, work: &dyn Fn(usize) -> T) -> Vec<T> {
+    let work = |i: usize| tch::no_grad(|| work(i));
+    match workers() {
+        1 => (0..n).map(work).collect(),
+        _ => side_by_side(n, &work),
+    }
 }

@@ -105,7 +105,7 @@ impl Cases {
 impl Case {
     fn new(model: &Model, batch: &Batch, tasks: &[Task]) -> Case {
         let _no_grad = tch::no_grad_guard();
-        let shared = model.encode(batch, &batch.token_ids, Mode::Eval);
+        let shared = model.encode(batch, &batch.token_ids, None, Mode::Eval);
         let mut outputs = Vec::new();
         for (i, task) in tasks.iter().enumerate() {
             let head = model.head(TaskId(i));

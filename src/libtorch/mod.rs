@@ -4,9 +4,11 @@
 mod script;
 
 use std::ffi::{CStr, c_char};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use tch::{Device, Tensor};
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 pub use script::ScriptModule;
@@ -48,6 +50,8 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn pt_clip(n: usize, gradients: List, limit: f64, norm: *mut *mut C_tensor) -> *mut c_char;
     fn pt_add(n: usize, into: List, from: List) -> *mut c_char;
+    fn pt_count(n: usize, counters: List) -> *mut c_char;
+    fn pt_bernoulli(out: *mut C_tensor, seed: u64, first_row: u64, p: f64) -> *mut c_char;
     fn pt_configure(deterministic: bool, tf32: bool) -> *mut c_char;
 }
 
@@ -77,7 +81,7 @@ pub struct AdamLists<'a> {
     pub gradients: &'a [&'a Tensor],
     pub first_moments: &'a [&'a Tensor],
     pub second_moments: &'a [&'a Tensor],
-    /// One scalar tensor each: how many steps the parameter has had. Counted up by the call.
+    /// One scalar tensor each: how many steps the parameter has had, with this one.
     pub steps: &'a [&'a Tensor],
 }
 
@@ -181,12 +185,71 @@ pub fn add_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
     checked(unsafe { pt_add(into.len(), into.as_ptr(), from.as_ptr()) })
 }
 
+/// Adds 1 to each of `counters`.
+pub fn count_up(counters: &[&Tensor]) -> Result<()> {
+    let list = handles(counters);
+    // SAFETY: the list is live.
+    checked(unsafe { pt_count(list.len(), list.as_ptr()) })
+}
+
+/// Draws for training: a seed, and which row of the whole batch the first one at hand is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Draws {
+    pub seed: u64,
+    pub first_row: u64,
+}
+
+/// 1 at probability `p`, else 0, float32 `[rows, ...]`. On the CPU each row has a stream of its own (Philox), so that the rows of a
+/// batch draw the same however it is cut; on CUDA libtorch's generator draws.
+pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
+    if device != Device::Cpu {
+        return Tensor::rand(size, (Kind::Float, device)).lt(p).to_kind(Kind::Float);
+    }
+    let out = Tensor::empty(size, (Kind::Float, device));
+    // SAFETY: `out` is a live, contiguous float tensor on the CPU.
+    checked(unsafe { pt_bernoulli(out.as_ptr().cast_mut(), draws.seed, draws.first_row, p) })
+        .expect("invariant: a new tensor can be filled");
+    out
+}
+
+/// Runs `work(0)`, ..., `work(n - 1)` on rayon's threads and returns what they return, in order; on this thread where n is 1.
+///
+/// Tensors are handles without locks. Calls may read the same ones and build graphs on them; none may write to a tensor that
+/// another one touches.
+pub fn side_by_side<T: Send>(n: usize, work: &(dyn Fn(usize) -> T + '_)) -> Vec<T> {
+    struct Reading<'a, T>(&'a (dyn Fn(usize) -> T + 'a));
+    // SAFETY: what the calls share is read alone, as this function demands; libtorch's reads are thread-safe.
+    unsafe impl<T> Sync for Reading<'_, T> {}
+    impl<T> Reading<'_, T> {
+        fn call(&self, i: usize) -> T {
+            (self.0)(i)
+        }
+    }
+    if n == 1 {
+        return vec![work(0)];
+    }
+    let reading = Reading(work);
+    (0..n).into_par_iter().map(|i| reading.call(i)).collect()
+}
+
+/// Parts that a batch is cut in on the CPU.
+static WORKERS: AtomicUsize = AtomicUsize::new(1);
+
+pub fn workers() -> usize {
+    WORKERS.load(Ordering::Relaxed)
+}
+
 /// Process-wide switches of libtorch: deterministic kernels (a warning where an operator has none), TF32 products on
-/// CUDA, and the number of threads within one operator.
-pub fn configure(threads: usize, tf32: bool) -> Result<()> {
-    let threads = i32::try_from(threads).context("too many threads")?;
-    if tch::get_num_threads() != threads {
-        tch::set_num_threads(threads);
+/// CUDA, threads and workers. With several workers each has its share of the threads within an operator, and so has the main
+/// thread: libgomp's threads spin while they wait, and would take the processor from the workers.
+pub fn configure(threads: usize, workers: usize, tf32: bool) -> Result<()> {
+    let share = i32::try_from((threads / workers).max(1)).context("too many threads")?;
+    WORKERS.store(workers, Ordering::Relaxed);
+    // Fails only where a pool exists already.
+    let start = move |_| tch::set_num_threads(share);
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(start).build_global();
+    if tch::get_num_threads() != share {
+        tch::set_num_threads(share);
     }
     // SAFETY: takes and returns plain values.
     checked(unsafe { pt_configure(true, tf32) })

@@ -3,6 +3,7 @@
 #include "guarded.h"
 
 #include <ATen/Context.h>
+#include <ATen/core/PhiloxRNGEngine.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
@@ -12,6 +13,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -47,7 +49,6 @@ char* pt_fused_adam(
         : static_cast<void (*)(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
               at::TensorList, double, double, double, double, double, bool, bool, const std::optional<at::Tensor>&,
               const std::optional<at::Tensor>&)>(at::_fused_adam_);
-    at::_foreach_add_(s, 1);
     operation(p, g, m, v, {}, s, options->learning_rate, options->beta1, options->beta2, options->weight_decay,
         options->epsilon, false, false, std::nullopt, *skip);
   });
@@ -76,6 +77,27 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle* norm) {
 // into += from * scale, element by element of the lists.
 char* pt_add(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_add_(list(into, n), list(from, n), 1); });
+}
+
+// Adds 1 to every tensor of the list.
+char* pt_count(size_t n, const Handle* counters) {
+  return guarded([&] { at::_foreach_add_(list(counters, n), 1); });
+}
+
+// Fills `out` [rows, ...] (float, on the CPU) with 1 at probability p and else 0. Each row has a stream of its own, by seed and
+// `first_row` + row, so that a batch cut in pieces draws what the whole one would.
+char* pt_bernoulli(Handle out, uint64_t seed, uint64_t first_row, double p) {
+  return guarded([&] {
+    auto rows = out->size(0), width = rows == 0 ? 0 : out->numel() / rows;
+    auto* values = out->data_ptr<float>();
+    auto limit = static_cast<float>(p);
+    for (int64_t row = 0; row < rows; row++) {
+      at::Philox4_32 draw(seed, first_row + row);
+      for (int64_t i = 0; i < width; i++) {
+        *values++ = static_cast<float>(draw() >> 8) * 0x1p-24f < limit ? 1.0f : 0.0f;
+      }
+    }
+  });
 }
 
 char* pt_configure(bool deterministic, bool tf32) {

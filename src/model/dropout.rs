@@ -5,7 +5,8 @@
 
 use tch::Tensor;
 
-use super::Mode;
+use super::{Mode, Site};
+use crate::libtorch::bernoulli;
 
 /// What shares a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,16 +17,14 @@ pub enum Masks {
     ByRow,
 }
 
-/// `x` [B, T, F] with a share `rate` of its numbers set to 0 and the others scaled up; as it is outside training.
-pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode) -> Tensor {
-    if rate == 0.0 || !mode.training() {
-        return x.shallow_clone();
+/// `x` [B, ...], for `ByRow` [B, T, F], with a share `rate` of its numbers set to 0 and the others scaled up; as it is outside
+/// training.
+pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode, site: Site) -> Tensor {
+    let Some(draws) = mode.draws(site).filter(|_| rate > 0.0) else { return x.shallow_clone() };
+    let mut size = x.size();
+    if masks == Masks::ByRow {
+        size[1] = 1;
     }
-    match masks {
-        Masks::ByToken => x.dropout(rate, true),
-        Masks::ByRow => {
-            let ones = x.detach().narrow(1, 0, 1).ones_like(); // [B, 1, F]
-            x * ones.dropout(rate, true)
-        }
-    }
+    let mask = bernoulli(&size, 1.0 - rate, draws, x.device()) * (1.0 / (1.0 - rate));
+    x * mask.to_kind(x.kind())
 }

@@ -3,7 +3,8 @@
 //! word dropout: a token is read as unknown (Iyyer 2015, section 3.2; Gal & Ghahramani 2016 drop word types).
 //! row dropout: all numbers of a word type are 0 wherever it stands in the batch (Merity 2018, arXiv 1708.02182, section 4.3).
 //!
-//! B sentences, T tokens, L bytes of the longest word, E embedding, V tokens of training, X further tokens.
+//! B sentences, T tokens, L bytes of the longest word, E embedding, V tokens of training, X further tokens, U different tokens of
+//! a step.
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -11,9 +12,11 @@ use tch::{Kind, Tensor};
 use super::characters::{Characters, CharactersConfig};
 use super::dropout::{Masks, dropout};
 use super::parameters::Scope;
-use super::{Mode, Script, Vocabulary};
+use super::{Mode, Script, Site, Vocabulary};
 use crate::data::{Batch, VectorsConfig};
+use crate::libtorch::bernoulli;
 use crate::onnx::{Attribute, Graph, Value};
+use crate::optim::Touched;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -51,13 +54,30 @@ impl Default for EmbeddingConfig {
 /// A table of pretrained vectors.
 struct Pretrained {
     /// Those of the tokens of training, [V, E]: tuned or not.
-    trained: Tensor,
+    trained: Table,
     /// Those of tokens that training never meets, or too seldom to count, [X, E]: as they were.
     further: Option<Tensor>,
 }
 
+/// A table of vectors [V, E], and its number among the parameters where it is trained.
+struct Table {
+    values: Tensor,
+    parameter: Option<usize>,
+}
+
+/// The rows of the tables that a step reads, each once. Reading and training them alone costs what the step holds, not what
+/// the vocabulary does.
+pub struct Rows {
+    /// Padding, the unknown token, then the others, of the trained tables.
+    pub touched: Touched,
+    /// These rows of each table [U, E], which take the gradient.
+    pub leaves: Vec<Tensor>,
+    /// Where each of `ids` stands in them, [V]; undefined for other tokens.
+    places: Tensor,
+}
+
 pub struct Embedding {
-    learned: Option<Tensor>,
+    learned: Option<Table>,
     pretrained: Vec<Pretrained>,
     characters: Option<Characters>,
     config: EmbeddingConfig,
@@ -70,15 +90,18 @@ impl Embedding {
     pub fn new(mut scope: Scope, config: &EmbeddingConfig, vocabulary: &Vocabulary) -> Self {
         let n_trained = vocabulary.n_trained as i64;
         let (padding, unknown) = (vocabulary.padding.into(), vocabulary.unknown.into());
-        let learned = (config.dim > 0).then(|| scope.normal_rows("weight", &[n_trained, config.dim], padding));
+        let learned = (config.dim > 0).then(|| Table {
+            parameter: Some(scope.count()),
+            values: scope.normal_rows("weight", &[n_trained, config.dim], padding),
+        });
         let mut pretrained = Vec::new();
         for (i, (table, config)) in vocabulary.vectors.iter().zip(&config.vectors).enumerate() {
             let (first, rest) =
                 (table.narrow(0, 0, n_trained), table.narrow(0, n_trained, table.size()[0] - n_trained));
             let name = format!("vectors_{i}");
             let trained = match config.trainable {
-                true => scope.add(&name, first.copy()),
-                false => scope.constant(&name, first.copy()),
+                true => Table { parameter: Some(scope.count()), values: scope.add(&name, first.copy()) },
+                false => Table { parameter: None, values: scope.constant(&name, first.copy()) },
             };
             let further = (rest.size()[0] > 0).then(|| scope.constant(&format!("further_{i}"), rest.copy()));
             pretrained.push(Pretrained { trained, further });
@@ -89,9 +112,9 @@ impl Embedding {
 
     /// Numbers a token: E.
     pub fn width(&self) -> i64 {
-        let pretrained = self.pretrained.iter().map(|table| table.trained.size()[1]).sum::<i64>();
+        let pretrained = self.pretrained.iter().map(|table| table.trained.values.size()[1]).sum::<i64>();
         let characters = self.characters.as_ref().map_or(0, Characters::width);
-        self.learned.as_ref().map_or(0, |table| table.size()[1]) + pretrained + characters
+        self.learned.as_ref().map_or(0, |table| table.values.size()[1]) + pretrained + characters
     }
 
     /// `forward(token_ids)`, or `forward(token_ids, bytes)` where words have characters.
@@ -141,9 +164,9 @@ def forward(self, {inputs}) -> Tensor:
             graph.op("Gather", &[&table, ids], vec![])
         };
         let mut parts = Vec::new();
-        parts.extend(self.learned.as_ref().map(|table| gather(graph, table, &known)));
+        parts.extend(self.learned.as_ref().map(|table| gather(graph, &table.values, &known)));
         for table in &self.pretrained {
-            let vectors = gather(graph, &table.trained, &known);
+            let vectors = gather(graph, &table.trained.values, &known);
             parts.push(match &table.further {
                 None => vectors,
                 Some(further) => {
@@ -162,16 +185,56 @@ def forward(self, {inputs}) -> Tensor:
         graph.op("Concat", &parts.iter().collect::<Vec<_>>(), vec![Attribute::Int("axis", -1)])
     }
 
+    fn tables(&self) -> impl Iterator<Item = &Table> {
+        self.learned.iter().chain(self.pretrained.iter().map(|table| &table.trained))
+    }
+
+    /// The number of weights in tables that are trained.
+    pub fn n_weights(&self) -> usize {
+        self.tables().filter(|table| table.parameter.is_some()).map(|table| table.values.numel()).sum()
+    }
+
+    /// The rows that `token_ids` need; they may hold one more than once.
+    pub fn rows(&self, token_ids: &[i32]) -> Rows {
+        let special = [self.padding, self.unknown];
+        let mut ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids.retain(|id| *id < self.n_trained && !special.contains(id));
+        ids.splice(0..0, special);
+        let device = self.tables().next().map_or(tch::Device::Cpu, |table| table.values.device());
+        let ids = Tensor::from_slice(&ids).to_device(device);
+        let places = Tensor::empty([self.n_trained], (Kind::Int64, device));
+        let _ = places.shallow_clone().index_copy_(0, &ids, &Tensor::arange(ids.size()[0], (Kind::Int64, device)));
+        let leaf = |table: &Table| {
+            let rows = tch::no_grad(|| table.values.index_select(0, &ids));
+            Some((table.parameter?, rows.set_requires_grad(true)))
+        };
+        let (tables, leaves) = self.tables().filter_map(leaf).unzip();
+        Rows { touched: Touched { ids, tables }, leaves, places }
+    }
+
     /// Ids [B, T] and, where words have characters, the batch's bytes [B, T, L] to [B, T, E].
-    pub fn forward(&self, token_ids: &Tensor, batch: &Batch, mode: Mode) -> Tensor {
+    pub fn forward(&self, token_ids: &Tensor, batch: &Batch, rows: Option<&Rows>, mode: Mode) -> Tensor {
         let mut ids = token_ids.shallow_clone();
-        if mode.training() && self.config.word_dropout > 0.0 {
-            let drawn = Tensor::rand(ids.size(), (Kind::Float, ids.device())).lt(self.config.word_dropout);
+        if let Some(draws) = mode.draws(Site::WordDropout).filter(|_| self.config.word_dropout > 0.0) {
+            let drawn = bernoulli(&ids.size(), self.config.word_dropout, draws, ids.device()).gt(0.5);
             ids = ids.masked_fill(&drawn, self.unknown);
         }
         let further = ids.ge(self.n_trained); // [B, T]
         let known = ids.masked_fill(&further, self.unknown);
-        let look_up = |table: &Tensor| Tensor::embedding(table, &known, self.padding, false, false);
+        let places = rows.map(|rows| rows.places.take(&known));
+        let look_up = |table: &Table| {
+            let leaf = rows.and_then(|rows| {
+                let at = rows.touched.tables.iter().position(|&index| Some(index) == table.parameter)?;
+                Some(&rows.leaves[at])
+            });
+            match (leaf, &places) {
+                // The first row is padding's.
+                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, 0, false, false),
+                _ => Tensor::embedding(&table.values, &known, self.padding, false, false),
+            }
+        };
         let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();
         for table in &self.pretrained {
             let vectors = look_up(&table.trained);
@@ -183,9 +246,10 @@ def forward(self, {inputs}) -> Tensor:
                 None => vectors,
             });
         }
-        if mode.training() && self.config.row_dropout > 0.0 && !parts.is_empty() {
-            let kept =
-                Tensor::ones([self.n_trained], (Kind::Float, ids.device())).dropout(self.config.row_dropout, true);
+        let row_draws = mode.from_row(0).draws(Site::RowDropout).filter(|_| self.config.row_dropout > 0.0);
+        if let Some(draws) = row_draws.filter(|_| !parts.is_empty()) {
+            let share = 1.0 - self.config.row_dropout;
+            let kept = bernoulli(&[1, self.n_trained], share, draws, ids.device()) / share;
             let kept = kept.take(&known).unsqueeze(-1); // [B, T, 1]
             parts.iter_mut().for_each(|part| *part = &*part * &kept);
         }
@@ -194,6 +258,6 @@ def forward(self, {inputs}) -> Tensor:
         }
         let embedded = if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(&parts, -1) };
         let masks = if self.config.locked_dropout { Masks::ByRow } else { Masks::ByToken };
-        dropout(&embedded, self.config.dropout, masks, mode)
+        dropout(&embedded, self.config.dropout, masks, mode, Site::Embedding)
     }
 }

@@ -7,6 +7,7 @@ mod dropout;
 mod embedding;
 pub mod heads;
 mod lstm;
+mod mode;
 mod parameters;
 mod trunk;
 mod view;
@@ -16,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 pub use characters::CharactersConfig;
-pub use embedding::EmbeddingConfig;
+pub use embedding::{EmbeddingConfig, Rows};
 pub use heads::{Decoded, Head, HeadConfig};
 use heads::{HeadSize, OnnxInputs};
+pub use mode::{Mode, Site};
 pub use parameters::{Linear, Parameters, Scope};
 pub use trunk::TrunkConfig;
 use view::View;
@@ -29,19 +31,6 @@ use crate::libtorch::ScriptModule;
 use crate::onnx::{Element, Graph, Size, Value};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
-
-/// Whether dropout is on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    Train,
-    Eval,
-}
-
-impl Mode {
-    pub fn training(self) -> bool {
-        self == Mode::Train
-    }
-}
 
 /// The `model:` of an experiment.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -221,6 +210,11 @@ impl Model {
         &self.views[task.0].heads
     }
 
+    /// Numbers a token after the embedding, and weights of the tables that are trained.
+    pub fn embedding_size(&self) -> (i64, usize) {
+        (self.embedding.width(), self.embedding.n_weights())
+    }
+
     /// Whether a batch needs the spelling of its words.
     pub fn reads_bytes(&self) -> bool {
         self.embedding.characters_script().is_some()
@@ -286,9 +280,27 @@ impl Model {
         graph
     }
 
-    /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own.
-    pub fn encode(&self, batch: &Batch, token_ids: &Tensor, mode: Mode) -> Shared {
-        let embedded = self.embedding.forward(token_ids, batch, mode); // [B, T, E]
+    /// The rows of the embedding tables that `token_ids` need, to be read and given gradients in the place of the tables.
+    pub fn rows(&self, token_ids: &[i32]) -> Rows {
+        self.embedding.rows(token_ids)
+    }
+
+    /// What gradients are taken to: the parameters, or, where there are `rows`, these in the place of their tables.
+    pub fn inputs<'a>(&'a self, rows: Option<&'a Rows>) -> Vec<&'a Tensor> {
+        let mut inputs = self.parameters.tensors();
+        if let Some(rows) = rows {
+            for (&table, leaf) in rows.touched.tables.iter().zip(&rows.leaves) {
+                inputs[table] = leaf;
+            }
+        }
+        inputs
+    }
+
+    /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own; with `rows`, the tables'
+    /// gradients go there.
+    pub fn encode(&self, batch: &Batch, token_ids: &Tensor, rows: Option<&Rows>, mode: Mode) -> Shared {
+        let mode = mode.from_row(batch.first_row);
+        let embedded = self.embedding.forward(token_ids, batch, rows, mode); // [B, T, E]
         let mut cuts = Vec::new();
         let mut cut = |number: usize, input: &Tensor| match number == self.shared_layer {
             false => input.shallow_clone(),
@@ -350,7 +362,7 @@ impl Model {
             word_lengths: tap.word_lengths.share(),
             hidden: tap.hidden,
         };
-        self.heads[task.0].logits(&encoded, mode)
+        self.heads[task.0].logits(&encoded, mode.of_head(task))
     }
 
     /// The logits of every task for all rows of a batch, by [`TaskId`], every dropout off.
@@ -363,7 +375,7 @@ impl Model {
             };
             return names.iter().map(|name| take(name).with_context(|| format!("no `{name}`"))).collect();
         }
-        let shared = self.encode(batch, &batch.token_ids, Mode::Eval);
+        let shared = self.encode(batch, &batch.token_ids, None, Mode::Eval);
         let mut found: Vec<Option<Tensor>> = self.heads.iter().map(|_| None).collect();
         for &task in &self.order {
             let seen = self.views[task.0].heads.iter();
@@ -382,6 +394,7 @@ impl Model {
     pub fn losses(&self, shared: &Shared, batch: &Batch, mode: Mode) -> Vec<Option<Tensor>> {
         let loss = |(task, taps): (usize, &Vec<(TaskId, Encoded)>)| {
             let targets = batch.targets[task].as_ref()?;
+            let mode = mode.from_row(targets.first_row);
             let logits = match targets.rows.len() == batch.rows.len() {
                 true => self.head_logits(taps, mode),
                 false => {

@@ -13,7 +13,7 @@ use tch::Tensor;
 use super::dropout::{Masks, dropout};
 use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
 use super::parameters::{Linear, Scope};
-use super::{Mode, Script, Weights};
+use super::{Mode, Script, Site, Weights};
 use crate::data::Lengths;
 use crate::onnx::{Graph, Value};
 
@@ -103,7 +103,7 @@ impl Trunk {
         for (number, layer) in self.layers.iter().enumerate() {
             let input = cut(number, states.last().unwrap_or(embedded));
             let output = self.past(number, &input, layer.forward(&input, &turn, mode));
-            states.push(dropout(&output, self.dropout, self.masks, mode));
+            states.push(dropout(&output, self.dropout, self.masks, mode, Site::Layer(number as u64)));
         }
         states
     }

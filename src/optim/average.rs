@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 
+use crate::libtorch::{side_by_side, workers};
+
 pub struct Average {
     decay: f64,
     /// The weights, and their averages.
@@ -25,10 +27,22 @@ impl Average {
     pub fn update(&mut self, number: usize) -> Result<()> {
         let t = number as f64 + 1.0;
         let decay = self.decay.min((1.0 + t) / (10.0 + t));
-        for (_, weight, average) in &mut self.pairs {
-            let _ = average.f_lerp_(weight, 1.0 - decay)?;
-        }
-        Ok(())
+        let workers = workers();
+        let lerp = |worker: usize| -> Result<()> {
+            for (_, weight, average) in &self.pairs {
+                let length = weight.size().first().map_or(1, |&n| n as usize);
+                let (start, end) = (length * worker / workers, length * (worker + 1) / workers);
+                let block = |tensor: &Tensor| match tensor.dim() {
+                    0 => tensor.shallow_clone(),
+                    _ => tensor.narrow(0, start as i64, (end - start) as i64),
+                };
+                if end > start {
+                    let _ = block(average).f_lerp_(&block(weight), 1.0 - decay)?;
+                }
+            }
+            Ok(())
+        };
+        side_by_side(workers, &lerp).into_iter().collect()
     }
 
     /// Exchanges the weights and their averages.

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 pub use average::Average;
 pub use schedule::{RangeConfig, ScheduleConfig};
 
-use crate::libtorch::{Adam, AdamLists, Sgd, fused_adam, fused_sgd};
+use crate::libtorch::{Adam, AdamLists, Sgd, count_up, fused_adam, fused_sgd, side_by_side, workers};
 
 /// The `training.optimizer:` of an experiment; `kind:` names the variant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,11 +45,21 @@ pub struct AdamConfig {
     pub weight_decay: f64,
     /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,
+    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
+    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
+    pub lazy_rows: bool,
 }
 
 impl Default for AdamConfig {
     fn default() -> Self {
-        AdamConfig { learning_rate: 2e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01, decay_all: false }
+        AdamConfig {
+            learning_rate: 2e-3,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            decay_all: false,
+            lazy_rows: false,
+        }
     }
 }
 
@@ -64,11 +74,14 @@ pub struct SgdConfig {
     pub weight_decay: f64,
     /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,
+    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
+    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
+    pub lazy_rows: bool,
 }
 
 impl Default for SgdConfig {
     fn default() -> Self {
-        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: false }
+        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: false, lazy_rows: false }
     }
 }
 
@@ -84,6 +97,13 @@ impl OptimizerConfig {
         match self {
             OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.decay_all,
             OptimizerConfig::Sgd(config) => config.decay_all,
+        }
+    }
+
+    fn lazy_rows(&self) -> bool {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.lazy_rows,
+            OptimizerConfig::Sgd(config) => config.lazy_rows,
         }
     }
 
@@ -109,6 +129,107 @@ struct Slot {
     /// Steps that this parameter has had: a head absent from a step has none.
     step: Tensor,
     decays: bool,
+    /// For a table whose gradient comes as rows: zeros between steps, into which the rows are written, so that nothing of the
+    /// table's size is cleared, scaled or added up.
+    scratch: Option<Tensor>,
+}
+
+/// Tables of which a step reads some rows alone.
+pub struct Touched {
+    /// `[U]`
+    pub ids: Tensor,
+    /// Their numbers among the parameters.
+    pub tables: Vec<usize>,
+}
+
+/// What one update works on: a parameter, rows of it, or a block.
+struct Piece {
+    parameter: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: Tensor,
+    decays: bool,
+}
+
+impl Piece {
+    /// Block `i` of `n`, in which no number is that of another block; small ones are not cut, and are block 0's.
+    fn block(&self, i: usize, n: usize) -> Option<Piece> {
+        if n == 1 || self.parameter.dim() == 0 || self.parameter.numel() < SMALL {
+            return (i == 0).then(|| self.cut(|tensor| tensor.shallow_clone()));
+        }
+        let length = self.parameter.size()[0] as usize;
+        let (start, end) = (length * i / n, length * (i + 1) / n);
+        // SGD has no second moments.
+        let narrow = |tensor: &Tensor| match tensor.dim() == self.parameter.dim() {
+            true => tensor.narrow(0, start as i64, (end - start) as i64),
+            false => tensor.shallow_clone(),
+        };
+        (end > start).then(|| self.cut(narrow))
+    }
+
+    fn cut(&self, part: impl Fn(&Tensor) -> Tensor) -> Piece {
+        Piece {
+            parameter: part(&self.parameter),
+            gradient: part(&self.gradient),
+            first: part(&self.first),
+            second: part(&self.second),
+            step: self.step.shallow_clone(),
+            decays: self.decays,
+        }
+    }
+}
+
+/// Numbers below which a parameter is one worker's.
+const SMALL: usize = 1 << 14;
+
+impl Slot {
+    /// The update's view of it; `gradient` is that of `rows` alone where they are given.
+    fn piece(&mut self, gradient: &Tensor, rows: Option<&Touched>, lazy: bool) -> Result<Piece> {
+        let whole = |gradient: Tensor| Piece {
+            parameter: self.parameter.shallow_clone(),
+            gradient,
+            first: self.first.shallow_clone(),
+            second: self.second.shallow_clone(),
+            step: self.step.shallow_clone(),
+            decays: self.decays,
+        };
+        let Some(rows) = rows else { return Ok(whole(gradient.shallow_clone())) };
+        if lazy {
+            let of_rows = |tensor: &Tensor| match tensor.dim() == self.parameter.dim() {
+                true => tensor.index_select(0, &rows.ids),
+                false => tensor.shallow_clone(),
+            };
+            return Ok(Piece { gradient: gradient.shallow_clone(), ..whole(gradient.shallow_clone()).cut(of_rows) });
+        }
+        let mut scratch = match &self.scratch {
+            Some(scratch) => scratch.shallow_clone(),
+            None => self.parameter.zeros_like(),
+        };
+        let _ = scratch.f_index_copy_(0, &rows.ids, gradient)?;
+        let piece = whole(scratch.shallow_clone());
+        self.scratch = Some(scratch);
+        Ok(piece)
+    }
+
+    /// After the update: rows go back to their table, or the scratch becomes zeros again.
+    fn put_back(&mut self, piece: &Piece, rows: &Touched, lazy: bool) -> Result<()> {
+        if !lazy {
+            if let Some(scratch) = &mut self.scratch {
+                let _ = scratch.f_index_fill_(0, &rows.ids, 0.0)?;
+            }
+            return Ok(());
+        }
+        let pairs = [
+            (&mut self.parameter, &piece.parameter),
+            (&mut self.first, &piece.first),
+            (&mut self.second, &piece.second),
+        ];
+        for (table, rows_of_it) in pairs.into_iter().filter(|(table, _)| table.dim() > 1) {
+            let _ = table.f_index_copy_(0, &rows.ids, rows_of_it)?;
+        }
+        Ok(())
+    }
 }
 
 pub struct Optimizer {
@@ -120,7 +241,7 @@ impl Optimizer {
     pub fn new<'a>(config: &OptimizerConfig, parameters: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Self {
         let slot = |(name, parameter): (&str, &Tensor)| Slot {
             name: name.to_owned(),
-            parameter: parameter.shallow_clone(),
+            parameter: parameter.detach(),
             first: parameter.detach().zeros_like(),
             second: match config {
                 OptimizerConfig::Sgd(_) => Tensor::zeros([0], (Kind::Float, parameter.device())),
@@ -128,38 +249,70 @@ impl Optimizer {
             },
             step: Tensor::zeros([], (Kind::Float, parameter.device())),
             decays: config.decay_all() || !is_spared(name, parameter),
+            scratch: None,
         };
         Optimizer { config: config.clone(), slots: parameters.map(slot).collect() }
     }
 
-    /// One update of the parameters that have a gradient, at `learning_rate`. Where `skip` (one float on the device) is 1,
-    /// nothing changes.
-    pub fn step(&mut self, gradients: &[Tensor], learning_rate: f64, skip: &Tensor) -> Result<()> {
-        for decays in [true, false] {
-            self.step_some(gradients, learning_rate, skip, decays)?;
+    /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
+    /// these rows alone, and those of all others 0. Where `skip` (one float on the device) is 1, nothing changes.
+    pub fn step(
+        &mut self,
+        gradients: &[Tensor],
+        rows: Option<&Touched>,
+        learning_rate: f64,
+        skip: &Tensor,
+    ) -> Result<()> {
+        let lazy = self.config.lazy_rows();
+        let rows_of = |number: usize| rows.filter(|rows| rows.tables.contains(&number));
+        let mut pieces = Vec::new();
+        let mut present = Vec::new();
+        for (number, (slot, gradient)) in self.slots.iter_mut().zip(gradients).enumerate() {
+            if gradient.defined() {
+                let rows = rows_of(number);
+                pieces.push(slot.piece(gradient, rows, lazy)?);
+                present.push((number, rows));
+            }
+        }
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>())?;
+        let workers = workers();
+        let update = |worker: usize| -> Result<()> {
+            let own: Vec<Piece> = pieces.iter().filter_map(|piece| piece.block(worker, workers)).collect();
+            for decays in [true, false] {
+                let some: Vec<&Piece> = own.iter().filter(|piece| piece.decays == decays).collect();
+                self.update(&some, learning_rate, skip, decays)?;
+            }
+            Ok(())
+        };
+        side_by_side(workers, &update).into_iter().collect::<Result<()>>()?;
+        for ((number, rows), piece) in present.into_iter().zip(&pieces) {
+            if let Some(rows) = rows {
+                self.slots[number].put_back(piece, rows, lazy)?;
+            }
         }
         Ok(())
     }
 
-    /// The update of the parameters that decay, or of those that do not.
-    fn step_some(&mut self, gradients: &[Tensor], learning_rate: f64, skip: &Tensor, decays: bool) -> Result<()> {
-        let here = |(slot, gradient): &(&Slot, &Tensor)| gradient.defined() && slot.decays == decays;
-        let present: Vec<(&Slot, &Tensor)> = self.slots.iter().zip(gradients).filter(here).collect();
-        if present.is_empty() {
+    /// The update of parameters that all decay, or of which none does.
+    fn update(&self, pieces: &[&Piece], learning_rate: f64, skip: &Tensor, decays: bool) -> Result<()> {
+        if pieces.is_empty() {
             return Ok(());
         }
         let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
-        let list = |of: fn(&Slot) -> &Tensor| present.iter().map(|(slot, _)| of(slot)).collect::<Vec<&Tensor>>();
-        let gradients: Vec<&Tensor> = present.iter().map(|(_, gradient)| *gradient).collect();
-        let (parameters, first) = (list(|slot| &slot.parameter), list(|slot| &slot.first));
+        let list = |of: fn(&Piece) -> &Tensor| pieces.iter().map(|piece| of(piece)).collect::<Vec<&Tensor>>();
+        let (parameters, gradients) = (list(|piece| &piece.parameter), list(|piece| &piece.gradient));
+        let first = list(|piece| &piece.first);
         match &self.config {
             OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => {
                 let lists = AdamLists {
                     parameters: &parameters,
                     gradients: &gradients,
                     first_moments: &first,
-                    second_moments: &list(|slot| &slot.second),
-                    steps: &list(|slot| &slot.step),
+                    second_moments: &list(|piece| &piece.second),
+                    steps: &list(|piece| &piece.step),
                 };
                 let adam = Adam {
                     learning_rate,

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -24,13 +24,14 @@ const STATE: &str = "polytask";
 
 /// A tensor's bytes as safetensors wants them.
 struct Bytes {
+    dtype: Dtype,
     shape: Vec<usize>,
     data: Vec<u8>,
 }
 
 impl View for &Bytes {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        self.dtype
     }
 
     fn shape(&self) -> &[usize] {
@@ -47,11 +48,15 @@ impl View for &Bytes {
 }
 
 fn bytes(tensor: &Tensor) -> Result<Bytes> {
-    anyhow::ensure!(tensor.kind() == Kind::Float, "checkpoints hold float32 alone, not {:?}", tensor.kind());
+    let (dtype, width) = match tensor.kind() {
+        Kind::Float => (Dtype::F32, 4),
+        Kind::Int64 => (Dtype::I64, 8),
+        other => bail!("tensors of {other:?} are not written"),
+    };
     let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
-    let mut data = vec![0u8; tensor.numel() * 4];
+    let mut data = vec![0u8; tensor.numel() * width];
     tensor.f_copy_data_u8(&mut data, tensor.numel())?;
-    Ok(Bytes { shape: tensor.size().iter().map(|&n| n as usize).collect(), data })
+    Ok(Bytes { dtype, shape: tensor.size().iter().map(|&n| n as usize).collect(), data })
 }
 
 /// Writes a checkpoint, whole or not at all.
@@ -82,6 +87,7 @@ fn read(content: &[u8]) -> Result<Checkpoint> {
     let state = serde_json::from_str(state.ok_or_else(|| anyhow!("its header has no `{STATE}`"))?)?;
     let (mut model, mut optimizer) = (BTreeMap::new(), BTreeMap::new());
     for (name, view) in SafeTensors::deserialize(content)?.tensors() {
+        ensure!(view.dtype() == Dtype::F32, "`{name}` is not of float32");
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         let tensor = Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?;
         match name.split_once('/') {

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::libtorch::add_lists;
-use crate::model::{Model, Shared};
+use crate::model::{Model, Rows, Shared};
 use crate::task::Task;
 use crate::weighting::Reference;
 
@@ -15,10 +15,17 @@ pub struct Gradients<'a> {
     model: &'a Model,
     tasks: &'a [Task],
     reference: Option<Reference>,
-    /// d sum_i w_i L_i by parameter; undefined where no loss depends on it.
+    rows: Option<&'a Rows>,
+    /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`Rows`].
     pub sum: Vec<Tensor>,
     /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
     /// layer's weights.
+    own: Vec<Vec<Tensor>>,
+}
+
+/// The sums of a [`Gradients`], which threads may hand over.
+pub struct Sums {
+    sum: Vec<Tensor>,
     own: Vec<Vec<Tensor>>,
 }
 
@@ -38,9 +45,22 @@ pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
 }
 
 impl<'a> Gradients<'a> {
-    pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>) -> Self {
+    pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>, rows: Option<&'a Rows>) -> Self {
         let own = tasks.iter().map(|_| Vec::new()).collect();
-        Gradients { model, tasks, reference, sum: Vec::new(), own }
+        Gradients { model, tasks, reference, rows, sum: Vec::new(), own }
+    }
+
+    /// What has been added up, for [`Self::merge`].
+    pub fn into_sums(self) -> Sums {
+        Sums { sum: self.sum, own: self.own }
+    }
+
+    /// Adds what another one has added up.
+    pub fn merge(&mut self, other: Sums) -> Result<()> {
+        for (own, more) in self.own.iter_mut().zip(other.own) {
+            accumulate(own, more)?;
+        }
+        accumulate(&mut self.sum, other.sum)
     }
 
     /// Adds the gradients of one batch; `losses` by task, `weights` `[T]`.
@@ -58,7 +78,7 @@ impl<'a> Gradients<'a> {
     /// One backward pass. The norms at the representation are read in passing, at the taps.
     fn at_once(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
         let Some(total) = weighted_sum(losses, weights) else { return Ok(Vec::new()) };
-        let mut inputs = self.model.parameters.tensors();
+        let mut inputs = self.model.inputs(self.rows);
         let n = inputs.len();
         let tapped: Vec<usize> = match self.reference {
             Some(_) => (0..losses.len()).filter(|&task| losses[task].is_some()).collect(),
@@ -84,7 +104,7 @@ impl<'a> Gradients<'a> {
     /// A backward pass for each task down to the input of the last shared layer, and one for all below it. Their weighted sum is
     /// the step's gradient, so that nothing is computed twice.
     fn by_task(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
-        let (parameters, range) = (self.model.parameters.tensors(), self.model.last_layer.clone());
+        let (parameters, range) = (self.model.inputs(self.rows), self.model.last_layer.clone());
         let (below, above) = parameters.split_at(range.start);
         let mut inputs = above.to_vec();
         // Vectors that are not tuned lead nowhere.
@@ -136,24 +156,23 @@ impl<'a> Gradients<'a> {
     }
 }
 
-/// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64. The
-/// graph stays as it was.
-pub fn gram(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor> {
-    let parameters = model.parameters.tensors();
+/// The gradients of the present tasks' losses at the last layer's weights, one after the other: [k, n]. The graph stays as it
+/// was.
+pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor> {
+    let parameters = &model.parameters.tensors()[model.last_layer.clone()];
     let mut rows = Vec::new();
     for loss in losses.iter().flatten() {
-        let gradients = Tensor::f_run_backward(&[loss], &parameters[model.last_layer.clone()], true, false)?;
+        let gradients = Tensor::f_run_backward(&[loss], parameters, true, false)?;
         let flat: Vec<Tensor> = gradients.iter().filter(|g| g.defined()).map(|g| g.flatten(0, -1)).collect();
         rows.push(Tensor::cat(&flat, 0));
     }
-    let rows = Tensor::stack(&rows, 0).to_kind(Kind::Double);
-    Ok(rows.matmul(&rows.tr()))
+    Ok(Tensor::stack(&rows, 0))
 }
 
 /// Adds gradients; those of heads that a batch did not need are undefined.
 fn accumulate(sum: &mut Vec<Tensor>, more: Vec<Tensor>) -> Result<()> {
-    if sum.is_empty() {
-        *sum = more;
+    if sum.is_empty() || more.is_empty() {
+        sum.extend(more);
         return Ok(());
     }
     let (mut into, mut from) = (Vec::new(), Vec::new());

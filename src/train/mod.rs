@@ -2,6 +2,7 @@
 
 mod config;
 pub mod gradients;
+pub mod laps;
 mod state;
 mod step;
 mod unknown;
@@ -14,6 +15,7 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 pub use config::{EarlyStopping, TrainingConfig};
+use laps::Laps;
 pub use state::State;
 pub use unknown::UnknownWords;
 
@@ -41,6 +43,7 @@ pub struct Trainer<'a> {
     pub dev: &'a DeviceSet,
     pub unknown: Option<UnknownWords>,
     pub seed: Seed,
+    pub laps: Laps,
     pub run: &'a RunDirectory,
 }
 

@@ -3,14 +3,18 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::gradients::{Gradients, as_vector, gram};
+use super::gradients::{Gradients, as_vector, at_last_layer};
+use super::laps::Part;
 use super::{State, Trainer};
 use crate::data::Batch;
-use crate::libtorch::clip_gradients;
-use crate::model::{Mode, Shared};
+use crate::libtorch::{Draws, clip_gradients, side_by_side, workers};
+use crate::model::{Mode, Rows, Shared, Site};
 use crate::rng::Purpose;
 use crate::task::Task;
 use crate::weighting::{Observed, Reference, Wants};
+
+/// Rows below which cutting a batch in parts costs more than it gains.
+const ROWS_A_WORKER: usize = 4;
 
 /// Which step to take.
 pub struct Step<'a> {
@@ -87,35 +91,55 @@ impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         let device = self.model.parameters.device();
-        let batches: Vec<_> = step.batches.iter().map(|rows| self.train.batch(rows)).collect();
-        let decisions = |task: usize| -> i64 {
-            batches.iter().filter_map(|batch| Some(batch.targets[task].as_ref()?.n_decisions)).sum()
-        };
+        self.laps.start();
+        let batches: Vec<Vec<Batch>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
+        let parts = || batches.iter().flatten();
+        let decisions =
+            |task: usize| -> i64 { parts().filter_map(|part| Some(part.targets[task].as_ref()?.n_decisions)).sum() };
         let n_decisions: Vec<i64> = (0..self.tasks.len()).map(decisions).collect();
         let present: Vec<bool> = n_decisions.iter().map(|&n| n > 0).collect();
+        let tokens: Vec<i32> =
+            step.batches.iter().flatten().flat_map(|&row| self.train.set.tokens(row)).copied().collect();
+        let rows = self.model.rows(&tokens);
+        self.laps.end(Part::Batch);
         let wants = self.weighting.wants(step.number);
-        let known = match wants {
+        let known: Option<Vec<Option<Tensor>>> = match wants {
             // A further pass without gradients: the step's losses are known only after its last batch.
-            Wants::Losses if batches.len() > 1 => Some(tch::no_grad(|| {
-                let parts = (0..batches.len()).map(|i| self.forward(step, i, &batches[i], &n_decisions).1);
-                parts.fold(None, add_losses)
-            })),
+            Wants::Losses if batches.len() > 1 => {
+                let all = (0..batches.len()).flat_map(|i| {
+                    let no_gradients =
+                        |part: usize| tch::no_grad(|| self.forward(step, i, &batches[i][part], &rows, &n_decisions).1);
+                    side_by_side(batches[i].len(), &no_gradients)
+                });
+                all.fold(None, add_losses)
+            }
             _ => None,
         };
-        let mut gradients = Gradients::new(self.model, self.tasks, reference(wants));
+        let mut gradients = Gradients::new(self.model, self.tasks, reference(wants), Some(&rows));
         let (mut losses, mut weights) = (None, None);
-        for (i, batch) in batches.iter().enumerate() {
-            let (shared, part) = self.forward(step, i, batch, &n_decisions);
+        for (i, parts) in batches.iter().enumerate() {
+            let forward = |part: usize| self.forward(step, i, &parts[part], &rows, &n_decisions);
+            let passes = side_by_side(parts.len(), &forward);
+            let here = passes.iter().fold(None, |sum, (_, part)| add_losses(sum, copies(part))).unwrap_or_default();
+            self.laps.end(Part::Forward);
             let weights = weights.get_or_insert_with(|| {
-                let losses = known.as_ref().and_then(Option::as_ref).unwrap_or(&part);
+                let losses = known.as_ref().unwrap_or(&here);
                 self.weighting.weights(step.number, &present, Some(&as_vector(losses, device)))
             });
             if i == 0 && step.diagnose && present.iter().filter(|&&present| present).count() > 1 {
-                let here = part.iter().map(Option::is_some).collect();
-                pending.gram = Some((here, gram(self.model, &part)?));
+                pending.gram = self.gram(&passes)?;
             }
-            gradients.add(&shared, &part, weights)?;
-            losses = add_losses(losses, part);
+            self.laps.end(Part::Weighting);
+            let backward = |part: usize| {
+                let mut own = Gradients::new(self.model, self.tasks, reference(wants), Some(&rows));
+                let (shared, losses) = &passes[part];
+                own.add(shared, losses, weights).map(|()| own.into_sums())
+            };
+            for sums in side_by_side(parts.len(), &backward) {
+                gradients.merge(sums?)?;
+            }
+            losses = add_losses(losses, here);
+            self.laps.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
         self.freeze(step.number, &mut gradients.sum);
@@ -132,15 +156,38 @@ impl Trainer<'_> {
         let sound = values.isfinite().all().to_kind(Kind::Float);
         pending.halted = pending.halted.maximum(&(1.0 - sound));
         let rate = self.learning_rate(step.number, step.n_steps);
-        self.optimizer.step(&gradients.sum, rate, &pending.halted)?;
+        self.optimizer.step(&gradients.sum, Some(&rows.touched), rate, &pending.halted)?;
         if let Some(average) = &mut self.average {
             average.update(step.number)?;
         }
+        self.laps.end(Part::Update);
         let observed = Observed { losses: &as_vector(&losses, device), present: &present, norms: norms.as_ref() };
         self.weighting.learn(&observed)?;
         pending.weights = weights.map(|weights| (weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values, present });
-        Ok(batches.iter().map(|batch| batch.n_tokens()).sum())
+        self.laps.end(Part::Weighting);
+        Ok(parts().map(Batch::n_tokens).sum())
+    }
+
+    /// A batch on the device, cut in as many parts as there are workers, unless it is small.
+    fn parts(&self, rows: &[usize]) -> Vec<Batch> {
+        let n = workers().min(rows.len() / ROWS_A_WORKER).max(1);
+        (0..n).map(|i| self.train.part(rows, rows.len() * i / n..rows.len() * (i + 1) / n)).collect()
+    }
+
+    /// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64; where all
+    /// parts of the batch have labels for the same tasks.
+    fn gram(&self, passes: &[(Shared, Vec<Option<Tensor>>)]) -> Result<Option<(Vec<bool>, Tensor)>> {
+        let here = |losses: &[Option<Tensor>]| -> Vec<bool> { losses.iter().map(Option::is_some).collect() };
+        let present = here(&passes[0].1);
+        if passes.iter().any(|(_, losses)| here(losses) != present) {
+            return Ok(None);
+        }
+        let of_part = |part: usize| at_last_layer(self.model, &passes[part].1);
+        let parts = side_by_side(passes.len(), &of_part).into_iter().collect::<Result<Vec<Tensor>>>()?;
+        let Some(sum) = parts.into_iter().reduce(|a, b| a + b) else { return Ok(None) };
+        let sum = sum.to_kind(Kind::Double);
+        Ok(Some((present, sum.matmul(&sum.tr()))))
     }
 
     /// Takes the gradients of the parts that are frozen at this step away.
@@ -158,19 +205,30 @@ impl Trainer<'_> {
         }
     }
 
-    /// The losses of batch `i` of a step: means over the batch, or, where a step has several, its share of their mean.
-    fn forward(&self, step: &Step, i: usize, batch: &Batch, n_decisions: &[i64]) -> (Shared, Vec<Option<Tensor>>) {
+    /// The losses of a part of batch `i` of a step: its share of the means over the step's labels.
+    fn forward(
+        &self,
+        step: &Step,
+        i: usize,
+        batch: &Batch,
+        rows: &Rows,
+        n_decisions: &[i64],
+    ) -> (Shared, Vec<Option<Tensor>>) {
         let index = step.number * self.config.accumulate_steps + i;
-        self.seed.seed_torch(Purpose::Dropout, index as u64);
-        let token_ids = match &self.unknown {
-            Some(unknown) => unknown.replace(&batch.token_ids),
-            None => batch.token_ids.shallow_clone(),
+        let seed = self.seed.derive(Purpose::Dropout, index as u64);
+        if batch.token_ids.device() != Device::Cpu {
+            tch::manual_seed(seed as i64);
+        }
+        let mode = Mode::Train(Draws { seed, first_row: batch.first_row as u64 });
+        let token_ids = match (&self.unknown, mode.draws(Site::UnknownWords)) {
+            (Some(unknown), Some(draws)) => unknown.replace(&batch.token_ids, draws),
+            _ => batch.token_ids.shallow_clone(),
         };
-        let shared = self.model.encode(batch, &token_ids, Mode::Train);
-        let mut losses = self.model.losses(&shared, batch, Mode::Train);
-        if step.batches.len() > 1 {
-            for ((loss, targets), &all) in losses.iter_mut().zip(&batch.targets).zip(n_decisions) {
-                let n = targets.as_ref().map_or(0, |targets| targets.n_decisions);
+        let shared = self.model.encode(batch, &token_ids, Some(rows), mode);
+        let mut losses = self.model.losses(&shared, batch, mode);
+        for ((loss, targets), &all) in losses.iter_mut().zip(&batch.targets).zip(n_decisions) {
+            let n = targets.as_ref().map_or(0, |targets| targets.n_decisions);
+            if n < all {
                 *loss = loss.take().map(|loss| loss * (n as f64 / all as f64));
             }
         }
@@ -193,6 +251,10 @@ fn reference(wants: Wants) -> Option<Reference> {
         Wants::Norms(reference) => Some(reference),
         _ => None,
     }
+}
+
+fn copies(losses: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
+    losses.iter().map(|loss| loss.as_ref().map(Tensor::shallow_clone)).collect()
 }
 
 /// Sums of losses by task, without gradients.

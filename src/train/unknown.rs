@@ -2,9 +2,10 @@
 //!
 //! Source: Lample 2016 ("Neural Architectures for Named Entity Recognition"), section 4.1, with probability 0.5.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::data::EncodedSet;
+use crate::libtorch::{Draws, bernoulli};
 
 pub struct UnknownWords {
     /// True for tokens that the training set holds once, [vocabulary].
@@ -30,8 +31,8 @@ impl UnknownWords {
     }
 
     /// [B, T] ids with some replaced.
-    pub fn replace(&self, token_ids: &Tensor) -> Tensor {
-        let drawn = Tensor::rand(token_ids.size(), (Kind::Float, token_ids.device())).lt(self.rate);
+    pub fn replace(&self, token_ids: &Tensor, draws: Draws) -> Tensor {
+        let drawn = bernoulli(&token_ids.size(), self.rate, draws, token_ids.device()).gt(0.5);
         token_ids.masked_fill(&self.singletons.take(token_ids).logical_and(&drawn), self.unknown)
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::util::DRAWS;
 use polytask::data::{DeviceSet, EncodedSet, TargetValues};
 use polytask::libtorch::clip_gradients;
 use polytask::model::{EmbeddingConfig, HeadConfig, Mode, Model, ModelConfig, TrunkConfig, Vocabulary};
@@ -75,7 +76,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
     let model = Model::new(&config, &[&topic, &slots], &tasks, &vocabulary, (Seed(1), Device::Cpu)).unwrap();
     model.parameters.load(of("before.")).unwrap();
 
-    let encoded = model.encode(&batch, &batch.token_ids, Mode::Train);
+    let encoded = model.encode(&batch, &batch.token_ids, None, Mode::Train(DRAWS));
     let mask = batch.lengths.mask().unsqueeze(-1).to_kind(Kind::Float);
     close("states", &(&encoded.taps[0][0].1.tokens * mask), &fixture["states"]);
 
@@ -83,8 +84,8 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
     let adamw: OptimizerConfig = serde_json::from_value(json!({"adamw": {"decay_all": true}})).unwrap();
     let mut optimizer = Optimizer::new(&adamw, model.parameters.iter());
     for step in 0..20 {
-        let encoded = model.encode(&batch, &batch.token_ids, Mode::Train);
-        let losses: Vec<Tensor> = model.losses(&encoded, &batch, Mode::Train).into_iter().flatten().collect();
+        let encoded = model.encode(&batch, &batch.token_ids, None, Mode::Train(DRAWS));
+        let losses: Vec<Tensor> = model.losses(&encoded, &batch, Mode::Train(DRAWS)).into_iter().flatten().collect();
         let gradients = Tensor::run_backward(&[&losses[0] + &losses[1]], &model.parameters.tensors(), false, false);
         let norm = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 1.0).unwrap();
         if step == 0 {
@@ -93,7 +94,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
                 close(name, gradient, &theirs[name]);
             }
         }
-        optimizer.step(&gradients, 1e-2, &Tensor::from(0.0f32)).unwrap();
+        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32)).unwrap();
         let ours = Tensor::stack(&[losses[0].detach(), losses[1].detach(), norm], 0);
         close(&format!("losses and gradient norm of step {step}"), &ours, &fixture["losses"].get(step));
     }

@@ -13,6 +13,7 @@ use rand_distr::{Distribution, StandardNormal};
 use tch::{Device, Kind, Tensor};
 
 use crate::heads::{build, setting};
+use crate::util::DRAWS;
 
 /// Normal numbers from a generator of the test's own: libtorch's is shared by all tests of the process.
 fn normal(generator: &mut ChaCha8Rng, size: &[i64], deviation: f64) -> Tensor {
@@ -71,11 +72,11 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     let s = setting(&[]);
     let model = build(&s);
     let batch = s.train.batch(&[0, 1, 2]);
-    let forward = || model.encode(&batch, &batch.token_ids, Mode::Train);
-    let losses = model.losses(&forward(), &batch, Mode::Train);
+    let forward = || model.encode(&batch, &batch.token_ids, None, Mode::Train(DRAWS));
+    let losses = model.losses(&forward(), &batch, Mode::Train(DRAWS));
     let weights = Tensor::ones([2], (Kind::Double, Device::Cpu));
     // Losses that do not come from these states.
-    let mut gradients = Gradients::new(&model, &s.tasks, Some(Reference::Representation));
+    let mut gradients = Gradients::new(&model, &s.tasks, Some(Reference::Representation), None);
     let error = gradients.add(&forward(), &losses, &weights).unwrap_err().to_string();
     assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
 }
@@ -100,7 +101,7 @@ fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
         let model = build(&s);
         let batch = s.train.batch(&(0..20).collect::<Vec<_>>());
         let forward = || {
-            let shared = model.encode(&batch, &batch.token_ids, Mode::Eval);
+            let shared = model.encode(&batch, &batch.token_ids, None, Mode::Eval);
             let losses = model.losses(&shared, &batch, Mode::Eval);
             (shared, losses)
         };
@@ -110,7 +111,7 @@ fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
         let plain = Tensor::run_backward(&[total], &parameters, false, false);
         for reference in [Reference::Representation, Reference::LastLayer] {
             let (shared, losses) = forward();
-            let mut gradients = Gradients::new(&model, &s.tasks, Some(reference));
+            let mut gradients = Gradients::new(&model, &s.tasks, Some(reference), None);
             gradients.add(&shared, &losses, &weights).unwrap();
             for (((name, _), plain), found) in model.parameters.iter().zip(&plain).zip(&gradients.sum) {
                 let off = (plain - found).abs().max().double_value(&[]) / plain.abs().max().double_value(&[]);
@@ -153,7 +154,7 @@ fn uncertainty_finds_the_noise_of_two_regressions() {
         let losses = [fit(0), fit(1)];
         let total = weighted_sum(&losses, &strategy.weights(step, &[true; 2], None)).unwrap();
         let gradients = Tensor::run_backward(&[total], &parameters.iter().collect::<Vec<_>>(), false, false);
-        optimizer.step(&gradients, 1e-2, &Tensor::from(0.0f32)).unwrap();
+        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32)).unwrap();
         let observed = Observed { losses: &as_vector(&losses, Device::Cpu), present: &[true; 2], norms: None };
         strategy.learn(&observed).unwrap();
     }
@@ -200,7 +201,7 @@ fn toy(config: &str) -> [f64; 2] {
         let norms = Tensor::stack(&losses.iter().map(norm).collect::<Vec<_>>(), 0).to_kind(Kind::Double);
         let total = weighted_sum(&losses, &strategy.weights(step, &[true; 2], None)).unwrap();
         let gradients = Tensor::run_backward(&[total], &parameters.iter().collect::<Vec<_>>(), false, false);
-        optimizer.step(&gradients, 1e-3, &Tensor::from(0.0f32)).unwrap();
+        optimizer.step(&gradients, None, 1e-3, &Tensor::from(0.0f32)).unwrap();
         let vector = as_vector(&losses, Device::Cpu);
         strategy.learn(&Observed { losses: &vector, present: &[true; 2], norms: Some(&norms) }).unwrap();
     }

@@ -10,9 +10,10 @@ use tch::{Kind, Tensor};
 use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
+use crate::model::dropout::{Masks, dropout};
 use crate::model::lstm::{last_states_onnx, last_states_script};
 use crate::model::parameters::{Linear, Scope};
-use crate::model::{Encoded, Mode, Script};
+use crate::model::{Encoded, Mode, Script, Site};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::Task;
 
@@ -129,9 +130,10 @@ impl Classification {
 
 impl Head for Classification {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
-        let mut x = encoded.with_beside(self.pool(encoded)).dropout(self.dropout, mode.training());
+        let dropped = |x: Tensor, layer: u64| dropout(&x, self.dropout, Masks::ByToken, mode, Site::Head(layer));
+        let mut x = dropped(encoded.with_beside(self.pool(encoded)), 0);
         if let Some(hidden) = &self.hidden {
-            x = hidden.forward(&x).relu().dropout(self.dropout, mode.training());
+            x = dropped(hidden.forward(&x).relu(), 1);
         }
         self.output.forward(&x) // [b, C]
     }

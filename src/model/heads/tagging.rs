@@ -12,8 +12,9 @@ use super::crf::Crf;
 use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
+use crate::model::dropout::{Masks, dropout};
 use crate::model::parameters::{Linear, Scope};
-use crate::model::{Encoded, Mode, Script};
+use crate::model::{Encoded, Mode, Script, Site};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Scheme, Task};
 
@@ -109,7 +110,7 @@ impl Tagging {
 impl Head for Tagging {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
         let words = encoded.with_beside(encoded.words()); // [b, W, F]
-        self.output.forward(&words.dropout(self.dropout, mode.training())) // [b, W, C]
+        self.output.forward(&dropout(&words, self.dropout, Masks::ByToken, mode, Site::Head(0))) // [b, W, C]
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor {

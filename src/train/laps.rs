@@ -1,0 +1,67 @@
+//! Where a step's time goes, for `bench`: on CUDA every lap waits for the device, which training never does.
+
+use std::time::Instant;
+
+use tch::Device;
+
+/// What a step does, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Gathering the batches.
+    Batch,
+    /// Embedding, trunk, heads and losses.
+    Forward,
+    Backward,
+    /// Clipping, optimizer, moving average.
+    Update,
+    /// The weighting strategy's own work.
+    Weighting,
+}
+
+impl Part {
+    pub const ALL: [(Part, &str); 5] = [
+        (Part::Batch, "batch"),
+        (Part::Forward, "forward"),
+        (Part::Backward, "backward"),
+        (Part::Update, "clipping, update, average"),
+        (Part::Weighting, "loss weighting"),
+    ];
+}
+
+/// Seconds by part; nothing where nobody asks.
+#[derive(Default)]
+pub struct Laps(Option<Watch>);
+
+struct Watch {
+    device: Device,
+    since: Instant,
+    seconds: [f64; Part::ALL.len()],
+}
+
+impl Laps {
+    pub fn of(device: Device) -> Self {
+        Laps(Some(Watch { device, since: Instant::now(), seconds: [0.0; Part::ALL.len()] }))
+    }
+
+    pub fn start(&mut self) {
+        if let Some(watch) = &mut self.0 {
+            watch.since = Instant::now();
+        }
+    }
+
+    /// Adds the time since the last call to `part`.
+    pub fn end(&mut self, part: Part) {
+        let Some(watch) = &mut self.0 else { return };
+        if let Device::Cuda(index) = watch.device {
+            tch::Cuda::synchronize(index as i64);
+        }
+        let now = Instant::now();
+        watch.seconds[part as usize] += (now - watch.since).as_secs_f64();
+        watch.since = now;
+    }
+
+    /// By part, in the order of [`Part::ALL`].
+    pub fn seconds(&self) -> [f64; Part::ALL.len()] {
+        self.0.as_ref().map_or([0.0; Part::ALL.len()], |watch| watch.seconds)
+    }
+}
