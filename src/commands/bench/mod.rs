@@ -1,7 +1,11 @@
-//! `polytask bench`: what a training step costs, and what each weighting strategy adds to it.
+//! `polytask bench`: what a training step costs and where its time goes, how near that is to what the device can do at best,
+//! and what each weighting strategy adds to it.
 //!
 //! Strategies take turns over the same batches, step by step on the CPU and 25 steps at a time on CUDA, so that whatever
 //! else the machine does falls on all of them alike. Ratios are medians over the rounds of a round's own ratio.
+
+mod bound;
+mod workload;
 
 use std::time::Instant;
 
@@ -16,7 +20,9 @@ use super::{End, prepare, table};
 use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
-use crate::problem::fail_on_errors;
+use crate::libtorch::workers;
+use crate::problem::{fail_on_errors, invalid};
+use crate::train::laps::{Laps, Part};
 use crate::train::{Pending, Step, Trainer};
 use crate::weighting::WeightingConfig;
 
@@ -58,7 +64,12 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
-    let candidates = candidates(&experiment)?;
+    let mut candidates = candidates(&experiment)?;
+    if let Some(unknown) = args.only.iter().find(|name| candidates.iter().all(|(known, _)| known != *name)) {
+        let known: Vec<&str> = candidates.iter().map(|(name, _)| name.as_str()).collect();
+        return Err(invalid(format!("--only {unknown}: the strategies are {}", known.join("; "))));
+    }
+    candidates.retain(|(name, _)| args.only.is_empty() || args.only.contains(name));
     let rehearsal = Rehearsal::new(experiment, device)?;
     let (experiment, train) = (&rehearsal.experiment, &rehearsal.train);
     let config = &experiment.training;
@@ -67,32 +78,75 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let steps: Vec<&[Vec<usize>]> = plan.chunks(config.accumulate_steps).take(n_steps).collect();
     let mut trainers: Vec<Trainer> =
         candidates.iter().map(|(_, weighting)| rehearsal.trainer(config, weighting)).collect();
+    if let Some(folder) = &args.write {
+        workload::write(folder, &rehearsal, &mut trainers[0], &steps)?;
+        return Ok(End::Done);
+    }
     let n_sentences: usize = steps.iter().flat_map(|batches| batches.iter()).map(Vec::len).sum();
     let n_tokens: i64 =
         steps.iter().flat_map(|batches| batches.iter().flatten()).map(|&row| train.set.n_tokens(row)).sum();
     log::info!(
-        "{}: {n_steps} steps of {} rows and {:.0} tokens, {} rounds, on {}, {threads} threads",
+        "{}: {n_steps} steps of {} rows and {:.0} tokens, {} rounds, on {}, {threads} threads, {} workers",
         experiment.name,
         n_sentences / n_steps,
         n_tokens as f64 / n_steps as f64,
         args.rounds,
-        prepare::device_name(device)
+        prepare::device_name(device),
+        workers()
     );
     let seconds = measure(&mut trainers, &steps, usize::from(args.rounds), device)?;
     let size = Size { n_steps, n_tokens, n_sentences };
     let names = candidates.into_iter().map(|(name, _)| name);
     let measured: Vec<Measured> =
         names.zip(&seconds).map(|(name, own)| summarize(name, own, &seconds[0], &size)).collect();
+    let parts = parts(&mut trainers[0], &steps, device)?;
+    let bound = bound(&rehearsal, &steps);
+    let ratio = measured[0].ms_per_step / bound.ms_per_step;
     if args.json {
         let content = json!({
-            "experiment": experiment.name, "device": prepare::device_name(device), "threads": threads, "steps": n_steps,
-            "rounds": args.rounds, "peak_memory_bytes": peak_memory(), "strategies": measured,
+            "experiment": experiment.name, "device": prepare::device_name(device), "threads": threads,
+            "workers": workers(), "steps": n_steps, "rounds": args.rounds, "peak_memory_bytes": peak_memory(),
+            "strategies": measured, "parts_ms": parts.iter().copied().collect::<std::collections::BTreeMap<_, _>>(),
+            "bound": bound, "time_over_bound": ratio,
         });
         println!("{}", serde_json::to_string_pretty(&content)?);
         return Ok(End::Done);
     }
     print(&measured);
+    let mut out = table::table(&[&format!("a step, {}", measured[0].strategy), "ms"], 1);
+    for (name, ms) in &parts {
+        out.add_row([name.to_string(), format!("{ms:.2}")]);
+    }
+    println!("{out}");
+    println!(
+        "bound: {:.2} ms a step (trunk and embedding tables at {:.0} GFLOP/s and {:.1} GB/s, measured here); time / bound {ratio:.2}",
+        bound.ms_per_step,
+        bound.flops_per_sec / 1e9,
+        bound.bytes_per_sec / 1e9,
+    );
+    if let Some(bytes) = peak_memory() {
+        println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
+    }
     Ok(End::Done)
+}
+
+/// Milliseconds of each part of a step.
+fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Result<Vec<(&'static str, f64)>> {
+    trainer.laps = Laps::of(device);
+    time(trainer, steps, 0, device)?;
+    let seconds = std::mem::take(&mut trainer.laps).seconds();
+    Ok(Part::ALL.iter().map(|(part, name)| (*name, 1000.0 * seconds[*part as usize] / steps.len() as f64)).collect())
+}
+
+fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
+    let shape = |rows: &Vec<usize>| {
+        let longest = rows.iter().map(|&row| rehearsal.train.set.n_tokens(row)).max();
+        (rows.len() as i64, longest.unwrap_or(0))
+    };
+    let shapes: Vec<(i64, i64)> = steps.iter().flat_map(|batches| batches.iter()).map(shape).collect();
+    let (inputs, table_weights) = rehearsal.model.embedding_size();
+    let trunk = &rehearsal.experiment.model.trunk;
+    bound::Bound::new(&bound::Work { shapes: &shapes, inputs, table_weights, trunk }, rehearsal.device)
 }
 
 /// What one round of a strategy works through.
@@ -144,9 +198,6 @@ fn print(measured: &[Measured]) {
         out.add_row(row);
     }
     println!("{out}");
-    if let Some(bytes) = peak_memory() {
-        println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
-    }
 }
 
 /// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.

@@ -1,0 +1,105 @@
+//! What a training step cannot take less than, on this device: the trunk's products, its chain of steps in time, and the
+//! traffic of the embedding tables.
+//!
+//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P + 32 bytes * V E / M, since the recurrent products of both passes hide behind the
+//! latency of their steps. CPU: 3 (F_rec + F_in) / P + 32 bytes * V E / M. P and M are measured: a product of square matrices, a
+//! copy of a large array. What heads, characters and dropout take is not in it.
+//!
+//! B sentences, T tokens, L layers, D directions, E inputs of a layer, H hidden, V rows of a table;
+//! F_in = sum over layers of 2 B T E 4 H D, F_rec = L 2 B T H 4 H D.
+
+use std::time::Instant;
+
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::model::TrunkConfig;
+
+/// Seconds of one step in time, forward and backward, of cuDNN's LSTM on an H100: its persistent and its standard kernels.
+const PERSISTENT: f64 = 2.0e-6 + 3.1e-6;
+const STANDARD: f64 = 9e-6 + 14e-6;
+
+/// Bytes that a weight moves in a step: gradient written and read, weight and two moments read and written, and the
+/// gradient's clearing.
+const BYTES_A_WEIGHT: f64 = 32.0;
+
+#[derive(Serialize)]
+pub struct Bound {
+    /// Floating-point operations a second, and bytes a second, of this device.
+    pub flops_per_sec: f64,
+    pub bytes_per_sec: f64,
+    pub ms_per_step: f64,
+}
+
+/// What a step works on.
+pub struct Work<'a> {
+    /// [B, T] of each step.
+    pub shapes: &'a [(i64, i64)],
+    /// E of the first layer.
+    pub inputs: i64,
+    /// V * E over the tables that are trained.
+    pub table_weights: usize,
+    pub trunk: &'a TrunkConfig,
+}
+
+impl Bound {
+    pub fn new(work: &Work, device: Device) -> Bound {
+        let (flops_per_sec, bytes_per_sec) = rates(device);
+        let trunk = work.trunk;
+        let (hidden, directions) = (trunk.hidden as f64, trunk.width() as f64 / trunk.hidden as f64);
+        let inputs = (0..trunk.layers).map(|layer| if layer == 0 { work.inputs } else { trunk.width() } as f64);
+        let inputs: f64 = inputs.sum();
+        let table = BYTES_A_WEIGHT * work.table_weights as f64 / bytes_per_sec;
+        let chain = if trunk.hidden <= 128 { PERSISTENT } else { STANDARD };
+        let seconds = |&(rows, tokens): &(i64, i64)| {
+            let gates = 2.0 * (rows * tokens) as f64 * 4.0 * hidden * directions;
+            let (f_in, f_rec) = (gates * inputs, gates * hidden * trunk.layers as f64);
+            let products = match device {
+                Device::Cpu => 3.0 * (f_in + f_rec) / flops_per_sec,
+                _ => (3.0 * f_in + f_rec) / flops_per_sec + (trunk.layers as f64) * tokens as f64 * chain,
+            };
+            products + table
+        };
+        let ms_per_step = 1000.0 * work.shapes.iter().map(seconds).sum::<f64>() / work.shapes.len() as f64;
+        Bound { flops_per_sec, bytes_per_sec, ms_per_step }
+    }
+}
+
+/// Operations and bytes a second, the best of a few tries.
+fn rates(device: Device) -> (f64, f64) {
+    let n = if device == Device::Cpu { 1024 } else { 8192 };
+    let square = Tensor::ones([n, n], (Kind::Float, device));
+    let large = Tensor::ones([64 << 20], (Kind::Float, device)); // 256 MB, more than any cache
+    let mut target = large.zeros_like();
+    let best = |work: &mut dyn FnMut()| {
+        let tries = (0..4).map(|_| {
+            super::wait(device);
+            let started = Instant::now();
+            work();
+            super::wait(device);
+            started.elapsed().as_secs_f64()
+        });
+        tries.fold(f64::INFINITY, f64::min)
+    };
+    let product = best(&mut || drop(square.matmul(&square)));
+    let copy = best(&mut || target.copy_(&large));
+    (2.0 * (n as f64).powi(3) / product, 8.0 * large.numel() as f64 / copy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bound_grows_with_the_work() {
+        let trunk = TrunkConfig { hidden: 64, ..TrunkConfig::default() };
+        let of = |shapes: &[(i64, i64)], table_weights: usize| {
+            Bound::new(&Work { shapes, inputs: 32, table_weights, trunk: &trunk }, Device::Cpu)
+        };
+        let (small, table) = (of(&[(4, 5)], 0), of(&[(4, 5)], 1 << 20));
+        // Both directions: 3 * 2 * 20 * 4 * 64 * 2 * (32 + 64) operations.
+        let expected = 3.0 * 2.0 * 20.0 * 4.0 * 64.0 * 2.0 * 96.0 / small.flops_per_sec * 1000.0;
+        assert!((small.ms_per_step / expected - 1.0).abs() < 1e-9);
+        assert!(table.ms_per_step > 2.0 * small.ms_per_step);
+    }
+}
