@@ -7,6 +7,7 @@ mod compare;
 mod evaluate;
 mod export;
 mod find_lr;
+mod kernels;
 mod predict;
 pub mod prepare;
 mod progress;

@@ -10,8 +10,8 @@ use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, labels};
 use crate::libtorch;
-use crate::model::{HeadConfig, Model, Vocabulary};
-use crate::optim::Average;
+use crate::model::{HeadConfig, Model, Precision, Vocabulary};
+use crate::optim::{Average, LossScale};
 use crate::problem::{Problem, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
@@ -147,6 +147,19 @@ pub fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// # Errors
+/// Numbers that the device cannot train in.
+pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
+    if config.precision == Precision::Float16 && device == Device::Cpu {
+        return Err(invalid("training.precision: float16 needs CUDA; on the CPU bfloat16 trains"));
+    }
+    Ok(())
+}
+
+pub fn loss_scale(config: &TrainingConfig, device: Device) -> Option<LossScale> {
+    (config.precision == Precision::Float16).then(|| LossScale::new(device))
 }
 
 pub fn average(config: &TrainingConfig, model: &Model) -> Option<Average> {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use tch::Device;
 
-use super::{prepare, transfer};
+use super::{kernels, prepare, transfer};
 use crate::config::Experiment;
 use crate::data::{DeviceSet, Sampler, Split, Tokenizer};
 use crate::model::Model;
@@ -31,12 +31,15 @@ pub struct Rehearsal {
 impl Rehearsal {
     pub fn new(experiment: Experiment, device: Device) -> Result<Self> {
         let started = Instant::now();
+        prepare::check_precision(&experiment.training, device)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
         let tasks = prepare::tasks(&experiment, &corpus);
-        let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+        let mut model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+        model.set_precision(experiment.training.precision);
         prepare::check_parts(&experiment.training, &model)?;
+        kernels::choose(&mut model, &experiment.training);
         if let Some(earlier) = transfer::earlier(&experiment)? {
             transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
         }
@@ -62,6 +65,7 @@ impl Rehearsal {
             model: &self.model,
             optimizer: Optimizer::new(&config.optimizer, self.model.parameters.iter()),
             average: prepare::average(config, &self.model),
+            loss_scale: prepare::loss_scale(config, self.device),
             weighting: prepare::weighting(&weighted, &self.tasks, self.device),
             sampler: self.sampler(),
             unknown: UnknownWords::new(&self.train.set, tokenizer.size(), tokenizer.unknown, rate, self.device),

@@ -11,12 +11,12 @@ use tch::Device;
 
 use super::End;
 use super::cli::TrainArgs;
-use super::prepare;
 use super::progress::TrainingProgress;
-use super::{table, transfer};
+use super::{kernels, prepare, table, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, Sampler, Split, Tokenizer};
 use crate::evaluate::evaluate;
+use crate::libtorch;
 use crate::model::Model;
 use crate::optim::Optimizer;
 use crate::problem::{fail_on_errors, invalid};
@@ -29,6 +29,7 @@ use crate::train::{Outcome, State, Trainer, UnknownWords};
 pub fn run(args: &TrainArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
+    prepare::check_precision(&experiment.training, device)?;
     if args.resume {
         let run = RunDirectory::open(&resumed_path(args, &experiment)?)?;
         fail_on_change(&run, &experiment)?;
@@ -119,8 +120,10 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
 /// Trains from wherever the run stands to its end.
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> Result<End> {
     let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
-    let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    let mut model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    model.set_precision(experiment.training.precision);
     prepare::check_parts(&experiment.training, &model)?;
+    let onednn = kernels::choose(&mut model, &experiment.training);
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     let config = &experiment.training;
@@ -132,6 +135,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
         model: &model,
         optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
         average: prepare::average(config, &model),
+        loss_scale: prepare::loss_scale(config, device),
         weighting: prepare::weighting(&experiment, &tasks, device),
         sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
         unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
@@ -151,7 +155,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
         prepare::device_name(device),
         run.path.display(),
     );
-    let state = match args.resume && run.checkpoint("last").exists() {
+    let mut state = match args.resume && run.checkpoint("last").exists() {
         true => trainer.resume()?,
         false => {
             if let Some(earlier) = transfer::earlier(&experiment)? {
@@ -161,6 +165,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
             State::new(tasks.len())
         }
     };
+    libtorch::use_onednn(*state.onednn.get_or_insert(onednn));
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
     }

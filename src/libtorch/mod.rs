@@ -50,8 +50,9 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn pt_clip(n: usize, gradients: List, limit: f64, norm: *mut *mut C_tensor) -> *mut c_char;
     fn pt_add(n: usize, into: List, from: List) -> *mut c_char;
-    fn pt_count(n: usize, counters: List) -> *mut c_char;
+    fn pt_count(n: usize, counters: List, skip: *mut C_tensor) -> *mut c_char;
     fn pt_bernoulli(out: *mut C_tensor, seed: u64, first_row: u64, p: f64) -> *mut c_char;
+    fn pt_use_onednn(on: bool) -> *mut c_char;
     fn pt_configure(deterministic: bool, tf32: bool) -> *mut c_char;
 }
 
@@ -185,11 +186,11 @@ pub fn add_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
     checked(unsafe { pt_add(into.len(), into.as_ptr(), from.as_ptr()) })
 }
 
-/// Adds 1 to each of `counters`.
-pub fn count_up(counters: &[&Tensor]) -> Result<()> {
+/// Adds 1 to each of `counters`, or 0 where `skip` (one float) is 1.
+pub fn count_up(counters: &[&Tensor], skip: &Tensor) -> Result<()> {
     let list = handles(counters);
-    // SAFETY: the list is live.
-    checked(unsafe { pt_count(list.len(), list.as_ptr()) })
+    // SAFETY: the list and `skip` are live.
+    checked(unsafe { pt_count(list.len(), list.as_ptr(), skip.as_ptr().cast_mut()) })
 }
 
 /// Draws for training: a seed, and which row of the whole batch the first one at hand is.
@@ -253,6 +254,12 @@ pub fn configure(threads: usize, workers: usize, tf32: bool) -> Result<()> {
     }
     // SAFETY: takes and returns plain values.
     checked(unsafe { pt_configure(true, tf32) })
+}
+
+/// Whether operators on the CPU may be oneDNN's.
+pub fn use_onednn(on: bool) {
+    // SAFETY: takes a plain value.
+    checked(unsafe { pt_use_onednn(on) }).expect("invariant: a switch can be set");
 }
 
 /// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.

@@ -79,9 +79,9 @@ char* pt_add(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_add_(list(into, n), list(from, n), 1); });
 }
 
-// Adds 1 to every tensor of the list.
-char* pt_count(size_t n, const Handle* counters) {
-  return guarded([&] { at::_foreach_add_(list(counters, n), 1); });
+// Adds 1 - skip to every tensor of the list.
+char* pt_count(size_t n, const Handle* counters, Handle skip) {
+  return guarded([&] { at::_foreach_add_(list(counters, n), skip->neg().add(1)); });
 }
 
 // Fills `out` [rows, ...] (float, on the CPU) with 1 at probability p and else 0. Each row has a stream of its own, by seed and
@@ -98,6 +98,10 @@ char* pt_bernoulli(Handle out, uint64_t seed, uint64_t first_row, double p) {
       }
     }
   });
+}
+
+char* pt_use_onednn(bool on) {
+  return guarded([&] { at::globalContext().setUserEnabledMkldnn(on); });
 }
 
 char* pt_configure(bool deterministic, bool tf32) {

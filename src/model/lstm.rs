@@ -8,6 +8,7 @@
 use tch::{Kind, Tensor};
 
 use super::parameters::Scope;
+use super::precision::{Halves, Precision};
 use super::{Mode, QuantizedCell, Weights};
 use crate::data::Lengths;
 use crate::onnx::{Attribute, Graph, Value};
@@ -21,6 +22,10 @@ pub struct Lstm {
     hidden: i64,
     /// `lN`, the end of its parameters' names.
     suffix: String,
+    /// The number of its first weight among the parameters; the others follow.
+    first: usize,
+    /// Read in training, in the weights' place.
+    halves: Option<Halves>,
 }
 
 /// What the layers of one pass share: how rows turn round within their lengths.
@@ -43,6 +48,7 @@ impl Lstm {
     /// Layer `number` of a stack. Names and initialization (uniform within 1 / sqrt(H)) are those of PyTorch's `nn.LSTM`.
     pub fn new(scope: &mut Scope, number: usize, inputs: i64, hidden: i64, bidirectional: bool) -> Self {
         let bound = 1.0 / (hidden as f64).sqrt();
+        let first = scope.count();
         let mut direction = |suffix: &str| {
             let sizes: [(&str, &[i64]); 4] = [
                 ("weight_ih", &[4 * hidden, inputs]),
@@ -54,7 +60,45 @@ impl Lstm {
         };
         let forward = direction("");
         let reverse = bidirectional.then(|| direction("_reverse"));
-        Lstm { forward, reverse, hidden, suffix: format!("l{number}") }
+        let lstm = Lstm { forward, reverse, hidden, suffix: format!("l{number}"), first, halves: None };
+        lstm.flatten(&lstm.weights());
+        lstm
+    }
+
+    /// In the order of the parameters.
+    fn weights(&self) -> Vec<&Tensor> {
+        self.forward.iter().chain(self.reverse.iter().flatten()).collect()
+    }
+
+    /// Moves weights on CUDA into one piece of memory, in cuDNN's order: it would copy them there in each call.
+    fn flatten(&self, weights: &[&Tensor]) {
+        if weights[0].device() != tch::Device::Cpu {
+            let (inputs, both) = (weights[0].size()[1], self.reverse.is_some());
+            // 4 tensors a direction; 2 is an LSTM in cudnnRNNMode_t.
+            let moved =
+                || Tensor::internal_cudnn_rnn_flatten_weight(weights, 4, inputs, 2, self.hidden, 0, 1, true, both);
+            // The weights themselves are views of it from now on.
+            drop(tch::no_grad(moved));
+        }
+    }
+
+    /// Lets training compute in `precision`.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.halves = (precision != Precision::Float32).then(|| {
+            let halves = Halves::of(&self.weights(), self.first, precision.kind());
+            self.flatten(&halves.copies.iter().collect::<Vec<_>>());
+            halves
+        });
+    }
+
+    pub fn halves(&self) -> Option<&Halves> {
+        self.halves.as_ref()
+    }
+
+    pub fn refresh_halves(&self) {
+        if let Some(halves) = &self.halves {
+            halves.refresh(&self.weights());
+        }
     }
 
     /// Numbers a position in its output: D*H.
@@ -64,22 +108,26 @@ impl Lstm {
 
     /// [B, T, E] to [B, T, D*H]; what stands beyond a row's end has no meaning.
     pub fn forward(&self, input: &Tensor, turn: &Turn, mode: Mode) -> Tensor {
-        match (&self.reverse, &turn.positions) {
-            (None, _) => self.run(input, &[&self.forward], mode),
-            (Some(reverse), None) => self.run(input, &[&self.forward, reverse], mode),
-            (Some(reverse), Some(turned)) => {
-                let forward = self.run(input, &[&self.forward], mode);
-                let backward = self.run(&reorder(input, turned), &[reverse], mode);
-                Tensor::cat(&[forward, reorder(&backward, turned)], -1) // [B, T, 2*H]
+        let (weights, kind) = match &self.halves {
+            Some(halves) if mode.training() => (halves.copies.iter().collect(), halves.copies[0].kind()),
+            _ => (self.weights(), input.kind()),
+        };
+        let x = input.to_kind(kind);
+        let output = match (&turn.positions, weights.split_at(4)) {
+            (Some(turned), (forward, reverse)) if !reverse.is_empty() => {
+                let backward = self.run(&reorder(&x, turned), reverse, mode);
+                Tensor::cat(&[self.run(&x, forward, mode), reorder(&backward, turned)], -1) // [B, T, 2*H]
             }
-        }
+            _ => self.run(&x, &weights, mode),
+        };
+        output.to_kind(input.kind())
     }
 
-    fn run(&self, input: &Tensor, directions: &[&Direction], mode: Mode) -> Tensor {
-        let n = directions.len() as i64;
-        let zero = Tensor::zeros([n, input.size()[0], self.hidden], (input.kind(), input.device()));
-        let weights: Vec<&Tensor> = directions.iter().copied().flatten().collect();
-        let (output, _, _) = input.lstm(&[&zero, &zero], &weights, true, 1, 0.0, mode.training(), n == 2, true);
+    /// `weights` are those of one direction or of both.
+    fn run(&self, input: &Tensor, weights: &[&Tensor], mode: Mode) -> Tensor {
+        let both = weights.len() == 8;
+        let zero = Tensor::zeros([1 + i64::from(both), input.size()[0], self.hidden], (input.kind(), input.device()));
+        let (output, _, _) = input.lstm(&[&zero, &zero], weights, true, 1, 0.0, mode.training(), both, true);
         output
     }
 

@@ -9,6 +9,7 @@ pub mod heads;
 mod lstm;
 mod mode;
 mod parameters;
+mod precision;
 mod trunk;
 mod view;
 
@@ -22,12 +23,13 @@ pub use heads::{Decoded, Head, HeadConfig};
 use heads::{HeadSize, OnnxInputs};
 pub use mode::{Mode, Site};
 pub use parameters::{Linear, Parameters, Scope};
+pub use precision::Precision;
 pub use trunk::TrunkConfig;
 use view::View;
 pub use view::distribution_script;
 
 use crate::data::{Batch, Lengths, Targets};
-use crate::libtorch::ScriptModule;
+use crate::libtorch::{Draws, ScriptModule};
 use crate::onnx::{Element, Graph, Size, Value};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
@@ -280,14 +282,43 @@ impl Model {
         graph
     }
 
+    /// Lets training compute the trunk in `precision`.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.trunk.set_precision(precision);
+    }
+
+    /// Seconds that the trunk takes for `rows` sentences of `tokens` tokens, forward and backward.
+    pub fn time_trunk(&self, rows: i64, tokens: i64) -> f64 {
+        let embedded =
+            Tensor::ones([rows, tokens, self.embedding.width()], (tch::Kind::Float, self.parameters.device()));
+        let lengths = Lengths::new(vec![tokens; rows as usize], self.parameters.device());
+        let mode = Mode::Train(Draws { seed: 0, first_row: 0 });
+        let started = std::time::Instant::now();
+        let states = self.trunk.forward(&embedded, &lengths, mode, &mut |_, input| input.shallow_clone());
+        let total = states.last().map_or_else(Tensor::new, |states| states.sum(tch::Kind::Float));
+        let inputs = self.inputs(None);
+        Tensor::run_backward(&[total], &inputs[self.last_layer.clone()], false, false);
+        started.elapsed().as_secs_f64()
+    }
+
+    /// Brings what training reads in the place of weights up to date, before a step.
+    pub fn refresh(&self) {
+        self.trunk.refresh_halves();
+    }
+
     /// The rows of the embedding tables that `token_ids` need, to be read and given gradients in the place of the tables.
     pub fn rows(&self, token_ids: &[i32]) -> Rows {
         self.embedding.rows(token_ids)
     }
 
-    /// What gradients are taken to: the parameters, or, where there are `rows`, these in the place of their tables.
+    /// What gradients are taken to: the parameters, or what training reads in their place, 16-bit copies and `rows` of tables.
     pub fn inputs<'a>(&'a self, rows: Option<&'a Rows>) -> Vec<&'a Tensor> {
         let mut inputs = self.parameters.tensors();
+        for halves in self.trunk.halves() {
+            for (i, copy) in halves.copies.iter().enumerate() {
+                inputs[halves.first + i] = copy;
+            }
+        }
         if let Some(rows) = rows {
             for (&table, leaf) in rows.touched.tables.iter().zip(&rows.leaves) {
                 inputs[table] = leaf;

@@ -13,6 +13,7 @@ use tch::Tensor;
 use super::dropout::{Masks, dropout};
 use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
 use super::parameters::{Linear, Scope};
+use super::precision::{Halves, Precision};
 use super::{Mode, Script, Site, Weights};
 use crate::data::Lengths;
 use crate::onnx::{Graph, Value};
@@ -106,6 +107,19 @@ impl Trunk {
             states.push(dropout(&output, self.dropout, self.masks, mode, Site::Layer(number as u64)));
         }
         states
+    }
+
+    /// Lets training compute the layers in `precision`.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.layers.iter_mut().for_each(|layer| layer.set_precision(precision));
+    }
+
+    pub fn halves(&self) -> impl Iterator<Item = &Halves> {
+        self.layers.iter().filter_map(Lstm::halves)
+    }
+
+    pub fn refresh_halves(&self) {
+        self.layers.iter().for_each(Lstm::refresh_halves);
     }
 
     /// A layer's output with what leads past it.

@@ -1,6 +1,7 @@
 //! Optimizers on libtorch's fused operators, with their state in the open so that a run resumes exactly; schedules.
 
 mod average;
+mod scale;
 mod schedule;
 
 use std::collections::BTreeMap;
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 pub use average::Average;
+pub use scale::LossScale;
 pub use schedule::{RangeConfig, ScheduleConfig};
 
 use crate::libtorch::{Adam, AdamLists, Sgd, count_up, fused_adam, fused_sgd, side_by_side, workers};
@@ -200,7 +202,8 @@ impl Slot {
                 true => tensor.index_select(0, &rows.ids),
                 false => tensor.shallow_clone(),
             };
-            return Ok(Piece { gradient: gradient.shallow_clone(), ..whole(gradient.shallow_clone()).cut(of_rows) });
+            let gradient = gradient.shallow_clone();
+            return Ok(Piece { gradient, ..whole(self.parameter.shallow_clone()).cut(of_rows) });
         }
         let mut scratch = match &self.scratch {
             Some(scratch) => scratch.shallow_clone(),
@@ -277,7 +280,7 @@ impl Optimizer {
         if pieces.is_empty() {
             return Ok(());
         }
-        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>())?;
+        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), skip)?;
         let workers = workers();
         let update = |worker: usize| -> Result<()> {
             let own: Vec<Piece> = pieces.iter().filter_map(|piece| piece.block(worker, workers)).collect();

@@ -4,6 +4,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use crate::data::SamplingConfig;
+use crate::model::Precision;
 use crate::optim::{OptimizerConfig, ScheduleConfig};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,6 +28,9 @@ pub struct TrainingConfig {
     /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
     /// `heads.TASK`, or a parameter by its whole name. Default: none.
     pub freeze_epochs: IndexMap<String, usize>,
+    /// Numbers of the trunk's LSTM layers in training: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and losses
+    /// are float32, and so is evaluation. Default `float32`, whose products are TF32 on CUDA.
+    pub precision: Precision,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses. Default 50, at least 1.
@@ -50,6 +54,7 @@ impl Default for TrainingConfig {
             clip_norm: 5.0,
             ema_decay: 0.999,
             freeze_epochs: IndexMap::new(),
+            precision: Precision::Float32,
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),
             log_every_steps: 50,

@@ -85,7 +85,7 @@ impl<'a> Gradients<'a> {
             None => Vec::new(),
         };
         inputs.extend(tapped.iter().flat_map(|&task| &shared.taps[task]).map(|(_, tap)| &tap.tokens));
-        let mut gradients = Tensor::f_run_backward(&[total], &inputs, false, false)?;
+        let mut gradients = backward(&total, &inputs, false)?;
         let mut at_taps = gradients.split_off(n).into_iter();
         for task in tapped {
             let own: Vec<Tensor> = at_taps.by_ref().take(shared.taps[task].len()).collect();
@@ -115,7 +115,7 @@ impl<'a> Gradients<'a> {
         let mut sum: Vec<Tensor> = Vec::new();
         for (task, loss) in losses.iter().enumerate() {
             let Some(loss) = loss else { continue };
-            let own = Tensor::f_run_backward(&[loss], &inputs, Some(task) != last, false)?;
+            let own = backward(loss, &inputs, Some(task) != last)?;
             self.ensure_path(task, &own[0])?;
             let weight = weights.get(task as i64);
             let weighted = own.iter().map(|g| if g.defined() { g * &weight } else { g.shallow_clone() }).collect();
@@ -130,7 +130,7 @@ impl<'a> Gradients<'a> {
         let Some(down) = products.map(|(cut, gradient)| (*cut * gradient).sum(Kind::Float)).reduce(|a, b| a + b) else {
             return Ok(sum);
         };
-        let mut gradients = Tensor::f_run_backward(&[down], below, false, false)?;
+        let mut gradients = backward(&down, below, false)?;
         gradients.extend(sum);
         Ok(gradients)
     }
@@ -159,14 +159,21 @@ impl<'a> Gradients<'a> {
 /// The gradients of the present tasks' losses at the last layer's weights, one after the other: [k, n]. The graph stays as it
 /// was.
 pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor> {
-    let parameters = &model.parameters.tensors()[model.last_layer.clone()];
+    let parameters = &model.inputs(None)[model.last_layer.clone()];
     let mut rows = Vec::new();
     for loss in losses.iter().flatten() {
-        let gradients = Tensor::f_run_backward(&[loss], parameters, true, false)?;
+        let gradients = backward(loss, parameters, true)?;
         let flat: Vec<Tensor> = gradients.iter().filter(|g| g.defined()).map(|g| g.flatten(0, -1)).collect();
         rows.push(Tensor::cat(&flat, 0));
     }
     Ok(Tensor::stack(&rows, 0))
+}
+
+/// The gradients of `total`, in float32 where `inputs` are 16-bit copies; undefined where it does not depend on them.
+fn backward(total: &Tensor, inputs: &[&Tensor], keep_graph: bool) -> Result<Vec<Tensor>> {
+    let gradients = Tensor::f_run_backward(&[total], inputs, keep_graph, false)?;
+    let float = |gradient: Tensor| if gradient.defined() { gradient.to_kind(Kind::Float) } else { gradient };
+    Ok(gradients.into_iter().map(float).collect())
 }
 
 /// Adds gradients; those of heads that a batch did not need are undefined.

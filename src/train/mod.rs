@@ -22,7 +22,7 @@ pub use unknown::UnknownWords;
 use crate::data::{DeviceSet, Sampler};
 use crate::evaluate::{Report, evaluate};
 use crate::model::Model;
-use crate::optim::{Average, Optimizer};
+use crate::optim::{Average, LossScale, Optimizer};
 use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
 use crate::task::Task;
@@ -37,6 +37,8 @@ pub struct Trainer<'a> {
     pub optimizer: Optimizer,
     /// Evaluated and kept in place of the weights.
     pub average: Option<Average>,
+    /// For float16.
+    pub loss_scale: Option<LossScale>,
     pub weighting: Weighting,
     pub sampler: Sampler,
     pub train: &'a DeviceSet,
@@ -84,6 +86,9 @@ impl Trainer<'_> {
         self.model.parameters.load(saved.model)?;
         if let Some(average) = &mut self.average {
             average.load(&mut moments)?;
+        }
+        if let Some(scale) = &mut self.loss_scale {
+            scale.load(&mut moments)?;
         }
         self.optimizer.load(moments)?;
         self.weighting.load(&state.weighting)?;
@@ -255,6 +260,7 @@ impl Trainer<'_> {
         let state = State { weighting: self.weighting.save(), ..state.clone() };
         let mut moments = self.optimizer.state();
         moments.extend(self.average.iter().flat_map(Average::state));
+        moments.extend(self.loss_scale.iter().flat_map(LossScale::state));
         checkpoint::save(&self.run.checkpoint("last"), &model, &moments, &serde_json::to_value(state)?)
     }
 

@@ -101,6 +101,7 @@ impl Trainer<'_> {
         let tokens: Vec<i32> =
             step.batches.iter().flatten().flat_map(|&row| self.train.set.tokens(row)).copied().collect();
         let rows = self.model.rows(&tokens);
+        self.model.refresh();
         self.laps.end(Part::Batch);
         let wants = self.weighting.wants(step.number);
         let known: Option<Vec<Option<Tensor>>> = match wants {
@@ -133,7 +134,7 @@ impl Trainer<'_> {
             let backward = |part: usize| {
                 let mut own = Gradients::new(self.model, self.tasks, reference(wants), Some(&rows));
                 let (shared, losses) = &passes[part];
-                own.add(shared, losses, weights).map(|()| own.into_sums())
+                own.add(shared, &self.scaled(losses), weights).map(|()| own.into_sums())
             };
             for sums in side_by_side(parts.len(), &backward) {
                 gradients.merge(sums?)?;
@@ -144,19 +145,33 @@ impl Trainer<'_> {
         let losses = losses.unwrap_or_default();
         self.freeze(step.number, &mut gradients.sum);
         let clipped: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
-        let norms = gradients.norms(device);
+        let mut norms = gradients.norms(device);
+        let overflow = match &mut self.loss_scale {
+            Some(scale) => {
+                norms = norms.map(|norms| norms / scale.value());
+                Some(scale.unscale(&clipped)?)
+            }
+            None => None,
+        };
         // All that this step has labels for may be frozen.
-        let norm = match clipped.is_empty() {
+        let mut norm = match clipped.is_empty() {
             true => Tensor::zeros([], (Kind::Float, device)),
             false => clip_gradients(&clipped, self.config.clip_norm)?,
         };
+        if let Some(overflow) = &overflow {
+            // The step is left out, and nobody hears of its gradients.
+            let zero_if = |x: Tensor| x.masked_fill(&overflow.gt(0.5), 0.0);
+            (norm, norms) = (zero_if(norm), norms.map(zero_if));
+        }
         let mut values: Vec<Tensor> = losses.iter().flatten().map(Tensor::shallow_clone).collect();
         values.push(norm);
         let values = Tensor::stack(&values, 0);
         let sound = values.isfinite().all().to_kind(Kind::Float);
         pending.halted = pending.halted.maximum(&(1.0 - sound));
+        let skip =
+            overflow.map_or_else(|| pending.halted.shallow_clone(), |overflow| pending.halted.maximum(&overflow));
         let rate = self.learning_rate(step.number, step.n_steps);
-        self.optimizer.step(&gradients.sum, Some(&rows.touched), rate, &pending.halted)?;
+        self.optimizer.step(&gradients.sum, Some(&rows.touched), rate, &skip)?;
         if let Some(average) = &mut self.average {
             average.update(step.number)?;
         }
@@ -167,6 +182,15 @@ impl Trainer<'_> {
         pending.steps.push(Waiting { number: step.number, values, present });
         self.laps.end(Part::Weighting);
         Ok(parts().map(Batch::n_tokens).sum())
+    }
+
+    /// Losses by task as the backward pass takes them.
+    fn scaled(&self, losses: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
+        let scaled = |loss: &Option<Tensor>| {
+            let loss = loss.as_ref()?;
+            Some(self.loss_scale.as_ref().map_or_else(|| loss.shallow_clone(), |scale| loss * scale.value()))
+        };
+        losses.iter().map(scaled).collect()
     }
 
     /// A batch on the device, cut in as many parts as there are workers, unless it is small.

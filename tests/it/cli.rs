@@ -94,12 +94,12 @@ fn two_runs_of_one_file_are_identical_and_take_directories_of_their_own() {
 }
 
 /// Trains once in one go and once with kills in between: the weights have to be the same to the bit, the records too.
-fn check_kills(folder: &Folder, kills: usize, more: &[&str]) {
+pub fn check_kills(folder: &Folder, kills: usize, more: &[&str]) {
     for run in ["whole", "killed"] {
         std::fs::remove_dir_all(folder.path().join(run)).ok();
     }
     let train = |out: &str, resume: bool| {
-        let mut arguments = vec!["train", "small.yaml", "--out", out, "--threads", "1"];
+        let mut arguments = vec!["train", "small.yaml", "--out", out, "--threads", "2"];
         arguments.extend(["--set", "training.checkpoint_every_steps=7"]);
         arguments.extend(more);
         if resume {

@@ -3,6 +3,7 @@
 mod cli;
 mod experiments;
 mod export;
+mod fast;
 mod formats;
 mod heads;
 mod metrics;

@@ -1,0 +1,44 @@
+//! Which LSTM kernels a run takes on the CPU: oneDNN's, or libtorch's own that go step by step. Measured when a run starts.
+
+use tch::Device;
+
+use crate::libtorch::{use_onednn, workers};
+use crate::model::{Model, Precision};
+use crate::train::TrainingConfig;
+
+/// oneDNN's are taken unless the others are so many times faster, so that a run started again chooses the same.
+const MARGIN: f64 = 1.25;
+
+/// Tokens of the sentences that are timed.
+const N_TOKENS: i64 = 8;
+
+/// Chooses, and returns whether oneDNN's are taken. Says so where 16-bit numbers are no gain on this processor.
+pub fn choose(model: &mut Model, config: &TrainingConfig) -> bool {
+    if model.parameters.device() != Device::Cpu {
+        return true;
+    }
+    let rows = (config.batch_size / workers()).max(1) as i64;
+    let seconds = |model: &Model| (0..4).map(|_| model.time_trunk(rows, N_TOKENS)).fold(f64::INFINITY, f64::min);
+    let with_onednn = seconds(model);
+    let onednn = match config.precision {
+        Precision::Float32 => {
+            use_onednn(false);
+            let native = seconds(model);
+            log::debug!("trunk, forward and backward: oneDNN {with_onednn:.4} s, step by step {native:.4} s");
+            with_onednn < MARGIN * native
+        }
+        // libtorch's own would take many times as long.
+        _ => {
+            model.set_precision(Precision::Float32);
+            let float32 = seconds(model);
+            model.set_precision(config.precision);
+            if with_onednn > float32 {
+                let times = with_onednn / float32;
+                log::warn!("on this processor a bfloat16 trunk takes {times:.1} times as long as a float32 one");
+            }
+            true
+        }
+    };
+    use_onednn(onednn);
+    onednn
+}

@@ -1,0 +1,53 @@
+//! The trunk in 16-bit numbers: weights stay float32, and each step works on copies of them.
+//!
+//! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.1. Differs from the paper in: the trunk's layers alone; what goes in
+//! and out of each is float32, and so are heads, losses and embedding.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+/// The numbers that training computes LSTM layers of the trunk in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// On CUDA products are TF32.
+    #[default]
+    Float32,
+    Bfloat16,
+    /// With a loss scale; on CUDA alone.
+    Float16,
+}
+
+impl Precision {
+    pub fn kind(self) -> Kind {
+        match self {
+            Precision::Float32 => Kind::Float,
+            Precision::Bfloat16 => Kind::BFloat16,
+            Precision::Float16 => Kind::Half,
+        }
+    }
+}
+
+/// 16-bit copies of float32 weights, which take the gradient in their place.
+pub struct Halves {
+    /// The number of the first of the weights among the parameters; the others follow.
+    pub first: usize,
+    /// Leaves, in the order of the weights.
+    pub copies: Vec<Tensor>,
+}
+
+impl Halves {
+    pub fn of(weights: &[&Tensor], first: usize, kind: Kind) -> Self {
+        let copy = |weight: &&Tensor| tch::no_grad(|| weight.to_kind(kind)).set_requires_grad(true);
+        Halves { first, copies: weights.iter().map(copy).collect() }
+    }
+
+    /// Brings the copies up to date.
+    pub fn refresh(&self, weights: &[&Tensor]) {
+        tch::no_grad(|| {
+            for (copy, weight) in self.copies.iter().zip(weights) {
+                copy.shallow_clone().copy_(weight);
+            }
+        });
+    }
+}

@@ -1,0 +1,130 @@
+//! What makes training fast leaves results as they are: workers, rows of tables, 16-bit trunks.
+
+use std::collections::BTreeMap;
+
+use polytask::libtorch::Draws;
+use polytask::model::{Mode, Model, Precision};
+use polytask::optim::{Optimizer, OptimizerConfig, Touched};
+use polytask::run::checkpoint;
+use serde_json::json;
+use tch::{Kind, Tensor};
+
+use crate::heads::{Setting, build, setting};
+use crate::util::{DRAWS, Folder, small};
+
+/// The largest difference, against the largest number.
+fn off(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[]) / a.abs().max().double_value(&[]).max(1e-30)
+}
+
+/// Weights of a run of some steps.
+fn trained(folder: &Folder, out: &str, more: &[&str]) -> BTreeMap<String, Tensor> {
+    let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "training.max_steps=6"];
+    arguments.extend(more);
+    folder.polytask(&arguments).assert().success();
+    checkpoint::load(&folder.path().join(out).join("checkpoints/last.safetensors")).unwrap().model
+}
+
+#[test]
+fn workers_share_a_batch_and_change_nothing_but_rounding() {
+    let folder = small();
+    let options = [
+        vec!["model.embedding={dim: 8, row_dropout: 0.1, word_dropout: 0.2, characters: {kind: cnn}}"],
+        vec!["weighting={strategy: gradnorm, reference: last_layer, update_every: 1}", "training.accumulate_steps=2"],
+        vec![
+            "weighting={strategy: uncertainty_softmax}",
+            "training.ema_decay=0.9",
+            "tasks.slots.inputs=[trunk, topic]",
+        ],
+    ];
+    for (i, options) in options.iter().enumerate() {
+        let run = |workers: &str| {
+            let mut more = vec!["--threads", "3", "--workers", workers];
+            options.iter().for_each(|option| more.extend(["--set", option]));
+            trained(&folder, &format!("run-{i}-{workers}"), &more)
+        };
+        let (alone, shared) = (run("1"), run("3"));
+        for (name, weights) in &alone {
+            // Sums of float32 in another order, over 6 steps of AdamW at a rate of 0.01.
+            let off = off(weights, &shared[name]);
+            assert!(off < 1e-3, "{options:?}: {name} is off by {off}");
+        }
+    }
+}
+
+fn gradients(model: &Model, s: &Setting, rows: bool, mode: Mode) -> Vec<Tensor> {
+    let all: Vec<usize> = (0..20).collect();
+    let batch = s.train.batch(&all);
+    let tokens: Vec<i32> = all.iter().flat_map(|&row| s.train.set.tokens(row)).copied().collect();
+    let rows = rows.then(|| model.rows(&tokens));
+    let shared = model.encode(&batch, &batch.token_ids, rows.as_ref(), mode);
+    let total = model.losses(&shared, &batch, mode).into_iter().flatten().reduce(|a, b| a + b).unwrap();
+    let mut gradients = Tensor::run_backward(&[total], &model.inputs(rows.as_ref()), false, false);
+    for (at, &table) in rows.iter().flat_map(|rows| rows.touched.tables.iter().enumerate()) {
+        let whole = model.parameters.tensors()[table].zeros_like();
+        let ids = &rows.as_ref().unwrap().touched.ids;
+        assert_eq!(rows.as_ref().unwrap().leaves[at].size()[0], ids.size()[0]);
+        gradients[table] = tch::no_grad(|| whole.index_add(0, ids, &gradients[table]));
+    }
+    gradients
+}
+
+#[test]
+fn rows_of_a_table_have_the_gradient_of_the_table() {
+    let s = setting(&["model.embedding.vectors=[{file: vectors.txt}]"]);
+    let model = build(&s);
+    let mode = Mode::Train(DRAWS);
+    let (whole, rows) = (gradients(&model, &s, false, mode), gradients(&model, &s, true, mode));
+    for ((name, _), (whole, rows)) in model.parameters.iter().zip(whole.iter().zip(&rows)) {
+        assert!(off(whole, rows) < 1e-6, "{name}");
+    }
+}
+
+#[test]
+fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
+    let step = |lazy: bool, ids: &[i64]| {
+        let table = Tensor::ones([5, 2], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
+        let config = json!({"adamw": {"lazy_rows": lazy, "decay_all": true, "weight_decay": 0.1}});
+        let config: OptimizerConfig = serde_json::from_value(config).unwrap();
+        let named = [("embedding.weight", &table)];
+        let mut optimizer = Optimizer::new(&config, named.into_iter());
+        for _ in 0..3 {
+            let touched = Touched { ids: Tensor::from_slice(ids), tables: vec![0] };
+            let gradient = Tensor::full([ids.len() as i64, 2], 0.5, (Kind::Float, tch::Device::Cpu));
+            optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32)).unwrap();
+        }
+        table.detach()
+    };
+    let (lazy, dense) = (step(true, &[1, 3]), step(false, &[1, 3]));
+    for row in [1, 3] {
+        assert_eq!(lazy.get(row), dense.get(row));
+    }
+    assert_eq!(lazy.get(0), Tensor::from_slice(&[1.0f32, 1.0]));
+    // Where nothing is touched the weights still decay.
+    assert!((dense.double_value(&[0, 0]) - 0.99f64.powi(3)).abs() < 1e-6);
+}
+
+#[test]
+fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
+    let s = setting(&["model.trunk.layers=2", "model.trunk.connection=highway"]);
+    let mut model = build(&s);
+    let mode = Mode::Train(Draws { seed: 9, first_row: 0 });
+    let exact = gradients(&model, &s, false, mode);
+    model.set_precision(Precision::Bfloat16);
+    model.refresh();
+    for ((name, _), (exact, found)) in model.parameters.iter().zip(exact.iter().zip(gradients(&model, &s, false, mode)))
+    {
+        // bfloat16 has 8 bits: 0.4 % a rounding, through two layers and sums that nearly cancel.
+        let off = (exact - found.to_kind(Kind::Float)).norm().double_value(&[]) / exact.norm().double_value(&[]);
+        assert!(off < 0.1, "{name} is off by {off}");
+    }
+    let folder = small();
+    let bfloat16 = ["--set", "training.precision=bfloat16"];
+    let (half, float) = (trained(&folder, "half", &bfloat16), trained(&folder, "float", &[]));
+    let name = "trunk.weight_ih_l0";
+    assert!(half[name] != float[name] && half[name].kind() == Kind::Float);
+    crate::cli::check_kills(&folder, 0, &bfloat16);
+    let error = folder.polytask(&["train", "small.yaml", "--device", "cpu", "--set", "training.precision=float16"]);
+    let said = String::from_utf8_lossy(&{ error }.assert().code(2).get_output().stderr).into_owned();
+    assert!(said.contains("training.precision: float16 needs CUDA"), "{said}");
+}
