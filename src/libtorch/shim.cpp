@@ -13,6 +13,8 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 
+#include <malloc.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -106,6 +108,13 @@ char* pt_use_onednn(bool on) {
 
 char* pt_configure(bool deterministic, bool tf32) {
   return guarded([&] {
+#ifdef __GLIBC__
+    // Memory of a step is kept for the next one: given back and asked for again it would be cleared by the kernel, page by page,
+    // one thread at a time. 32 MB is the largest threshold that glibc takes.
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 2147483647);
+    mallopt(M_TOP_PAD, 64 << 20);
+#endif
     auto& context = at::globalContext();
     context.setDeterministicCuDNN(deterministic);
     context.setBenchmarkCuDNN(false);

@@ -112,12 +112,12 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     let exact = gradients(&model, &s, false, mode);
     model.set_precision(Precision::Bfloat16);
     model.refresh();
-    for ((name, _), (exact, found)) in model.parameters.iter().zip(exact.iter().zip(gradients(&model, &s, false, mode)))
-    {
-        // bfloat16 has 8 bits: 0.4 % a rounding, through two layers and sums that nearly cancel.
-        let off = (exact - found.to_kind(Kind::Float)).norm().double_value(&[]) / exact.norm().double_value(&[]);
-        assert!(off < 0.1, "{name} is off by {off}");
-    }
+    let found: Vec<Tensor> = gradients(&model, &s, false, mode).iter().map(|g| g.to_kind(Kind::Float)).collect();
+    let flat = |all: &[Tensor]| Tensor::cat(&all.iter().map(|x| x.flatten(0, -1)).collect::<Vec<_>>(), 0);
+    let (exact, found) = (flat(&exact), flat(&found));
+    let off = (&exact - found).norm().double_value(&[]) / exact.norm().double_value(&[]);
+    // bfloat16 has 8 bits: 0.4 % a rounding, through two layers and sums over time.
+    assert!(off > 0.0 && off < 0.03, "the gradient is off by {off}");
     let folder = small();
     let bfloat16 = ["--set", "training.precision=bfloat16"];
     let (half, float) = (trained(&folder, "half", &bfloat16), trained(&folder, "float", &[]));

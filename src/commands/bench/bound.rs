@@ -1,9 +1,9 @@
 //! What a training step cannot take less than, on this device: the trunk's products, its chain of steps in time, and the
 //! traffic of the embedding tables.
 //!
-//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P + 32 bytes * V E / M, since the recurrent products of both passes hide behind the
-//! latency of their steps. CPU: 3 (F_rec + F_in) / P + 32 bytes * V E / M. P and M are measured: a product of square matrices, a
-//! copy of a large array. What heads, characters and dropout take is not in it.
+//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P + 24 bytes * V E / M, since the recurrent products of both passes hide behind the
+//! latency of their steps. CPU: 3 (F_rec + F_in) / P + 24 bytes * V E / M. P and M are measured on all threads: a product of square
+//! matrices, in float32 or in the trunk's numbers, and a copy of a large array. What heads, characters and dropout take is not in it.
 //!
 //! B sentences, T tokens, L layers, D directions, E inputs of a layer, H hidden, V rows of a table;
 //! F_in = sum over layers of 2 B T E 4 H D, F_rec = L 2 B T H 4 H D.
@@ -13,15 +13,15 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+use crate::libtorch::{side_by_side, workers};
 use crate::model::TrunkConfig;
 
 /// Seconds of one step in time, forward and backward, of cuDNN's LSTM on an H100: its persistent and its standard kernels.
 const PERSISTENT: f64 = 2.0e-6 + 3.1e-6;
 const STANDARD: f64 = 9e-6 + 14e-6;
 
-/// Bytes that a weight moves in a step: gradient written and read, weight and two moments read and written, and the
-/// gradient's clearing.
-const BYTES_A_WEIGHT: f64 = 32.0;
+/// Bytes that a weight of a table moves in a step at least: itself and two moments, read and written.
+const BYTES_A_WEIGHT: f64 = 24.0;
 
 #[derive(Serialize)]
 pub struct Bound {
@@ -40,11 +40,12 @@ pub struct Work<'a> {
     /// V * E over the tables that are trained.
     pub table_weights: usize,
     pub trunk: &'a TrunkConfig,
+    pub kind: Kind,
 }
 
 impl Bound {
     pub fn new(work: &Work, device: Device) -> Bound {
-        let (flops_per_sec, bytes_per_sec) = rates(device);
+        let (flops_per_sec, bytes_per_sec) = rates(device, work.kind);
         let trunk = work.trunk;
         let (hidden, directions) = (trunk.hidden as f64, trunk.width() as f64 / trunk.hidden as f64);
         let inputs = (0..trunk.layers).map(|layer| if layer == 0 { work.inputs } else { trunk.width() } as f64);
@@ -66,24 +67,28 @@ impl Bound {
 }
 
 /// Operations and bytes a second, the best of a few tries.
-fn rates(device: Device) -> (f64, f64) {
+fn rates(device: Device, kind: Kind) -> (f64, f64) {
     let n = if device == Device::Cpu { 1024 } else { 8192 };
-    let square = Tensor::ones([n, n], (Kind::Float, device));
+    let square = Tensor::ones([n, n], (kind, device));
     let large = Tensor::ones([64 << 20], (Kind::Float, device)); // 256 MB, more than any cache
-    let mut target = large.zeros_like();
-    let best = |work: &mut dyn FnMut()| {
-        let tries = (0..4).map(|_| {
-            super::wait(device);
-            let started = Instant::now();
-            work();
-            super::wait(device);
-            started.elapsed().as_secs_f64()
-        });
-        tries.fold(f64::INFINITY, f64::min)
-    };
-    let product = best(&mut || drop(square.matmul(&square)));
-    let copy = best(&mut || target.copy_(&large));
-    (2.0 * (n as f64).powi(3) / product, 8.0 * large.numel() as f64 / copy)
+    let target = large.zeros_like();
+    let length = large.size()[0] / workers() as i64;
+    let part = |x: &Tensor, worker: usize| x.narrow(0, worker as i64 * length, length);
+    let product = best(device, &|_| drop(square.matmul(&square)));
+    let copy = best(device, &|worker| part(&target, worker).copy_(&part(&large, worker)));
+    (2.0 * (n as f64).powi(3) * workers() as f64 / product, 8.0 * length as f64 * workers() as f64 / copy)
+}
+
+/// Seconds that all workers take for `work`, at best.
+fn best(device: Device, work: &dyn Fn(usize)) -> f64 {
+    let tries = (0..4).map(|_| {
+        super::wait(device);
+        let started = Instant::now();
+        side_by_side(workers(), &work);
+        super::wait(device);
+        started.elapsed().as_secs_f64()
+    });
+    tries.fold(f64::INFINITY, f64::min)
 }
 
 #[cfg(test)]
@@ -94,7 +99,7 @@ mod tests {
     fn the_bound_grows_with_the_work() {
         let trunk = TrunkConfig { hidden: 64, ..TrunkConfig::default() };
         let of = |shapes: &[(i64, i64)], table_weights: usize| {
-            Bound::new(&Work { shapes, inputs: 32, table_weights, trunk: &trunk }, Device::Cpu)
+            Bound::new(&Work { shapes, inputs: 32, table_weights, trunk: &trunk, kind: Kind::Float }, Device::Cpu)
         };
         let (small, table) = (of(&[(4, 5)], 0), of(&[(4, 5)], 1 << 20));
         // Both directions: 3 * 2 * 20 * 4 * 64 * 2 * (32 + 64) operations.

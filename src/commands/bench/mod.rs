@@ -146,7 +146,8 @@ fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
     let shapes: Vec<(i64, i64)> = steps.iter().flat_map(|batches| batches.iter()).map(shape).collect();
     let (inputs, table_weights) = rehearsal.model.embedding_size();
     let trunk = &rehearsal.experiment.model.trunk;
-    bound::Bound::new(&bound::Work { shapes: &shapes, inputs, table_weights, trunk }, rehearsal.device)
+    let kind = rehearsal.experiment.training.precision.kind();
+    bound::Bound::new(&bound::Work { shapes: &shapes, inputs, table_weights, trunk, kind }, rehearsal.device)
 }
 
 /// What one round of a strategy works through.
