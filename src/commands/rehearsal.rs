@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use super::{kernels, prepare, transfer};
 use crate::config::Experiment;
@@ -14,6 +14,7 @@ use crate::problem::fail_on_errors;
 use crate::rng::Seed;
 use crate::run::RunDirectory;
 use crate::task::Task;
+use crate::train::graphs::Graphs;
 use crate::train::laps::Laps;
 use crate::train::{Trainer, TrainingConfig, UnknownWords};
 use crate::weighting::WeightingConfig;
@@ -73,6 +74,8 @@ impl Rehearsal {
             dev: &self.train,
             seed: Seed(self.experiment.seed),
             laps: Laps::default(),
+            graphs: Graphs::new(config.cuda_graphs, self.tasks.len(), self.device),
+            halted: Tensor::zeros([], (Kind::Float, self.device)),
             run: &self.nowhere,
         }
     }

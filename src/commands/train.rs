@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::json;
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use super::End;
 use super::cli::TrainArgs;
@@ -23,6 +23,7 @@ use crate::problem::{fail_on_errors, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::Task;
+use crate::train::graphs::Graphs;
 use crate::train::laps::Laps;
 use crate::train::{Outcome, State, Trainer, UnknownWords};
 
@@ -143,6 +144,8 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
         dev: &dev,
         seed,
         laps: Laps::default(),
+        graphs: Graphs::new(config.cuda_graphs, tasks.len(), device),
+        halted: Tensor::zeros([], (Kind::Float, device)),
         run,
     };
     log::info!(

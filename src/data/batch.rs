@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::encoded::{EncodedSet, TargetValues};
@@ -83,6 +84,46 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// All of it that is on the device, in an order that batches of one shape share.
+    fn tensors(&self) -> Vec<&Tensor> {
+        let mut all = vec![&self.token_ids, &self.lengths.device, &self.word_lengths.device];
+        all.extend(self.bytes.iter().chain(&self.first_tokens));
+        all.extend(self.targets.iter().flatten().flat_map(|targets| [&targets.index, &targets.labels]));
+        all
+    }
+
+    /// A batch with memory of its own.
+    pub fn copy(&self) -> Batch {
+        let lengths = |lengths: &Lengths| Lengths { device: lengths.device.copy(), ..lengths.share() };
+        let targets = |targets: &Targets| Targets {
+            rows: targets.rows.clone(),
+            first_row: targets.first_row,
+            index: targets.index.copy(),
+            labels: targets.labels.copy(),
+            n_decisions: targets.n_decisions,
+        };
+        Batch {
+            rows: self.rows.clone(),
+            first_row: self.first_row,
+            token_ids: self.token_ids.copy(),
+            lengths: lengths(&self.lengths),
+            bytes: self.bytes.as_ref().map(Tensor::copy),
+            first_tokens: self.first_tokens.as_ref().map(Tensor::copy),
+            word_lengths: lengths(&self.word_lengths),
+            targets: self.targets.iter().map(|task| task.as_ref().map(targets)).collect(),
+        }
+    }
+
+    /// Puts the numbers of another batch of the same shape into this one's memory.
+    pub fn take_from(&mut self, other: &Batch) -> Result<()> {
+        for (own, new) in self.tensors().into_iter().zip(other.tensors()) {
+            own.shallow_clone().f_copy_(new)?;
+        }
+        (self.rows, self.first_row) = (other.rows.clone(), other.first_row);
+        (self.lengths.host, self.word_lengths.host) = (other.lengths.host.clone(), other.word_lengths.host.clone());
+        Ok(())
+    }
+
     /// What an exported model reads: token ids [B, T], lengths `[B]`, for words with characters their bytes [B, T, L] and, for
     /// pieces of words, the position of each word's
     /// first token [B, W] and the number of words `[B]`.
@@ -166,6 +207,11 @@ impl DeviceSet {
         let ((forms, token_forms), spelling) = (self.spelling.as_ref()?, self.set.spelling.as_ref()?);
         let tokens = rows.iter().flat_map(|&row| self.set.token_offsets[row]..self.set.token_offsets[row + 1]);
         let longest = tokens.map(|token| spelling.n_bytes(token as usize)).max().unwrap_or(0).max(1);
+        // Few widths on CUDA, so that batches share the graph of a step.
+        let longest = match self.device {
+            Device::Cpu => longest,
+            _ => longest.next_multiple_of(8).min(spelling.max_bytes),
+        };
         let which = gather(token_forms, token_starts, lengths, 0); // [B, T]
         let bytes = forms.narrow(1, 0, longest as i64).index_select(0, &which.flatten(0, 1)).to_kind(Kind::Int64);
         let bytes = bytes.view([rows.len() as i64, lengths.max, longest as i64]);

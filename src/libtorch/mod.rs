@@ -1,6 +1,7 @@
 //! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, global
 //! switches, and CUDA libraries opened at run time. The only `unsafe` code of the project.
 
+mod graph;
 mod script;
 
 use std::ffi::{CStr, c_char};
@@ -11,6 +12,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
+pub use graph::{CudaGraph, GraphPool};
 pub use script::ScriptModule;
 
 #[repr(C)]
@@ -35,6 +37,7 @@ unsafe extern "C" {
         second: List,
         steps: List,
         options: *const AdamOptions,
+        learning_rate: *mut C_tensor,
         skip: *mut C_tensor,
     ) -> *mut c_char;
     fn pt_fused_sgd(
@@ -46,6 +49,7 @@ unsafe extern "C" {
         momentum: f64,
         weight_decay: f64,
         first_step: bool,
+        rate_on_device: *mut C_tensor,
         skip: *mut C_tensor,
     ) -> *mut c_char;
     fn pt_clip(n: usize, gradients: List, limit: f64, norm: *mut *mut C_tensor) -> *mut c_char;
@@ -86,10 +90,33 @@ pub struct AdamLists<'a> {
     pub steps: &'a [&'a Tensor],
 }
 
+/// A number that the host knows, or one on the device (a scalar of float32), which recorded work reads anew each time.
+#[derive(Clone, Copy, Debug)]
+pub enum Number<'a> {
+    Host(f64),
+    Device(&'a Tensor),
+}
+
+impl From<f64> for Number<'_> {
+    fn from(value: f64) -> Self {
+        Number::Host(value)
+    }
+}
+
+impl Number<'_> {
+    /// The host's number, or 0, and the handle of the device's, or null.
+    fn split(self) -> (f64, *mut C_tensor) {
+        match self {
+            Number::Host(value) => (value, std::ptr::null_mut()),
+            Number::Device(tensor) => (0.0, tensor.as_ptr().cast_mut()),
+        }
+    }
+}
+
 /// Hyperparameters of Adam and AdamW, in PyTorch's meaning.
 #[derive(Clone, Copy, Debug)]
-pub struct Adam {
-    pub learning_rate: f64,
+pub struct Adam<'a> {
+    pub learning_rate: Number<'a>,
     pub betas: (f64, f64),
     pub epsilon: f64,
     pub weight_decay: f64,
@@ -107,8 +134,9 @@ pub fn fused_adam(lists: &AdamLists, adam: Adam, skip: &Tensor) -> Result<()> {
     let (parameters, gradients) = (handles(lists.parameters), handles(lists.gradients));
     let (first, second) = (handles(lists.first_moments), handles(lists.second_moments));
     let steps = handles(lists.steps);
+    let (learning_rate, on_device) = adam.learning_rate.split();
     let options = AdamOptions {
-        learning_rate: adam.learning_rate,
+        learning_rate,
         beta1: adam.betas.0,
         beta2: adam.betas.1,
         weight_decay: adam.weight_decay,
@@ -125,6 +153,7 @@ pub fn fused_adam(lists: &AdamLists, adam: Adam, skip: &Tensor) -> Result<()> {
             second.as_ptr(),
             steps.as_ptr(),
             &options,
+            on_device,
             skip.as_ptr().cast_mut(),
         )
     })
@@ -132,8 +161,8 @@ pub fn fused_adam(lists: &AdamLists, adam: Adam, skip: &Tensor) -> Result<()> {
 
 /// Hyperparameters of SGD with momentum, in PyTorch's meaning.
 #[derive(Clone, Copy, Debug)]
-pub struct Sgd {
-    pub learning_rate: f64,
+pub struct Sgd<'a> {
+    pub learning_rate: Number<'a>,
     pub momentum: f64,
     pub weight_decay: f64,
 }
@@ -148,6 +177,7 @@ pub fn fused_sgd(
     let n = parameters.len();
     ensure!(gradients.len() == n && momenta.len() == n, "lists of different lengths in one optimizer step");
     let (parameters, gradients, momenta) = (handles(parameters), handles(gradients), handles(momenta));
+    let (learning_rate, on_device) = sgd.learning_rate.split();
     // SAFETY: as in `fused_adam`.
     checked(unsafe {
         pt_fused_sgd(
@@ -155,10 +185,11 @@ pub fn fused_sgd(
             parameters.as_ptr(),
             gradients.as_ptr(),
             momenta.as_ptr(),
-            sgd.learning_rate,
+            learning_rate,
             sgd.momentum,
             sgd.weight_decay,
             first,
+            on_device,
             skip.as_ptr().cast_mut(),
         )
     })
@@ -265,6 +296,10 @@ pub fn use_onednn(on: bool) {
 /// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.
 fn open_cuda() -> Result<()> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
+        // SAFETY: no thread that reads the environment has been started yet. cuBLAS is deterministic with this alone.
+        unsafe { std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8") };
+    }
     // SAFETY: the library's initializers are those of libtorch, made for being loaded into a running process.
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
     // Its kernels are registered for the life of the process: it must never be closed.

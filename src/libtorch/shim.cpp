@@ -41,28 +41,29 @@ struct pt_adam {
 
 char* pt_fused_adam(
     bool decoupled, size_t n, const Handle* parameters, const Handle* gradients, const Handle* first,
-    const Handle* second, const Handle* steps, const pt_adam* options, Handle skip) {
+    const Handle* second, const Handle* steps, const pt_adam* options, Handle rate, Handle skip) {
   return guarded([&] {
     auto p = list(parameters, n), g = list(gradients, n), m = list(first, n), v = list(second, n), s = list(steps, n);
-    auto operation = decoupled
-        ? static_cast<void (*)(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-              at::TensorList, double, double, double, double, double, bool, bool, const std::optional<at::Tensor>&,
-              const std::optional<at::Tensor>&)>(at::_fused_adamw_)
-        : static_cast<void (*)(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-              at::TensorList, double, double, double, double, double, bool, bool, const std::optional<at::Tensor>&,
-              const std::optional<at::Tensor>&)>(at::_fused_adam_);
-    operation(p, g, m, v, {}, s, options->learning_rate, options->beta1, options->beta2, options->weight_decay,
-        options->epsilon, false, false, std::nullopt, *skip);
+    auto with = [&](auto learning_rate) {
+      auto update = [&](auto... rest) {
+        decoupled ? at::_fused_adamw_(p, g, m, v, {}, s, rest...) : at::_fused_adam_(p, g, m, v, {}, s, rest...);
+      };
+      update(learning_rate, options->beta1, options->beta2, options->weight_decay, options->epsilon, false, false,
+          std::optional<at::Tensor>(), std::optional<at::Tensor>(*skip));
+    };
+    rate ? with(*rate) : with(options->learning_rate);
   });
 }
 
 char* pt_fused_sgd(
     size_t n, const Handle* parameters, const Handle* gradients, const Handle* momenta, double learning_rate,
-    double momentum, double weight_decay, bool first_step, Handle skip) {
+    double momentum, double weight_decay, bool first_step, Handle rate, Handle skip) {
   return guarded([&] {
     auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, n);
-    at::_fused_sgd_(
-        p, g, m, weight_decay, momentum, learning_rate, 0.0, false, false, first_step, std::nullopt, *skip);
+    auto with = [&](auto rate) {
+      at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, first_step, std::nullopt, *skip);
+    };
+    rate ? with(*rate) : with(learning_rate);
   });
 }
 

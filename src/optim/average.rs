@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 
-use crate::libtorch::{side_by_side, workers};
+use crate::libtorch::{Number, side_by_side, workers};
 
 pub struct Average {
     decay: f64,
@@ -23,10 +23,15 @@ impl Average {
         Average { decay, pairs: parameters.map(pair).collect() }
     }
 
-    /// Takes in the weights after step `number` (from 0).
-    pub fn update(&mut self, number: usize) -> Result<()> {
+    /// What the weights after step `number` (from 0) count: 1 - decay.
+    pub fn share(&self, number: usize) -> f64 {
         let t = number as f64 + 1.0;
-        let decay = self.decay.min((1.0 + t) / (10.0 + t));
+        1.0 - self.decay.min((1.0 + t) / (10.0 + t))
+    }
+
+    /// Takes in the weights, which count `share`.
+    pub fn update<'a>(&mut self, share: impl Into<Number<'a>>) -> Result<()> {
+        let share = share.into();
         let workers = workers();
         let lerp = |worker: usize| -> Result<()> {
             for (_, weight, average) in &self.pairs {
@@ -37,7 +42,10 @@ impl Average {
                     _ => tensor.narrow(0, start as i64, (end - start) as i64),
                 };
                 if end > start {
-                    let _ = block(average).f_lerp_(&block(weight), 1.0 - decay)?;
+                    let _ = match share {
+                        Number::Host(share) => block(average).f_lerp_(&block(weight), share)?,
+                        Number::Device(share) => block(average).f_lerp_tensor_(&block(weight), share)?,
+                    };
                 }
             }
             Ok(())
@@ -82,14 +90,14 @@ mod tests {
         let named = [("w", weight.shallow_clone())];
         let mut average = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
         let _ = weight.fill_(2.0);
-        average.update(0).unwrap(); // 2/11 of 1 and 9/11 of 2
+        average.update(average.share(0)).unwrap(); // 2/11 of 1 and 9/11 of 2
         let expected = 1.0 * 2.0 / 11.0 + 2.0 * 9.0 / 11.0;
         average.swap().unwrap();
         assert!((weight.double_value(&[0]) - expected).abs() < 1e-6);
         average.swap().unwrap();
         assert_eq!(weight.double_value(&[0]), 2.0);
         let _ = weight.fill_(4.0);
-        average.update(99).unwrap(); // the rate has reached 0.5
+        average.update(average.share(99)).unwrap(); // the rate has reached 0.5
         let mut state: BTreeMap<_, _> = average.state().into_iter().collect();
         let mut other = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
         other.load(&mut state).unwrap();

@@ -14,7 +14,7 @@ pub use average::Average;
 pub use scale::LossScale;
 pub use schedule::{RangeConfig, ScheduleConfig};
 
-use crate::libtorch::{Adam, AdamLists, Sgd, count_up, fused_adam, fused_sgd, side_by_side, workers};
+use crate::libtorch::{Adam, AdamLists, Number, Sgd, count_up, fused_adam, fused_sgd, side_by_side, workers};
 
 /// The `training.optimizer:` of an experiment; `kind:` names the variant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -257,15 +257,20 @@ impl Optimizer {
         Optimizer { config: config.clone(), slots: parameters.map(slot).collect() }
     }
 
+    pub fn lazy_rows(&self) -> bool {
+        self.config.lazy_rows()
+    }
+
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
     /// these rows alone, and those of all others 0. Where `skip` (one float on the device) is 1, nothing changes.
-    pub fn step(
+    pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
         rows: Option<&Touched>,
-        learning_rate: f64,
+        learning_rate: impl Into<Number<'a>>,
         skip: &Tensor,
     ) -> Result<()> {
+        let learning_rate = learning_rate.into();
         let lazy = self.config.lazy_rows();
         let rows_of = |number: usize| rows.filter(|rows| rows.tables.contains(&number));
         let mut pieces = Vec::new();
@@ -300,7 +305,7 @@ impl Optimizer {
     }
 
     /// The update of parameters that all decay, or of which none does.
-    fn update(&self, pieces: &[&Piece], learning_rate: f64, skip: &Tensor, decays: bool) -> Result<()> {
+    fn update(&self, pieces: &[&Piece], learning_rate: Number, skip: &Tensor, decays: bool) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }

@@ -31,6 +31,8 @@ pub struct TrainingConfig {
     /// Numbers of the trunk's LSTM layers in training: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and losses
     /// are float32, and so is evaluation. Default `float32`, whose products are TF32 on CUDA.
     pub precision: Precision,
+    /// Steps of one shape are recorded once and replayed as one call, on CUDA. Default true.
+    pub cuda_graphs: bool,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses. Default 50, at least 1.
@@ -55,6 +57,7 @@ impl Default for TrainingConfig {
             ema_decay: 0.999,
             freeze_epochs: IndexMap::new(),
             precision: Precision::Float32,
+            cuda_graphs: true,
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),
             log_every_steps: 50,

@@ -16,15 +16,18 @@ pub enum Part {
     Update,
     /// The weighting strategy's own work.
     Weighting,
+    /// A recorded step, from forward to update.
+    Graph,
 }
 
 impl Part {
-    pub const ALL: [(Part, &str); 5] = [
+    pub const ALL: [(Part, &str); 6] = [
         (Part::Batch, "batch"),
         (Part::Forward, "forward"),
         (Part::Backward, "backward"),
         (Part::Update, "clipping, update, average"),
         (Part::Weighting, "loss weighting"),
+        (Part::Graph, "CUDA graph"),
     ];
 }
 

@@ -1,7 +1,9 @@
 //! The training loop: steps, evaluations, checkpoints, the end.
 
+mod compute;
 mod config;
 pub mod gradients;
+pub mod graphs;
 pub mod laps;
 mod state;
 mod step;
@@ -15,6 +17,7 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 pub use config::{EarlyStopping, TrainingConfig};
+use graphs::Graphs;
 use laps::Laps;
 pub use state::State;
 pub use unknown::UnknownWords;
@@ -46,6 +49,9 @@ pub struct Trainer<'a> {
     pub unknown: Option<UnknownWords>,
     pub seed: Seed,
     pub laps: Laps,
+    pub graphs: Graphs,
+    /// 1 on the device since a loss or a gradient was not finite: from then on no update happens.
+    pub halted: Tensor,
     pub run: &'a RunDirectory,
 }
 

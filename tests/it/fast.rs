@@ -2,12 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use polytask::commands::prepare;
+use polytask::data::Sampler;
 use polytask::libtorch::Draws;
 use polytask::model::{Mode, Model, Precision};
 use polytask::optim::{Optimizer, OptimizerConfig, Touched};
-use polytask::run::checkpoint;
+use polytask::rng::Seed;
+use polytask::run::{RunDirectory, checkpoint};
+use polytask::train::graphs::Graphs;
+use polytask::train::{Pending, State, Step, Trainer};
 use serde_json::json;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::heads::{Setting, build, setting};
 use crate::util::{DRAWS, Folder, small};
@@ -83,14 +88,14 @@ fn rows_of_a_table_have_the_gradient_of_the_table() {
 #[test]
 fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
     let step = |lazy: bool, ids: &[i64]| {
-        let table = Tensor::ones([5, 2], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
+        let table = Tensor::ones([5, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         let config = json!({"adamw": {"lazy_rows": lazy, "decay_all": true, "weight_decay": 0.1}});
         let config: OptimizerConfig = serde_json::from_value(config).unwrap();
         let named = [("embedding.weight", &table)];
         let mut optimizer = Optimizer::new(&config, named.into_iter());
         for _ in 0..3 {
             let touched = Touched { ids: Tensor::from_slice(ids), tables: vec![0] };
-            let gradient = Tensor::full([ids.len() as i64, 2], 0.5, (Kind::Float, tch::Device::Cpu));
+            let gradient = Tensor::full([ids.len() as i64, 2], 0.5, (Kind::Float, Device::Cpu));
             optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32)).unwrap();
         }
         table.detach()
@@ -123,8 +128,73 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     let (half, float) = (trained(&folder, "half", &bfloat16), trained(&folder, "float", &[]));
     let name = "trunk.weight_ih_l0";
     assert!(half[name] != float[name] && half[name].kind() == Kind::Float);
-    crate::cli::check_kills(&folder, 0, &bfloat16);
+    folder.file("train.jsonl", crate::util::rows(700));
+    crate::cli::check_kills(&folder, 1, &bfloat16);
     let error = folder.polytask(&["train", "small.yaml", "--device", "cpu", "--set", "training.precision=float16"]);
     let said = String::from_utf8_lossy(&{ error }.assert().code(2).get_output().stderr).into_owned();
     assert!(said.contains("training.precision: float16 needs CUDA"), "{said}");
+}
+
+/// Trains some steps with recorded steps or without, and returns the weights and what was read of the steps.
+fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize) {
+    let model = build(s);
+    let config = &s.experiment.training;
+    let run = RunDirectory { path: std::path::PathBuf::new() };
+    let graphs =
+        if recorded { Graphs::rehearsed(s.tasks.len(), Device::Cpu) } else { Graphs::new(false, 2, Device::Cpu) };
+    let mut trainer = Trainer {
+        config,
+        tasks: &s.tasks,
+        model: &model,
+        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+        average: prepare::average(config, &model),
+        loss_scale: None,
+        weighting: prepare::weighting(&s.experiment, &s.tasks, Device::Cpu),
+        sampler: Sampler::new(&s.train.set, &config.sampling, config.batch_size, Seed(3)),
+        train: &s.train,
+        dev: &s.train,
+        unknown: None,
+        seed: Seed(3),
+        laps: Default::default(),
+        graphs,
+        halted: Tensor::from(0.0f32),
+        run: &run,
+    };
+    let (mut pending, mut state) = (Pending::new(Device::Cpu), State::new(s.tasks.len()));
+    let mut number = 0;
+    for epoch in 0..4 {
+        for batch in trainer.sampler.plan(epoch) {
+            let step = Step { number, n_steps: 100, batches: &[batch], diagnose: number % 10 == 9 };
+            trainer.take(&step, &mut pending).unwrap();
+            number += 1;
+        }
+    }
+    pending.drain(&mut state, &s.tasks).unwrap();
+    trainer.average.as_mut().unwrap().swap().unwrap();
+    (
+        model.parameters.tensors().into_iter().map(Tensor::copy).collect(),
+        state.epoch.means(),
+        trainer.graphs.n_recorded(),
+    )
+}
+
+#[test]
+fn recorded_steps_are_the_steps_that_were_recorded() {
+    for strategy in ["equal", "gradnorm", "uncertainty"] {
+        let s = setting(&[
+            &format!("weighting={{strategy: {strategy}}}"),
+            "model.embedding.characters={kind: cnn}",
+            "training.ema_decay=0.9",
+            "training.freeze_epochs={trunk: 1}",
+        ]);
+        let (plain, recorded) = (stepped(&s, false), stepped(&s, true));
+        assert!(recorded.2 > 3 && plain.2 == 0, "{} shapes are recorded", recorded.2);
+        for (a, b) in plain.1.iter().zip(&recorded.1) {
+            assert!((a.unwrap() - b.unwrap()).abs() < 1e-4, "{strategy}: losses {a:?} and {b:?}");
+        }
+        for (a, b) in plain.0.iter().zip(&recorded.0) {
+            // The rate is a float32 number there, and gradients of tables are added up in another order.
+            assert!(off(a, b) < 1e-3, "{strategy}: off by {}", off(a, b));
+        }
+    }
 }

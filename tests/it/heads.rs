@@ -17,7 +17,7 @@ use crate::util::{DRAWS, Folder, small};
 
 pub struct Setting {
     _folder: Folder,
-    experiment: Experiment,
+    pub experiment: Experiment,
     pub tasks: Vec<Task>,
     tokenizer: Tokenizer,
     pub train: DeviceSet,

@@ -1,0 +1,251 @@
+//! What the device does in a step: forward, backward, update.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::Trainer;
+use super::gradients::{Gradients, as_vector, at_last_layer};
+use super::laps::Part;
+use super::step::{Step, is_part};
+use crate::data::Batch;
+use crate::libtorch::{Draws, Number, clip_gradients, side_by_side};
+use crate::model::{Mode, Rows, Shared, Site};
+use crate::rng::Purpose;
+use crate::weighting::{Reference, Wants};
+
+/// What a step is computed from, besides its batches.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub wants: Wants,
+    pub present: &'a [bool],
+    /// Labels of the step by task.
+    pub n_decisions: &'a [i64],
+    /// The rows of the tables; without them gradients are of whole tables.
+    pub rows: Option<&'a Rows>,
+    /// Weights of the losses, unless they follow from the losses.
+    pub weights: Option<&'a Tensor>,
+    pub learning_rate: Number<'a>,
+    /// What the new weights count in their average.
+    pub share: Number<'a>,
+    /// Whether the tasks' gradients are compared.
+    pub diagnose: bool,
+}
+
+/// What a step leaves on the device.
+pub(super) struct Computed {
+    /// `[T]` float64, 0 for absent tasks.
+    pub losses: Tensor,
+    /// The losses of the tasks present, in order, then the gradient norm.
+    pub values: Tensor,
+    pub weights: Tensor,
+    pub norms: Option<Tensor>,
+    pub gram: Option<(Vec<bool>, Tensor)>,
+}
+
+impl Computed {
+    /// The same numbers, which the next replay leaves alone.
+    pub fn copy(&self) -> Computed {
+        Computed {
+            losses: self.losses.copy(),
+            values: self.values.copy(),
+            weights: self.weights.copy(),
+            norms: self.norms.as_ref().map(Tensor::copy),
+            gram: None,
+        }
+    }
+}
+
+impl Trainer<'_> {
+    /// Forward, backward, update: everything of a step that the device does.
+    pub(super) fn compute(
+        &mut self,
+        step: &Step,
+        batches: &[impl AsRef<[Batch]>],
+        inputs: &Inputs,
+    ) -> Result<Computed> {
+        let device = self.model.parameters.device();
+        self.model.refresh();
+        let known: Option<Vec<Option<Tensor>>> = match inputs.wants {
+            // A further pass without gradients: the step's losses are known only after its last batch.
+            Wants::Losses if batches.len() > 1 => {
+                let all = (0..batches.len()).flat_map(|i| {
+                    let parts = batches[i].as_ref();
+                    let losses = |part: usize| tch::no_grad(|| self.forward(step, i, &parts[part], inputs).1);
+                    side_by_side(parts.len(), &losses)
+                });
+                all.fold(None, add_losses)
+            }
+            _ => None,
+        };
+        let mut gradients = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
+        let (mut losses, mut gram) = (None, None);
+        let mut weights = inputs.weights.map(Tensor::shallow_clone);
+        for (i, parts) in batches.iter().map(AsRef::as_ref).enumerate() {
+            let forward = |part: usize| self.forward(step, i, &parts[part], inputs);
+            let passes = side_by_side(parts.len(), &forward);
+            let here = passes.iter().fold(None, |sum, (_, part)| add_losses(sum, copies(part))).unwrap_or_default();
+            self.laps.end(Part::Forward);
+            let weights = weights.get_or_insert_with(|| {
+                let losses = known.as_ref().unwrap_or(&here);
+                self.weighting.weights(step.number, inputs.present, Some(&as_vector(losses, device)))
+            });
+            if i == 0 && inputs.diagnose {
+                gram = self.gram(&passes)?;
+            }
+            self.laps.end(Part::Weighting);
+            let backward = |part: usize| {
+                let mut own = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
+                let (shared, losses) = &passes[part];
+                own.add(shared, &self.scaled(losses), weights).map(|()| own.into_sums())
+            };
+            for sums in side_by_side(parts.len(), &backward) {
+                gradients.merge(sums?)?;
+            }
+            losses = add_losses(losses, here);
+            self.laps.end(Part::Backward);
+        }
+        let losses = losses.unwrap_or_default();
+        self.freeze(step.number, &mut gradients.sum);
+        let mut norms = gradients.norms(device);
+        let norm = self.update(&gradients.sum, &losses, &mut norms, inputs)?;
+        self.laps.end(Part::Update);
+        let mut values: Vec<Tensor> = losses.iter().flatten().map(Tensor::shallow_clone).collect();
+        values.push(norm);
+        let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));
+        Ok(Computed { losses: as_vector(&losses, device), values: Tensor::stack(&values, 0), weights, norms, gram })
+    }
+
+    /// Clips, updates and averages the weights, unless something is not finite. Returns the gradient's norm before clipping.
+    fn update(
+        &mut self,
+        gradients: &[Tensor],
+        losses: &[Option<Tensor>],
+        norms: &mut Option<Tensor>,
+        inputs: &Inputs,
+    ) -> Result<Tensor> {
+        let device = self.model.parameters.device();
+        let defined: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
+        let mut overflow = None;
+        if let Some(scale) = &mut self.loss_scale {
+            *norms = norms.take().map(|norms| norms / scale.value());
+            overflow = Some(scale.unscale(&defined)?);
+        }
+        // All that this step has labels for may be frozen.
+        let mut norm = match defined.is_empty() {
+            true => Tensor::zeros([], (Kind::Float, device)),
+            false => clip_gradients(&defined, self.config.clip_norm)?,
+        };
+        if let Some(overflow) = &overflow {
+            // The step is left out, and nobody hears of its gradients.
+            let zero_if = |x: Tensor| x.masked_fill(&overflow.gt(0.5), 0.0);
+            (norm, *norms) = (zero_if(norm), norms.take().map(zero_if));
+        }
+        let all: Vec<&Tensor> = losses.iter().flatten().chain([&norm]).collect();
+        let unsound = 1.0 - Tensor::stack(&all, 0).isfinite().all().to_kind(Kind::Float);
+        let halted = self.halted.maximum(&unsound);
+        self.halted.f_copy_(&halted)?;
+        let skip = overflow.map_or_else(|| self.halted.shallow_clone(), |overflow| self.halted.maximum(&overflow));
+        self.optimizer.step(gradients, inputs.rows.map(|rows| &rows.touched), inputs.learning_rate, &skip)?;
+        if let Some(average) = &mut self.average {
+            average.update(inputs.share)?;
+        }
+        Ok(norm)
+    }
+
+    /// Losses by task as the backward pass takes them.
+    fn scaled(&self, losses: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
+        let scaled = |loss: &Option<Tensor>| {
+            let loss = loss.as_ref()?;
+            Some(self.loss_scale.as_ref().map_or_else(|| loss.shallow_clone(), |scale| loss * scale.value()))
+        };
+        losses.iter().map(scaled).collect()
+    }
+
+    /// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64; where all
+    /// parts of the batch have labels for the same tasks.
+    fn gram(&self, passes: &[(Shared, Vec<Option<Tensor>>)]) -> Result<Option<(Vec<bool>, Tensor)>> {
+        let here = |losses: &[Option<Tensor>]| -> Vec<bool> { losses.iter().map(Option::is_some).collect() };
+        let present = here(&passes[0].1);
+        if passes.iter().any(|(_, losses)| here(losses) != present) {
+            return Ok(None);
+        }
+        let of_part = |part: usize| at_last_layer(self.model, &passes[part].1);
+        let parts = side_by_side(passes.len(), &of_part).into_iter().collect::<Result<Vec<Tensor>>>()?;
+        let Some(sum) = parts.into_iter().reduce(|a, b| a + b) else { return Ok(None) };
+        let sum = sum.to_kind(Kind::Double);
+        Ok(Some((present, sum.matmul(&sum.tr()))))
+    }
+
+    /// The parts that are frozen at a step.
+    fn frozen(&self, step: usize) -> Vec<&String> {
+        let epoch = step / self.steps_per_epoch();
+        self.config.freeze_epochs.iter().filter(|(_, epochs)| epoch < **epochs).map(|(part, _)| part).collect()
+    }
+
+    /// How many parts are frozen at a step: as they only thaw, it tells which.
+    pub(super) fn n_frozen(&self, step: usize) -> usize {
+        self.frozen(step).len()
+    }
+
+    /// Takes the gradients of the parts that are frozen at this step away.
+    fn freeze(&self, step: usize, gradients: &mut [Tensor]) {
+        let frozen = self.frozen(step);
+        if frozen.is_empty() {
+            return;
+        }
+        for ((name, _), gradient) in self.model.parameters.iter().zip(gradients) {
+            if frozen.iter().any(|part| is_part(name, part)) {
+                *gradient = Tensor::new();
+            }
+        }
+    }
+
+    /// What dropout draws from in batch `i` of a step.
+    pub(super) fn dropout_seed(&self, step: &Step, i: usize) -> u64 {
+        self.seed.derive(Purpose::Dropout, (step.number * self.config.accumulate_steps + i) as u64)
+    }
+
+    /// The losses of a part of batch `i` of a step: its share of the means over the step's labels.
+    fn forward(&self, step: &Step, i: usize, batch: &Batch, inputs: &Inputs) -> (Shared, Vec<Option<Tensor>>) {
+        let seed = self.dropout_seed(step, i);
+        if batch.token_ids.device() != Device::Cpu && !self.graphs.recording() {
+            tch::manual_seed(seed as i64);
+        }
+        let mode = Mode::Train(Draws { seed, first_row: batch.first_row as u64 });
+        let token_ids = match (&self.unknown, mode.draws(Site::UnknownWords)) {
+            (Some(unknown), Some(draws)) => unknown.replace(&batch.token_ids, draws),
+            _ => batch.token_ids.shallow_clone(),
+        };
+        let shared = self.model.encode(batch, &token_ids, inputs.rows, mode);
+        let mut losses = self.model.losses(&shared, batch, mode);
+        for ((loss, targets), &all) in losses.iter_mut().zip(&batch.targets).zip(inputs.n_decisions) {
+            let n = targets.as_ref().map_or(0, |targets| targets.n_decisions);
+            if n < all {
+                *loss = loss.take().map(|loss| loss * (n as f64 / all as f64));
+            }
+        }
+        (shared, losses)
+    }
+}
+
+fn reference(wants: Wants) -> Option<Reference> {
+    match wants {
+        Wants::Norms(reference) => Some(reference),
+        _ => None,
+    }
+}
+
+fn copies(losses: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
+    losses.iter().map(|loss| loss.as_ref().map(Tensor::shallow_clone)).collect()
+}
+
+/// Sums of losses by task, without gradients.
+fn add_losses(sum: Option<Vec<Option<Tensor>>>, more: Vec<Option<Tensor>>) -> Option<Vec<Option<Tensor>>> {
+    let more = more.into_iter().map(|loss| loss.map(|loss| loss.detach()));
+    let Some(sum) = sum else { return Some(more.collect()) };
+    let add = |(sum, more): (Option<Tensor>, Option<Tensor>)| match (sum, more) {
+        (Some(sum), Some(more)) => Some(sum + more),
+        (sum, more) => sum.or(more),
+    };
+    Some(sum.into_iter().zip(more).map(add).collect())
+}
