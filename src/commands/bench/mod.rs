@@ -20,7 +20,7 @@ use super::{End, prepare, table};
 use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
-use crate::libtorch::workers;
+use crate::libtorch::{configure, workers};
 use crate::problem::{fail_on_errors, invalid};
 use crate::train::laps::{Laps, Part};
 use crate::train::{Pending, Step, Trainer};
@@ -79,6 +79,8 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let mut trainers: Vec<Trainer> =
         candidates.iter().map(|(_, weighting)| rehearsal.trainer(config, weighting)).collect();
     if let Some(folder) = &args.write {
+        // Losses that others can compare with, to more digits than TF32 has.
+        configure(threads, workers(), false)?;
         workload::write(folder, &rehearsal, &mut trainers[0], &steps)?;
         return Ok(End::Done);
     }
@@ -137,7 +139,8 @@ fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Resu
     trainer.laps = Laps::of(device);
     time(trainer, steps, 0, device)?;
     let seconds = std::mem::take(&mut trainer.laps).seconds();
-    Ok(Part::ALL.iter().map(|(part, name)| (*name, 1000.0 * seconds[*part as usize] / steps.len() as f64)).collect())
+    let each = Part::ALL.iter().map(|(part, name)| (*name, 1000.0 * seconds[*part as usize] / steps.len() as f64));
+    Ok(each.filter(|(_, ms)| *ms > 0.0).collect())
 }
 
 fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
