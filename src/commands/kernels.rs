@@ -1,5 +1,7 @@
 //! Which LSTM kernels a run takes on the CPU: oneDNN's, or libtorch's own that go step by step. Measured when a run starts.
 
+use std::time::Instant;
+
 use tch::Device;
 
 use crate::libtorch::{use_onednn, workers};
@@ -18,7 +20,12 @@ pub fn choose(model: &mut Model, config: &TrainingConfig) -> bool {
         return true;
     }
     let rows = (config.batch_size / workers()).max(1) as i64;
-    let seconds = |model: &Model| (0..4).map(|_| model.time_trunk(rows, N_TOKENS)).fold(f64::INFINITY, f64::min);
+    let once = |model: &Model| {
+        let started = Instant::now();
+        model.exercise_trunk(rows, N_TOKENS);
+        started.elapsed().as_secs_f64()
+    };
+    let seconds = |model: &Model| (0..4).map(|_| once(model)).fold(f64::INFINITY, f64::min);
     let with_onednn = seconds(model);
     let onednn = match config.precision {
         Precision::Float32 => {

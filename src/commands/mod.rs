@@ -16,6 +16,7 @@ mod selftest;
 mod study;
 mod table;
 mod train;
+pub mod trainer;
 mod transfer;
 
 use std::process::ExitCode;

@@ -10,14 +10,11 @@ use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, labels};
 use crate::libtorch;
-use crate::model::{HeadConfig, Model, Precision, Vocabulary};
-use crate::optim::{Average, LossScale};
+use crate::model::{HeadConfig, Model, Vocabulary};
 use crate::problem::{Problem, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
-use crate::train::{TrainingConfig, is_part};
-use crate::weighting::{WeightedTask, Weighting};
 
 /// Sets the number of threads and opens the device.
 pub fn machine(machine: &Machine) -> Result<(Device, usize)> {
@@ -131,49 +128,6 @@ fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter())?;
     tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
     Ok(tokenizer)
-}
-
-/// # Errors
-/// A part in `freeze_epochs` that the model does not have.
-pub fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
-    for part in config.freeze_epochs.keys() {
-        if !model.parameters.with_constants().any(|(name, _)| is_part(name, part)) {
-            let mut known: Vec<&str> = model.parameters.iter().filter_map(|(name, _)| name.split('.').next()).collect();
-            known.dedup();
-            let known = known.join(", ");
-            let message =
-                format!("training.freeze_epochs.{part}: the model has no such part; it has {known}, and parts of them");
-            return Err(invalid(message));
-        }
-    }
-    Ok(())
-}
-
-/// # Errors
-/// Numbers that the device cannot train in.
-pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
-    if config.precision == Precision::Float16 && device == Device::Cpu {
-        return Err(invalid("training.precision: float16 needs CUDA; on the CPU bfloat16 trains"));
-    }
-    Ok(())
-}
-
-pub fn loss_scale(config: &TrainingConfig, device: Device) -> Option<LossScale> {
-    (config.precision == Precision::Float16).then(|| LossScale::new(device))
-}
-
-pub fn average(config: &TrainingConfig, model: &Model) -> Option<Average> {
-    (config.ema_decay > 0.0).then(|| Average::new(config.ema_decay, model.parameters.iter()))
-}
-
-pub fn weighting(experiment: &Experiment, tasks: &[Task], device: Device) -> Weighting {
-    let weighted = |(head, task): (&HeadConfig, &Task)| WeightedTask {
-        name: task.name.clone(),
-        priority: head.priority(),
-        n_labels: task.labels.len(),
-    };
-    let weighted: Vec<WeightedTask> = experiment.tasks.values().zip(tasks).map(weighted).collect();
-    Weighting::new(&experiment.weighting, &weighted, Seed(experiment.seed), device)
 }
 
 /// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs

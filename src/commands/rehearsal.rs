@@ -3,20 +3,17 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
-use super::{kernels, prepare, transfer};
+use super::{prepare, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{DeviceSet, Sampler, Split, Tokenizer};
 use crate::model::Model;
-use crate::optim::Optimizer;
 use crate::problem::fail_on_errors;
 use crate::rng::Seed;
 use crate::run::RunDirectory;
 use crate::task::Task;
-use crate::train::graphs::Graphs;
-use crate::train::laps::Laps;
-use crate::train::{Trainer, TrainingConfig, UnknownWords};
+use crate::train::{Trainer, TrainingConfig};
 use crate::weighting::WeightingConfig;
 
 pub struct Rehearsal {
@@ -32,15 +29,12 @@ pub struct Rehearsal {
 impl Rehearsal {
     pub fn new(experiment: Experiment, device: Device) -> Result<Self> {
         let started = Instant::now();
-        prepare::check_precision(&experiment.training, device)?;
+        trainer::check_precision(&experiment.training, device)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
         let tasks = prepare::tasks(&experiment, &corpus);
-        let mut model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
-        model.set_precision(experiment.training.precision);
-        prepare::check_parts(&experiment.training, &model)?;
-        kernels::choose(&mut model, &experiment.training);
+        let (model, _) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
         if let Some(earlier) = transfer::earlier(&experiment)? {
             transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
         }
@@ -57,26 +51,18 @@ impl Rehearsal {
     }
 
     /// A trainer with optimizer and strategy as at the start.
-    pub fn trainer<'a>(&'a self, config: &'a TrainingConfig, weighting: &WeightingConfig) -> Trainer<'a> {
-        let weighted = Experiment { weighting: weighting.clone(), ..self.experiment.clone() };
-        let (tokenizer, rate) = (&self.tokenizer, self.experiment.tokenizer.unknown_rate());
-        Trainer {
+    pub fn trainer<'a>(&'a self, config: &'a TrainingConfig, weighting: &'a WeightingConfig) -> Trainer<'a> {
+        trainer::Parts {
+            experiment: &self.experiment,
             config,
+            weighting,
             tasks: &self.tasks,
+            tokenizer: &self.tokenizer,
             model: &self.model,
-            optimizer: Optimizer::new(&config.optimizer, self.model.parameters.iter()),
-            average: prepare::average(config, &self.model),
-            loss_scale: prepare::loss_scale(config, self.device),
-            weighting: prepare::weighting(&weighted, &self.tasks, self.device),
-            sampler: self.sampler(),
-            unknown: UnknownWords::new(&self.train.set, tokenizer.size(), tokenizer.unknown, rate, self.device),
             train: &self.train,
             dev: &self.train,
-            seed: Seed(self.experiment.seed),
-            laps: Laps::default(),
-            graphs: Graphs::new(config.cuda_graphs, self.tasks.len(), self.device),
-            halted: Tensor::zeros([], (Kind::Float, self.device)),
             run: &self.nowhere,
         }
+        .trainer()
     }
 }

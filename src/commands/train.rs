@@ -7,30 +7,26 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
 use super::End;
 use super::cli::TrainArgs;
 use super::progress::TrainingProgress;
-use super::{kernels, prepare, table, transfer};
+use super::{prepare, table, trainer, transfer};
 use crate::config::Experiment;
-use crate::data::{Corpus, Sampler, Split, Tokenizer};
+use crate::data::{Corpus, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
-use crate::optim::Optimizer;
 use crate::problem::{fail_on_errors, invalid};
-use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::Task;
-use crate::train::graphs::Graphs;
-use crate::train::laps::Laps;
-use crate::train::{Outcome, State, Trainer, UnknownWords};
+use crate::train::{Outcome, State};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
-    prepare::check_precision(&experiment.training, device)?;
+    trainer::check_precision(&experiment.training, device)?;
     if args.resume {
         let run = RunDirectory::open(&resumed_path(args, &experiment)?)?;
         fail_on_change(&run, &experiment)?;
@@ -111,6 +107,7 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
         "libtorch": "2.11.0",
         "device": prepare::device_name(machine.0),
         "threads": machine.1,
+        "workers": libtorch::workers(),
         "command": std::env::args().collect::<Vec<_>>(),
     });
     run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
@@ -121,33 +118,9 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
 /// Trains from wherever the run stands to its end.
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> Result<End> {
     let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
-    let mut model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
-    model.set_precision(experiment.training.precision);
-    prepare::check_parts(&experiment.training, &model)?;
-    let onednn = kernels::choose(&mut model, &experiment.training);
+    let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
-    let config = &experiment.training;
-    let seed = Seed(experiment.seed);
-    let rate = experiment.tokenizer.unknown_rate();
-    let mut trainer = Trainer {
-        config,
-        tasks: &tasks,
-        model: &model,
-        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-        average: prepare::average(config, &model),
-        loss_scale: prepare::loss_scale(config, device),
-        weighting: prepare::weighting(&experiment, &tasks, device),
-        sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
-        unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
-        train: &train,
-        dev: &dev,
-        seed,
-        laps: Laps::default(),
-        graphs: Graphs::new(config.cuda_graphs, tasks.len(), device),
-        halted: Tensor::zeros([], (Kind::Float, device)),
-        run,
-    };
     log::info!(
         "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
         experiment.name,
@@ -158,16 +131,23 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
         prepare::device_name(device),
         run.path.display(),
     );
-    let mut state = match args.resume && run.checkpoint("last").exists() {
-        true => trainer.resume()?,
-        false => {
-            if let Some(earlier) = transfer::earlier(&experiment)? {
-                transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
-                trainer.average = prepare::average(config, &model);
-            }
-            State::new(tasks.len())
-        }
-    };
+    let resumes = args.resume && run.checkpoint("last").exists();
+    if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
+        transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
+    }
+    let mut trainer = trainer::Parts {
+        experiment: &experiment,
+        config: &experiment.training,
+        weighting: &experiment.weighting,
+        tasks: &tasks,
+        tokenizer: &tokenizer,
+        model: &model,
+        train: &train,
+        dev: &dev,
+        run,
+    }
+    .trainer();
+    let mut state = if resumes { trainer.resume()? } else { State::new(tasks.len()) };
     libtorch::use_onednn(*state.onednn.get_or_insert(onednn));
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
@@ -175,7 +155,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     let stop = Arc::new(AtomicBool::new(false));
     install_handler(&stop)?;
     let started = Instant::now();
-    let mut progress = TrainingProgress::new(&tasks, config.max_epochs);
+    let mut progress = TrainingProgress::new(&tasks, experiment.training.max_epochs);
     let before = if args.resume { seconds_before(run) } else { 0.0 };
     let outcome = trainer.train(state, &mut progress, &stop)?;
     let seconds = before + started.elapsed().as_secs_f64();
@@ -225,6 +205,9 @@ fn resume_command(args: &TrainArgs, run: &RunDirectory) -> String {
     }
     if let Some(threads) = args.machine.threads {
         words.push(format!("--threads {threads}"));
+    }
+    if let Some(workers) = args.machine.workers {
+        words.push(format!("--workers {workers}"));
     }
     words.push("--resume".to_owned());
     words.join(" ")

@@ -189,7 +189,14 @@ fn read_npy(path: &Path, words: &Path) -> Result<Table> {
     if list.len() as i64 != *count {
         return Err(wrong(format!("{count} vectors, but {} words in {}", list.len(), words.display())));
     }
-    let values = Vec::try_from(tensor.to_kind(Kind::Float).to_device(Device::Cpu).flatten(0, 1))?;
+    if *dim == 0 {
+        return Err(wrong("its vectors have no numbers".to_owned()));
+    }
+    let values: Vec<f32> = Vec::try_from(tensor.to_kind(Kind::Float).to_device(Device::Cpu).flatten(0, 1))?;
+    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+        let row = at / *dim as usize;
+        return Err(wrong(format!("vector {} (`{}`) has a number that is not finite", row + 1, list[row])));
+    }
     Ok(Table { words: list, dim: *dim as usize, values })
 }
 
@@ -271,6 +278,10 @@ mod tests {
         assert_eq!(read(&npy, Some(&words)).unwrap().values, [1.0, 2.0, 3.0, 4.0]);
         std::fs::write(&words, "a\n").unwrap();
         assert!(read(&npy, Some(&words)).unwrap_err().to_string().contains("2 vectors, but 1 words"));
+        Tensor::from_slice(&[1.0f32, 2.0, f32::NAN, 4.0]).view([2, 2]).write_npy(&npy).unwrap();
+        std::fs::write(&words, "a\nb\n").unwrap();
+        let error = read(&npy, Some(&words)).unwrap_err().to_string();
+        assert!(error.contains("vector 2 (`b`) has a number that is not finite"), "{error}");
         assert!(read(&npy, None).unwrap_err().to_string().contains("needs `words:`"));
     }
 

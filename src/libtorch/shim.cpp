@@ -77,7 +77,7 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle* norm) {
   });
 }
 
-// into += from * scale, element by element of the lists.
+// into += from, element by element of the lists.
 char* pt_add(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_add_(list(into, n), list(from, n), 1); });
 }

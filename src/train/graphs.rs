@@ -96,15 +96,10 @@ impl Trainer<'_> {
             return Ok(None);
         }
         let key = self.shape(step, batch, inputs);
-        let full = self.graphs.steps.len() >= MOST;
-        match self.graphs.steps.get(&key) {
-            None if full => return Ok(None),
-            None => {
-                self.graphs.steps.insert(key, None);
-                return Ok(None);
-            }
+        let mut recorded = match self.graphs.steps.remove(&key) {
+            Some(Some(recorded)) => recorded,
             Some(None) => match self.record(step, batch, inputs) {
-                Ok(recorded) => drop(self.graphs.steps.insert(key.clone(), Some(recorded))),
+                Ok(recorded) => recorded,
                 Err(error) => {
                     log::warn!("CUDA graphs are off, operators are called one by one: {error:#}");
                     self.graphs.how = How::Off;
@@ -112,8 +107,13 @@ impl Trainer<'_> {
                     return Ok(None);
                 }
             },
-            Some(Some(_)) => {}
-        }
+            None => {
+                if self.graphs.steps.len() < MOST {
+                    self.graphs.steps.insert(key, None);
+                }
+                return Ok(None);
+            }
+        };
         self.graphs.weights.f_copy_(weights)?;
         for (slot, number) in
             [(&mut self.graphs.learning_rate, inputs.learning_rate), (&mut self.graphs.share, inputs.share)]
@@ -123,7 +123,6 @@ impl Trainer<'_> {
             }
         }
         tch::manual_seed(self.dropout_seed(step, 0) as i64);
-        let Some(mut recorded) = self.graphs.steps.get_mut(&key).and_then(Option::take) else { return Ok(None) };
         recorded.batch.take_from(batch)?;
         let again = match &recorded.graph {
             Some(graph) => graph.replay().map(|()| recorded.computed.as_ref().map(Computed::copy)),

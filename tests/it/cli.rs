@@ -213,7 +213,7 @@ fn an_interrupt_finishes_the_step_saves_and_says_how_to_go_on() {
     folder.file("train.jsonl", rows(2000));
     let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
         .current_dir(folder.path())
-        .args(["train", "small.yaml", "--out", "out"])
+        .args(["train", "small.yaml", "--out", "out", "--workers", "2"])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -227,7 +227,7 @@ fn an_interrupt_finishes_the_step_saves_and_says_how_to_go_on() {
     let output = child.wait_with_output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{text}");
-    assert!(text.contains("polytask train small.yaml --out out --resume"), "{text}");
+    assert!(text.contains("polytask train small.yaml --out out --workers 2 --resume"), "{text}");
     assert!(folder.path().join("out/checkpoints/last.safetensors").is_file());
 }
 

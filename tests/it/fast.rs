@@ -2,15 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use polytask::commands::prepare;
-use polytask::data::Sampler;
+use polytask::commands::trainer::Parts;
 use polytask::libtorch::Draws;
 use polytask::model::{Mode, Model, Precision};
 use polytask::optim::{Optimizer, OptimizerConfig, Touched};
-use polytask::rng::Seed;
 use polytask::run::{RunDirectory, checkpoint};
 use polytask::train::graphs::Graphs;
-use polytask::train::{Pending, State, Step, Trainer};
+use polytask::train::{Pending, State, Step};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -138,28 +136,22 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
 /// Trains some steps with recorded steps or without, and returns the weights and what was read of the steps.
 fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize) {
     let model = build(s);
-    let config = &s.experiment.training;
     let run = RunDirectory { path: std::path::PathBuf::new() };
-    let graphs =
-        if recorded { Graphs::rehearsed(s.tasks.len(), Device::Cpu) } else { Graphs::new(false, 2, Device::Cpu) };
-    let mut trainer = Trainer {
-        config,
+    let parts = Parts {
+        experiment: &s.experiment,
+        config: &s.experiment.training,
+        weighting: &s.experiment.weighting,
         tasks: &s.tasks,
+        tokenizer: &s.tokenizer,
         model: &model,
-        optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-        average: prepare::average(config, &model),
-        loss_scale: None,
-        weighting: prepare::weighting(&s.experiment, &s.tasks, Device::Cpu),
-        sampler: Sampler::new(&s.train.set, &config.sampling, config.batch_size, Seed(3)),
         train: &s.train,
         dev: &s.train,
-        unknown: None,
-        seed: Seed(3),
-        laps: Default::default(),
-        graphs,
-        halted: Tensor::from(0.0f32),
         run: &run,
     };
+    let mut trainer = parts.trainer();
+    if recorded {
+        trainer.graphs = Graphs::rehearsed(s.tasks.len(), Device::Cpu);
+    }
     let (mut pending, mut state) = (Pending::new(Device::Cpu), State::new(s.tasks.len()));
     let mut number = 0;
     for epoch in 0..4 {

@@ -19,7 +19,7 @@ pub struct Setting {
     _folder: Folder,
     pub experiment: Experiment,
     pub tasks: Vec<Task>,
-    tokenizer: Tokenizer,
+    pub tokenizer: Tokenizer,
     pub train: DeviceSet,
 }
 

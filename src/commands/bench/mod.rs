@@ -10,6 +10,7 @@ mod workload;
 use std::time::Instant;
 
 use anyhow::Result;
+use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::json;
 use tch::Device;
@@ -38,6 +39,22 @@ struct Measured {
     sentences_per_sec: f64,
     /// Time a step against equal weights: median, least and greatest of the rounds.
     ratio: [f64; 3],
+}
+
+#[derive(Serialize)]
+struct Findings<'a> {
+    experiment: &'a str,
+    device: String,
+    threads: usize,
+    workers: usize,
+    steps: usize,
+    rounds: u16,
+    peak_memory_bytes: Option<usize>,
+    strategies: Vec<Measured>,
+    /// Of a step under the first strategy.
+    parts_ms: IndexMap<&'static str, f64>,
+    bound: bound::Bound,
+    time_over_bound: f64,
 }
 
 /// Every strategy, and GradNorm in its ways.
@@ -98,44 +115,35 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     );
     let seconds = measure(&mut trainers, &steps, usize::from(args.rounds), device)?;
     let size = Size { n_steps, n_tokens, n_sentences };
-    let names = candidates.into_iter().map(|(name, _)| name);
+    let names = candidates.iter().map(|(name, _)| name.clone());
     let measured: Vec<Measured> =
         names.zip(&seconds).map(|(name, own)| summarize(name, own, &seconds[0], &size)).collect();
-    let parts = parts(&mut trainers[0], &steps, device)?;
+    let parts_ms = parts(&mut trainers[0], &steps, device)?;
     // Before the bound is measured, on arrays larger than all of this.
-    let memory = peak_memory();
+    let peak_memory_bytes = peak_memory();
     let bound = bound(&rehearsal, &steps);
-    let ratio = measured[0].ms_per_step / bound.ms_per_step;
-    if args.json {
-        let content = json!({
-            "experiment": experiment.name, "device": prepare::device_name(device), "threads": threads,
-            "workers": workers(), "steps": n_steps, "rounds": args.rounds, "peak_memory_bytes": memory,
-            "strategies": measured, "parts_ms": parts.iter().copied().collect::<std::collections::BTreeMap<_, _>>(),
-            "bound": bound, "time_over_bound": ratio,
-        });
-        println!("{}", serde_json::to_string_pretty(&content)?);
-        return Ok(End::Done);
-    }
-    print(&measured);
-    let mut out = table::table(&[&format!("a step, {}", measured[0].strategy), "ms"], 1);
-    for (name, ms) in &parts {
-        out.add_row([name.to_string(), format!("{ms:.2}")]);
-    }
-    println!("{out}");
-    println!(
-        "bound: {:.2} ms a step (trunk and embedding tables at {:.0} GFLOP/s and {:.1} GB/s, measured here); time / bound {ratio:.2}",
-        bound.ms_per_step,
-        bound.flops_per_sec / 1e9,
-        bound.bytes_per_sec / 1e9,
-    );
-    if let Some(bytes) = memory {
-        println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
+    let findings = Findings {
+        experiment: &experiment.name,
+        device: prepare::device_name(device),
+        threads,
+        workers: workers(),
+        steps: n_steps,
+        rounds: args.rounds,
+        peak_memory_bytes,
+        time_over_bound: measured[0].ms_per_step / bound.ms_per_step,
+        strategies: measured,
+        parts_ms,
+        bound,
+    };
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&findings)?),
+        false => print(&findings),
     }
     Ok(End::Done)
 }
 
 /// Milliseconds of each part of a step.
-fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Result<Vec<(&'static str, f64)>> {
+fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Result<IndexMap<&'static str, f64>> {
     trainer.laps = Laps::of(device);
     time(trainer, steps, 0, device)?;
     let seconds = std::mem::take(&mut trainer.laps).seconds();
@@ -194,16 +202,32 @@ fn summarize(strategy: String, own: &[f64], equal: &[f64], size: &Size) -> Measu
     }
 }
 
-fn print(measured: &[Measured]) {
+fn print(findings: &Findings) {
     let mut out =
         table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", "time / equal", "least", "most"], 1);
-    for m in measured {
+    for m in &findings.strategies {
         let mut row = vec![m.strategy.clone(), format!("{:.2}", m.ms_per_step)];
         row.extend([m.tokens_per_sec, m.sentences_per_sec].map(|n| table::count(n as usize)));
         row.extend(m.ratio.map(|ratio| format!("{ratio:.3}")));
         out.add_row(row);
     }
     println!("{out}");
+    let mut out = table::table(&[&format!("a step, {}", findings.strategies[0].strategy), "ms"], 1);
+    for (name, ms) in &findings.parts_ms {
+        out.add_row([name.to_string(), format!("{ms:.2}")]);
+    }
+    println!("{out}");
+    let bound = &findings.bound;
+    println!(
+        "bound: {:.2} ms a step (trunk and embedding tables at {:.0} GFLOP/s and {:.1} GB/s, measured here); time / bound {:.2}",
+        bound.ms_per_step,
+        bound.flops_per_sec / 1e9,
+        bound.bytes_per_sec / 1e9,
+        findings.time_over_bound,
+    );
+    if let Some(bytes) = findings.peak_memory_bytes {
+        println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
+    }
 }
 
 /// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.

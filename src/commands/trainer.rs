@@ -1,0 +1,103 @@
+//! A model and a trainer from what an experiment, its data and its run are.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::{kernels, prepare};
+use crate::config::Experiment;
+use crate::data::{DeviceSet, Sampler, Tokenizer};
+use crate::model::{HeadConfig, Model, Precision};
+use crate::optim::{Average, LossScale, Optimizer};
+use crate::problem::invalid;
+use crate::rng::Seed;
+use crate::run::RunDirectory;
+use crate::task::Task;
+use crate::train::graphs::Graphs;
+use crate::train::laps::Laps;
+use crate::train::{Trainer, TrainingConfig, UnknownWords, is_part};
+use crate::weighting::{WeightedTask, Weighting, WeightingConfig};
+
+/// # Errors
+/// Numbers that the device cannot train in.
+pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
+    if config.precision == Precision::Float16 && device == Device::Cpu {
+        return Err(invalid("training.precision: float16 needs CUDA; on the CPU bfloat16 trains"));
+    }
+    Ok(())
+}
+
+/// A model ready to be trained, and whether oneDNN's LSTM kernels were chosen for it.
+///
+/// # Errors
+/// A part in `freeze_epochs` that the model does not have.
+pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<(Model, bool)> {
+    let mut model = prepare::model(experiment, tasks, tokenizer, device)?;
+    check_parts(&experiment.training, &model)?;
+    model.set_precision(experiment.training.precision);
+    let onednn = kernels::choose(&mut model, &experiment.training);
+    Ok((model, onednn))
+}
+
+fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
+    for part in config.freeze_epochs.keys() {
+        if !model.parameters.with_constants().any(|(name, _)| is_part(name, part)) {
+            let mut known: Vec<&str> = model.parameters.iter().filter_map(|(name, _)| name.split('.').next()).collect();
+            known.dedup();
+            let known = known.join(", ");
+            let message =
+                format!("training.freeze_epochs.{part}: the model has no such part; it has {known}, and parts of them");
+            return Err(invalid(message));
+        }
+    }
+    Ok(())
+}
+
+/// What a trainer is made of.
+pub struct Parts<'a> {
+    pub experiment: &'a Experiment,
+    /// Those of the experiment, or others in their place.
+    pub config: &'a TrainingConfig,
+    pub weighting: &'a WeightingConfig,
+    pub tasks: &'a [Task],
+    pub tokenizer: &'a Tokenizer,
+    pub model: &'a Model,
+    pub train: &'a DeviceSet,
+    pub dev: &'a DeviceSet,
+    pub run: &'a RunDirectory,
+}
+
+impl<'a> Parts<'a> {
+    /// With optimizer, strategy and average as at the start.
+    pub fn trainer(&self) -> Trainer<'a> {
+        let &Parts { experiment, config, tasks, tokenizer, model, train, .. } = self;
+        let (seed, device) = (Seed(experiment.seed), model.parameters.device());
+        let rate = experiment.tokenizer.unknown_rate();
+        Trainer {
+            config,
+            tasks,
+            model,
+            optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
+            average: (config.ema_decay > 0.0).then(|| Average::new(config.ema_decay, model.parameters.iter())),
+            loss_scale: (config.precision == Precision::Float16).then(|| LossScale::new(device)),
+            weighting: Weighting::new(self.weighting, &self.weighted(), seed, device),
+            sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
+            unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
+            train,
+            dev: self.dev,
+            seed,
+            laps: Laps::default(),
+            graphs: Graphs::new(config.cuda_graphs, tasks.len(), device),
+            halted: Tensor::zeros([], (Kind::Float, device)),
+            run: self.run,
+        }
+    }
+
+    fn weighted(&self) -> Vec<WeightedTask> {
+        let weighted = |(head, task): (&HeadConfig, &Task)| WeightedTask {
+            name: task.name.clone(),
+            priority: head.priority(),
+            n_labels: task.labels.len(),
+        };
+        self.experiment.tasks.values().zip(self.tasks).map(weighted).collect()
+    }
+}
