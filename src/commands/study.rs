@@ -125,7 +125,7 @@ fn work(jobs: Vec<Job>, args: &StudyArgs, n: usize) -> Result<Vec<(Job, Outcome)
     let flag = stop.clone();
     ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            crate::libtorch::exit_at_once(130);
         }
         eprintln!("\nstopping the runs after their steps; once more to stop at once");
     })

@@ -185,7 +185,7 @@ fn install_handler(stop: &Arc<AtomicBool>) -> Result<()> {
     let stop = stop.clone();
     ctrlc::set_handler(move || {
         if stop.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            libtorch::exit_at_once(130);
         }
         eprintln!("\nstopping after this step; once more to stop at once");
     })

@@ -57,6 +57,7 @@ unsafe extern "C" {
     fn pt_count(n: usize, counters: List, skip: *mut C_tensor) -> *mut c_char;
     fn pt_bernoulli(out: *mut C_tensor, seed: u64, first_row: u64, p: f64) -> *mut c_char;
     fn pt_use_onednn(on: bool) -> *mut c_char;
+    fn _exit(code: i32) -> !;
     fn pt_configure(deterministic: bool, tf32: bool) -> *mut c_char;
 }
 
@@ -291,6 +292,13 @@ pub fn configure(threads: usize, workers: usize, tf32: bool) -> Result<()> {
 pub fn use_onednn(on: bool) {
     // SAFETY: takes a plain value.
     checked(unsafe { pt_use_onednn(on) }).expect("invariant: a switch can be set");
+}
+
+/// Ends the process at once, from any thread: what runs at an ordinary exit would take libtorch's memory away from threads that
+/// are at work in it.
+pub fn exit_at_once(code: i32) -> ! {
+    // SAFETY: takes a plain value and does not return.
+    unsafe { _exit(code) }
 }
 
 /// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.

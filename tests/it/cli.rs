@@ -208,6 +208,33 @@ fn the_mathematics_of_weighting_hold_on_this_device() {
 }
 
 #[test]
+fn a_second_interrupt_ends_the_run_at_once() {
+    let folder = small();
+    folder.file("train.jsonl", rows(2000));
+    for _ in 0..5 {
+        std::fs::remove_dir_all(folder.path().join("out")).ok();
+        let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
+            .current_dir(folder.path())
+            .args(["train", "small.yaml", "--out", "out", "--set", "training.batch_size=2000"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        while !folder.path().join("out/metrics.jsonl").exists() && started.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        for _ in 0..2 {
+            let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+            assert!(kill.unwrap().success());
+        }
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(130), "{text}");
+    }
+}
+
+#[test]
 fn an_interrupt_finishes_the_step_saves_and_says_how_to_go_on() {
     let folder = small();
     folder.file("train.jsonl", rows(2000));
