@@ -225,6 +225,17 @@ pub fn count_up(counters: &[&Tensor], skip: &Tensor) -> Result<()> {
     checked(unsafe { pt_count(list.len(), list.as_ptr(), skip.as_ptr().cast_mut()) })
 }
 
+/// The numbers of a float32 tensor on the CPU, in place.
+pub fn floats(tensor: &mut Tensor) -> Result<&mut [f32]> {
+    let fits = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous();
+    ensure!(fits, "a contiguous float32 tensor on the CPU is needed");
+    if tensor.numel() == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: the tensor owns that many floats for as long as it is borrowed. Handles that share them are not used meanwhile.
+    Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
 /// Draws for training: a seed, and which row of the whole batch the first one at hand is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draws {

@@ -194,8 +194,8 @@ def forward(self, {inputs}) -> Tensor:
         self.tables().filter(|table| table.parameter.is_some()).map(|table| table.values.numel()).sum()
     }
 
-    /// The rows that `token_ids` need; they may hold one more than once.
-    pub fn rows(&self, token_ids: &[i32]) -> Rows {
+    /// What `token_ids` touch of the tables; they may hold one more than once.
+    pub fn touched(&self, token_ids: &[i32]) -> Touched {
         let special = [self.padding, self.unknown];
         let mut ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
         ids.sort_unstable();
@@ -203,15 +203,18 @@ def forward(self, {inputs}) -> Tensor:
         ids.retain(|id| *id < self.n_trained && !special.contains(id));
         ids.splice(0..0, special);
         let device = self.tables().next().map_or(tch::Device::Cpu, |table| table.values.device());
-        let ids = Tensor::from_slice(&ids).to_device(device);
+        let tables = self.tables().filter_map(|table| table.parameter).collect();
+        Touched { ids: Tensor::from_slice(&ids).to_device(device), tables }
+    }
+
+    /// Those rows as they are now.
+    pub fn rows(&self, touched: Touched) -> Rows {
+        let (ids, device) = (&touched.ids, touched.ids.device());
         let places = Tensor::empty([self.n_trained], (Kind::Int64, device));
-        let _ = places.shallow_clone().index_copy_(0, &ids, &Tensor::arange(ids.size()[0], (Kind::Int64, device)));
-        let leaf = |table: &Table| {
-            let rows = tch::no_grad(|| table.values.index_select(0, &ids));
-            Some((table.parameter?, rows.set_requires_grad(true)))
-        };
-        let (tables, leaves) = self.tables().filter_map(leaf).unzip();
-        Rows { touched: Touched { ids, tables }, leaves, places }
+        let _ = places.shallow_clone().index_copy_(0, ids, &Tensor::arange(ids.size()[0], (Kind::Int64, device)));
+        let trained = self.tables().filter(|table| table.parameter.is_some());
+        let leaf = |table: &Table| tch::no_grad(|| table.values.index_select(0, ids)).set_requires_grad(true);
+        Rows { leaves: trained.map(leaf).collect(), places, touched }
     }
 
     /// Ids [B, T] and, where words have characters, the batch's bytes [B, T, L] to [B, T, E].

@@ -31,6 +31,7 @@ pub use view::distribution_script;
 
 use crate::data::{Batch, Lengths, Targets};
 use crate::libtorch::{Draws, ScriptModule};
+use crate::optim::Touched;
 use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
 
@@ -244,9 +245,14 @@ impl Model {
         self.trunk.refresh_halves();
     }
 
-    /// The rows of the embedding tables that `token_ids` need, to be read and given gradients in the place of the tables.
-    pub fn rows(&self, token_ids: &[i32]) -> Rows {
-        self.embedding.rows(token_ids)
+    /// The rows of the embedding tables that `token_ids` need.
+    pub fn touched(&self, token_ids: &[i32]) -> Touched {
+        self.embedding.touched(token_ids)
+    }
+
+    /// These rows as they are now, to be read and given gradients in the place of the tables.
+    pub fn rows(&self, touched: Touched) -> Rows {
+        self.embedding.rows(touched)
     }
 
     /// What gradients are taken to: the parameters, or what training reads in their place, 16-bit copies and `rows` of tables.

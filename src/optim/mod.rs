@@ -1,121 +1,23 @@
 //! Optimizers on libtorch's fused operators, with their state in the open so that a run resumes exactly; schedules.
 
 mod average;
+mod backlog;
+mod config;
 mod scale;
 mod schedule;
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result, bail};
 use tch::{Kind, Tensor};
 
 pub use average::Average;
+use backlog::{Backlog, Numbers, Past};
+pub use config::{AdamConfig, OptimizerConfig, SgdConfig};
 pub use scale::LossScale;
 pub use schedule::{RangeConfig, ScheduleConfig};
 
-use crate::libtorch::{Adam, AdamLists, Number, Sgd, count_up, fused_adam, fused_sgd, side_by_side, workers};
-
-/// The `training.optimizer:` of an experiment; `kind:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OptimizerConfig {
-    /// Adam with decoupled weight decay (Loshchilov & Hutter 2019).
-    Adamw(AdamConfig),
-    /// Adam (Kingma & Ba 2015); weight decay is an L2 term of the gradient.
-    Adam(AdamConfig),
-    /// Stochastic gradient descent with momentum; weight decay is an L2 term of the gradient.
-    Sgd(SgdConfig),
-}
-
-impl Default for OptimizerConfig {
-    fn default() -> Self {
-        OptimizerConfig::Adamw(AdamConfig::default())
-    }
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AdamConfig {
-    /// Default 2e-3, more than 0.
-    pub learning_rate: f64,
-    /// Decay rates of the two moments. Default [0.9, 0.999].
-    pub betas: (f64, f64),
-    /// Default 1e-8.
-    pub epsilon: f64,
-    /// Default 0.01.
-    pub weight_decay: f64,
-    /// Whether biases and embeddings decay too. Default false.
-    pub decay_all: bool,
-    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
-    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
-    pub lazy_rows: bool,
-}
-
-impl Default for AdamConfig {
-    fn default() -> Self {
-        AdamConfig {
-            learning_rate: 2e-3,
-            betas: (0.9, 0.999),
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-            decay_all: false,
-            lazy_rows: false,
-        }
-    }
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SgdConfig {
-    /// Default 0.1, more than 0.
-    pub learning_rate: f64,
-    /// Default 0.9, from 0 to below 1.
-    pub momentum: f64,
-    /// Default 0.
-    pub weight_decay: f64,
-    /// Whether biases and embeddings decay too. Default false.
-    pub decay_all: bool,
-    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
-    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
-    pub lazy_rows: bool,
-}
-
-impl Default for SgdConfig {
-    fn default() -> Self {
-        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: false, lazy_rows: false }
-    }
-}
-
-impl OptimizerConfig {
-    pub fn set_learning_rate(&mut self, rate: f64) {
-        match self {
-            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate = rate,
-            OptimizerConfig::Sgd(config) => config.learning_rate = rate,
-        }
-    }
-
-    fn decay_all(&self) -> bool {
-        match self {
-            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.decay_all,
-            OptimizerConfig::Sgd(config) => config.decay_all,
-        }
-    }
-
-    fn lazy_rows(&self) -> bool {
-        match self {
-            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.lazy_rows,
-            OptimizerConfig::Sgd(config) => config.lazy_rows,
-        }
-    }
-
-    pub fn learning_rate(&self) -> f64 {
-        match self {
-            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate,
-            OptimizerConfig::Sgd(config) => config.learning_rate,
-        }
-    }
-}
+use crate::libtorch::{Adam, AdamLists, Number, Sgd, count_up, floats, fused_adam, fused_sgd, side_by_side, workers};
 
 /// Biases, other vectors such as a CRF's first tags, and all of the embedding: their size says nothing of complexity.
 fn is_spared(name: &str, parameter: &Tensor) -> bool {
@@ -131,9 +33,8 @@ struct Slot {
     /// Steps that this parameter has had: a head absent from a step has none.
     step: Tensor,
     decays: bool,
-    /// For a table whose gradient comes as rows: zeros between steps, into which the rows are written, so that nothing of the
-    /// table's size is cleared, scaled or added up.
-    scratch: Option<Tensor>,
+    /// For a table whose gradient comes as rows: what the other rows have yet to do.
+    backlog: Option<Backlog>,
 }
 
 /// Tables of which a step reads some rows alone.
@@ -186,43 +87,24 @@ impl Piece {
 const SMALL: usize = 1 << 14;
 
 impl Slot {
-    /// The update's view of it; `gradient` is that of `rows` alone where they are given.
-    fn piece(&mut self, gradient: &Tensor, rows: Option<&Touched>, lazy: bool) -> Result<Piece> {
-        let whole = |gradient: Tensor| Piece {
-            parameter: self.parameter.shallow_clone(),
-            gradient,
-            first: self.first.shallow_clone(),
-            second: self.second.shallow_clone(),
+    /// The update's view of it: all of it, or `rows`, of which `gradient` is.
+    fn piece(&self, gradient: &Tensor, rows: Option<&Touched>) -> Piece {
+        let part = |tensor: &Tensor| match rows {
+            Some(rows) if tensor.dim() == self.parameter.dim() => tensor.index_select(0, &rows.ids),
+            _ => tensor.shallow_clone(),
+        };
+        Piece {
+            parameter: part(&self.parameter),
+            gradient: gradient.shallow_clone(),
+            first: part(&self.first),
+            second: part(&self.second),
             step: self.step.shallow_clone(),
             decays: self.decays,
-        };
-        let Some(rows) = rows else { return Ok(whole(gradient.shallow_clone())) };
-        if lazy {
-            let of_rows = |tensor: &Tensor| match tensor.dim() == self.parameter.dim() {
-                true => tensor.index_select(0, &rows.ids),
-                false => tensor.shallow_clone(),
-            };
-            let gradient = gradient.shallow_clone();
-            return Ok(Piece { gradient, ..whole(self.parameter.shallow_clone()).cut(of_rows) });
         }
-        let mut scratch = match &self.scratch {
-            Some(scratch) => scratch.shallow_clone(),
-            None => self.parameter.zeros_like(),
-        };
-        let _ = scratch.f_index_copy_(0, &rows.ids, gradient)?;
-        let piece = whole(scratch.shallow_clone());
-        self.scratch = Some(scratch);
-        Ok(piece)
     }
 
-    /// After the update: rows go back to their table, or the scratch becomes zeros again.
-    fn put_back(&mut self, piece: &Piece, rows: &Touched, lazy: bool) -> Result<()> {
-        if !lazy {
-            if let Some(scratch) = &mut self.scratch {
-                let _ = scratch.f_index_fill_(0, &rows.ids, 0.0)?;
-            }
-            return Ok(());
-        }
+    /// After the update rows go back to their table.
+    fn put_back(&mut self, piece: &Piece, rows: &Touched) -> Result<()> {
         let pairs = [
             (&mut self.parameter, &piece.parameter),
             (&mut self.first, &piece.first),
@@ -252,7 +134,7 @@ impl Optimizer {
             },
             step: Tensor::zeros([], (Kind::Float, parameter.device())),
             decays: config.decay_all() || !is_spared(name, parameter),
-            scratch: None,
+            backlog: None,
         };
         Optimizer { config: config.clone(), slots: parameters.map(slot).collect() }
     }
@@ -261,8 +143,27 @@ impl Optimizer {
         self.config.lazy_rows()
     }
 
+    /// Brings `rows` of their tables, or all of all tables, up to date with the steps since; and their `average`.
+    pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Average>) -> Result<()> {
+        let ids: Option<Vec<i64>> = rows.map(|rows| Vec::try_from(&rows.ids)).transpose()?;
+        for (number, Slot { parameter, first, second, backlog, .. }) in self.slots.iter_mut().enumerate() {
+            let Some(backlog) = backlog else { continue };
+            let (shares, average) = average.as_mut().map(|average| average.waiting(number)).unzip();
+            let (shares, numbers) = (shares.unwrap_or_default(), Numbers::of(parameter, first, second, average)?);
+            match &ids {
+                Some(ids) => backlog.catch_up(ids, numbers, shares),
+                None => backlog.settle(numbers, shares),
+            }
+        }
+        if let (None, Some(average)) = (rows, average) {
+            average.settled();
+        }
+        Ok(())
+    }
+
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
-    /// these rows alone, and those of all others 0. Where `skip` (one float on the device) is 1, nothing changes.
+    /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Where `skip`
+    /// (one float on the device) is 1, nothing changes.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
@@ -271,20 +172,52 @@ impl Optimizer {
         skip: &Tensor,
     ) -> Result<()> {
         let learning_rate = learning_rate.into();
-        let lazy = self.config.lazy_rows();
-        let rows_of = |number: usize| rows.filter(|rows| rows.tables.contains(&number));
+        let waits = rows.filter(|_| !self.config.lazy_rows());
+        let is_table = |rows: Option<&Touched>, number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));
         let mut pieces = Vec::new();
         let mut present = Vec::new();
-        for (number, (slot, gradient)) in self.slots.iter_mut().zip(gradients).enumerate() {
-            if gradient.defined() {
-                let rows = rows_of(number);
-                pieces.push(slot.piece(gradient, rows, lazy)?);
+        for (number, (slot, gradient)) in self.slots.iter().zip(gradients).enumerate() {
+            if gradient.defined() && !is_table(waits, number) {
+                let rows = rows.filter(|_| is_table(rows, number));
+                pieces.push(slot.piece(gradient, rows));
                 present.push((number, rows));
             }
         }
-        if pieces.is_empty() {
-            return Ok(());
+        if !pieces.is_empty() {
+            self.update_all(&pieces, learning_rate, skip)?;
         }
+        for ((number, rows), piece) in present.into_iter().zip(&pieces) {
+            if let Some(rows) = rows {
+                self.slots[number].put_back(piece, rows)?;
+            }
+        }
+        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, skip))
+    }
+
+    /// The step of the tables' `rows`, which the others take later.
+    fn step_tables(&mut self, gradients: &[Tensor], rows: &Touched, rate: Number, skip: &Tensor) -> Result<()> {
+        let Number::Host(rate) = rate else { bail!("rows of tables wait for steps whose rate the host knows") };
+        let (ids, skipped) = (Vec::<i64>::try_from(&rows.ids)?, skip.double_value(&[]) > 0.0);
+        for &number in &rows.tables {
+            let Slot { parameter, first, second, step, decays, backlog, .. } = &mut self.slots[number];
+            let gradient = gradients.get(number).filter(|gradient| gradient.defined() && !skipped);
+            let mut gradient = gradient.map(Tensor::contiguous);
+            if gradient.is_some() {
+                let _ = step.f_add_scalar_(1.0)?;
+            }
+            let count = step.double_value(&[]);
+            let now = Past {
+                count: count as u64,
+                rates: gradient.is_some().then(|| self.config.rates(rate, count, *decays)),
+            };
+            let gradient = gradient.as_mut().map_or(Ok(&mut [][..]), floats)?;
+            let backlog = backlog.get_or_insert_with(|| Backlog::new(parameter.size()[0] as usize));
+            backlog.step(now, &ids, gradient, Numbers::of(parameter, first, second, None)?);
+        }
+        Ok(())
+    }
+
+    fn update_all(&self, pieces: &[Piece], learning_rate: Number, skip: &Tensor) -> Result<()> {
         count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), skip)?;
         let workers = workers();
         let update = |worker: usize| -> Result<()> {
@@ -295,13 +228,7 @@ impl Optimizer {
             }
             Ok(())
         };
-        side_by_side(workers, &update).into_iter().collect::<Result<()>>()?;
-        for ((number, rows), piece) in present.into_iter().zip(&pieces) {
-            if let Some(rows) = rows {
-                self.slots[number].put_back(piece, rows, lazy)?;
-            }
-        }
-        Ok(())
+        side_by_side(workers, &update).into_iter().collect()
     }
 
     /// The update of parameters that all decay, or of which none does.

@@ -145,9 +145,10 @@ impl Trainer<'_> {
         let halted = self.halted.maximum(&unsound);
         self.halted.f_copy_(&halted)?;
         let skip = overflow.map_or_else(|| self.halted.shallow_clone(), |overflow| self.halted.maximum(&overflow));
-        self.optimizer.step(gradients, inputs.rows.map(|rows| &rows.touched), inputs.learning_rate, &skip)?;
+        let rows = inputs.rows.map(|rows| &rows.touched);
+        self.optimizer.step(gradients, rows, inputs.learning_rate, &skip)?;
         if let Some(average) = &mut self.average {
-            average.update(inputs.share)?;
+            average.update(inputs.share, rows.filter(|_| !self.optimizer.lazy_rows()))?;
         }
         Ok(norm)
     }

@@ -208,6 +208,7 @@ impl Trainer<'_> {
 
     /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
     fn evaluate(&mut self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
+        self.settle()?;
         // Where there is an average, the best checkpoints are of it; the last one holds the weights and their average.
         self.swap_average()?;
         let report = evaluate(self.model, self.dev, self.tasks)?;
@@ -260,7 +261,13 @@ impl Trainer<'_> {
         self.average.as_mut().map_or(Ok(()), Average::swap)
     }
 
-    fn save(&self, state: &State) -> Result<()> {
+    /// Brings all weights and their averages up to date: within steps, rows of tables may wait.
+    pub fn settle(&mut self) -> Result<()> {
+        self.optimizer.catch_up(None, self.average.as_mut())
+    }
+
+    fn save(&mut self, state: &State) -> Result<()> {
+        self.settle()?;
         let model: Vec<_> =
             self.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
         let state = State { weighting: self.weighting.save(), ..state.clone() };

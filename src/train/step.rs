@@ -92,12 +92,20 @@ impl Trainer<'_> {
             |task: usize| -> i64 { parts().filter_map(|part| Some(part.targets[task].as_ref()?.n_decisions)).sum() };
         let n_decisions: Vec<i64> = (0..self.tasks.len()).map(decisions).collect();
         let present: Vec<bool> = n_decisions.iter().map(|&n| n > 0).collect();
-        let rows = self.reads_rows().then(|| {
+        let touched = self.reads_rows().then(|| {
             let all = step.batches.iter().flatten();
             let tokens: Vec<i32> = all.flat_map(|&row| self.train.set.tokens(row)).copied().collect();
-            self.model.rows(&tokens)
+            self.model.touched(&tokens)
         });
         self.laps.end(Part::Batch);
+        let rows = match touched {
+            Some(touched) => {
+                self.optimizer.catch_up(Some(&touched), self.average.as_mut())?;
+                Some(self.model.rows(touched))
+            }
+            None => None,
+        };
+        self.laps.end(Part::Update);
         let wants = self.weighting.wants(step.number);
         let weights = (wants != Wants::Losses).then(|| self.weighting.weights(step.number, &present, None));
         self.laps.end(Part::Weighting);

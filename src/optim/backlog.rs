@@ -1,0 +1,311 @@
+//! Steps that rows of a table have not taken yet.
+//!
+//! Where a step reads some rows of a table, all others have a gradient of 0: their update needs nothing but the row and the step's
+//! rates, so that it can wait until a step reads the row or all rows are wanted. Steps taken one after another while the row is in
+//! the processor's cache cost arithmetic alone, where each by itself moves the whole table through memory. The numbers do not
+//! depend on how long steps wait, bit for bit.
+//!
+//! V rows, E numbers a row.
+
+use anyhow::Result;
+use multiversion::multiversion;
+use rayon::prelude::*;
+use tch::Tensor;
+
+use crate::libtorch::floats;
+
+/// Numbers that are computed at once.
+const LANES: usize = 16;
+/// Rows below which it costs more to share them out than to do them.
+const LEAST: usize = 8;
+/// Updates below this share of the learning rate are lost in a weight's rounding. Their first moment counts as 0, which spares
+/// rare words most of their steps.
+const NOTHING: f32 = 1e-7;
+/// Steps from one look for such updates to the next.
+const LOOK_EVERY: u64 = 16;
+
+/// One step of a whole table.
+#[derive(Clone, Copy, Debug)]
+pub struct Past {
+    /// How many steps the table has had, with this one.
+    pub count: u64,
+    /// `None` where the table stood still.
+    pub rates: Option<Rates>,
+}
+
+/// What a step's update of a row is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Rates {
+    /// Factor of the weights, for decoupled decay.
+    pub keep: f32,
+    /// Share of the weights in the gradient, for decay by an L2 term.
+    pub l2: f32,
+    pub rule: Rule,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Rule {
+    /// `rests` are 1 - beta, which float32 betas do not give.
+    /// m = beta_1 m + (1 - beta_1) g, v = beta_2 v + (1 - beta_2) g^2, w = w - size m / (spread sqrt(v) + epsilon); size is
+    /// rate / (1 - beta_1^t) and spread 1 / sqrt(1 - beta_2^t).
+    Adam { betas: (f32, f32), rests: (f32, f32), size: f32, spread: f32, epsilon: f32 },
+    /// m = momentum m + g, w = w - rate m.
+    Sgd { momentum: f32, rate: f32 },
+}
+
+/// The steps of one table that some of its rows have yet to take.
+pub struct Backlog {
+    past: Vec<Past>,
+    /// How many of them each row has taken, [V].
+    taken: Vec<usize>,
+}
+
+/// A table's numbers, [V, E] each.
+pub struct Numbers<'a> {
+    pub width: usize,
+    pub weights: &'a mut [f32],
+    pub first: &'a mut [f32],
+    /// Empty for SGD.
+    pub second: &'a mut [f32],
+    /// The weights' moving average, or empty.
+    pub average: &'a mut [f32],
+}
+
+/// One row of them.
+struct Row<'a> {
+    weights: &'a mut [f32],
+    first: &'a mut [f32],
+    second: Option<&'a mut [f32]>,
+    average: Option<&'a mut [f32]>,
+    /// Its place among the rows wanted, and the steps that it has taken.
+    place: usize,
+    taken: usize,
+}
+
+impl<'a> Numbers<'a> {
+    pub fn of(
+        weights: &'a mut Tensor,
+        first: &'a mut Tensor,
+        second: &'a mut Tensor,
+        average: Option<&'a mut Tensor>,
+    ) -> Result<Self> {
+        Ok(Numbers {
+            width: weights.size()[1] as usize,
+            weights: floats(weights)?,
+            first: floats(first)?,
+            second: floats(second)?,
+            average: average.map_or(Ok(&mut [][..]), floats)?,
+        })
+    }
+
+    /// The rows `ids`, in the table's order.
+    fn rows(self, ids: &[i64], taken: &[usize]) -> Vec<Row<'a>> {
+        let mut wanted: Vec<(usize, i64)> = ids.iter().copied().enumerate().collect();
+        wanted.sort_unstable_by_key(|&(_, id)| id);
+        let mut wanted = wanted.into_iter().peekable();
+        let (mut second, mut average) = (self.second.chunks_mut(self.width), self.average.chunks_mut(self.width));
+        let tables = self.weights.chunks_mut(self.width).zip(self.first.chunks_mut(self.width)).zip(taken);
+        let mut rows = Vec::with_capacity(ids.len());
+        for (id, ((weights, first), &taken)) in tables.enumerate() {
+            let (second, average) = (second.next(), average.next());
+            if let Some((place, _)) = wanted.next_if(|&(_, wanted)| wanted == id as i64) {
+                rows.push(Row { weights, first, second, average, place, taken });
+            }
+        }
+        rows
+    }
+}
+
+impl Backlog {
+    pub fn new(n_rows: usize) -> Self {
+        Backlog { past: Vec::new(), taken: vec![0; n_rows] }
+    }
+
+    /// A step that the rows `ids` take at once, with their gradients [ids, E] where the table moves, and all others later.
+    pub fn step(&mut self, now: Past, ids: &[i64], gradients: &[f32], numbers: Numbers) {
+        let width = numbers.width;
+        if now.rates.is_some() {
+            // The average takes the weights in after the step.
+            let mut rows = Numbers { average: &mut [], ..numbers }.rows(ids, &self.taken);
+            let step = |row: &mut Row| row.take(&[now], &[], Some(&gradients[row.place * width..][..width]));
+            rows.par_iter_mut().with_min_len(LEAST).for_each(step);
+        }
+        self.past.push(now);
+        self.mark(ids);
+    }
+
+    fn mark(&mut self, ids: &[i64]) {
+        ids.iter().for_each(|&id| self.taken[id as usize] = self.past.len());
+    }
+
+    /// The rows `ids` take the steps that they have not; `shares` says what the weights after each counted in their average.
+    pub fn catch_up(&mut self, ids: &[i64], numbers: Numbers, shares: &[f32]) {
+        let mut rows = numbers.rows(ids, &self.taken);
+        let past = &self.past;
+        rows.par_iter_mut().with_min_len(LEAST).for_each(|row| {
+            let shares = shares.get(row.taken..).unwrap_or_default();
+            row.take(&past[row.taken..], shares, None);
+        });
+        self.mark(ids);
+    }
+
+    /// All rows take the steps that they have not, and the steps are forgotten.
+    pub fn settle(&mut self, numbers: Numbers, shares: &[f32]) {
+        let all: Vec<i64> = (0..self.taken.len() as i64).collect();
+        self.catch_up(&all, numbers, shares);
+        self.past.clear();
+        self.taken.fill(0);
+    }
+}
+
+impl Row<'_> {
+    fn take(&mut self, steps: &[Past], shares: &[f32], gradient: Option<&[f32]>) {
+        if steps.is_empty() {
+            return;
+        }
+        let width = self.weights.len();
+        for start in (0..width).step_by(LANES) {
+            let range = start..(start + LANES).min(width);
+            let load = |from: &[f32]| {
+                let mut lanes = [0.0; LANES];
+                lanes[..range.len()].copy_from_slice(&from[range.clone()]);
+                lanes
+            };
+            let mut lanes = Lanes {
+                weights: load(self.weights),
+                first: load(self.first),
+                second: self.second.as_deref().map(load).unwrap_or_default(),
+                average: self.average.as_deref().map(load).unwrap_or_default(),
+            };
+            advance(&mut lanes, steps, shares, gradient.map(load).as_ref());
+            let store = |into: &mut [f32], lanes: &[f32; LANES]| {
+                into[range.clone()].copy_from_slice(&lanes[..range.len()]);
+            };
+            store(self.weights, &lanes.weights);
+            store(self.first, &lanes.first);
+            self.second.iter_mut().for_each(|second| store(second, &lanes.second));
+            self.average.iter_mut().for_each(|average| store(average, &lanes.average));
+        }
+    }
+}
+
+struct Lanes {
+    weights: [f32; LANES],
+    first: [f32; LANES],
+    second: [f32; LANES],
+    average: [f32; LANES],
+}
+
+#[multiversion(targets("x86_64+avx2"))]
+fn advance(lanes: &mut Lanes, steps: &[Past], shares: &[f32], gradient: Option<&[f32; LANES]>) {
+    let Lanes { mut weights, mut first, mut second, mut average } = *lanes;
+    let given = gradient.copied().unwrap_or_default();
+    let mut still = gradient.is_none() && first == [0.0; LANES];
+    for (i, Past { count, rates }) in steps.iter().enumerate() {
+        match *rates {
+            Some(Rates { keep, l2: 0.0, rule: Rule::Adam { betas, .. } }) if still => {
+                for k in 0..LANES {
+                    second[k] *= betas.1;
+                    weights[k] *= keep;
+                }
+            }
+            Some(Rates { keep, l2, rule: Rule::Adam { betas, rests, size, spread, epsilon } }) => {
+                let mut updates = [0.0; LANES];
+                for k in 0..LANES {
+                    let gradient = given[k] + l2 * weights[k];
+                    first[k] = betas.0 * first[k] + rests.0 * gradient;
+                    second[k] = betas.1 * second[k] + rests.1 * gradient * gradient;
+                    updates[k] = first[k] / (spread * second[k].sqrt() + epsilon);
+                    weights[k] = keep * weights[k] - size * updates[k];
+                }
+                if count.is_multiple_of(LOOK_EVERY) && l2 == 0.0 && gradient.is_none() {
+                    for k in 0..LANES {
+                        first[k] = if updates[k].abs() < NOTHING { 0.0 } else { first[k] };
+                    }
+                    still = first == [0.0; LANES];
+                }
+            }
+            Some(Rates { keep, l2, rule: Rule::Sgd { momentum, rate } }) => {
+                for k in 0..LANES {
+                    first[k] = momentum * first[k] + given[k] + l2 * weights[k];
+                    weights[k] = keep * weights[k] - rate * first[k];
+                }
+            }
+            None => {}
+        }
+        if let Some(&share) = shares.get(i) {
+            for k in 0..LANES {
+                average[k] += share * (weights[k] - average[k]);
+            }
+        }
+    }
+    *lanes = Lanes { weights, first, second, average };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WIDTH: usize = 19;
+    const N_ROWS: usize = 3;
+
+    /// Weights, first and second moments and average of a small table.
+    fn table() -> [Vec<f32>; 4] {
+        let numbers = |scale: f32| (0..N_ROWS * WIDTH).map(|i| scale * (1.0 + i as f32).sin()).collect::<Vec<f32>>();
+        [numbers(0.3), numbers(1e-3), numbers(1e-3).iter().map(|x| x * x).collect(), numbers(0.2)]
+    }
+
+    fn numbers(table: &mut [Vec<f32>; 4]) -> Numbers<'_> {
+        let [weights, first, second, average] = table;
+        Numbers { width: WIDTH, weights, first, second, average }
+    }
+
+    fn adam(count: u64, l2: f32) -> Past {
+        let n = count as i32;
+        let (size, spread) = (1e-2 / (1.0 - 0.9f32.powi(n)), (1.0 - 0.99f32.powi(n)).sqrt().recip());
+        let rule = Rule::Adam { betas: (0.9, 0.99), rests: (0.1, 0.01), size, spread, epsilon: 1e-8 };
+        Past { count, rates: Some(Rates { keep: 0.999, l2, rule }) }
+    }
+
+    fn sgd(count: u64) -> Past {
+        let rule = Rule::Sgd { momentum: 0.9, rate: 0.1 };
+        Past { count, rates: Some(Rates { keep: 1.0, l2: 0.1, rule }) }
+    }
+
+    fn check(past: fn(u64) -> Past) {
+        let run = |settled_every: u64| {
+            let (mut table, mut backlog, mut shares) = (table(), Backlog::new(N_ROWS), Vec::new());
+            for count in 1..=600 {
+                let touched: &[i64] = if count % 7 == 0 { &[1] } else { &[] };
+                backlog.catch_up(touched, numbers(&mut table), &shares);
+                backlog.step(past(count), touched, &[0.01; WIDTH], numbers(&mut table));
+                shares.push(0.01);
+                if count % settled_every == 0 {
+                    backlog.settle(numbers(&mut table), &shares);
+                    shares.clear();
+                }
+            }
+            table
+        };
+        let together = run(600);
+        assert_eq!(together, run(1));
+        assert_eq!(together, run(50));
+        assert!(together[0].iter().chain(&together[3]).all(|number| number.is_finite()));
+    }
+
+    #[test]
+    fn steps_are_the_same_however_long_they_wait() {
+        check(|count| adam(count, 0.0));
+        check(|count| adam(count, 0.01));
+        check(sgd);
+        check(|count| Past { count, rates: None });
+    }
+
+    #[test]
+    fn updates_that_are_nothing_end() {
+        let (mut table, mut backlog) = (table(), Backlog::new(N_ROWS));
+        (1..=600).for_each(|count| backlog.step(adam(count, 0.0), &[0], &[0.01; WIDTH], numbers(&mut table)));
+        backlog.settle(numbers(&mut table), &[]);
+        assert!(table[1][WIDTH..].iter().all(|&moment| moment == 0.0) && table[1][0] != 0.0);
+    }
+}

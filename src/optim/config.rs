@@ -1,0 +1,130 @@
+//! The `training.optimizer:` of an experiment.
+
+use serde::{Deserialize, Serialize};
+
+use super::backlog::{Rates, Rule};
+
+/// `kind:` names the variant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerConfig {
+    /// Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+    Adamw(AdamConfig),
+    /// Adam (Kingma & Ba 2015); weight decay is an L2 term of the gradient.
+    Adam(AdamConfig),
+    /// Stochastic gradient descent with momentum; weight decay is an L2 term of the gradient.
+    Sgd(SgdConfig),
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        OptimizerConfig::Adamw(AdamConfig::default())
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamConfig {
+    /// Default 2e-3, more than 0.
+    pub learning_rate: f64,
+    /// Decay rates of the two moments. Default [0.9, 0.999].
+    pub betas: (f64, f64),
+    /// Default 1e-8.
+    pub epsilon: f64,
+    /// Default 0.01.
+    pub weight_decay: f64,
+    /// Whether biases and embeddings decay too. Default false.
+    pub decay_all: bool,
+    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
+    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
+    pub lazy_rows: bool,
+}
+
+impl Default for AdamConfig {
+    fn default() -> Self {
+        AdamConfig {
+            learning_rate: 2e-3,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            decay_all: false,
+            lazy_rows: false,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SgdConfig {
+    /// Default 0.1, more than 0.
+    pub learning_rate: f64,
+    /// Default 0.9, from 0 to below 1.
+    pub momentum: f64,
+    /// Default 0.
+    pub weight_decay: f64,
+    /// Whether biases and embeddings decay too. Default false.
+    pub decay_all: bool,
+    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
+    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
+    pub lazy_rows: bool,
+}
+
+impl Default for SgdConfig {
+    fn default() -> Self {
+        SgdConfig { learning_rate: 0.1, momentum: 0.9, weight_decay: 0.0, decay_all: false, lazy_rows: false }
+    }
+}
+
+impl OptimizerConfig {
+    pub fn set_learning_rate(&mut self, rate: f64) {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate = rate,
+            OptimizerConfig::Sgd(config) => config.learning_rate = rate,
+        }
+    }
+
+    pub(super) fn decay_all(&self) -> bool {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.decay_all,
+            OptimizerConfig::Sgd(config) => config.decay_all,
+        }
+    }
+
+    pub(super) fn lazy_rows(&self) -> bool {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.lazy_rows,
+            OptimizerConfig::Sgd(config) => config.lazy_rows,
+        }
+    }
+
+    /// What step `count` (from 1) at `rate` does to a row without a gradient.
+    pub(super) fn rates(&self, rate: f64, count: f64, decays: bool) -> Rates {
+        let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
+        let (keep, l2, rule) = match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => {
+                let (beta1, beta2) = config.betas;
+                let (decay, decoupled) = (decay(config.weight_decay), matches!(self, OptimizerConfig::Adamw(_)));
+                let rule = Rule::Adam {
+                    betas: (beta1 as f32, beta2 as f32),
+                    rests: ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
+                    size: (rate / (1.0 - beta1.powf(count))) as f32,
+                    spread: (1.0 - beta2.powf(count)).sqrt().recip() as f32,
+                    epsilon: config.epsilon as f32,
+                };
+                if decoupled { (1.0 - rate * decay, 0.0, rule) } else { (1.0, decay, rule) }
+            }
+            OptimizerConfig::Sgd(config) => {
+                let rule = Rule::Sgd { momentum: config.momentum as f32, rate: rate as f32 };
+                (1.0, decay(config.weight_decay), rule)
+            }
+        };
+        Rates { keep: keep as f32, l2: l2 as f32, rule }
+    }
+
+    pub fn learning_rate(&self) -> f64 {
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate,
+            OptimizerConfig::Sgd(config) => config.learning_rate,
+        }
+    }
+}
