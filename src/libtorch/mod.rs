@@ -105,6 +105,13 @@ impl From<f64> for Number<'_> {
 }
 
 impl Number<'_> {
+    pub fn on_host(self) -> Option<f64> {
+        match self {
+            Number::Host(value) => Some(value),
+            Number::Device(_) => None,
+        }
+    }
+
     /// The host's number, or 0, and the handle of the device's, or null.
     fn split(self) -> (f64, *mut C_tensor) {
         match self {

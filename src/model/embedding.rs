@@ -196,7 +196,9 @@ def forward(self, {inputs}) -> Tensor:
 
     /// What `token_ids` touch of the tables; they may hold one more than once.
     pub fn touched(&self, token_ids: &[i32]) -> Touched {
-        let special = [self.padding, self.unknown];
+        // A tokenizer without padding has any token in its place.
+        let mut special = vec![self.padding, self.unknown];
+        special.dedup();
         let mut ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
         ids.sort_unstable();
         ids.dedup();
@@ -204,7 +206,7 @@ def forward(self, {inputs}) -> Tensor:
         ids.splice(0..0, special);
         let device = self.tables().next().map_or(tch::Device::Cpu, |table| table.values.device());
         let tables = self.tables().filter_map(|table| table.parameter).collect();
-        Touched { ids: Tensor::from_slice(&ids).to_device(device), tables }
+        Touched { ids: Tensor::from_slice(&ids).to_device(device), host: ids, tables }
     }
 
     /// Those rows as they are now.

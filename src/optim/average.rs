@@ -6,24 +6,21 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 
-use super::Touched;
 use crate::libtorch::{Number, side_by_side, workers};
 
 pub struct Average {
     decay: f64,
     /// The weights, and their averages.
     pairs: Vec<(String, Tensor, Tensor)>,
-    /// What the weights counted in the updates that rows of tables have yet to take in.
-    shares: Vec<f32>,
 }
 
 impl Average {
     pub fn new<'a>(decay: f64, parameters: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Self {
         let pair = |(name, tensor): (&str, &Tensor)| (name.to_owned(), tensor.detach(), tensor.detach().copy());
-        Average { decay, pairs: parameters.map(pair).collect(), shares: Vec::new() }
+        Average { decay, pairs: parameters.map(pair).collect() }
     }
 
     /// What the weights after step `number` (from 0) count: 1 - decay.
@@ -32,13 +29,12 @@ impl Average {
         1.0 - self.decay.min((1.0 + t) / (10.0 + t))
     }
 
-    /// Takes in the weights, which count `share`; of tables `rows` alone, while the others wait with their weights.
-    pub fn update<'a>(&mut self, share: impl Into<Number<'a>>, rows: Option<&Touched>) -> Result<()> {
-        let share = share.into();
+    /// Takes in the weights, which count `share`; but not those of `tables`, whose rows take part by themselves.
+    pub(super) fn update(&mut self, share: Number, tables: &[usize]) -> Result<()> {
         let workers = workers();
-        let in_rows = |number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));
         let lerp = |worker: usize| -> Result<()> {
-            for (_, (_, weight, average)) in self.pairs.iter().enumerate().filter(|(number, _)| !in_rows(*number)) {
+            let own = self.pairs.iter().enumerate().filter(|(number, _)| !tables.contains(number));
+            for (_, (_, weight, average)) in own {
                 let length = weight.size().first().map_or(1, |&n| n as usize);
                 let (start, end) = (length * worker / workers, length * (worker + 1) / workers);
                 let block = |tensor: &Tensor| match tensor.dim() {
@@ -54,26 +50,11 @@ impl Average {
             }
             Ok(())
         };
-        side_by_side(workers, &lerp).into_iter().collect::<Result<()>>()?;
-        let Some(rows) = rows else { return Ok(()) };
-        let Number::Host(share) = share else { bail!("rows of tables wait for averages whose share the host knows") };
-        for &number in &rows.tables {
-            let (_, weight, average) = &mut self.pairs[number];
-            let mut own = average.index_select(0, &rows.ids);
-            let _ = own.f_lerp_(&weight.index_select(0, &rows.ids), share)?;
-            let _ = average.f_index_copy_(0, &rows.ids, &own)?;
-        }
-        self.shares.push(share as f32);
-        Ok(())
+        side_by_side(workers, &lerp).into_iter().collect()
     }
 
-    /// What rows of table `number` have yet to take in, and the table's average.
-    pub(super) fn waiting(&mut self, number: usize) -> (&[f32], &mut Tensor) {
-        (&self.shares, &mut self.pairs[number].2)
-    }
-
-    pub(super) fn settled(&mut self) {
-        self.shares.clear();
+    pub(super) fn of(&mut self, number: usize) -> &mut Tensor {
+        &mut self.pairs[number].2
     }
 
     /// Exchanges the weights and their averages.
@@ -113,14 +94,14 @@ mod tests {
         let named = [("w", weight.shallow_clone())];
         let mut average = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
         let _ = weight.fill_(2.0);
-        average.update(average.share(0), None).unwrap(); // 2/11 of 1 and 9/11 of 2
+        average.update(Number::Host(average.share(0)), &[]).unwrap(); // 2/11 of 1 and 9/11 of 2
         let expected = 1.0 * 2.0 / 11.0 + 2.0 * 9.0 / 11.0;
         average.swap().unwrap();
         assert!((weight.double_value(&[0]) - expected).abs() < 1e-6);
         average.swap().unwrap();
         assert_eq!(weight.double_value(&[0]), 2.0);
         let _ = weight.fill_(4.0);
-        average.update(average.share(99), None).unwrap(); // the rate has reached 0.5
+        average.update(Number::Host(average.share(99)), &[]).unwrap(); // the rate has reached 0.5
         let mut state: BTreeMap<_, _> = average.state().into_iter().collect();
         let mut other = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
         other.load(&mut state).unwrap();

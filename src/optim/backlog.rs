@@ -18,8 +18,8 @@ use crate::libtorch::floats;
 const LANES: usize = 16;
 /// Rows below which it costs more to share them out than to do them.
 const LEAST: usize = 8;
-/// Updates below this share of the learning rate are lost in a weight's rounding. Their first moment counts as 0, which spares
-/// rare words most of their steps.
+/// Updates below this share of the learning rate are as small as rounding. Their first moment counts as 0, which spares rare words
+/// most of their steps.
 const NOTHING: f32 = 1e-7;
 /// Steps from one look for such updates to the next.
 const LOOK_EVERY: u64 = 16;
@@ -27,10 +27,12 @@ const LOOK_EVERY: u64 = 16;
 /// One step of a whole table.
 #[derive(Clone, Copy, Debug)]
 pub struct Past {
-    /// How many steps the table has had, with this one.
+    /// How many steps the table has had, with this one where it moves.
     pub count: u64,
-    /// `None` where the table stood still.
+    /// `None` where the table stands still.
     pub rates: Option<Rates>,
+    /// What the weights after it count in their average, where there is one.
+    pub share: Option<f32>,
 }
 
 /// What a step's update of a row is made of.
@@ -75,14 +77,16 @@ pub struct Numbers<'a> {
 struct Row<'a> {
     weights: &'a mut [f32],
     first: &'a mut [f32],
-    second: Option<&'a mut [f32]>,
-    average: Option<&'a mut [f32]>,
+    second: &'a mut [f32],
+    average: &'a mut [f32],
     /// Its place among the rows wanted, and the steps that it has taken.
     place: usize,
     taken: usize,
 }
 
 impl<'a> Numbers<'a> {
+    /// # Errors
+    /// Tensors that are no contiguous float32 ones on the CPU.
     pub fn of(
         weights: &'a mut Tensor,
         first: &'a mut Tensor,
@@ -98,22 +102,37 @@ impl<'a> Numbers<'a> {
         })
     }
 
-    /// The rows `ids`, in the table's order.
-    fn rows(self, ids: &[i64], taken: &[usize]) -> Vec<Row<'a>> {
-        let mut wanted: Vec<(usize, i64)> = ids.iter().copied().enumerate().collect();
-        wanted.sort_unstable_by_key(|&(_, id)| id);
-        let mut wanted = wanted.into_iter().peekable();
-        let (mut second, mut average) = (self.second.chunks_mut(self.width), self.average.chunks_mut(self.width));
-        let tables = self.weights.chunks_mut(self.width).zip(self.first.chunks_mut(self.width)).zip(taken);
-        let mut rows = Vec::with_capacity(ids.len());
-        for (id, ((weights, first), &taken)) in tables.enumerate() {
-            let (second, average) = (second.next(), average.next());
-            if let Some((place, _)) = wanted.next_if(|&(_, wanted)| wanted == id as i64) {
-                rows.push(Row { weights, first, second, average, place, taken });
+    /// The rows `ids`, each once, in the table's order.
+    fn rows(mut self, ids: &[i64], taken: &[usize]) -> Vec<Row<'a>> {
+        let mut order: Vec<usize> = (0..ids.len()).collect();
+        order.sort_unstable_by_key(|&place| ids[place]);
+        let mut next = 0;
+        let row = |place: usize| {
+            let id = ids[place] as usize;
+            let skip = (id - next) * self.width;
+            next = id + 1;
+            Row {
+                weights: cut(&mut self.weights, skip, self.width),
+                first: cut(&mut self.first, skip, self.width),
+                second: cut(&mut self.second, skip, self.width),
+                average: cut(&mut self.average, skip, self.width),
+                place,
+                taken: taken[id],
             }
-        }
-        rows
+        };
+        order.into_iter().map(row).collect()
     }
+}
+
+/// Takes `skip` numbers and the `width` ones after them off `numbers`, and returns the latter; nothing of nothing.
+fn cut<'a>(numbers: &mut &'a mut [f32], skip: usize, width: usize) -> &'a mut [f32] {
+    let all = std::mem::take(numbers);
+    if all.is_empty() {
+        return all;
+    }
+    let (row, rest) = all[skip..].split_at_mut(width);
+    *numbers = rest;
+    row
 }
 
 impl Backlog {
@@ -121,15 +140,16 @@ impl Backlog {
         Backlog { past: Vec::new(), taken: vec![0; n_rows] }
     }
 
-    /// A step that the rows `ids` take at once, with their gradients [ids, E] where the table moves, and all others later.
-    pub fn step(&mut self, now: Past, ids: &[i64], gradients: &[f32], numbers: Numbers) {
+    /// A step that the rows `ids`, which are up to date, take at once, with their gradients [ids, E] where the table moves, and
+    /// all others later.
+    pub fn step(&mut self, now: Past, ids: &[i64], gradients: Option<&[f32]>, numbers: Numbers) {
         let width = numbers.width;
-        if now.rates.is_some() {
-            // The average takes the weights in after the step.
-            let mut rows = Numbers { average: &mut [], ..numbers }.rows(ids, &self.taken);
-            let step = |row: &mut Row| row.take(&[now], &[], Some(&gradients[row.place * width..][..width]));
-            rows.par_iter_mut().with_min_len(LEAST).for_each(step);
-        }
+        let mut rows = numbers.rows(ids, &self.taken);
+        assert!(rows.iter().all(|row| row.taken == self.past.len()), "rows take a step before those that wait");
+        rows.par_iter_mut().with_min_len(LEAST).for_each(|row| {
+            let gradient = gradients.map(|gradients| &gradients[row.place * width..][..width]);
+            row.take(&[now], gradient);
+        });
         self.past.push(now);
         self.mark(ids);
     }
@@ -138,28 +158,28 @@ impl Backlog {
         ids.iter().for_each(|&id| self.taken[id as usize] = self.past.len());
     }
 
-    /// The rows `ids` take the steps that they have not; `shares` says what the weights after each counted in their average.
-    pub fn catch_up(&mut self, ids: &[i64], numbers: Numbers, shares: &[f32]) {
+    /// The rows `ids` take the steps that they have not.
+    pub fn catch_up(&mut self, ids: &[i64], numbers: Numbers) {
         let mut rows = numbers.rows(ids, &self.taken);
         let past = &self.past;
-        rows.par_iter_mut().with_min_len(LEAST).for_each(|row| {
-            let shares = shares.get(row.taken..).unwrap_or_default();
-            row.take(&past[row.taken..], shares, None);
-        });
+        rows.par_iter_mut().with_min_len(LEAST).for_each(|row| row.take(&past[row.taken..], None));
         self.mark(ids);
     }
 
     /// All rows take the steps that they have not, and the steps are forgotten.
-    pub fn settle(&mut self, numbers: Numbers, shares: &[f32]) {
+    pub fn settle(&mut self, numbers: Numbers) {
+        if self.past.is_empty() {
+            return;
+        }
         let all: Vec<i64> = (0..self.taken.len() as i64).collect();
-        self.catch_up(&all, numbers, shares);
+        self.catch_up(&all, numbers);
         self.past.clear();
         self.taken.fill(0);
     }
 }
 
 impl Row<'_> {
-    fn take(&mut self, steps: &[Past], shares: &[f32], gradient: Option<&[f32]>) {
+    fn take(&mut self, steps: &[Past], gradient: Option<&[f32]>) {
         if steps.is_empty() {
             return;
         }
@@ -168,23 +188,27 @@ impl Row<'_> {
             let range = start..(start + LANES).min(width);
             let load = |from: &[f32]| {
                 let mut lanes = [0.0; LANES];
-                lanes[..range.len()].copy_from_slice(&from[range.clone()]);
+                if let Some(from) = from.get(range.clone()) {
+                    lanes[..range.len()].copy_from_slice(from);
+                }
                 lanes
             };
             let mut lanes = Lanes {
                 weights: load(self.weights),
                 first: load(self.first),
-                second: self.second.as_deref().map(load).unwrap_or_default(),
-                average: self.average.as_deref().map(load).unwrap_or_default(),
+                second: load(self.second),
+                average: load(self.average),
             };
-            advance(&mut lanes, steps, shares, gradient.map(load).as_ref());
+            advance(&mut lanes, steps, gradient.map(load).as_ref());
             let store = |into: &mut [f32], lanes: &[f32; LANES]| {
-                into[range.clone()].copy_from_slice(&lanes[..range.len()]);
+                if let Some(into) = into.get_mut(range.clone()) {
+                    into.copy_from_slice(&lanes[..range.len()]);
+                }
             };
             store(self.weights, &lanes.weights);
             store(self.first, &lanes.first);
-            self.second.iter_mut().for_each(|second| store(second, &lanes.second));
-            self.average.iter_mut().for_each(|average| store(average, &lanes.average));
+            store(self.second, &lanes.second);
+            store(self.average, &lanes.average);
         }
     }
 }
@@ -197,11 +221,11 @@ struct Lanes {
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn advance(lanes: &mut Lanes, steps: &[Past], shares: &[f32], gradient: Option<&[f32; LANES]>) {
+fn advance(lanes: &mut Lanes, steps: &[Past], gradient: Option<&[f32; LANES]>) {
     let Lanes { mut weights, mut first, mut second, mut average } = *lanes;
     let given = gradient.copied().unwrap_or_default();
     let mut still = gradient.is_none() && first == [0.0; LANES];
-    for (i, Past { count, rates }) in steps.iter().enumerate() {
+    for Past { count, rates, share } in steps {
         match *rates {
             Some(Rates { keep, l2: 0.0, rule: Rule::Adam { betas, .. } }) if still => {
                 for k in 0..LANES {
@@ -233,7 +257,7 @@ fn advance(lanes: &mut Lanes, steps: &[Past], shares: &[f32], gradient: Option<&
             }
             None => {}
         }
-        if let Some(&share) = shares.get(i) {
+        if let Some(share) = share {
             for k in 0..LANES {
                 average[k] += share * (weights[k] - average[k]);
             }
@@ -264,25 +288,23 @@ mod tests {
         let n = count as i32;
         let (size, spread) = (1e-2 / (1.0 - 0.9f32.powi(n)), (1.0 - 0.99f32.powi(n)).sqrt().recip());
         let rule = Rule::Adam { betas: (0.9, 0.99), rests: (0.1, 0.01), size, spread, epsilon: 1e-8 };
-        Past { count, rates: Some(Rates { keep: 0.999, l2, rule }) }
+        Past { count, rates: Some(Rates { keep: 0.999, l2, rule }), share: Some(0.01) }
     }
 
     fn sgd(count: u64) -> Past {
         let rule = Rule::Sgd { momentum: 0.9, rate: 0.1 };
-        Past { count, rates: Some(Rates { keep: 1.0, l2: 0.1, rule }) }
+        Past { count, rates: Some(Rates { keep: 1.0, l2: 0.1, rule }), share: Some(0.01) }
     }
 
     fn check(past: fn(u64) -> Past) {
         let run = |settled_every: u64| {
-            let (mut table, mut backlog, mut shares) = (table(), Backlog::new(N_ROWS), Vec::new());
+            let (mut table, mut backlog) = (table(), Backlog::new(N_ROWS));
             for count in 1..=600 {
-                let touched: &[i64] = if count % 7 == 0 { &[1] } else { &[] };
-                backlog.catch_up(touched, numbers(&mut table), &shares);
-                backlog.step(past(count), touched, &[0.01; WIDTH], numbers(&mut table));
-                shares.push(0.01);
+                let touched: &[i64] = if count % 7 == 0 { &[2, 1] } else { &[] };
+                backlog.catch_up(touched, numbers(&mut table));
+                backlog.step(past(count), touched, Some(&[0.01; 2 * WIDTH]), numbers(&mut table));
                 if count % settled_every == 0 {
-                    backlog.settle(numbers(&mut table), &shares);
-                    shares.clear();
+                    backlog.settle(numbers(&mut table));
                 }
             }
             table
@@ -298,14 +320,16 @@ mod tests {
         check(|count| adam(count, 0.0));
         check(|count| adam(count, 0.01));
         check(sgd);
-        check(|count| Past { count, rates: None });
+        check(|count| Past { rates: None, ..sgd(count) });
     }
 
     #[test]
     fn updates_that_are_nothing_end() {
         let (mut table, mut backlog) = (table(), Backlog::new(N_ROWS));
-        (1..=600).for_each(|count| backlog.step(adam(count, 0.0), &[0], &[0.01; WIDTH], numbers(&mut table)));
-        backlog.settle(numbers(&mut table), &[]);
+        for count in 1..=600 {
+            backlog.step(adam(count, 0.0), &[0], Some(&[0.01; WIDTH]), numbers(&mut table));
+        }
+        backlog.settle(numbers(&mut table));
         assert!(table[1][WIDTH..].iter().all(|&moment| moment == 0.0) && table[1][0] != 0.0);
     }
 }

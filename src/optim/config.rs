@@ -97,7 +97,7 @@ impl OptimizerConfig {
         }
     }
 
-    /// What step `count` (from 1) at `rate` does to a row without a gradient.
+    /// What makes up step `count` (from 1) at `rate` for a row of a table.
     pub(super) fn rates(&self, rate: f64, count: f64, decays: bool) -> Rates {
         let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
         let (keep, l2, rule) = match self {

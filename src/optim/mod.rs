@@ -8,7 +8,7 @@ mod schedule;
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tch::{Kind, Tensor};
 
 pub use average::Average;
@@ -39,8 +39,9 @@ struct Slot {
 
 /// Tables of which a step reads some rows alone.
 pub struct Touched {
-    /// `[U]`
+    /// `[U]`, each once; and the same on the host.
     pub ids: Tensor,
+    pub host: Vec<i64>,
     /// Their numbers among the parameters.
     pub tables: Vec<usize>,
 }
@@ -145,31 +146,29 @@ impl Optimizer {
 
     /// Brings `rows` of their tables, or all of all tables, up to date with the steps since; and their `average`.
     pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Average>) -> Result<()> {
-        let ids: Option<Vec<i64>> = rows.map(|rows| Vec::try_from(&rows.ids)).transpose()?;
         for (number, Slot { parameter, first, second, backlog, .. }) in self.slots.iter_mut().enumerate() {
             let Some(backlog) = backlog else { continue };
-            let (shares, average) = average.as_mut().map(|average| average.waiting(number)).unzip();
-            let (shares, numbers) = (shares.unwrap_or_default(), Numbers::of(parameter, first, second, average)?);
-            match &ids {
-                Some(ids) => backlog.catch_up(ids, numbers, shares),
-                None => backlog.settle(numbers, shares),
+            let average = average.as_mut().map(|average| average.of(number));
+            let numbers = Numbers::of(parameter, first, second, average)?;
+            match rows {
+                Some(rows) => backlog.catch_up(&rows.host, numbers),
+                None => backlog.settle(numbers),
             }
-        }
-        if let (None, Some(average)) = (rows, average) {
-            average.settled();
         }
         Ok(())
     }
 
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
     /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Where `skip`
-    /// (one float on the device) is 1, nothing changes.
+    /// (one float on the device) is 1, nothing changes. Then the weights go into their average, in which they count the number
+    /// beside it.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
         rows: Option<&Touched>,
         learning_rate: impl Into<Number<'a>>,
         skip: &Tensor,
+        mut average: Option<(&mut Average, Number)>,
     ) -> Result<()> {
         let learning_rate = learning_rate.into();
         let waits = rows.filter(|_| !self.config.lazy_rows());
@@ -191,13 +190,25 @@ impl Optimizer {
                 self.slots[number].put_back(piece, rows)?;
             }
         }
-        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, skip))
+        if let Some((average, share)) = &mut average {
+            average.update(*share, waits.map_or(&[], |rows| &rows.tables))?;
+        }
+        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, skip, average))
     }
 
     /// The step of the tables' `rows`, which the others take later.
-    fn step_tables(&mut self, gradients: &[Tensor], rows: &Touched, rate: Number, skip: &Tensor) -> Result<()> {
-        let Number::Host(rate) = rate else { bail!("rows of tables wait for steps whose rate the host knows") };
-        let (ids, skipped) = (Vec::<i64>::try_from(&rows.ids)?, skip.double_value(&[]) > 0.0);
+    fn step_tables(
+        &mut self,
+        gradients: &[Tensor],
+        rows: &Touched,
+        rate: Number,
+        skip: &Tensor,
+        average: Option<(&mut Average, Number)>,
+    ) -> Result<()> {
+        let (mut average, share) = average.unzip();
+        let rate = rate.on_host().context("rows of tables wait for steps whose rate the host knows")?;
+        let share = share.map(|share| share.on_host().context("and whose average")).transpose()?;
+        let skipped = skip.double_value(&[]) > 0.0;
         for &number in &rows.tables {
             let Slot { parameter, first, second, step, decays, backlog, .. } = &mut self.slots[number];
             let gradient = gradients.get(number).filter(|gradient| gradient.defined() && !skipped);
@@ -209,10 +220,12 @@ impl Optimizer {
             let now = Past {
                 count: count as u64,
                 rates: gradient.is_some().then(|| self.config.rates(rate, count, *decays)),
+                share: share.map(|share| share as f32),
             };
-            let gradient = gradient.as_mut().map_or(Ok(&mut [][..]), floats)?;
+            let gradient = gradient.as_mut().map(floats).transpose()?;
             let backlog = backlog.get_or_insert_with(|| Backlog::new(parameter.size()[0] as usize));
-            backlog.step(now, &ids, gradient, Numbers::of(parameter, first, second, None)?);
+            let average = average.as_mut().map(|average| average.of(number));
+            backlog.step(now, &rows.host, gradient.as_deref(), Numbers::of(parameter, first, second, average)?);
         }
         Ok(())
     }

@@ -146,10 +146,8 @@ impl Trainer<'_> {
         self.halted.f_copy_(&halted)?;
         let skip = overflow.map_or_else(|| self.halted.shallow_clone(), |overflow| self.halted.maximum(&overflow));
         let rows = inputs.rows.map(|rows| &rows.touched);
-        self.optimizer.step(gradients, rows, inputs.learning_rate, &skip)?;
-        if let Some(average) = &mut self.average {
-            average.update(inputs.share, rows.filter(|_| !self.optimizer.lazy_rows()))?;
-        }
+        let average = self.average.as_mut().map(|average| (average, inputs.share));
+        self.optimizer.step(gradients, rows, inputs.learning_rate, &skip, average)?;
         Ok(norm)
     }
 

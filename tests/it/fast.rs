@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use polytask::commands::trainer::Parts;
-use polytask::libtorch::Draws;
+use polytask::libtorch::{Draws, Number};
 use polytask::model::{Mode, Model, Precision};
 use polytask::optim::{Average, Optimizer, OptimizerConfig, Touched};
 use polytask::run::{RunDirectory, checkpoint};
@@ -84,6 +84,16 @@ fn rows_of_a_table_have_the_gradient_of_the_table() {
 }
 
 #[test]
+fn a_tokenizer_without_padding_trains_every_row() {
+    let mut s = setting(&["training.ema_decay=0.9"]);
+    s.tokenizer.unknown = s.tokenizer.padding;
+    let before: Vec<Tensor> = build(&s).parameters.tensors().into_iter().map(Tensor::copy).collect();
+    let after = stepped(&s, false).0;
+    let still = (&before[0] - &after[0]).abs().amax([1], false).eq(0.0).nonzero().flatten(0, -1);
+    assert_eq!(Vec::<i64>::try_from(still).unwrap(), [i64::from(s.tokenizer.padding)]);
+}
+
+#[test]
 fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
     let step = |lazy: bool, ids: &[i64]| {
         let table = Tensor::ones([5, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
@@ -92,9 +102,9 @@ fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
         let named = [("embedding.weight", &table)];
         let mut optimizer = Optimizer::new(&config, named.into_iter());
         for _ in 0..3 {
-            let touched = Touched { ids: Tensor::from_slice(ids), tables: vec![0] };
+            let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), tables: vec![0] };
             let gradient = Tensor::full([ids.len() as i64, 2], 0.5, (Kind::Float, Device::Cpu));
-            optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32)).unwrap();
+            optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32), None).unwrap();
         }
         optimizer.catch_up(None, None).unwrap();
         table.detach()
@@ -117,17 +127,18 @@ fn rows_that_wait_take_the_steps_of_whole_tables() {
         let named = [("embedding.weight", &table)];
         let mut optimizer = Optimizer::new(&config, named.into_iter());
         let mut average = Average::new(0.9, named.into_iter());
-        for number in 0..40usize {
+        for number in 0..400usize {
             let ids: &[i64] = if number.is_multiple_of(5) { &[2, 0] } else { &[2] };
-            let touched = Touched { ids: Tensor::from_slice(ids), tables: vec![0] };
+            let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), tables: vec![0] };
             let rows = in_rows.then_some(&touched);
             optimizer.catch_up(rows, Some(&mut average)).unwrap();
             let gradient = Tensor::full([ids.len() as i64, 20], (number as f64).cos(), (Kind::Float, Device::Cpu));
             let whole = table.detach().zeros_like().index_add(0, &touched.ids, &gradient);
             let gradient = if in_rows { gradient } else { whole };
             let rate = 1e-2 / (1.0 + number as f64);
-            optimizer.step(&[gradient], rows, rate, &Tensor::from(0.0f32)).unwrap();
-            average.update(average.share(number), rows).unwrap();
+            let share = Number::Host(average.share(number));
+            let average = Some((&mut average, share));
+            optimizer.step(&[gradient], rows, rate, &Tensor::from(0.0f32), average).unwrap();
         }
         optimizer.catch_up(None, Some(&mut average)).unwrap();
         let mut all = optimizer.state();
@@ -143,7 +154,7 @@ fn rows_that_wait_take_the_steps_of_whole_tables() {
     ] {
         for ((name, waited), (_, at_once)) in run(&config, true).iter().zip(run(&config, false)) {
             let off = if waited.numel() > 0 { off(waited, &at_once) } else { 0.0 };
-            assert!(off < 1e-6, "{config}: {name} is off by {off}");
+            assert!(off < 1e-5, "{config}: {name} is off by {off}");
         }
     }
 }

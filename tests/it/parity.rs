@@ -94,7 +94,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
                 close(name, gradient, &theirs[name]);
             }
         }
-        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32)).unwrap();
+        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32), None).unwrap();
         let ours = Tensor::stack(&[losses[0].detach(), losses[1].detach(), norm], 0);
         close(&format!("losses and gradient norm of step {step}"), &ours, &fixture["losses"].get(step));
     }
