@@ -47,9 +47,8 @@ pub struct Rates {
 
 #[derive(Clone, Copy, Debug)]
 pub enum Rule {
-    /// `rests` are 1 - beta, which float32 betas do not give.
     /// m = beta_1 m + (1 - beta_1) g, v = beta_2 v + (1 - beta_2) g^2, w = w - size m / (spread sqrt(v) + epsilon); size is
-    /// rate / (1 - beta_1^t) and spread 1 / sqrt(1 - beta_2^t).
+    /// rate / (1 - beta_1^t) and spread 1 / sqrt(1 - beta_2^t). `rests` are 1 - beta, which float32 betas do not give.
     Adam { betas: (f32, f32), rests: (f32, f32), size: f32, spread: f32, epsilon: f32 },
     /// m = momentum m + g, w = w - rate m.
     Sgd { momentum: f32, rate: f32 },
@@ -64,13 +63,13 @@ pub struct Backlog {
 
 /// A table's numbers, [V, E] each.
 pub struct Numbers<'a> {
-    pub width: usize,
-    pub weights: &'a mut [f32],
-    pub first: &'a mut [f32],
+    width: usize,
+    weights: &'a mut [f32],
+    first: &'a mut [f32],
     /// Empty for SGD.
-    pub second: &'a mut [f32],
+    second: &'a mut [f32],
     /// The weights' moving average, or empty.
-    pub average: &'a mut [f32],
+    average: &'a mut [f32],
 }
 
 /// One row of them.
@@ -145,7 +144,7 @@ impl Backlog {
     pub fn step(&mut self, now: Past, ids: &[i64], gradients: Option<&[f32]>, numbers: Numbers) {
         let width = numbers.width;
         let mut rows = numbers.rows(ids, &self.taken);
-        assert!(rows.iter().all(|row| row.taken == self.past.len()), "rows take a step before those that wait");
+        assert!(rows.iter().all(|row| row.taken == self.past.len()), "invariant: rows catch up before a step");
         rows.par_iter_mut().with_min_len(LEAST).for_each(|row| {
             let gradient = gradients.map(|gradients| &gradients[row.place * width..][..width]);
             row.take(&[now], gradient);

@@ -1,6 +1,6 @@
 //! The program as a user runs it: exit codes, messages, a second run, a kill, a resume.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::util::{Folder, SMALL, rows, small};
@@ -209,27 +209,37 @@ fn the_mathematics_of_weighting_hold_on_this_device() {
     assert!(text.contains("checks held") && !text.contains("FAILED"), "{text}");
 }
 
+/// A run in `out` that has begun to train.
+fn training(folder: &Folder, more: &[&str]) -> Child {
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
+        .current_dir(folder.path())
+        .args(["train", "small.yaml", "--out", "out"])
+        .args(more)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !folder.path().join("out/metrics.jsonl").exists() && started.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+fn interrupt(child: &Child) {
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+}
+
 #[test]
 fn a_second_interrupt_ends_the_run_at_once() {
     let folder = small();
     folder.file("train.jsonl", rows(2000));
     for _ in 0..5 {
         std::fs::remove_dir_all(folder.path().join("out")).ok();
-        let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
-            .current_dir(folder.path())
-            .args(["train", "small.yaml", "--out", "out", "--set", "training.batch_size=2000"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let started = Instant::now();
-        while !folder.path().join("out/metrics.jsonl").exists() && started.elapsed() < Duration::from_secs(60) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        for _ in 0..2 {
-            let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
-            assert!(kill.unwrap().success());
-        }
+        let child = training(&folder, &["--set", "training.batch_size=2000"]);
+        interrupt(&child);
+        interrupt(&child);
         let output = child.wait_with_output().unwrap();
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(130), "{text}");
@@ -240,19 +250,9 @@ fn a_second_interrupt_ends_the_run_at_once() {
 fn an_interrupt_finishes_the_step_saves_and_says_how_to_go_on() {
     let folder = small();
     folder.file("train.jsonl", rows(2000));
-    let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
-        .current_dir(folder.path())
-        .args(["train", "small.yaml", "--out", "out", "--workers", "2"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let started = Instant::now();
-    while !folder.path().join("out/metrics.jsonl").exists() && started.elapsed() < Duration::from_secs(60) {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let child = training(&folder, &["--workers", "2"]);
     std::thread::sleep(Duration::from_millis(100));
-    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{text}");
