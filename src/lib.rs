@@ -27,7 +27,7 @@
 //! [`model::Model`] runs the trunk once and each head on its own rows, a [`weighting::LossWeighting`] makes one loss of
 //! theirs, and [`train::Trainer`] clips, updates and records without waiting for the device.
 //!
-//! On the CPU a batch is cut in parts, which [workers](libtorch::side_by_side) take forward and backward side by side, and tables
+//! On the CPU a batch is cut in parts, which workers take forward and backward side by side, and tables
 //! are read and trained by the rows that a step holds; the updates of the others wait until they are read. On CUDA a step of a
 //! shape that was met before is [replayed](train::graphs) as one call. Either way it is the same [`train`] code, and the tests hold
 //! it to the same numbers.

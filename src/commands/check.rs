@@ -1,17 +1,16 @@
 //! `polytask check`: everything that can be known to be wrong, or odd, before training.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
 
-use super::End;
 use super::cli::CheckArgs;
-use super::prepare;
 use super::table::{count, percent, table};
+use super::{End, prepare, say, transfer};
 use crate::config::Experiment;
 use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split, WantedKind};
-use crate::problem::{Problem, Severity};
-use crate::task::{TaskId, TaskKind};
+use crate::problem::{InvalidInput, Place, Problem, Severity};
+use crate::task::{Tag, TaskId, TaskKind, spans_of};
 
 /// Of each kind of finding, so many are shown without --all.
 const SHOWN: usize = 10;
@@ -19,27 +18,35 @@ const SHOWN: usize = 10;
 pub fn run(args: &CheckArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (corpus, mut problems) = prepare::corpus(&experiment)?;
-    problems.extend(unseen_labels(&experiment, &corpus));
+    problems.extend(odd_labels(&experiment, &corpus));
     problems.extend(duplicates(&corpus));
+    say(sizes(&corpus))?;
+    let wrong = |error: anyhow::Error| match error.downcast::<InvalidInput>() {
+        Ok(InvalidInput(problems)) => problems,
+        Err(error) => vec![Problem::general(Severity::Error, format!("{error:#}"))],
+    };
+    match unknown_words(&experiment, &corpus) {
+        Ok(table) => say(table)?,
+        Err(error) => problems.extend(wrong(error)),
+    }
+    problems.extend(transfer::earlier(&experiment).err().map(wrong).unwrap_or_default());
     problems.sort_by_key(|problem| problem.severity);
-    println!("{}", sizes(&corpus));
-    println!("{}", unknown_words(&experiment, &corpus)?);
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
-        println!("{}", label_counts(TaskId(i), name, head.kind(), &corpus));
+        say(label_counts(TaskId(i), name, head.kind(), &corpus))?;
     }
     for severity in [Severity::Error, Severity::Warning] {
         let of_kind: Vec<&Problem> = problems.iter().filter(|problem| problem.severity == severity).collect();
         let name = if severity == Severity::Error { "error" } else { "warning" };
         let shown = if args.all { of_kind.len() } else { SHOWN.min(of_kind.len()) };
         for problem in &of_kind[..shown] {
-            println!("{name}: {problem}");
+            say(format!("{name}: {problem}"))?;
         }
         if shown < of_kind.len() {
-            println!("{name}: ... and {} more; --all lists them", of_kind.len() - shown);
+            say(format!("{name}: ... and {} more; --all lists them", of_kind.len() - shown))?;
         }
     }
     let n_errors = problems.iter().filter(|problem| problem.severity == Severity::Error).count();
-    println!("{n_errors} errors, {} warnings", problems.len() - n_errors);
+    say(format!("{n_errors} errors, {} warnings", problems.len() - n_errors))?;
     Ok(if n_errors == 0 { End::Done } else { End::Invalid })
 }
 
@@ -74,7 +81,7 @@ fn sizes(corpus: &Corpus) -> comfy_table::Table {
 fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
     match set.wanted[column].kind {
         WantedKind::Class => rows.columns[column].values.iter().filter(|&&value| value != ABSENT).count(),
-        WantedKind::Tags => (0..rows.len()).filter(|&row| rows.tags_of(column, row).is_some()).count(),
+        WantedKind::Tags(_) => (0..rows.len()).filter(|&row| rows.tags_of(column, row).is_some()).count(),
     }
 }
 
@@ -86,7 +93,7 @@ fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table
     }
     let (tokenizer, coverage) = prepare::tokenizer(experiment, corpus)?;
     for coverage in &coverage {
-        println!("{}", prepare::coverage_line(coverage));
+        say(prepare::coverage_line(coverage))?;
     }
     for set in &corpus.sets {
         for split in Split::ALL {
@@ -112,28 +119,45 @@ fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table
     Ok(out)
 }
 
-/// How often each label stands in each split; of span tags, how often each type begins.
+/// The labels of a column with the row of each: classes, tags, or of spans their types.
+fn occurrences(kind: TaskKind, rows: &Rows, column: usize) -> Vec<(&str, usize)> {
+    let labels = &rows.columns[column];
+    let spelled = |value: u32| (value != ABSENT).then(|| labels.strings.get(value));
+    let of_row = |row: usize| -> Vec<&str> {
+        match kind {
+            TaskKind::Classification => spelled(labels.values[row]).into_iter().collect(),
+            TaskKind::Tagging(scheme) => {
+                let tags = rows.tags_of(column, row).unwrap_or_default().iter().filter_map(|&tag| spelled(tag));
+                match kind.has_spans() {
+                    false => tags.collect(),
+                    true => spans_of(tags.map(|tag| scheme.parse(tag).unwrap_or(Tag::OUTSIDE)))
+                        .into_iter()
+                        .map(|span| span.kind)
+                        .collect(),
+                }
+            }
+        }
+    };
+    (0..rows.len()).flat_map(|row| of_row(row).into_iter().map(move |label| (label, row))).collect()
+}
+
+/// How often each label, or type of span, stands in each split.
 fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus) -> comfy_table::Table {
-    let mut counts: BTreeMap<String, [usize; 3]> = BTreeMap::new();
+    let mut counts: BTreeMap<&str, [usize; 3]> = BTreeMap::new();
     for (set, column) in corpus.columns_of(task) {
         for split in Split::ALL {
-            let labels = &set.splits[split as usize].columns[column];
-            for &value in labels.values.iter().filter(|&&value| value != ABSENT) {
-                let label = labels.strings.get(value);
-                if kind.has_spans() && label != "O" && !label.starts_with("B-") && !label.starts_with("S-") {
-                    continue;
-                }
-                counts.entry(label.to_owned()).or_default()[split as usize] += 1;
+            for (label, _) in occurrences(kind, &set.splits[split as usize], column) {
+                counts.entry(label).or_default()[split as usize] += 1;
             }
         }
     }
-    let header = format!("{name}: {} labels", counts.len());
+    let header = format!("{name}: {} {}", counts.len(), if kind.has_spans() { "types of span" } else { "labels" });
     let mut out = table(&[&header, "train", "dev", "test"], 1);
     let mut rows: Vec<_> = counts.into_iter().collect();
-    rows.sort_by(|a, b| b.1[0].cmp(&a.1[0]).then(a.0.cmp(&b.0)));
+    rows.sort_by(|a, b| b.1[0].cmp(&a.1[0]).then(a.0.cmp(b.0)));
     let cut = rows.len().saturating_sub(20);
     for (label, counts) in rows.iter().take(20) {
-        out.add_row(std::iter::once(label.clone()).chain(counts.map(count)));
+        out.add_row(std::iter::once((*label).to_owned()).chain(counts.map(count)));
     }
     if cut > 0 {
         out.add_row(vec![format!("... and {cut} more")]);
@@ -141,30 +165,34 @@ fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus) -> co
     out
 }
 
-/// Labels that dev or test have and train has not.
-fn unseen_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+/// Labels that dev or test have and train has not, and tasks of which train or dev have too few.
+fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for (i, name) in experiment.tasks.keys().enumerate() {
+    for (i, (name, head)) in experiment.tasks.iter().enumerate() {
         let used = |split: Split| {
-            let mut used: BTreeMap<String, (usize, &LoadedSet, usize)> = BTreeMap::new();
+            let mut used: BTreeMap<&str, Place> = BTreeMap::new();
             for (set, column) in corpus.columns_of(TaskId(i)) {
-                let labels = &set.splits[split as usize].columns[column];
-                for (at, &value) in labels.values.iter().enumerate().filter(|(_, value)| **value != ABSENT) {
-                    used.entry(labels.strings.get(value).to_owned()).or_insert((at, set, column));
+                let rows = &set.splits[split as usize];
+                for (label, row) in occurrences(head.kind(), rows, column) {
+                    used.entry(label).or_insert_with(|| rows.place(row));
                 }
             }
             used
         };
-        let train: BTreeSet<String> = used(Split::Train).into_keys().collect();
-        for split in [Split::Dev, Split::Test] {
-            for (label, (at, set, column)) in used(split).into_iter().filter(|(label, _)| !train.contains(label)) {
-                let rows = &set.splits[split as usize];
-                let row = match set.wanted[column].kind {
-                    WantedKind::Class => at,
-                    WantedKind::Tags => rows.offsets.partition_point(|&offset| offset <= at) - 1,
-                };
+        let [train, dev, test] = Split::ALL.map(used);
+        let odd = |message: String| Problem::general(Severity::Warning, message);
+        if train.len() == 1 && !head.kind().has_spans() {
+            problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
+        }
+        if dev.is_empty() && !train.is_empty() {
+            problems.push(odd(format!(
+                "`{name}`: dev has no label of it, so that it does not help to choose a checkpoint"
+            )));
+        }
+        for (split, used) in [(Split::Dev, dev), (Split::Test, test)] {
+            for (label, place) in used.into_iter().filter(|(label, _)| !train.contains_key(label)) {
                 let message = format!("`{name}`: label `{label}` is in {} but never in train", split.name());
-                problems.push(Problem::warning(rows.place(row), message));
+                problems.push(Problem::warning(place, message));
             }
         }
     }

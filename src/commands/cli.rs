@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::data::Split;
-use crate::export::Precision;
+use crate::export::Dtype;
 
 /// Multi-task language models on a shared embedding + LSTM trunk, from one YAML file an experiment.
 #[derive(Parser)]
@@ -140,9 +140,9 @@ pub struct ExportArgs {
     /// Which checkpoint: best, last or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
-    /// Numbers of the weights
+    /// Precision of the weights
     #[arg(long, value_enum, default_value = "float32")]
-    pub dtype: ExportDtype,
+    pub dtype: Dtype,
     /// Replace what is there
     #[arg(long)]
     pub force: bool,
@@ -154,26 +154,6 @@ pub enum ExportFormat {
     Safetensors,
     Onnx,
     Triton,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ExportDtype {
-    Float32,
-    Float16,
-    Bfloat16,
-    /// int8 weights in LSTM layers and affine maps, for the CPU
-    Int8,
-}
-
-impl From<ExportDtype> for Precision {
-    fn from(dtype: ExportDtype) -> Self {
-        match dtype {
-            ExportDtype::Float32 => Precision::Float32,
-            ExportDtype::Float16 => Precision::Float16,
-            ExportDtype::Bfloat16 => Precision::Bfloat16,
-            ExportDtype::Int8 => Precision::Int8,
-        }
-    }
 }
 
 #[derive(Args)]

@@ -1,18 +1,21 @@
 //! `polytask compare`: runs, or the runs of studies, side by side, and against each task alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::cli::CompareArgs;
-use super::{End, table};
+use super::finished::{self, Finished};
+use super::study::{PLAN, Planned};
+use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Run, RunTask, compare};
 use crate::config::Experiment;
 use crate::problem::invalid;
-use crate::run::{RunDirectory, atomic};
+use crate::run::RunDirectory;
 
 /// A run with its place, for its curves.
 struct Found {
@@ -23,39 +26,35 @@ struct Found {
 }
 
 pub fn run(args: &CompareArgs) -> Result<End> {
-    if !args.json {
-        return show(&args.runs, args.html.as_deref());
-    }
-    let (found, comparison) = load(&args.runs)?;
-    println!("{}", serde_json::to_string_pretty(&comparison)?);
-    if let Some(file) = &args.html {
-        write_page(file, &args.runs, &found, &comparison)?;
-    }
+    show(&args.runs, args.html.as_deref(), args.json)?;
     Ok(End::Done)
 }
 
-/// Prints the tables, and writes the page where one is wished.
-pub fn show(paths: &[PathBuf], page: Option<&Path>) -> Result<End> {
-    let (found, comparison) = load(paths)?;
-    for sheet in comparison.sheets() {
+/// Prints the tables, or all of it as JSON, and writes the page where one is wished.
+pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
+    let page = html.map(output).transpose()?;
+    let found = find(paths)?;
+    let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
+    let comparison = compare(&runs);
+    if json {
+        say(serde_json::to_string_pretty(&comparison)?)?;
+    }
+    for sheet in comparison.sheets().into_iter().filter(|_| !json) {
         let header: Vec<&str> = sheet.header.iter().map(String::as_str).collect();
         let mut table = table::table(&header, sheet.n_names);
         for row in sheet.rows {
             table.add_row(row);
         }
-        println!("{}\n{table}\n", sheet.title);
+        say(format!("{}\n{table}\n", sheet.title))?;
     }
-    if let Some(file) = page {
-        write_page(file, paths, &found, &comparison)?;
-        log::info!("curves: {}", file.display());
+    if let (Some(mut page), Some(path)) = (page, html) {
+        let names: Vec<String> = paths.iter().map(|path| name_of(path)).collect();
+        let text = html::page(&names.join(", "), &comparison.sheets(), &charts(&found, &comparison)?);
+        page.write_all(text.as_bytes())?;
+        page.keep()?;
+        log::info!("curves: {}", path.display());
     }
-    Ok(End::Done)
-}
-
-fn load(paths: &[PathBuf]) -> Result<(Vec<Found>, Comparison)> {
-    let found = find(paths)?;
-    let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
-    Ok((found, compare(&runs)))
+    Ok(())
 }
 
 fn name_of(path: &Path) -> String {
@@ -66,10 +65,10 @@ fn name_of(path: &Path) -> String {
 fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     for path in paths {
-        let plan = path.join("plan.json");
+        let plan = path.join(PLAN);
         if !plan.is_file() {
             let directory = RunDirectory::open(path)?;
-            if !directory.file("report.json").is_file() {
+            if !directory.file(finished::FILE).is_file() {
                 return Err(invalid(format!("{} is not finished: it has no report.json", path.display())));
             }
             let source = Experiment::load(&directory.file("resolved.yaml"), &[])?.name;
@@ -77,14 +76,14 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             continue;
         }
         let text = std::fs::read_to_string(&plan).with_context(|| format!("{} cannot be read", plan.display()))?;
-        let plan: Vec<BTreeMap<String, String>> =
+        let plan: Vec<Planned> =
             serde_json::from_str(&text).with_context(|| format!("{} is damaged", plan.display()))?;
         let mut n_open = 0;
         for entry in &plan {
-            let run = path.join("runs").join(&entry["name"]);
-            if run.join("report.json").is_file() {
-                let label = Some(entry["label"].as_str());
-                found.push(Found { run: read(&RunDirectory::open(&run)?, label)?, path: run, source: name_of(path) });
+            let run = path.join("runs").join(&entry.name);
+            if run.join(finished::FILE).is_file() {
+                let run_of_it = read(&RunDirectory::open(&run)?, Some(&entry.label))?;
+                found.push(Found { run: run_of_it, path: run, source: name_of(path) });
             } else {
                 n_open += 1;
             }
@@ -93,6 +92,8 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             log::warn!("{}: {n_open} of {} runs are not finished and left out", path.display(), plan.len());
         }
     }
+    let mut seen = BTreeSet::new();
+    found.retain(|found| seen.insert(found.path.canonicalize().unwrap_or(found.path.clone())));
     tell_apart(&mut found);
     match found.is_empty() {
         true => Err(invalid("there is no finished run to compare")),
@@ -106,7 +107,7 @@ fn tell_apart(found: &mut [Found]) {
     let several = found.windows(2).any(|pair| pair[0].source != pair[1].source);
     let key = |run: &Run| (run.label.clone(), run.seed, run.fraction.to_bits(), run.learning_rate.to_bits());
     let keys: Vec<_> = found.iter().map(|found| (found.source.clone(), key(&found.run))).collect();
-    for (found, own) in found.iter_mut().zip(&keys).filter(|(found, _)| !found.run.label.starts_with("only-")) {
+    for (found, own) in found.iter_mut().zip(&keys).filter(|(found, _)| !found.run.is_twin()) {
         let twice = keys.iter().filter(|key| *key == own).count() > 1;
         let before = if twice { name_of(&found.path) } else { found.source.clone() };
         if several || twice {
@@ -116,26 +117,21 @@ fn tell_apart(found: &mut [Found]) {
 }
 
 fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
-    let path = directory.path.display().to_string();
     let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
-    let report: Value = serde_json::from_str(&directory.read("report.json")?)
-        .with_context(|| format!("{path}/report.json is damaged"))?;
-    let split = |name: &str| report["splits"][name]["tasks"].as_array();
-    let task = |i: usize| {
+    let finished = Finished::read(directory)?;
+    let task = |(i, name): (usize, &String)| {
         // A task without rows in test is compared on dev, in its twin as here.
-        let labelled = |name: &str| split(name)?.get(i).filter(|task| task["n_sentences"].as_u64() > Some(0));
-        let (test, dev) = (labelled("test"), labelled("dev")?);
-        let score = &test.unwrap_or(dev)["scores"][0];
+        let score = finished.best_known(i)?;
         Some(RunTask {
-            name: dev["name"].as_str()?.to_owned(),
-            metric: score["name"].as_str()?.to_owned(),
-            higher_is_better: score["higher_is_better"].as_bool()?,
-            value: score["value"].as_f64()?,
-            dev: dev["scores"][0]["value"].as_f64()?,
+            name: name.clone(),
+            metric: score.name.clone(),
+            higher_is_better: score.higher_is_better,
+            value: score.value,
+            dev: finished.score("dev", i)?.value,
         })
     };
-    let tasks: Option<Vec<RunTask>> = (0..experiment.tasks.len()).map(task).collect();
-    let tasks = tasks.with_context(|| format!("{path}/report.json is damaged"))?;
+    let tasks: Option<Vec<RunTask>> = experiment.tasks.keys().enumerate().map(task).collect();
+    let tasks = tasks.with_context(|| format!("{} lacks a task", directory.file(finished::FILE).display()))?;
     let strategy = serde_json::to_value(&experiment.weighting)?;
     let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
     let own = match tasks.as_slice() {
@@ -148,15 +144,9 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
         learning_rate: experiment.training.optimizer.learning_rate(),
         fraction: experiment.data.train_fraction,
         tasks,
-        training_secs: report["training_secs"].as_f64().unwrap_or(0.0),
-        n_parameters: report["parameters"].as_u64().unwrap_or(0),
+        training_secs: finished.training_secs,
+        n_parameters: finished.parameters,
     })
-}
-
-fn write_page(file: &Path, paths: &[PathBuf], found: &[Found], comparison: &Comparison) -> Result<()> {
-    let names: Vec<String> = paths.iter().map(|path| name_of(path)).collect();
-    let page = html::page(&names.join(", "), &comparison.sheets(), &charts(found, comparison)?);
-    atomic::write(file, page.as_bytes())
 }
 
 /// Sums and counts by step.

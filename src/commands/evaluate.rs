@@ -3,9 +3,8 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::End;
 use super::cli::EvaluateArgs;
-use super::{prepare, table};
+use super::{End, prepare, say, table};
 use crate::data::Split;
 use crate::evaluate::evaluate;
 use crate::problem::{fail_on_errors, invalid};
@@ -23,14 +22,15 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     let report = evaluate(&trained.model, &data, &trained.tasks)?;
     if args.json {
         let content = json!({
-            "checkpoint": args.checkpoint,
+            // An exported model says which one it was made of.
+            "checkpoint": trained.about["checkpoint"].as_str().unwrap_or(&args.checkpoint),
             "epoch": trained.about["epoch"],
             "split": split.name(),
             "report": report,
         });
-        println!("{}", serde_json::to_string_pretty(&content)?);
+        say(serde_json::to_string_pretty(&content)?)?;
     } else {
-        println!("{}", table::reports(&[(split.name(), &report)]));
+        say(table::reports(&[(split.name(), &report)]))?;
     }
     Ok(End::Done)
 }

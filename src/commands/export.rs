@@ -4,18 +4,20 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
 use super::prepare::{self, Trained};
-use super::{End, table};
+use super::{End, say, table};
 use crate::data::{DeviceSet, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
-use crate::export::{self, Cases, Mismatch, Output, Precision, card};
+use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
 use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
 use crate::problem::{fail_on_errors, invalid};
+use crate::run::atomic;
 use crate::task::{Task, TaskKind};
 
 /// A new number where an older program could not read the file.
@@ -31,12 +33,26 @@ pub const FILES: [&str; 7] =
 pub fn run(args: &ExportArgs) -> Result<End> {
     let out = &args.out;
     may_write(args)?;
-    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = atomic::folder_of(out);
     if !folder.is_dir() {
         return Err(invalid(format!("{} cannot be written: {} is no folder", out.display(), folder.display())));
     }
-    let precision: Precision = args.dtype.into();
+    let dtype = args.dtype;
+    match (args.format, dtype) {
+        (ExportFormat::Onnx, Dtype::Float16 | Dtype::Bfloat16 | Dtype::Int8) => {
+            return Err(invalid("--format onnx writes float32; onnxruntime's own tools make it smaller"));
+        }
+        (ExportFormat::Safetensors, Dtype::Int8) => {
+            return Err(invalid("--format safetensors holds plain weights: use float32, float16 or bfloat16"));
+        }
+        _ => {}
+    }
     let trained = prepare::trained(&args.run, &args.checkpoint, Device::Cpu)?;
+    if args.format == ExportFormat::Triton && !matches!(trained.experiment.tokenizer, TokenizerConfig::Word(_)) {
+        return Err(invalid(
+            "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",
+        ));
+    }
     let (corpus, problems) = prepare::corpus(&trained.experiment)?;
     fail_on_errors(problems)?;
     let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
@@ -45,7 +61,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
     let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
     let built = partial.path().join("new");
-    let content = Content { args, trained: &trained, dev: &dev, report: &report, precision };
+    let content = Content { args, trained: &trained, dev: &dev, report: &report, dtype };
     let found = match args.format {
         ExportFormat::Torchscript => Some(content.torchscript(&built)?),
         ExportFormat::Triton => Some(content.triton(&built)?),
@@ -64,7 +80,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             "{}: agrees with the live model to {off:.1e} of the largest logit, in a process of its own",
             out.display()
         );
-        println!("{}", scores_table(&report, &scores, precision));
+        say(scores_table(&report, &scores, dtype))?;
     } else {
         match args.format {
             ExportFormat::Onnx => log::info!("{}: written; it was not run here: that takes onnxruntime", out.display()),
@@ -121,7 +137,7 @@ struct Content<'a> {
     trained: &'a Trained,
     dev: &'a DeviceSet,
     report: &'a Report,
-    precision: Precision,
+    dtype: Dtype,
 }
 
 impl Content<'_> {
@@ -135,7 +151,7 @@ impl Content<'_> {
             "name": experiment.name,
             "checkpoint": self.args.checkpoint,
             "epoch": trained.about["epoch"],
-            "dtype": self.precision.name(),
+            "dtype": self.dtype.name(),
             "tokenizer": experiment.tokenizer,
             "max_bytes": trained.tokenizer.max_bytes,
             "dev": self.report,
@@ -146,7 +162,7 @@ impl Content<'_> {
             &card::About {
                 name: &experiment.name,
                 checkpoint: &self.args.checkpoint,
-                precision: self.precision.name(),
+                dtype: self.dtype.name(),
                 n_parameters: trained.model.parameters.count(),
                 sources: sources.collect(),
                 dev: Some(self.report),
@@ -176,7 +192,7 @@ impl Content<'_> {
     /// Writes one file, has it checked by a process of its own, and scores it on dev.
     fn torchscript(&self, file: &Path) -> Result<(f64, Vec<Vec<Score>>)> {
         let (model, tasks) = (&self.trained.model, &self.trained.tasks);
-        let module = export::build(model, tasks, self.precision, Output::Dictionary)?;
+        let module = export::build(model, tasks, self.dtype, Output::Dictionary)?;
         module.save(file, &self.files()?)?;
         let cases = Cases::new(model, self.dev, tasks);
         let list = file.with_extension("cases");
@@ -196,9 +212,6 @@ impl Content<'_> {
 
     /// One ONNX file with the texts of [`FILES`] among its metadata.
     fn onnx(&self, file: &Path) -> Result<()> {
-        if self.precision != Precision::Float32 {
-            return Err(invalid("--format onnx writes float32; onnxruntime's own tools make it smaller"));
-        }
         let trained = self.trained;
         let graph = trained.model.onnx(&trained.tasks, self.dev.set.first_tokens.is_some());
         Ok(std::fs::write(file, graph.into_bytes(&self.files()?))?)
@@ -207,10 +220,7 @@ impl Content<'_> {
     /// Weights under PyTorch's names, tokenizer and configuration in a folder.
     fn safetensors(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir(folder)?;
-        if self.precision == Precision::Int8 {
-            return Err(invalid("--format safetensors holds plain weights: use float32, float16 or bfloat16"));
-        }
-        let kind = self.precision.kind();
+        let kind = self.dtype.kind();
         let weights = self.trained.model.parameters.with_constants();
         let weights: Vec<(&str, Tensor)> =
             weights.map(|(name, tensor)| (name, tensor.detach().to_kind(kind).contiguous())).collect();
@@ -243,11 +253,6 @@ impl Content<'_> {
 
     /// A model repository for Triton's PyTorch backend, with the checked file in its tuple form.
     fn triton(&self, folder: &Path) -> Result<(f64, Vec<Vec<Score>>)> {
-        if self.dev.set.first_tokens.is_some() {
-            return Err(invalid(
-                "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",
-            ));
-        }
         let tasks = &self.trained.tasks;
         let name = &self.trained.experiment.name;
         let version = folder.join(name).join("1");
@@ -256,32 +261,31 @@ impl Content<'_> {
         let found = self.torchscript(&checked)?;
         std::fs::remove_file(&checked)?;
         std::fs::remove_file(checked.with_extension("cases"))?;
-        let module = export::build(&self.trained.model, tasks, self.precision, Output::Tuple)?;
+        let module = export::build(&self.trained.model, tasks, self.dtype, Output::Tuple)?;
         let file = version.join("model.pt");
         module.save(&file, &self.files()?)?;
         // The server's form, read back and run.
-        let tolerance = self.precision.tolerance();
         let cases = Cases::new(&self.trained.model, self.dev, tasks);
-        cases.check(&open(&file)?.module, tasks, tolerance, self.precision == Precision::Float32)?;
+        cases.check(&open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(
             folder.join(name).join("config.pbtxt"),
-            config_pbtxt(name, tasks, self.precision, self.trained.model.reads_bytes()),
+            config_pbtxt(name, tasks, self.dtype, self.trained.model.reads_bytes()),
         )?;
         Ok(found)
     }
 }
 
 /// Triton's description of inputs and outputs; outputs go by position, which `__N` says.
-fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision, bytes: bool) -> String {
+fn config_pbtxt(name: &str, tasks: &[Task], dtype: Dtype, bytes: bool) -> String {
     let bytes = match bytes {
         true => ",\n  {\n    name: \"bytes__2\"\n    data_type: TYPE_INT64\n    dims: [ -1, -1 ]\n  }",
         false => "",
     };
-    let float = match precision {
-        Precision::Float32 | Precision::Int8 => "TYPE_FP32",
-        Precision::Float16 => "TYPE_FP16",
-        Precision::Bfloat16 => "TYPE_BF16",
+    let float = match dtype {
+        Dtype::Float32 | Dtype::Int8 => "TYPE_FP32",
+        Dtype::Float16 => "TYPE_FP16",
+        Dtype::Bfloat16 => "TYPE_BF16",
     };
     let mut outputs = Vec::new();
     for task in tasks {
@@ -308,8 +312,8 @@ fn config_pbtxt(name: &str, tasks: &[Task], precision: Precision, bytes: bool) -
     )
 }
 
-fn scores_table(report: &Report, exported: &[Vec<Score>], precision: Precision) -> comfy_table::Table {
-    let mut out = table::table(&["task", "metric on dev", "live", precision.name()], 2);
+fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy_table::Table {
+    let mut out = table::table(&["task", "metric on dev", "live", dtype.name()], 2);
     for (task, exported) in report.tasks.iter().zip(exported).filter(|(task, _)| task.n_sentences > 0) {
         for (i, (live, exported)) in task.scores.iter().zip(exported).enumerate() {
             let name = if i == 0 { task.name.clone() } else { String::new() };
@@ -340,7 +344,7 @@ pub struct Exported {
 pub fn open(path: &Path) -> Result<Exported> {
     let name = path.display();
     let (module, files) = ScriptModule::load(path, &FILES)
-        .map_err(|error| invalid(format!("{name} is damaged or no TorchScript file ({error})")))?;
+        .map_err(|error| invalid(format!("{name} is neither a run nor an exported model, or damaged ({error})")))?;
     let about: Value = serde_json::from_str(&files[0])
         .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
     if about["format"] != FORMAT {
@@ -354,11 +358,10 @@ pub fn open(path: &Path) -> Result<Exported> {
 pub fn verify(args: &VerifyArgs) -> Result<End> {
     let exported = open(&args.model)?;
     let tasks: Vec<Task> = serde_json::from_str(&exported.files[2])?;
-    let precisions = [Precision::Float32, Precision::Float16, Precision::Bfloat16, Precision::Int8];
-    let precision = precisions.into_iter().find(|precision| exported.about["dtype"] == precision.name());
-    let precision = precision.with_context(|| format!("unknown dtype {}", exported.about["dtype"]))?;
+    let dtype = Dtype::value_variants().iter().find(|dtype| exported.about["dtype"] == dtype.name());
+    let dtype = dtype.with_context(|| format!("unknown dtype {}", exported.about["dtype"]))?;
     let cases = Cases::read(&args.cases)?;
-    let off = cases.check(&exported.module, &tasks, precision.tolerance(), precision == Precision::Float32)?;
-    println!("{off:e}");
+    let off = cases.check(&exported.module, &tasks, *dtype)?;
+    say(format!("{off:e}"))?;
     Ok(End::Done)
 }

@@ -4,17 +4,18 @@
 //! The loss is smoothed with a decay of 0.9, corrected for its start. The suggestion is the rate at which it falls fastest
 //! against the logarithm of the rate, before its lowest point.
 
+use std::io::Write;
+
 use anyhow::Result;
 use serde_json::json;
 
 use super::cli::FindLrArgs;
 use super::rehearsal::Rehearsal;
-use super::{End, prepare, table};
+use super::{End, output, prepare, say, table};
 use crate::compare::html::{self, Chart};
 use crate::config::Experiment;
 use crate::optim::{RangeConfig, ScheduleConfig};
 use crate::problem::invalid;
-use crate::run::atomic;
 use crate::train::{Pending, State, Step, TrainingConfig};
 
 /// The test ends when the loss is so many times its lowest.
@@ -24,30 +25,36 @@ const DIVERGED: f64 = 4.0;
 type Point = (f64, f64);
 
 pub fn run(args: &FindLrArgs) -> Result<End> {
-    if !(args.from > 0.0 && args.to > args.from) {
+    if !(args.from > 0.0 && args.to > args.from && args.to.is_finite()) {
         return Err(invalid("--from must be more than 0 and less than --to"));
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let page = args.html.as_deref().map(output).transpose()?;
     let name = experiment.name.clone();
     let points = measure(args, experiment)?;
     let suggestion = suggestion(&points);
-    if args.json {
-        let points: Vec<_> = points.iter().map(|(rate, loss)| json!({"learning_rate": rate, "loss": loss})).collect();
-        println!("{}", json!({"suggestion": suggestion, "points": points}));
-        return Ok(End::Done);
-    }
-    println!("{}", curve(&points));
-    match suggestion {
-        Some(rate) => println!("the loss falls fastest at {rate:.1e}: training.optimizer.learning_rate of that size"),
-        None => println!("the loss did not fall: try a lower --from, or more --steps"),
-    }
-    if let Some(path) = &args.html {
+    if let Some(mut page) = page {
         let chart = Chart {
             title: "smoothed loss by log10 of the learning rate".to_owned(),
             lines: vec![(name.clone(), points.iter().map(|(rate, loss)| (rate.log10(), *loss)).collect())],
             logarithmic: false,
         };
-        atomic::write(path, html::page(&format!("{name}: learning rates"), &[], &[chart]).as_bytes())?;
+        page.write_all(html::page(&format!("{name}: learning rates"), &[], &[chart]).as_bytes())?;
+        page.keep()?;
+    }
+    if args.json {
+        let points: Vec<_> = points.iter().map(|(rate, loss)| json!({"learning_rate": rate, "loss": loss})).collect();
+        say(json!({"suggestion": suggestion, "points": points}))?;
+        return Ok(End::Done);
+    }
+    say(curve(&points))?;
+    match suggestion {
+        Some(rate) => {
+            say(format!("the loss falls fastest at {rate:.1e}: training.optimizer.learning_rate of that size"))?
+        }
+        None => say("the loss did not fall: try a lower --from, or more --steps")?,
+    }
+    if let Some(path) = &args.html {
         log::info!("the curve is in {}", path.display());
     }
     Ok(End::Done)

@@ -7,6 +7,7 @@ mod compare;
 mod evaluate;
 mod export;
 mod find_lr;
+mod finished;
 mod kernels;
 mod predict;
 pub mod prepare;
@@ -19,11 +20,20 @@ mod train;
 pub mod trainer;
 mod transfer;
 
+use std::fmt::Display;
+use std::io::Write;
+use std::panic::catch_unwind;
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 
-use crate::problem::InvalidInput;
+use crate::libtorch::{self, panic_text};
+use crate::problem::{InvalidInput, invalid};
+use crate::run::atomic::Partial;
 use cli::{Cli, Command};
 
 /// How a command that did not fail came to its end.
@@ -46,27 +56,14 @@ pub fn main() -> ExitCode {
         _ => log::LevelFilter::Trace,
     };
     let mut logger = env_logger::Builder::new();
-    logger.filter_level(level).parse_default_env().format(|out, record| {
-        use std::io::Write;
-        match record.level() {
-            log::Level::Info => writeln!(out, "{}", record.args()),
-            level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
-        }
+    logger.filter_level(level).parse_default_env().format(|out, record| match record.level() {
+        log::Level::Info => writeln!(out, "{}", record.args()),
+        level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
     });
     logger.init();
-    let result = match &cli.command {
-        Command::Train(args) => train::run(args),
-        Command::Evaluate(args) => evaluate::run(args),
-        Command::Predict(args) => predict::run(args),
-        Command::Check(args) => check::run(args),
-        Command::Export(args) => export::run(args),
-        Command::VerifyExport(args) => export::verify(args),
-        Command::Study(args) => study::run(args),
-        Command::Compare(args) => compare::run(args),
-        Command::FindLr(args) => find_lr::run(args),
-        Command::Bench(args) => bench::run(args),
-        Command::Selftest(args) => selftest::run(args),
-    };
+    // tch's operators panic where libtorch throws, for want of memory above all: such an end is told as any other.
+    std::panic::set_hook(Box::new(|panic| log::debug!("{panic}")));
+    let result = catch_unwind(|| run(&cli.command)).unwrap_or_else(|panic| Err(anyhow!(panic_text(panic.as_ref()))));
     match result {
         Ok(End::Done) => ExitCode::SUCCESS,
         Ok(End::Invalid) => ExitCode::from(2),
@@ -91,4 +88,44 @@ pub fn main() -> ExitCode {
             }
         }
     }
+}
+
+fn run(command: &Command) -> Result<End> {
+    match command {
+        Command::Train(args) => train::run(args),
+        Command::Evaluate(args) => evaluate::run(args),
+        Command::Predict(args) => predict::run(args),
+        Command::Check(args) => check::run(args),
+        Command::Export(args) => export::run(args),
+        Command::VerifyExport(args) => export::verify(args),
+        Command::Study(args) => study::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::FindLr(args) => find_lr::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Selftest(args) => selftest::run(args),
+    }
+}
+
+/// Set by the first Ctrl-C or SIGTERM, which says `message`; the second ends the process.
+fn stop_flag(message: &'static str) -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            libtorch::exit_at_once(130);
+        }
+        eprintln!("\n{message}; once more to stop at once");
+    };
+    ctrlc::set_handler(handler).context("signals cannot be handled")?;
+    Ok(stop)
+}
+
+/// The file that a command writes its result to, before the work begins.
+fn output(path: &Path) -> Result<Partial> {
+    Partial::new(path).map_err(|error| invalid(format!("{} cannot be written: {error}", path.display())))
+}
+
+/// Prints a result. A reader that is gone is an error, which [`main`] takes for a good end.
+fn say(text: impl Display) -> Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
 }

@@ -5,18 +5,19 @@ use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tch::Device;
 
-use super::End;
 use super::cli::PredictArgs;
 use super::prepare::{self, Trained};
+use super::{End, output};
 use crate::data::words::character_ranges;
 use crate::data::{DeviceSet, EncodedSet, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
+use crate::run::atomic::Partial;
 use crate::task::{Task, TaskKind};
 
 /// Lines that are labelled together at most: enough to batch by length, few enough to keep a pipe flowing.
@@ -33,15 +34,16 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
     let source: Box<dyn Read + Send> = match &args.input {
         None => Box::new(std::io::stdin()),
+        Some(path) if path.is_dir() => return Err(invalid(format!("{} is a folder", path.display()))),
         Some(path) => Box::new(File::open(path).map_err(|error| invalid(format!("{}: {error}", path.display())))?),
     };
     // A file appears whole under its name, or not at all.
-    let mut file = args.output.as_deref().map(partial_file).transpose()?;
+    let mut file = args.output.as_deref().map(output).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     {
         let mut out: BufWriter<Box<dyn Write>> = BufWriter::new(match &mut file {
-            Some(file) => Box::new(file.as_file_mut()),
+            Some(file) => Box::new(file),
             None => Box::new(std::io::stdout().lock()),
         });
         let lines = read_lines(source);
@@ -55,17 +57,8 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             n_done += window.len();
         }
     }
-    if let (Some(file), Some(path)) = (file, &args.output) {
-        file.as_file().sync_all()?;
-        file.persist(path).with_context(|| format!("{} could not be written", path.display()))?;
-    }
+    file.map_or(Ok(()), Partial::keep)?;
     Ok(End::Done)
-}
-
-fn partial_file(path: &Path) -> Result<tempfile::NamedTempFile> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let made = tempfile::Builder::new().prefix(".partial-").tempfile_in(folder);
-    made.map_err(|error| invalid(format!("{} cannot be written: {error}", path.display())))
 }
 
 /// Reads lines in a thread of its own, so that what has come can be labelled while the rest is on its way.
@@ -98,12 +91,17 @@ fn sentence(line: &[u8], trained: &Trained, (file, number): (&Path, usize)) -> R
     let wrong = |message: String| InvalidInput(vec![Problem::error(Place::new(file, number), message)]);
     let line = std::str::from_utf8(line).map_err(|_| wrong("invalid UTF-8".to_owned()))?;
     let line = line.strip_suffix('\r').unwrap_or(line);
-    if !line.starts_with('{') {
+    let line = line.strip_prefix('\u{feff}').filter(|_| number == 1).unwrap_or(line);
+    if !line.trim_start().starts_with('{') {
         return Ok(split(line.to_owned(), trained));
     }
     let row: Value = serde_json::from_str(line).map_err(|error| wrong(format!("not JSON: {error}")))?;
-    if let Some(Value::Array(tokens)) = row.get("tokens") {
-        let tokens: Option<Vec<&str>> = tokens.iter().map(Value::as_str).collect();
+    if let Some(tokens) = row.get("tokens") {
+        let tokens: Option<Vec<&str>> = match tokens {
+            Value::String(text) => Some(text.split_whitespace().collect()),
+            Value::Array(tokens) => tokens.iter().map(Value::as_str).collect(),
+            _ => None,
+        };
         let tokens = tokens.ok_or_else(|| wrong("`tokens` is no list of texts".to_owned()))?;
         let mut text = String::new();
         let mut words = Vec::new();

@@ -202,6 +202,10 @@ pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> 
 /// The model of a run directory or of an exported file; of a file the checkpoint is the one it was made of.
 pub fn trained(path: &Path, name: &str, device: Device) -> Result<Trained> {
     if path.is_file() {
+        if name != "best" {
+            let message = "is an exported model, which has one checkpoint: leave --checkpoint away";
+            return Err(invalid(format!("{} {message}", path.display())));
+        }
         return of_file(path, device);
     }
     let run = RunDirectory::open(path)?;

@@ -4,9 +4,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::End;
 use super::cli::SelftestArgs;
-use super::prepare;
+use super::{End, prepare, say};
 use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
 use crate::libtorch::Draws;
 use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared, Vocabulary};
@@ -26,14 +25,14 @@ const GRADIENT_CHECKS: [golden::Check; 3] = [
 
 pub fn run(args: &SelftestArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
-    println!("on {}", prepare::device_name(device));
+    say(format!("on {}", prepare::device_name(device)))?;
     let mut failed = 0;
     for (name, check) in golden::CHECKS.iter().chain(&GRADIENT_CHECKS) {
         match check(device) {
-            Ok(()) => println!("held    {name}"),
+            Ok(()) => say(format!("held    {name}"))?,
             Err(error) => {
                 failed += 1;
-                println!("FAILED  {name}\n        {error:#}");
+                say(format!("FAILED  {name}\n        {error:#}"))?;
             }
         }
     }
@@ -41,7 +40,7 @@ pub fn run(args: &SelftestArgs) -> Result<End> {
     if failed > 0 {
         bail!("{failed} of {n} checks failed on {}", prepare::device_name(device));
     }
-    println!("all {n} checks held");
+    say(format!("all {n} checks held"))?;
     Ok(End::Done)
 }
 

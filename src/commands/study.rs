@@ -5,25 +5,35 @@ use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 use super::cli::StudyArgs;
-use super::compare;
-use super::{End, prepare};
+use super::finished::{self, Finished};
+use super::{End, compare, prepare, table};
 use crate::config::{Experiment, PlannedRun};
+use crate::evaluate::TaskReport;
+use crate::libtorch;
 use crate::problem::invalid;
-use crate::run::atomic;
+use crate::run::{NewRun, RunDirectory, atomic};
+
+/// A study's list of its runs, [`Planned`] each.
+pub const PLAN: &str = "plan.json";
+
+#[derive(Serialize, Deserialize)]
+pub struct Planned {
+    pub name: String,
+    pub label: String,
+}
 
 /// One run of the plan on disk.
 struct Job {
-    label: String,
     name: String,
     experiment: PathBuf,
     run: PathBuf,
@@ -41,13 +51,19 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     let Some(study) = &experiment.study else {
         return Err(invalid(format!("{} has no `study:`", args.experiment.display())));
     };
+    for device in &args.devices {
+        libtorch::device(device).map_err(|error| invalid(format!("{error:#}")))?;
+    }
     let runs = experiment.planned_runs(study);
     // What no run could read is told once, before the first.
     let (_, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/{}-study", experiment.name)));
+    if !out.join(PLAN).is_file() {
+        NewRun::fail_if_occupied(&out)?;
+    }
     let jobs = write_plan(&out, &runs)?;
-    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join("report.json").is_file());
+    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(finished::FILE).is_file());
     let n_side_by_side = usize::from(args.jobs).max(args.devices.len()).min(open.len().max(1));
     log::info!(
         "{}: {} runs, {} of them done, {n_side_by_side} side by side; results go to {}",
@@ -66,7 +82,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         return Ok(End::Interrupted);
     }
     if done.len() + outcomes.len() > failed.len() {
-        compare::show(std::slice::from_ref(&out), Some(&out.join("report.html")))?;
+        compare::show(std::slice::from_ref(&out), Some(&out.join("report.html")), false)?;
     }
     if !failed.is_empty() {
         let lines: Vec<String> = failed
@@ -104,15 +120,15 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
         }
         atomic::write(&file, yaml.as_bytes())?;
         jobs.push(Job {
-            label: run.label.clone(),
             name: run.name.clone(),
             experiment: file,
             run: out.join("runs").join(&run.name),
             log: out.join("logs").join(format!("{}.log", run.name)),
         });
     }
-    let plan: Vec<Value> = jobs.iter().map(|job| json!({"name": job.name, "label": job.label})).collect();
-    atomic::write(&out.join("plan.json"), serde_json::to_string_pretty(&plan)?.as_bytes())?;
+    let plan: Vec<Planned> =
+        runs.iter().map(|run| Planned { name: run.name.clone(), label: run.label.clone() }).collect();
+    atomic::write(&out.join(PLAN), serde_json::to_string_pretty(&plan)?.as_bytes())?;
     Ok(jobs)
 }
 
@@ -121,15 +137,7 @@ fn work(jobs: Vec<Job>, args: &StudyArgs, n: usize) -> Result<Vec<(Job, Outcome)
     let program = std::env::current_exe().context("the program's own path is unknown")?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = args.threads.map_or((cores / n).max(1), usize::from);
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            crate::libtorch::exit_at_once(130);
-        }
-        eprintln!("\nstopping the runs after their steps; once more to stop at once");
-    })
-    .context("signals cannot be handled")?;
+    let stop = super::stop_flag("stopping the runs after their steps")?;
     let n_jobs = jobs.len();
     let (queue, results) = (Mutex::new(VecDeque::from(jobs)), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
@@ -211,15 +219,10 @@ fn last_line(log: &Path) -> Option<String> {
 
 /// The main test scores of a finished run, in a line.
 fn scores(job: &Job) -> String {
-    let read = || -> Option<String> {
-        let report: Value = serde_json::from_str(&std::fs::read_to_string(job.run.join("report.json")).ok()?).ok()?;
-        let split = report["splits"].get("test").or(report["splits"].get("dev"))?;
-        let tasks = split["tasks"].as_array()?.iter();
-        let task = |task: &Value| {
-            let value = task["scores"][0]["value"].as_f64()?;
-            Some(format!("{} {:.2}", task["name"].as_str()?, 100.0 * value))
-        };
-        Some(tasks.filter_map(task).collect::<Vec<_>>().join(", "))
+    let Ok(finished) = Finished::read(&RunDirectory { path: job.run.clone() }) else { return String::new() };
+    let tasks = finished.splits.values().next().map_or(&[][..], |report| &report.tasks);
+    let score = |(i, task): (usize, &TaskReport)| {
+        Some(format!("{} {}", task.name, table::percent(finished.best_known(i)?.value)))
     };
-    read().unwrap_or_default()
+    tasks.iter().enumerate().filter_map(score).collect::<Vec<_>>().join(", ")
 }

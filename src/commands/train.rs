@@ -1,25 +1,25 @@
 //! `polytask train`: train, evaluate the best checkpoint, print a table.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use indexmap::IndexMap;
 use serde_json::json;
 use tch::Device;
 
-use super::End;
 use super::cli::TrainArgs;
+use super::finished::Finished;
 use super::progress::TrainingProgress;
-use super::{prepare, table, trainer, transfer};
+use super::{End, prepare, say, stop_flag, table, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
-use crate::run::{RunDirectory, checkpoint};
+use crate::run::{NewRun, RunDirectory, checkpoint};
 use crate::task::Task;
 use crate::train::{Outcome, State};
 
@@ -32,24 +32,27 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         fail_on_change(&run, &experiment)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
-        return go(args, &run, device, &corpus);
+        return go(args, &run, device, &corpus, stop_flag(STOPPING)?.as_ref());
     }
     let path = args.out.clone().unwrap_or_else(|| free_path(&experiment.name));
-    let run = RunDirectory::create(&path)?;
-    match start(args, &experiment, &run, (device, threads)) {
-        Ok(corpus) => go(args, &run, device, &corpus),
-        Err(error) => {
-            // Nothing was trained: the directory would only be in the way of the next try.
-            std::fs::remove_dir_all(&run.path).ok();
-            Err(error)
-        }
-    }
+    NewRun::fail_if_occupied(&path)?;
+    let (corpus, tokenizer) = read(args, &experiment)?;
+    // A signal before this point leaves nothing behind, one after it a run that goes on.
+    let stop = stop_flag(STOPPING)?;
+    let new = NewRun::create(&path)?;
+    write(&experiment, &new.directory, args, (&corpus, &tokenizer), (device, threads))?;
+    go(args, &new.directory, device, &corpus, &stop)
 }
+
+const STOPPING: &str = "stopping after this step";
 
 /// `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is free.
 fn free_path(name: &str) -> PathBuf {
-    let numbered = |n: usize| PathBuf::from(if n == 1 { format!("runs/{name}") } else { format!("runs/{name}-{n}") });
-    (1..).map(numbered).find(|path| !path.exists()).unwrap_or_else(|| numbered(1))
+    (1..).map(|n| numbered(name, n)).find(|path| !path.exists()).expect("invariant: some number is free")
+}
+
+fn numbered(name: &str, n: usize) -> PathBuf {
+    PathBuf::from(if n == 1 { format!("runs/{name}") } else { format!("runs/{name}-{n}") })
 }
 
 fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
@@ -57,9 +60,8 @@ fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
         return Ok(out.clone());
     }
     let name = &experiment.name;
-    let newest = |n: usize| if n == 1 { format!("runs/{name}") } else { format!("runs/{name}-{n}") };
-    let last = (1..).take_while(|&n| Path::new(&newest(n)).exists()).last();
-    last.map(|n| newest(n).into()).ok_or_else(|| invalid(format!("there is no runs/{name} to resume")))
+    let last = (1..).map(|n| numbered(name, n)).take_while(|path| path.exists()).last();
+    last.ok_or_else(|| invalid(format!("there is no runs/{name} to resume")))
 }
 
 /// A run goes on with the experiment that it began with, or not at all.
@@ -79,8 +81,8 @@ fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
     }
 }
 
-/// Reads the data, learns the tokenizer, and writes what the run is made of.
-fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine: (Device, usize)) -> Result<Corpus> {
+/// Reads the data and learns the tokenizer.
+fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)> {
     // Said before the data is read.
     transfer::earlier(experiment)?;
     let (corpus, problems) = prepare::corpus(experiment)?;
@@ -96,11 +98,22 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
     for coverage in &coverage {
         log::info!("{}", prepare::coverage_line(coverage));
     }
-    let tasks = prepare::tasks(experiment, &corpus);
+    Ok((corpus, tokenizer))
+}
+
+/// Writes what the run is made of.
+fn write(
+    experiment: &Experiment,
+    run: &RunDirectory,
+    args: &TrainArgs,
+    (corpus, tokenizer): (&Corpus, &Tokenizer),
+    machine: (Device, usize),
+) -> Result<()> {
+    let tasks = prepare::tasks(experiment, corpus);
     let written = std::fs::read_to_string(&args.experiment).context("the experiment file is gone")?;
     run.write("experiment.yaml", &written)?;
     run.write("tokenizer.json", &tokenizer.to_json()?)?;
-    prepare::write_vectors(run, &tokenizer)?;
+    prepare::write_vectors(run, tokenizer)?;
     run.write_tasks(&tasks)?;
     let environment = json!({
         "polytask": env!("CARGO_PKG_VERSION"),
@@ -111,12 +124,11 @@ fn start(args: &TrainArgs, experiment: &Experiment, run: &RunDirectory, machine:
         "command": std::env::args().collect::<Vec<_>>(),
     });
     run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
-    run.write("resolved.yaml", &experiment.to_yaml()?)?;
-    Ok(corpus)
+    run.write("resolved.yaml", &experiment.to_yaml()?)
 }
 
 /// Trains from wherever the run stands to its end.
-fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> Result<End> {
+fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, stop: &AtomicBool) -> Result<End> {
     let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
     let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
@@ -152,12 +164,10 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus) -> 
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    install_handler(&stop)?;
     let started = Instant::now();
     let mut progress = TrainingProgress::new(&tasks, experiment.training.max_epochs);
     let before = if args.resume { seconds_before(run) } else { 0.0 };
-    let outcome = trainer.train(state, &mut progress, &stop)?;
+    let outcome = trainer.train(state, &mut progress, stop)?;
     let seconds = before + started.elapsed().as_secs_f64();
     run.write("timing.json", &json!({"training_secs": seconds}).to_string())?;
     match outcome {
@@ -178,18 +188,6 @@ fn seconds_before(run: &RunDirectory) -> f64 {
     let timing: Option<serde_json::Value> =
         run.read("timing.json").ok().and_then(|text| serde_json::from_str(&text).ok());
     timing.and_then(|timing| timing["training_secs"].as_f64()).unwrap_or(0.0)
-}
-
-/// The first signal ends training after the step at hand; the second ends the process.
-fn install_handler(stop: &Arc<AtomicBool>) -> Result<()> {
-    let stop = stop.clone();
-    ctrlc::set_handler(move || {
-        if stop.swap(true, Ordering::Relaxed) {
-            libtorch::exit_at_once(130);
-        }
-        eprintln!("\nstopping after this step; once more to stop at once");
-    })
-    .context("signals cannot be handled")
 }
 
 fn resume_command(args: &TrainArgs, run: &RunDirectory) -> String {
@@ -223,24 +221,23 @@ fn report(
 ) -> Result<()> {
     let best = checkpoint::load(&run.checkpoint("best"))?;
     model.parameters.load(best.model)?;
-    let mut reports = Vec::new();
+    let mut splits = IndexMap::new();
     for split in [Split::Dev, Split::Test] {
         let data = prepare::encoded(corpus, split, tokenizer, tasks, device)?;
         if !data.set.is_empty() {
-            reports.push((split.name(), evaluate(model, &data, tasks)?));
+            splits.insert(split.name().to_owned(), evaluate(model, &data, tasks)?);
         }
     }
-    let splits: Vec<(&str, &_)> = reports.iter().map(|(name, report)| (*name, report)).collect();
-    let content = json!({
-        "checkpoint": "best",
-        "epoch": best.state["epoch"],
-        "step": best.state["step"],
-        "parameters": model.parameters.count(),
-        "training_secs": seconds,
-        "splits": reports.iter().map(|(name, report)| (name.to_string(), json!(report))).collect::<serde_json::Map<_, _>>(),
-    });
-    run.write("report.json", &serde_json::to_string_pretty(&content)?)?;
-    log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", best.state["epoch"]);
-    println!("{}", table::reports(&splits));
-    Ok(())
+    let of_best = |key: &str| best.state[key].as_u64().with_context(|| format!("the best checkpoint has no {key}"));
+    let finished = Finished {
+        checkpoint: "best".to_owned(),
+        epoch: of_best("epoch")?,
+        step: of_best("step")?,
+        parameters: model.parameters.count() as u64,
+        training_secs: seconds,
+        splits,
+    };
+    finished.write(run)?;
+    log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", finished.epoch);
+    say(table::reports(&finished.splits.iter().map(|(name, report)| (name.as_str(), report)).collect::<Vec<_>>()))
 }

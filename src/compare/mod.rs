@@ -8,7 +8,7 @@ use serde::Serialize;
 
 pub use sheets::Sheet;
 
-use stats::{Estimate, delta_m, deviation, estimate, mean, share_that_reaches};
+use stats::{Estimate, Needed, delta_m, deviation, estimate, mean, share_that_reaches};
 
 /// One finished run.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ pub struct RunTask {
 
 impl Run {
     /// A run of one task is the twin of every multi-task run of the same task.
-    fn is_twin(&self) -> bool {
+    pub fn is_twin(&self) -> bool {
         self.label.starts_with("only-")
     }
 
@@ -100,10 +100,7 @@ pub struct Saving {
     pub label: String,
     pub task: String,
     pub fraction: f64,
-    /// `None` beyond what was run: see `reached`.
-    pub alone_needs: Option<f64>,
-    /// Whether the task alone reached the score at all.
-    pub reached: bool,
+    pub alone_needs: Needed,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -217,13 +214,11 @@ fn savings(groups: &[Group], twins: &[Group]) -> Vec<Saving> {
             if curve.len() < 2 {
                 continue;
             }
-            let found = share_that_reaches(&curve, task.mean);
             savings.push(Saving {
                 label: group.label.clone(),
                 task: task.name.clone(),
                 fraction: group.fraction,
-                alone_needs: found.ok(),
-                reached: found != Err(true),
+                alone_needs: share_that_reaches(&curve, task.mean),
             });
         }
     }

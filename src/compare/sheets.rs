@@ -1,6 +1,6 @@
 //! A comparison as tables, for the terminal and for the page.
 
-use super::stats::Estimate;
+use super::stats::{Estimate, Needed};
 use super::{Comparison, Group, Saving, TaskResult};
 
 /// A table for people; the first `n_names` columns are names.
@@ -107,10 +107,10 @@ impl Comparison {
     }
 
     fn curve(&self) -> Sheet {
-        let needs = |saving: &Saving| match (saving.alone_needs, saving.reached) {
-            (Some(share), _) => percent_of_data(share),
-            (None, true) => "the smallest share, or less".to_owned(),
-            (None, false) => "more than all of it".to_owned(),
+        let needs = |saving: &Saving| match saving.alone_needs {
+            Needed::Share(share) => percent_of_data(share),
+            Needed::SmallestOrLess => "the smallest share, or less".to_owned(),
+            Needed::MoreThanAll => "more than all of it".to_owned(),
         };
         let row = |saving: &Saving| {
             vec![percent_of_data(saving.fraction), saving.label.clone(), saving.task.clone(), needs(saving)]

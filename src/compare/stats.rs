@@ -40,16 +40,28 @@ pub fn delta_m(pairs: &[(f64, f64, bool)]) -> f64 {
     pairs.iter().map(change).sum::<f64>() / pairs.len() as f64
 }
 
+/// How much of the data a score takes, as far as a curve says.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Needed {
+    Share(f64),
+    /// The curve's smallest share is already as good.
+    SmallestOrLess,
+    /// Not reached within the curve.
+    MoreThanAll,
+}
+
 /// The share of the data at which a curve of (share, score), by ascending share, first reaches `score`, read off linearly
-/// over log share. `Err(true)`: never within the curve; `Err(false)`: its smallest share is already as good.
-pub fn share_that_reaches(curve: &[(f64, f64)], score: f64) -> Result<f64, bool> {
-    match curve.first() {
-        Some(&(_, first)) if first >= score => return Err(false),
-        _ => {}
+/// over log share.
+pub fn share_that_reaches(curve: &[(f64, f64)], score: f64) -> Needed {
+    if curve.first().is_some_and(|&(_, first)| first >= score) {
+        return Needed::SmallestOrLess;
     }
-    let step = curve.windows(2).find(|pair| pair[0].1 < score && pair[1].1 >= score).ok_or(true)?;
+    let Some(step) = curve.windows(2).find(|pair| pair[0].1 < score && pair[1].1 >= score) else {
+        return Needed::MoreThanAll;
+    };
     let ((x0, y0), (x1, y1)) = (step[0], step[1]);
-    Ok((x0.ln() + (x1.ln() - x0.ln()) * (score - y0) / (y1 - y0)).exp())
+    Needed::Share((x0.ln() + (x1.ln() - x0.ln()) * (score - y0) / (y1 - y0)).exp())
 }
 
 #[cfg(test)]
@@ -70,8 +82,9 @@ mod tests {
     #[test]
     fn shares_are_read_off_the_curve() {
         let curve = [(0.01, 0.2), (0.1, 0.4), (1.0, 0.8)];
-        assert!((share_that_reaches(&curve, 0.6).unwrap() - 0.1 * 10f64.sqrt()).abs() < 1e-9);
-        assert_eq!(share_that_reaches(&curve, 0.9), Err(true));
-        assert_eq!(share_that_reaches(&curve, 0.1), Err(false));
+        let found = share_that_reaches(&curve, 0.6);
+        assert!(matches!(found, Needed::Share(share) if (share - 0.1 * 10f64.sqrt()).abs() < 1e-9), "{found:?}");
+        assert_eq!(share_that_reaches(&curve, 0.9), Needed::MoreThanAll);
+        assert_eq!(share_that_reaches(&curve, 0.1), Needed::SmallestOrLess);
     }
 }

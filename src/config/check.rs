@@ -11,6 +11,16 @@ use crate::problem::{Problem, Severity};
 use crate::task::Scheme;
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
+/// Keys beside the tasks' names in predictions and records.
+const WRITTEN: [&str; 6] = ["text", "words", "kind", "step", "epoch", "sentence_accuracy"];
+
+/// Python's keywords.
+const PYTHON: [&str; 32] = [
+    "and", "as", "assert", "async", "await", "break", "class", "continue", "def", "del", "elif", "else", "except",
+    "finally", "for", "from", "global", "if", "import", "in", "is", "lambda", "nonlocal", "not", "or", "pass", "raise",
+    "return", "try", "while", "with", "yield",
+];
+
 struct Checker<'a> {
     layer: &'a Layer,
     problems: Vec<Problem>,
@@ -51,7 +61,11 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
     let mut c = Checker { layer, problems: Vec::new() };
     let name_ok = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let name = &experiment.name;
-    c.require("name", !name.is_empty() && name.chars().all(name_ok), "use letters, digits, `-`, `_` and `.`");
+    c.require(
+        "name",
+        name.chars().all(name_ok) && name.starts_with(|c: char| c.is_ascii_alphanumeric()),
+        "use letters, digits, `-`, `_` and `.`, a letter or digit first",
+    );
     c.require("data.sets", !experiment.data.sets.is_empty(), "name at least one set");
     for (name, set) in &experiment.data.sets {
         check_set(&mut c, &format!("data.sets.{name}"), set);
@@ -92,6 +106,17 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
         Format::Conll => {}
         _ => c.require(&format!("{path}.columns"), !has_columns, "has a meaning for conll and lines alone"),
     }
+    let one = |separator: &String| match set.format {
+        Format::Csv | Format::Tsv => separator.len() == 1,
+        _ => !separator.is_empty(),
+    };
+    c.require(
+        &format!("{path}.separator"),
+        set.separator.as_ref().is_none_or(one),
+        "must be one ASCII character for csv and tsv, and not empty",
+    );
+    let quoted = matches!(set.format, Format::Csv | Format::Tsv);
+    c.require(&format!("{path}.quotes"), set.quotes || quoted, "has a meaning for csv and tsv alone");
     let separated = matches!(set.format, Format::Conll | Format::Lines | Format::Csv | Format::Tsv);
     c.require(&format!("{path}.separator"), set.separator.is_none() || separated, "has no meaning for this format");
     let needs_words = matches!(set.format, Format::Conll | Format::Conllu);
@@ -108,6 +133,8 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
     c.require(&path, valid, "a task's name is [a-z][a-z0-9_]*");
     c.require(&path, name != "mean", "`mean` stands for the mean of the tasks");
     c.require(&path, name != "trunk", "`trunk` stands for the shared trunk");
+    c.require(&path, !WRITTEN.contains(&name), "stands for something else in what is written beside a task's results");
+    c.require(&path, !PYTHON.contains(&name), "is a word of Python, in which exported models are written");
     // As written: a set that was taken out for its own errors is still known.
     let written = c.layer.value.pointer("/data/sets").and_then(|sets| sets.as_object());
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());

@@ -29,13 +29,20 @@ pub fn tag_key(path: &str) -> Option<&'static str> {
     TAGGED.iter().find(|(pattern, _)| fits(pattern)).map(|(_, key)| *key)
 }
 
-/// `{strategy: gradnorm, alpha: 1}` becomes `{gradnorm: {alpha: 1}}`, which serde reads with the path of every error.
-fn to_external(value: Value, path: &str, missing: &mut Vec<(String, &'static str)>) -> Value {
-    let Value::Object(object) = value else { return value };
+/// `{strategy: gradnorm, alpha: 1}` becomes `{gradnorm: {alpha: 1}}`, which serde reads with the path of every error; and so
+/// does `gradnorm` alone. A mapping that names no kind is of that in `defaults`, if it has one there.
+fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(String, &'static str)>) -> Value {
+    let object = match value {
+        Value::Object(object) => object,
+        Value::String(kind) if tag_key(path).is_some() => {
+            return Value::Object(Map::from_iter([(kind, Value::Object(Map::new()))]));
+        }
+        value => return value,
+    };
     let mut out = Map::new();
     for (key, value) in object {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-        out.insert(key, to_external(value, &path, missing));
+        out.insert(key, to_external(value, &path, defaults, missing));
     }
     let Some(tag) = tag_key(path) else { return Value::Object(out) };
     match out.shift_remove(tag) {
@@ -47,8 +54,14 @@ fn to_external(value: Value, path: &str, missing: &mut Vec<(String, &'static str
             Value::Object(Map::from_iter([(kind, Value::Object(out))]))
         }
         None => {
-            missing.push((path.to_owned(), tag));
-            Value::Null
+            let default = defaults.pointer(&format!("/{}", path.replace('.', "/")));
+            match default.and_then(|kinds| kinds.as_object()?.keys().next()) {
+                Some(kind) => Value::Object(Map::from_iter([(kind.clone(), Value::Object(out))])),
+                None => {
+                    missing.push((path.to_owned(), tag));
+                    Value::Null
+                }
+            }
         }
     }
 }
@@ -70,10 +83,11 @@ pub fn to_written(value: Value) -> Value {
     walk(value, "")
 }
 
-/// Reads the tree as `T`. What is wrong goes to `problems`; `None` when too little is left to make a `T`.
-pub fn decode<T: DeserializeOwned>(layer: &Layer, problems: &mut Vec<Problem>) -> Option<T> {
+/// Reads the tree as `T`; mappings that name no kind are of those in `defaults`. What is wrong goes to `problems`; `None` when
+/// too little is left to make a `T`.
+pub fn decode<T: DeserializeOwned>(layer: &Layer, defaults: &Value, problems: &mut Vec<Problem>) -> Option<T> {
     let mut missing = Vec::new();
-    let mut value = to_external(layer.value.clone(), "", &mut missing);
+    let mut value = to_external(layer.value.clone(), "", defaults, &mut missing);
     let mut removed: Vec<String> = Vec::new();
     for (path, tag) in missing {
         remove(&mut value, &path.split('.').map(str::to_owned).collect::<Vec<_>>());

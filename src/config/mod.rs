@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::data::{DataConfig, TaskColumn, TokenizerConfig};
 use crate::model::{HeadConfig, ModelConfig};
@@ -17,11 +18,6 @@ use crate::problem::{InvalidInput, Problem};
 use crate::train::TrainingConfig;
 use crate::weighting::WeightingConfig;
 pub use study::{PlannedRun, StudyConfig};
-
-/// Default of fields that are 1.
-pub(crate) fn one() -> f64 {
-    1.0
-}
 
 /// One experiment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -64,7 +60,13 @@ impl Experiment {
     pub fn load(path: &Path, overrides: &[String]) -> Result<Experiment> {
         let layer = source::load(path, overrides)?;
         let mut problems: Vec<Problem> = layer.problems.clone();
-        let decoded = decode::decode::<Experiment>(&layer, &mut problems);
+        // Not that of the loss weighting: whoever gives it options means one.
+        let defaults = json!({
+            "tokenizer": TokenizerConfig::default(),
+            "model": ModelConfig::default(),
+            "training": TrainingConfig::default(),
+        });
+        let decoded = decode::decode::<Experiment>(&layer, &defaults, &mut problems);
         let Some(mut experiment) = decoded else { return Err(InvalidInput(problems).into()) };
         problems.extend(check::check(&experiment, &layer));
         if !problems.is_empty() {
@@ -135,6 +137,21 @@ training:
         let yaml = experiment.to_yaml().unwrap();
         assert!(yaml.contains("strategy: equal") && yaml.contains("type: tagging"), "{yaml}");
         assert_eq!(load(&yaml, &[]).unwrap().to_yaml().unwrap(), yaml);
+    }
+
+    #[test]
+    fn a_kind_may_stand_alone_or_be_the_default() {
+        let short = load(GOOD, &["weighting=gradnorm", "tokenizer.lowercase=true", "model.embedding.characters=none"]);
+        let long = load(
+            GOOD,
+            &[
+                "weighting={strategy: gradnorm}",
+                "tokenizer={model: word, lowercase: true}",
+                "model.embedding.characters.kind=none",
+            ],
+        );
+        assert_eq!(short.unwrap().to_yaml().unwrap(), long.unwrap().to_yaml().unwrap());
+        check_error(&(GOOD.to_owned() + "weighting: {alpha: 1}\n"), &["e.yaml:14: weighting: missing key `strategy`"]);
     }
 
     #[test]

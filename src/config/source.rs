@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::decode::tag_key;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
+use crate::run::atomic::folder_of;
 
 /// A tree of values with the place of each by its dotted path.
 pub struct Layer {
@@ -37,12 +38,12 @@ impl Layer {
 pub fn load(path: &Path, overrides: &[String]) -> Result<Layer> {
     let mut layer = load_file(path, &mut Vec::new())?;
     for text in overrides {
-        overlay(&mut layer, override_layer(text)?, "");
+        let mut over = override_layer(text)?;
+        anchor(&mut over.value, path);
+        overlay(&mut layer, over, "");
     }
-    let folder = path.parent().unwrap_or(Path::new("")).to_string_lossy().into_owned();
-    let folder = if folder.is_empty() { ".".to_owned() } else { folder };
     let mut value = std::mem::take(&mut layer.value);
-    substitute(&mut value, "", &folder, &mut |path, message| {
+    substitute(&mut value, "", &mut |path, message| {
         let problem = Problem { severity: crate::problem::Severity::Error, place: layer.place(path), message };
         layer.problems.push(problem);
     });
@@ -66,6 +67,7 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
         return Err(fail(1, "an experiment is a mapping of keys to values".to_owned()).into());
     };
     let extends = object.shift_remove("extends");
+    anchor(&mut value, path);
     let mut layer = Layer { value, places: places(path, &text), problems: Vec::new() };
     let Some(extends) = extends else { return Ok(layer) };
     let line = layer.place("extends").map_or(0, |place| place.line);
@@ -220,19 +222,23 @@ fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String
     }
 }
 
-/// Replaces `${NAME}` and `${NAME:-default}` in texts. `EXPERIMENT_DIR` is the folder of the experiment file. A text that
-/// is one such reference takes the type of what it stands for.
-fn substitute(value: &mut Value, path: &str, folder: &str, problem: &mut dyn FnMut(&str, String)) {
+/// Replaces `${EXPERIMENT_DIR}` in texts by the folder of `file`, in which they stand.
+fn anchor(value: &mut Value, file: &Path) {
+    match value {
+        Value::Object(object) => object.values_mut().for_each(|value| anchor(value, file)),
+        Value::Array(items) => items.iter_mut().for_each(|value| anchor(value, file)),
+        Value::String(text) => *text = text.replace("${EXPERIMENT_DIR}", &folder_of(file).to_string_lossy()),
+        _ => {}
+    }
+}
+
+/// Replaces `${NAME}` and `${NAME:-default}` in texts. A text that is one such reference takes the type of what it stands for.
+fn substitute(value: &mut Value, path: &str, problem: &mut dyn FnMut(&str, String)) {
     let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
     match value {
-        Value::Object(object) => {
-            object.iter_mut().for_each(|(key, value)| substitute(value, &join(key), folder, problem))
-        }
+        Value::Object(object) => object.iter_mut().for_each(|(key, value)| substitute(value, &join(key), problem)),
         Value::Array(items) => {
-            items
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, value)| substitute(value, &join(&i.to_string()), folder, problem));
+            items.iter_mut().enumerate().for_each(|(i, value)| substitute(value, &join(&i.to_string()), problem));
         }
         Value::String(text) if text.contains("${") => {
             let mut out = String::new();
@@ -247,7 +253,7 @@ fn substitute(value: &mut Value, path: &str, folder: &str, problem: &mut dyn FnM
                     None => (reference, None),
                 };
                 let set = std::env::var(name).ok().filter(|value| !value.is_empty());
-                match set.or_else(|| (name == "EXPERIMENT_DIR").then(|| folder.to_owned())).or(default) {
+                match set.or(default) {
                     Some(value) => out += &value,
                     None => {
                         let message = format!(

@@ -10,7 +10,7 @@ pub fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Probl
     let labelled = |row: usize| {
         wanted.iter().enumerate().any(|(column, wanted)| match wanted.kind {
             WantedKind::Class => train.columns[column].values[row] != ABSENT,
-            WantedKind::Tags => train.tags_of(column, row).is_some(),
+            WantedKind::Tags(_) => train.tags_of(column, row).is_some(),
         })
     };
     let taken: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
@@ -38,7 +38,7 @@ pub fn cut(
     fraction: f64,
     mut generator: impl rand::Rng,
 ) -> Rows {
-    let tags = wanted.iter().position(|wanted| wanted.kind == WantedKind::Tags);
+    let tags = wanted.iter().position(|wanted| wanted.kind != WantedKind::Class);
     let stratum: Vec<u32> = match (classes, tags) {
         (Some(column), _) => train.columns[column].values.clone(),
         (None, Some(column)) => {

@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::labels::{Labels, NO_LABEL};
 use super::rows::Strings;
 use super::set::{Corpus, Split};
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Pieces, Tokenizer};
 use crate::problem::Place;
 use crate::task::{Task, TaskId};
 
@@ -73,18 +73,12 @@ impl EncodedSet {
     pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
         let mut set = EncodedSet::empty(tasks, tokenizer);
         let mut pieces_differ = false;
-        let mut first_tokens = Vec::new();
         for loaded in &corpus.sets {
             let rows = &loaded.splits[split as usize];
             let pieces = tokenizer.encode_words(&rows.words)?;
             let first_form = set.add_forms(&rows.words);
             for row in 0..rows.len() {
-                let start = set.token_ids.len();
-                for &word in rows.words_of(row) {
-                    first_tokens.push((set.token_ids.len() - start) as i32);
-                    set.add_word(pieces.of(word), first_form + word as usize);
-                }
-                set.end_row(rows.words_of(row).len());
+                set.add_row(rows.words_of(row), &pieces, first_form);
                 set.places.push(rows.place(row));
             }
             pieces_differ |= pieces.ids.len() + 1 != pieces.offsets.len();
@@ -98,7 +92,7 @@ impl EncodedSet {
             }
             set.set_starts.push(set.len());
         }
-        set.first_tokens = pieces_differ.then_some(first_tokens);
+        set.first_tokens = set.first_tokens.filter(|_| pieces_differ);
         Ok(set)
     }
 
@@ -110,23 +104,17 @@ impl EncodedSet {
         let pieces = tokenizer.encode_words(&words)?;
         let mut set = EncodedSet::empty(tasks, tokenizer);
         set.add_forms(&words);
-        let mut first_tokens = Vec::new();
         for sentence in &ids {
-            let start = set.token_ids.len();
-            for &word in sentence {
-                first_tokens.push((set.token_ids.len() - start) as i32);
-                set.add_word(pieces.of(word), word as usize);
-            }
-            set.end_row(sentence.len());
+            set.add_row(sentence, &pieces, 0);
         }
-        let n_words = first_tokens.len();
+        let n_words = ids.iter().map(Vec::len).sum();
         for target in &mut set.targets {
             match target {
                 TargetValues::Classes(all) => all.resize(sentences.len(), NO_LABEL),
                 TargetValues::Tags(all) => all.resize(n_words, NO_LABEL),
             }
         }
-        set.first_tokens = (pieces.ids.len() + 1 != pieces.offsets.len()).then_some(first_tokens);
+        set.first_tokens = set.first_tokens.filter(|_| pieces.ids.len() + 1 != pieces.offsets.len());
         set.set_starts.push(set.len());
         Ok(set)
     }
@@ -139,13 +127,22 @@ impl EncodedSet {
         first
     }
 
-    fn add_word(&mut self, pieces: &[u32], form: usize) {
-        self.token_ids.extend(pieces.iter().map(|&id| id as i32));
-        if let Some(spelling) = &mut self.spelling {
-            spelling.token_forms.extend(pieces.iter().map(|_| form as i32));
+    /// Adds a row of `words`, numbers in the list of which `pieces` are and whose first form is `first_form`.
+    fn add_row(&mut self, words: &[u32], pieces: &Pieces, first_form: usize) {
+        let start = self.token_ids.len();
+        for &word in words {
+            self.first_tokens.iter_mut().for_each(|first| first.push((self.token_ids.len() - start) as i32));
+            let pieces = pieces.of(word);
+            self.token_ids.extend(pieces.iter().map(|&id| id as i32));
+            if let Some(spelling) = &mut self.spelling {
+                spelling.token_forms.extend(pieces.iter().map(|_| (first_form + word as usize) as i32));
+            }
         }
+        self.word_offsets.push(self.word_offsets[self.len()] + words.len() as i64);
+        self.token_offsets.push(self.token_ids.len() as i64);
     }
 
+    /// No rows yet.
     fn empty(tasks: &[Task], tokenizer: &Tokenizer) -> EncodedSet {
         let target = |task: &Task| match task.kind {
             crate::task::TaskKind::Classification => TargetValues::Classes(Vec::new()),
@@ -155,18 +152,12 @@ impl EncodedSet {
             token_ids: Vec::new(),
             token_offsets: vec![0],
             word_offsets: vec![0],
-            first_tokens: None,
+            first_tokens: Some(Vec::new()),
             spelling: tokenizer.max_bytes.map(Spelling::new),
             targets: tasks.iter().map(target).collect(),
             set_starts: vec![0],
             places: Vec::new(),
         }
-    }
-
-    fn end_row(&mut self, n_words: usize) {
-        let last = self.word_offsets.last().copied().unwrap_or(0);
-        self.word_offsets.push(last + n_words as i64);
-        self.token_offsets.push(self.token_ids.len() as i64);
     }
 
     pub fn len(&self) -> usize {

@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn tags_become_bio_ids_and_come_back_as_written() {
-        let wanted = [Wanted { column: "ner".into(), kind: WantedKind::Tags }];
+        let wanted = [Wanted { column: "ner".into(), kind: WantedKind::Tags(Scheme::Bioes) }];
         let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
         builder.push(1, &["a", "b", "c"], &[Field::Tags(vec!["B-x", "E-x", "S-y"])]);
         builder.push(2, &["d"], &[Field::Absent]);

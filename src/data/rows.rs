@@ -6,6 +6,7 @@ use indexmap::IndexSet;
 use rustc_hash::FxBuildHasher;
 
 use crate::problem::{Place, Problem};
+use crate::task::Scheme;
 
 /// Distinct strings, numbered in the order of their first appearance.
 #[derive(Clone, Debug, Default)]
@@ -55,8 +56,8 @@ pub struct Wanted {
 pub enum WantedKind {
     /// One label a row.
     Class,
-    /// One tag a word.
-    Tags,
+    /// One tag a word, in this scheme.
+    Tags(Scheme),
 }
 
 /// The labels of one column: a value a row for classes, a value a word for tags, [`ABSENT`] where a row has none.
@@ -192,7 +193,7 @@ impl Rows {
             for ((column, other), kind) in out.columns.iter_mut().zip(&self.columns).zip(kinds) {
                 match kind {
                     WantedKind::Class => column.values.push(other.values[row]),
-                    WantedKind::Tags => {
+                    WantedKind::Tags(_) => {
                         column.values.extend(&other.values[self.offsets[row]..self.offsets[row + 1]]);
                     }
                 }
@@ -228,6 +229,9 @@ impl<'a> RowsBuilder<'a> {
         if words.is_empty() {
             return self.warning(line, "empty sentence, skipped");
         }
+        if let Some(empty) = words.iter().position(|word| word.trim().is_empty()) {
+            return self.error(line, format!("word {} is empty", empty + 1));
+        }
         for (field, wanted) in fields.iter().zip(self.wanted) {
             if let Field::Tags(tags) = field
                 && tags.len() != words.len()
@@ -245,7 +249,7 @@ impl<'a> RowsBuilder<'a> {
                 (Field::Class(label), _) => column.values.push(column.strings.add(label)),
                 (Field::Tags(tags), _) => column.values.extend(tags.iter().map(|tag| column.strings.add(tag))),
                 (Field::Absent, WantedKind::Class) => column.values.push(ABSENT),
-                (Field::Absent, WantedKind::Tags) => {
+                (Field::Absent, WantedKind::Tags(_)) => {
                     column.values.extend(std::iter::repeat_n(ABSENT, words.len()));
                 }
             }

@@ -153,7 +153,9 @@ impl Sampler {
 /// Splits sum(sizes) into shares proportional to size^power, rounded so that the sum stays (largest remainders).
 fn shares(sizes: &[usize], power: f64) -> Vec<usize> {
     let total: usize = sizes.iter().sum();
-    let weights: Vec<f64> = sizes.iter().map(|&size| (size as f64).powf(power)).collect();
+    // Shares of the largest, whose powers no temperature makes too large to count.
+    let largest = sizes.iter().copied().max().unwrap_or(1) as f64;
+    let weights: Vec<f64> = sizes.iter().map(|&size| (size as f64 / largest).powf(power)).collect();
     let sum: f64 = weights.iter().sum();
     let exact: Vec<f64> = weights.iter().map(|weight| total as f64 * weight / sum).collect();
     let mut counts: Vec<usize> = exact.iter().map(|share| *share as usize).collect();
@@ -188,6 +190,12 @@ mod tests {
             places: vec![],
         };
         Sampler::new(&set, &config, 8, Seed(1))
+    }
+
+    #[test]
+    fn extreme_temperatures_keep_the_number_of_rows() {
+        assert_eq!(shares(&[13_000, 10], 1.0 / 0.01), [13_010, 0]);
+        assert_eq!(shares(&[3, 1], 0.0), [2, 2]);
     }
 
     fn counts(sampler: &Sampler, epoch: usize, n: usize) -> Vec<usize> {

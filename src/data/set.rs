@@ -27,11 +27,15 @@ pub struct DataConfig {
     pub sets: IndexMap<String, SetConfig>,
     /// Share of every set's training rows that is used, drawn after the dev cut and in the same strata. A smaller share
     /// is part of a larger one. Default 1, more than 0, at most 1.
-    #[serde(default = "crate::config::one")]
+    #[serde(default = "one")]
     pub train_fraction: f64,
     /// Seed of that choice, apart from the experiment's. Default 0.
     #[serde(default)]
     pub train_fraction_seed: u64,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 fn default_root() -> PathBuf {
@@ -74,12 +78,19 @@ pub struct SetConfig {
     /// What stands between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
+    /// Whether `"` encloses values of `csv` and `tsv`; else it is a character as any other. Default true.
+    #[serde(default = "yes")]
+    pub quotes: bool,
     /// Character encoding by its WHATWG name, such as `latin1` or `gbk`. Default `utf-8`.
     #[serde(default = "default_encoding")]
     pub encoding: String,
     /// Where the set comes from: said when it is missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_encoding() -> String {
@@ -118,7 +129,7 @@ impl<'de> Deserialize<'de> for Paths {
 }
 
 /// A part of a set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Split {
     Train,
     Dev,
@@ -203,8 +214,14 @@ pub fn load(
                 }
             }
         }
-        let classes = match set.stratify {
-            Some(_) => Some(n_wanted),
+        let classes = match &set.stratify {
+            Some(column) => {
+                if splits[0].columns[n_wanted].values.iter().all(|&value| value == ABSENT) {
+                    let message = format!("data.sets.{name}.stratify: no training row has a `{column}`");
+                    problems.push(Problem::general(Severity::Error, message));
+                }
+                Some(n_wanted)
+            }
             None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class),
         };
         if let Some(fraction) = set.dev_fraction {
@@ -229,7 +246,7 @@ pub fn load(
 fn wanted(column: &TaskColumn) -> Wanted {
     let kind = match column.kind {
         TaskKind::Classification => WantedKind::Class,
-        TaskKind::Tagging(_) => WantedKind::Tags,
+        TaskKind::Tagging(scheme) => WantedKind::Tags(scheme),
     };
     Wanted { column: column.column.clone(), kind }
 }
@@ -297,6 +314,7 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
         tokens: set.tokens.clone(),
         columns: set.columns.clone(),
         separator: set.separator.clone(),
+        quotes: set.quotes,
         splitter,
         encoding: encoding_rs::Encoding::for_label(set.encoding.as_bytes()).unwrap_or(encoding_rs::UTF_8),
     }

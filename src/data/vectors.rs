@@ -176,7 +176,13 @@ fn read(path: &Path, words: Option<&Path>) -> Result<Table> {
 }
 
 fn load(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|error| invalid(format!("{}: {error}", path.display())))
+    std::fs::read(path).map_err(|error| {
+        let hint = match error.kind() {
+            std::io::ErrorKind::NotFound => "; scripts/get_vectors fetches GloVe",
+            _ => "",
+        };
+        invalid(format!("model.embedding.vectors: {}: {error}{hint}", path.display()))
+    })
 }
 
 fn read_npy(path: &Path, words: &Path) -> Result<Table> {

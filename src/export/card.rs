@@ -9,7 +9,7 @@ use crate::task::{Task, TaskKind};
 pub struct About<'a> {
     pub name: &'a str,
     pub checkpoint: &'a str,
-    pub precision: &'a str,
+    pub dtype: &'a str,
     pub n_parameters: usize,
     /// Where each data set comes from, by its name.
     pub sources: Vec<(&'a str, &'a str)>,
@@ -25,7 +25,7 @@ pub fn card(about: &About, tasks: &[Task]) -> String {
         env!("CARGO_PKG_VERSION"),
         about.checkpoint,
         about.n_parameters,
-        about.precision
+        about.dtype
     );
     for task in tasks {
         let what = match task.kind {

@@ -22,8 +22,8 @@ use crate::model::{Model, Script, Weights, distribution_script};
 use crate::task::{Task, TaskId};
 
 /// The number kind of an exported model's weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dtype {
     Float32,
     Float16,
     Bfloat16,
@@ -31,12 +31,12 @@ pub enum Precision {
     Int8,
 }
 
-impl Precision {
+impl Dtype {
     pub fn kind(self) -> Kind {
         match self {
-            Precision::Float32 | Precision::Int8 => Kind::Float,
-            Precision::Float16 => Kind::Half,
-            Precision::Bfloat16 => Kind::BFloat16,
+            Dtype::Float32 | Dtype::Int8 => Kind::Float,
+            Dtype::Float16 => Kind::Half,
+            Dtype::Bfloat16 => Kind::BFloat16,
         }
     }
 
@@ -129,21 +129,21 @@ fn affine(mut module: ScriptModule, weight: &Tensor, bias: &Tensor, weights: Wei
 }
 
 /// The model as TorchScript, with copies of its weights.
-pub fn build(model: &Model, tasks: &[Task], precision: Precision, output: Output) -> Result<ScriptModule> {
+pub fn build(model: &Model, tasks: &[Task], dtype: Dtype, output: Output) -> Result<ScriptModule> {
     let mut root = Node::default();
     for (name, tensor) in model.parameters.with_constants() {
         let (path, leaf) = name.rsplit_once('.').unwrap_or(("", name));
         ensure!(!path.is_empty(), "parameter `{name}` belongs to no part of the model");
         root.at(path).parameters.push((leaf.to_owned(), tensor.detach().copy()));
     }
-    let weights = if precision == Precision::Int8 { Weights::Int8 } else { Weights::Float };
+    let weights = if dtype == Dtype::Int8 { Weights::Int8 } else { Weights::Float };
     for (path, script) in model.scripts(tasks, weights) {
         root.at(&path).script = script;
     }
     root.script.source = source(model, tasks, output);
     let mut module = root.build("Polytask", weights)?;
-    if precision.kind() != Kind::Float {
-        module.convert(precision.kind())?;
+    if dtype.kind() != Kind::Float {
+        module.convert(dtype.kind())?;
     }
     Ok(module)
 }

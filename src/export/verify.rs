@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use super::output_names;
+use super::{Dtype, output_names};
 use crate::data::{Batch, DeviceSet};
 use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
@@ -67,8 +67,8 @@ impl Cases {
     /// The largest difference of any logit, relative to the largest logit of its task.
     ///
     /// # Errors
-    /// [`Mismatch`] beyond `tolerance`, or where labels differ although logits may not.
-    pub fn check(&self, module: &ScriptModule, tasks: &[Task], tolerance: f64, exact_labels: bool) -> Result<f64> {
+    /// [`Mismatch`] beyond the tolerance of `dtype`, or where labels differ although weights are the same.
+    pub fn check(&self, module: &ScriptModule, tasks: &[Task], dtype: Dtype) -> Result<f64> {
         let mut worst: f64 = 0.0;
         for case in &self.0 {
             let found = module.forward(&case.inputs.iter().collect::<Vec<_>>())?;
@@ -85,14 +85,14 @@ impl Cases {
                 let here = case.real(expected);
                 let off = (&found - expected).to_kind(Kind::Double).abs() * &here;
                 if name.ends_with(".labels") {
-                    if exact_labels && off.max().double_value(&[]) > 0.0 {
+                    if dtype == Dtype::Float32 && off.max().double_value(&[]) > 0.0 {
                         bail!(Mismatch(format!("`{name}` differ from the live model's in a batch {:?}", shape)));
                     }
                     continue;
                 }
                 let size = (expected.to_kind(Kind::Double).abs() * &here).max().double_value(&[]).max(1.0);
                 let off = off.max().double_value(&[]) / size;
-                if off.is_nan() || off > tolerance {
+                if off.is_nan() || off > dtype.tolerance() {
                     bail!(Mismatch(format!("`{name}` differ from the live model's by {off:.1e} in a batch {shape:?}")));
                 }
                 worst = worst.max(off);

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, anyhow, ensure};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 
-use super::checked;
+use super::{checked, panic_text};
 
 /// `graph.cpp` as a shared library; empty where the program was built without CUDA's headers.
 static LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libpolytask_graph.so"));
@@ -75,11 +75,7 @@ impl CudaGraph {
         let done = catch_unwind(AssertUnwindSafe(work));
         // SAFETY: the recording is live and has begun.
         let ended = checked(unsafe { (functions.end)(recording) });
-        let result = done.map_err(|panic| {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let first = text.or_else(|| panic.downcast_ref::<&str>().copied()).and_then(|text| text.lines().next());
-            anyhow!("{}", first.unwrap_or("libtorch gave up"))
-        })??;
+        let result = done.map_err(|panic| anyhow!(panic_text(panic.as_ref())))??;
         ended?;
         Ok((graph, result))
     }

@@ -21,5 +21,7 @@ char* guarded(F f) {
     return strdup(error.what_without_backtrace());
   } catch (const std::exception& error) {
     return strdup(error.what());
+  } catch (...) {
+    return strdup("an exception without a text");
   }
 }

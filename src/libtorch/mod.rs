@@ -4,6 +4,7 @@
 mod graph;
 mod script;
 
+use std::any::Any;
 use std::ffi::{CStr, c_char};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -211,9 +212,7 @@ pub fn clip_gradients(gradients: &[&Tensor], limit: f64) -> Result<Tensor> {
     // SAFETY: the list is live; on success the shim hands over one new tensor in `norm`.
     unsafe {
         checked(pt_clip(list.len(), list.as_ptr(), limit, &mut norm))?;
-        let tensor = Tensor::clone_from_ptr(norm);
-        drop(Tensor::from_ptr(norm));
-        Ok(tensor)
+        Ok(Tensor::from_ptr(norm))
     }
 }
 
@@ -233,7 +232,7 @@ pub fn count_up(counters: &[&Tensor], skip: &Tensor) -> Result<()> {
 }
 
 /// The numbers of a float32 tensor on the CPU, in place.
-pub fn floats(tensor: &mut Tensor) -> Result<&mut [f32]> {
+pub(crate) fn floats(tensor: &mut Tensor) -> Result<&mut [f32]> {
     let fits = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous();
     ensure!(fits, "a contiguous float32 tensor on the CPU is needed");
     if tensor.numel() == 0 {
@@ -263,13 +262,22 @@ pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
     out
 }
 
+/// What a panic says in a line; those of tch's operators hold the text of libtorch's exception.
+pub fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let text = text.unwrap_or("libtorch gave up");
+    let text = text.split_once("Torch(\"").map_or(text, |(_, thrown)| thrown);
+    text.split("\\n").flat_map(str::lines).next().unwrap_or_default().to_owned()
+}
+
 /// Runs `work(0)`, ..., `work(n - 1)` on rayon's threads and returns what they return, in order; on this thread where n is 1.
 ///
-/// Tensors are handles without locks. Calls may read the same ones and build graphs on them; none may write to a tensor that
-/// another one touches.
-pub fn side_by_side<T: Send>(n: usize, work: &(dyn Fn(usize) -> T + '_)) -> Vec<T> {
+/// Tensors are handles without locks. Calls may read the same ones and build graphs on them; none may write to memory that
+/// another one touches, and what they share besides tensors must be `Sync`.
+pub(crate) fn side_by_side<T: Send>(n: usize, work: &(dyn Fn(usize) -> T + '_)) -> Vec<T> {
     struct Reading<'a, T>(&'a (dyn Fn(usize) -> T + 'a));
-    // SAFETY: what the calls share is read alone, as this function demands; libtorch's reads are thread-safe.
+    // SAFETY: the crate's callers share tensors that they read (which is thread-safe in libtorch) or of which each call writes
+    // a block of its own, and plain data; no cells, no counted references of this thread alone.
     unsafe impl<T> Sync for Reading<'_, T> {}
     impl<T> Reading<'_, T> {
         fn call(&self, i: usize) -> T {
@@ -307,14 +315,14 @@ pub fn configure(threads: usize, workers: usize, tf32: bool) -> Result<()> {
 }
 
 /// Whether operators on the CPU may be oneDNN's.
-pub fn use_onednn(on: bool) {
+pub(crate) fn use_onednn(on: bool) {
     // SAFETY: takes a plain value.
     checked(unsafe { pt_use_onednn(on) }).expect("invariant: a switch can be set");
 }
 
 /// Ends the process at once, from any thread: what runs at an ordinary exit would take libtorch's memory away from threads that
 /// are at work in it.
-pub fn exit_at_once(code: i32) -> ! {
+pub(crate) fn exit_at_once(code: i32) -> ! {
     // SAFETY: takes a plain value and does not return.
     unsafe { _exit(code) }
 }

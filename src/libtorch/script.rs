@@ -209,13 +209,8 @@ fn entries(
     checked(call(names.as_mut_ptr(), tensors.as_mut_ptr(), &mut n))?;
     ensure!(n <= CAPACITY, "a TorchScript module with {n} entries");
     let entry = |(name, tensor): (*mut c_char, *mut C_tensor)| {
-        // SAFETY: the shim handed over one new tensor an entry; the clone is tch's own, the original is freed.
-        let tensor = unsafe {
-            let copy = Tensor::clone_from_ptr(tensor);
-            drop(Tensor::from_ptr(tensor));
-            copy
-        };
-        (owned(name), tensor)
+        // SAFETY: the shim handed over one new tensor an entry.
+        (owned(name), unsafe { Tensor::from_ptr(tensor) })
     };
     Ok(names.into_iter().zip(tensors).take(n).map(entry).collect())
 }

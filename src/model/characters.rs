@@ -42,9 +42,9 @@ pub struct NoCharacters {}
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CnnConfig {
-    /// Numbers a byte. Default 30, at least 1.
+    /// Dimension of a byte's embedding. Default 30, at least 1.
     pub dim: i64,
-    /// Numbers a word. Default 64, at least 1.
+    /// Number of filters, which is the number of features of a word. Default 64, at least 1.
     pub filters: i64,
     /// Bytes that a filter sees, an odd number. Default 3, at least 1.
     pub width: i64,
@@ -61,7 +61,7 @@ impl Default for CnnConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LstmConfig {
-    /// Numbers a byte. Default 25, at least 1.
+    /// Dimension of a byte's embedding. Default 25, at least 1.
     pub dim: i64,
     /// Hidden size of each of the two directions. Default 25, at least 1.
     pub hidden: i64,
@@ -121,7 +121,7 @@ impl Characters {
         Some(Characters { weight, reader })
     }
 
-    /// Numbers a word.
+    /// Features of a word.
     pub fn width(&self) -> i64 {
         match &self.reader {
             Reader::Cnn(filters, _) => filters.size()[0],

@@ -21,7 +21,7 @@ use crate::optim::Touched;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EmbeddingConfig {
-    /// Numbers a token that are learned from nothing; 0 is none, where there are vectors or characters. Default 128.
+    /// Dimension of the learned token embedding; 0 is none, where there are vectors or characters. Default 128.
     pub dim: i64,
     /// Pretrained word vectors, beside the learned numbers. Default: none.
     pub vectors: Vec<VectorsConfig>,
@@ -67,7 +67,7 @@ struct Table {
 
 /// The rows of the tables that a step reads, each once. Reading and training them alone costs what the step holds, not what
 /// the vocabulary does.
-pub struct Rows {
+pub struct TableRows {
     /// Padding, the unknown token, then the others, of the trained tables.
     pub touched: Touched,
     /// These rows of each table [U, E], which take the gradient.
@@ -110,7 +110,7 @@ impl Embedding {
         Embedding { learned, pretrained, characters, config: config.clone(), padding, unknown, n_trained }
     }
 
-    /// Numbers a token: E.
+    /// Features of a token: E.
     pub fn width(&self) -> i64 {
         let pretrained = self.pretrained.iter().map(|table| table.trained.values.size()[1]).sum::<i64>();
         let characters = self.characters.as_ref().map_or(0, Characters::width);
@@ -210,17 +210,17 @@ def forward(self, {inputs}) -> Tensor:
     }
 
     /// Those rows as they are now.
-    pub fn rows(&self, touched: Touched) -> Rows {
+    pub fn rows(&self, touched: Touched) -> TableRows {
         let (ids, device) = (&touched.ids, touched.ids.device());
         let places = Tensor::empty([self.n_trained], (Kind::Int64, device));
         let _ = places.shallow_clone().index_copy_(0, ids, &Tensor::arange(ids.size()[0], (Kind::Int64, device)));
         let trained = self.tables().filter(|table| table.parameter.is_some());
         let leaf = |table: &Table| tch::no_grad(|| table.values.index_select(0, ids)).set_requires_grad(true);
-        Rows { leaves: trained.map(leaf).collect(), places, touched }
+        TableRows { leaves: trained.map(leaf).collect(), places, touched }
     }
 
     /// Ids [B, T] and, where words have characters, the batch's bytes [B, T, L] to [B, T, E].
-    pub fn forward(&self, token_ids: &Tensor, batch: &Batch, rows: Option<&Rows>, mode: Mode) -> Tensor {
+    pub fn forward(&self, token_ids: &Tensor, batch: &Batch, rows: Option<&TableRows>, mode: Mode) -> Tensor {
         let mut ids = token_ids.shallow_clone();
         if let Some(draws) = mode.draws(Site::WordDropout).filter(|_| self.config.word_dropout > 0.0) {
             let drawn = bernoulli(&ids.size(), self.config.word_dropout, draws, ids.device()).gt(0.5);

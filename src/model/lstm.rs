@@ -101,7 +101,7 @@ impl Lstm {
         }
     }
 
-    /// Numbers a position in its output: D*H.
+    /// Features of a position in its output: D*H.
     pub fn width(&self) -> i64 {
         self.hidden * if self.reverse.is_some() { 2 } else { 1 }
     }

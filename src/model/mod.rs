@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 pub use characters::CharactersConfig;
-pub use embedding::{EmbeddingConfig, Rows};
+pub use embedding::{EmbeddingConfig, TableRows};
 use heads::HeadSize;
 pub use heads::{Decoded, Head, HeadConfig};
 pub use mode::{Mode, Site};
@@ -251,12 +251,12 @@ impl Model {
     }
 
     /// These rows as they are now, to be read and given gradients in the place of the tables.
-    pub fn rows(&self, touched: Touched) -> Rows {
+    pub fn rows(&self, touched: Touched) -> TableRows {
         self.embedding.rows(touched)
     }
 
     /// What gradients are taken to: the parameters, or what training reads in their place, 16-bit copies and `rows` of tables.
-    pub fn inputs<'a>(&'a self, rows: Option<&'a Rows>) -> Vec<&'a Tensor> {
+    pub fn inputs<'a>(&'a self, rows: Option<&'a TableRows>) -> Vec<&'a Tensor> {
         let mut inputs = self.parameters.tensors();
         for halves in self.trunk.halves() {
             for (i, copy) in halves.copies.iter().enumerate() {
@@ -273,7 +273,7 @@ impl Model {
 
     /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own; with `rows`, the tables'
     /// gradients go there.
-    pub fn encode(&self, batch: &Batch, token_ids: &Tensor, rows: Option<&Rows>, mode: Mode) -> Shared {
+    pub fn encode(&self, batch: &Batch, token_ids: &Tensor, rows: Option<&TableRows>, mode: Mode) -> Shared {
         let mode = mode.from_row(batch.first_row);
         let embedded = self.embedding.forward(token_ids, batch, rows, mode); // [B, T, E]
         let mut cuts = Vec::new();

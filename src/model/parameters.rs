@@ -31,6 +31,11 @@ impl Parameters {
         self.entries.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// Handles of the trainable tensors by name.
+    pub fn named(&self) -> Vec<(String, Tensor)> {
+        self.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect()
+    }
+
     /// The trainable tensors, then those that are never trained.
     pub fn with_constants(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.entries.iter().chain(&self.constants).map(|(name, tensor)| (name.as_str(), tensor))
@@ -65,6 +70,7 @@ impl Parameters {
                 tensor.kind(),
                 tensor.size()
             );
+            ensure!(!bool::try_from(value.isnan().any())?, "weights `{name}` are no numbers: the file is damaged");
             tch::no_grad(|| tensor.shallow_clone().f_copy_(&value))?;
         }
         if let Some(name) = values.keys().next() {

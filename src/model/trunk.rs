@@ -58,7 +58,7 @@ pub enum Connection {
 }
 
 impl TrunkConfig {
-    /// Numbers a token in the trunk's output: D*H.
+    /// Features of a token in the trunk's output: D*H.
     pub fn width(&self) -> i64 {
         self.hidden * if self.bidirectional { 2 } else { 1 }
     }

@@ -1,27 +1,108 @@
 //! Files that are written whole or not at all.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{Result as IoResult, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use tempfile::NamedTempFile;
 
-/// Writes `content` beside `path`, flushes it to disk and renames it into place.
-pub fn write(path: &Path, content: &[u8]) -> Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let attempt = || -> Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(folder)?;
-        file.write_all(content)?;
-        file.as_file().sync_all()?;
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+/// A file on its way. It vanishes unless it is kept.
+pub struct Partial {
+    path: PathBuf,
+    way: Way,
+}
+
+enum Way {
+    /// Beside its place, which it takes in the end.
+    Beside(NamedTempFile),
+    /// What is no regular file, such as a pipe, has no place to take.
+    Itself(File),
+}
+
+impl Partial {
+    pub fn new(path: &Path) -> IoResult<Self> {
+        // A link stays, and what it leads to is replaced.
+        let path = path.canonicalize().unwrap_or(path.to_owned());
+        if path.exists() && !path.is_file() {
+            let file = OpenOptions::new().write(true).open(&path)?;
+            return Ok(Partial { path, way: Way::Itself(file) });
         }
-        file.persist(path)?;
-        // The rename itself must reach the disk too.
-        File::open(folder)?.sync_all()?;
-        Ok(())
+        let mut options = tempfile::Builder::new();
+        // The process's umask takes from these.
+        options.prefix(".partial-").permissions(Permissions::from_mode(0o666));
+        let file = options.tempfile_in(folder_of(&path))?;
+        if let Ok(old) = path.metadata() {
+            file.as_file().set_permissions(old.permissions())?;
+        }
+        Ok(Partial { path, way: Way::Beside(file) })
+    }
+
+    /// Flushes it to disk and renames it into place.
+    pub fn keep(self) -> Result<()> {
+        let Partial { path, way } = self;
+        let attempt = || -> IoResult<()> {
+            let Way::Beside(file) = way else { return Ok(()) };
+            file.as_file().sync_all()?;
+            file.persist(&path)?;
+            // The rename itself must reach the disk too.
+            File::open(folder_of(&path))?.sync_all()
+        };
+        attempt().with_context(|| format!("{} could not be written", path.display()))
+    }
+
+    fn file(&mut self) -> &mut File {
+        match &mut self.way {
+            Way::Beside(file) => file.as_file_mut(),
+            Way::Itself(file) => file,
+        }
+    }
+}
+
+impl Write for Partial {
+    fn write(&mut self, bytes: &[u8]) -> IoResult<usize> {
+        self.file().write(bytes)
+    }
+
+    fn flush(&mut self) -> IoResult<()> {
+        self.file().flush()
+    }
+}
+
+pub fn write(path: &Path, content: &[u8]) -> Result<()> {
+    let filled = || -> IoResult<Partial> {
+        let mut file = Partial::new(path)?;
+        file.write_all(content)?;
+        Ok(file)
     };
-    attempt().with_context(|| format!("{} could not be written", path.display()))
+    filled().with_context(|| format!("{} could not be written", path.display()))?.keep()
+}
+
+/// The folder that `path` stands in.
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_stay_modes_stay_and_what_is_not_kept_vanishes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, link) = (folder.path().join("target"), folder.path().join("link"));
+        std::fs::write(&target, "old").unwrap();
+        std::fs::set_permissions(&target, Permissions::from_mode(0o640)).unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        Partial::new(&link).unwrap().write_all(b"lost").unwrap();
+        assert_eq!(std::fs::read(&target).unwrap(), b"old");
+        write(&link, b"new").unwrap();
+        assert_eq!((std::fs::read(&target).unwrap(), link.is_symlink()), (b"new".to_vec(), true));
+        assert_eq!(target.metadata().unwrap().permissions().mode() & 0o777, 0o640);
+        write(Path::new("/dev/null"), b"away").unwrap();
+        assert!(!Path::new("/dev/null").is_file());
+        assert!(write(folder.path(), b"a folder").is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
 }

@@ -24,21 +24,60 @@ pub struct RunDirectory {
     pub path: PathBuf,
 }
 
-impl RunDirectory {
-    /// Makes a new directory. It must not exist yet, or be empty.
-    pub fn create(path: &Path) -> Result<Self> {
-        let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
+/// The directory of a run that begins. If nothing is trained in it, however that ends, it goes away as it came: it would only
+/// be in the way of the next try.
+pub struct NewRun {
+    pub directory: RunDirectory,
+    /// Or else it was there, and empty.
+    made: bool,
+}
+
+impl NewRun {
+    /// # Errors
+    /// A path that holds something already.
+    pub fn fail_if_occupied(path: &Path) -> Result<()> {
+        let occupied = match std::fs::read_dir(path) {
+            Ok(mut entries) => entries.next().is_some(),
+            Err(_) => path.exists(),
+        };
         if occupied {
             let path = path.display();
             return Err(invalid(format!(
                 "{path} is not empty; to go on with the run in it add --resume, else name another folder with --out"
             )));
         }
-        std::fs::create_dir_all(path.join("checkpoints"))
-            .map_err(|error| invalid(format!("{} cannot be made: {error}", path.display())))?;
-        Ok(RunDirectory { path: path.to_owned() })
+        Ok(())
     }
 
+    pub fn create(path: &Path) -> Result<Self> {
+        let cannot = |error| invalid(format!("{} cannot be made: {error}", path.display()));
+        // First what is above it, without which `..` in a path leads nowhere.
+        std::fs::create_dir_all(atomic::folder_of(path)).map_err(cannot)?;
+        Self::fail_if_occupied(path)?;
+        let made = !path.exists();
+        std::fs::create_dir_all(path.join("checkpoints")).map_err(cannot)?;
+        Ok(NewRun { directory: RunDirectory { path: path.to_owned() }, made })
+    }
+}
+
+impl Drop for NewRun {
+    fn drop(&mut self) {
+        let run = &self.directory;
+        let recorded = std::fs::metadata(run.file("metrics.jsonl")).is_ok_and(|file| file.len() > 0);
+        if recorded || run.checkpoint("last").exists() {
+            return;
+        }
+        if self.made {
+            std::fs::remove_dir_all(&run.path).ok();
+            return;
+        }
+        for entry in std::fs::read_dir(&run.path).into_iter().flatten().flatten() {
+            let _ = std::fs::remove_file(entry.path()).or_else(|_| std::fs::remove_dir_all(entry.path()));
+        }
+    }
+}
+
+impl RunDirectory {
     /// Opens the directory of an earlier run.
     pub fn open(path: &Path) -> Result<Self> {
         for file in ["resolved.yaml", "labels.json", "tokenizer.json"] {

@@ -4,7 +4,7 @@ mod scheme;
 
 use serde::{Deserialize, Serialize};
 
-pub use scheme::{Scheme, Span, Tag, from_bio, spans_of, tags_of, to_bio};
+pub use scheme::{Scheme, Span, Tag, from_bio, spans_of};
 
 /// A task's position in the experiment's `tasks`. The order in the file is the order everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

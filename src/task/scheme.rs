@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 pub enum Scheme {
     /// Every span starts with `B-` (also called IOB2).
+    #[serde(alias = "iob2")]
     Bio,
     /// `B-` only where a span follows another of the same type at once (CoNLL-2003's original files).
     Iob1,
@@ -129,45 +130,20 @@ pub fn spans_of<'a>(tags: impl IntoIterator<Item = Tag<'a>>) -> Vec<Span<&'a str
 }
 
 /// The tags of `spans` in a sentence of `n` words. Spans must be in order and must not overlap.
-pub fn tags_of<'a>(scheme: Scheme, spans: &[Span<&'a str>], n: usize) -> Vec<Tag<'a>> {
+fn tags_of<'a>(scheme: Scheme, spans: &[Span<&'a str>], n: usize) -> Vec<Tag<'a>> {
     let mut tags = vec![Tag::OUTSIDE; n];
     let mut previous: Option<&Span<&str>> = None;
     for span in spans {
         let touches = previous.is_some_and(|p| p.end == span.start && p.kind == span.kind);
-        let single = span.end - span.start == 1;
         for (i, tag) in tags.iter_mut().enumerate().take(span.end).skip(span.start) {
             let (first, last) = (i == span.start, i + 1 == span.end);
-            let letter = match scheme {
-                Scheme::Bio | Scheme::Plain => {
-                    if first {
-                        b'B'
-                    } else {
-                        b'I'
-                    }
-                }
-                Scheme::Iob1 => {
-                    if first && touches {
-                        b'B'
-                    } else {
-                        b'I'
-                    }
-                }
-                Scheme::Bioes | Scheme::Bmes if single => b'S',
-                Scheme::Bioes | Scheme::Bmes if last => b'E',
-                Scheme::Bioes => {
-                    if first {
-                        b'B'
-                    } else {
-                        b'I'
-                    }
-                }
-                Scheme::Bmes => {
-                    if first {
-                        b'B'
-                    } else {
-                        b'M'
-                    }
-                }
+            let letter = match (scheme, first, last) {
+                (Scheme::Bioes | Scheme::Bmes, true, true) => b'S',
+                (Scheme::Bioes | Scheme::Bmes, false, true) => b'E',
+                (Scheme::Bmes, false, false) => b'M',
+                (Scheme::Iob1, true, _) if !touches => b'I',
+                (_, true, _) => b'B',
+                (_, false, _) => b'I',
             };
             *tag = Tag::new(letter, span.kind);
         }
@@ -180,12 +156,6 @@ fn text(tag: Tag) -> String {
     if tag.is_outside() { "O".to_owned() } else { format!("{}-{}", tag.prefix as char, tag.kind) }
 }
 
-/// Rewrites the tags of one sentence from `scheme` to BIO. Tags that are none of the scheme count as `O`.
-pub fn to_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
-    let parsed = tags.iter().map(|tag| scheme.parse(tag).unwrap_or(Tag::OUTSIDE));
-    tags_of(Scheme::Bio, &spans_of(parsed), tags.len()).into_iter().map(text).collect()
-}
-
 /// Rewrites BIO tags, valid or not, in `scheme`.
 pub fn from_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
     let parsed = tags.iter().map(|tag| Scheme::Bio.parse(tag).unwrap_or(Tag::OUTSIDE));
@@ -195,6 +165,11 @@ pub fn from_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn to_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
+        let parsed = tags.iter().map(|tag| scheme.parse(tag).unwrap_or(Tag::OUTSIDE));
+        tags_of(Scheme::Bio, &spans_of(parsed), tags.len()).into_iter().map(text).collect()
+    }
 
     fn check(scheme: Scheme, written: &str, bio: &str) {
         let (written, bio): (Vec<_>, Vec<_>) = (written.split(' ').collect(), bio.split(' ').collect());

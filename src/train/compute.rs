@@ -9,7 +9,7 @@ use super::laps::Part;
 use super::step::{Step, is_part};
 use crate::data::Batch;
 use crate::libtorch::{Draws, Number, clip_gradients, side_by_side};
-use crate::model::{Mode, Rows, Shared, Site};
+use crate::model::{Mode, Shared, Site, TableRows};
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
 
@@ -21,7 +21,7 @@ pub(super) struct Inputs<'a> {
     /// Labels of the step by task.
     pub n_decisions: &'a [i64],
     /// The rows of the tables; without them gradients are of whole tables.
-    pub rows: Option<&'a Rows>,
+    pub rows: Option<&'a TableRows>,
     /// Weights of the losses, unless they follow from the losses.
     pub weights: Option<&'a Tensor>,
     pub learning_rate: Number<'a>,

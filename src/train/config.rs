@@ -28,7 +28,7 @@ pub struct TrainingConfig {
     /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
     /// `heads.TASK`, or a parameter by its whole name. Default: none.
     pub freeze_epochs: IndexMap<String, usize>,
-    /// Numbers of the trunk's LSTM layers in training: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and losses
+    /// Precision in which the trunk's LSTM layers train: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and losses
     /// are float32, and so is evaluation. Default `float32`, whose products are TF32 on CUDA.
     pub precision: Precision,
     /// Steps of one shape are recorded once and replayed as one call, on CUDA. Default true.

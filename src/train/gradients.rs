@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::libtorch::add_lists;
-use crate::model::{Model, Rows, Shared};
+use crate::model::{Model, Shared, TableRows};
 use crate::task::Task;
 use crate::weighting::Reference;
 
@@ -15,8 +15,8 @@ pub struct Gradients<'a> {
     model: &'a Model,
     tasks: &'a [Task],
     reference: Option<Reference>,
-    rows: Option<&'a Rows>,
-    /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`Rows`].
+    rows: Option<&'a TableRows>,
+    /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`TableRows`].
     pub sum: Vec<Tensor>,
     /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
     /// layer's weights.
@@ -45,7 +45,7 @@ pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
 }
 
 impl<'a> Gradients<'a> {
-    pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>, rows: Option<&'a Rows>) -> Self {
+    pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>, rows: Option<&'a TableRows>) -> Self {
         let own = tasks.iter().map(|_| Vec::new()).collect();
         Gradients { model, tasks, reference, rows, sum: Vec::new(), own }
     }

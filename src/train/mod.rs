@@ -120,7 +120,8 @@ impl Trainer<'_> {
                 let first = index * self.config.accumulate_steps;
                 let batches = &plan[first..(first + self.config.accumulate_steps).min(plan.len())];
                 let step = Step { number: state.step, n_steps, batches, diagnose: self.diagnoses(state.step) };
-                interval.1 += self.take(&step, &mut pending)?;
+                let n_tokens = self.take(&step, &mut pending)?;
+                interval.1 += n_tokens;
                 state.step += 1;
                 let log = state.step.is_multiple_of(self.config.log_every_steps);
                 let epoch_ends = state.step.is_multiple_of(per_epoch) || state.step == n_steps;
@@ -137,7 +138,7 @@ impl Trainer<'_> {
                     self.record_training(&mut records, &mut state, (epoch, speed), &mut pending)?;
                     interval = (Instant::now(), 0);
                 }
-                observer.step_taken(self.tokens(batches), fresh.as_deref());
+                observer.step_taken(n_tokens, fresh.as_deref());
                 if epoch_ends {
                     let losses = state.epoch.means();
                     state.epoch.reset();
@@ -157,10 +158,6 @@ impl Trainer<'_> {
             }
         }
         Ok(Outcome::Finished)
-    }
-
-    fn tokens(&self, batches: &[Vec<usize>]) -> i64 {
-        batches.iter().flatten().map(|&row| self.train.set.n_tokens(row)).sum()
     }
 
     /// Whether the record after `step` (from 0) compares the tasks' gradients.
@@ -226,8 +223,7 @@ impl Trainer<'_> {
         }
         records.add("dev", state.step, values)?;
 
-        let weights: Vec<_> =
-            self.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
+        let weights = self.model.parameters.named();
         let keep = |name: &str| -> Result<()> {
             let about = json!({"step": state.step, "epoch": epoch + 1, "dev": report});
             checkpoint::save(&self.run.checkpoint(name), &weights, &[], &about)
@@ -268,8 +264,7 @@ impl Trainer<'_> {
 
     fn save(&mut self, state: &State) -> Result<()> {
         self.settle()?;
-        let model: Vec<_> =
-            self.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
+        let model = self.model.parameters.named();
         let state = State { weighting: self.weighting.save(), ..state.clone() };
         let mut moments = self.optimizer.state();
         moments.extend(self.average.iter().flat_map(Average::state));

@@ -21,6 +21,9 @@ def spelled(words, texts):
 
 for line in map(str.strip, sys.stdin):
     encoding = tokenizer.encode(line, add_special_tokens=False)
+    if not encoding.ids:
+        print("{}")
+        continue
     words = encoding.word_ids  # pieces of one word share its number
     first = [i for i, word in enumerate(words) if i == 0 or word != words[i - 1]]
     ids, n_tokens = torch.tensor([encoding.ids]), torch.tensor([len(encoding.ids)])

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use polytask::export::{Cases, Mismatch, Output, Precision, build};
+use polytask::export::{Cases, Dtype, Mismatch, Output, build};
 use serde_json::{Value, json};
 
 use crate::heads::{build as model_of, setting};
@@ -90,14 +90,14 @@ fn every_part_has_its_torchscript() {
         &OPTIONS[3],
     ] {
         let s = setting(overrides);
-        let module = build(&model_of(&s), &s.tasks, Precision::Float32, Output::Dictionary).unwrap();
+        let module = build(&model_of(&s), &s.tasks, Dtype::Float32, Output::Dictionary).unwrap();
         let cases = Cases::new(&model_of(&s), &s.train, &s.tasks);
-        let off = cases.check(&module, &s.tasks, Precision::Float32.tolerance(), true);
+        let off = cases.check(&module, &s.tasks, Dtype::Float32);
         assert!(off.as_ref().is_ok_and(|off| *off < 1e-5), "{overrides:?}: {off:?}");
         // The check can fail: another seed is another model.
         let other = setting(&[overrides, &["seed=4"]].concat());
-        let module = build(&model_of(&other), &s.tasks, Precision::Float32, Output::Dictionary).unwrap();
-        let error = cases.check(&module, &s.tasks, 1e-5, true).unwrap_err();
+        let module = build(&model_of(&other), &s.tasks, Dtype::Float32, Output::Dictionary).unwrap();
+        let error = cases.check(&module, &s.tasks, Dtype::Float32).unwrap_err();
         assert!(error.downcast_ref::<Mismatch>().is_some(), "{error:#}");
     }
 }
@@ -129,6 +129,9 @@ fn python_and_cpp_programs_say_what_predict_says() {
         assert_eq!(parsed(&python(&folder, &run)), expected, "{settings:?}");
         if settings[0] == word {
             assert_eq!(parsed(&cpp(&folder)), expected);
+            let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+            let program = readme.split("```python\n").nth(1).unwrap().split("```").next().unwrap();
+            assert!(python(&folder, program).starts_with("topic ["), "{settings:?}");
         }
         if settings[1] != spelled {
             checks_of_a_word_model(&folder);
@@ -290,7 +293,7 @@ torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'newer.pt', _extra_files
     for (file, expected) in [
         ("foreign.pt", "no model that polytask exported"),
         ("newer.pt", "has format 99 (polytask \"9.0\"); this program reads 1"),
-        ("broken.pt", "is damaged or no TorchScript file"),
+        ("broken.pt", "is neither a run nor an exported model, or damaged"),
     ] {
         let output = folder.polytask(&["evaluate", file]).assert().code(2).get_output().clone();
         assert!(String::from_utf8_lossy(&output.stderr).contains(expected), "{file}");

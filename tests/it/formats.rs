@@ -70,6 +70,37 @@ fn conll() {
 }
 
 #[test]
+fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
+    let folder = Folder::new();
+    let text = "# some words of mine\n# topic=news\na B-x\n\n# topic =\n# O\n\nb NN O\n";
+    folder.file("t.conll", text);
+    let (corpus, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
+    assert_eq!(
+        (sentences(&corpus), labels(&corpus, 0)),
+        (vec!["a".into(), "#".into()], vec!["news".into(), "-".into()])
+    );
+    assert_eq!(messages(&problems)[0], "t.conll:8: 3 columns, but `columns:` names 2");
+}
+
+#[test]
+fn spans_of_characters_are_written_in_the_tasks_scheme() {
+    let folder = Folder::new();
+    folder.file(
+        "t.jsonl",
+        "{\"text\": \"to New York now\", \"tags\": [{\"start\": 3, \"end\": 11, \"label\": \"city\"}]}\n",
+    );
+    for (scheme, expected) in [
+        ("bmes", ["O", "B-city", "E-city", "O"]),
+        ("iob1", ["O", "I-city", "I-city", "O"]),
+        ("iob2", ["O", "B-city", "I-city", "O"]),
+    ] {
+        let tasks = format!("  tags: {{type: tagging, set: s, column: tags, scheme: {scheme}}}");
+        let (corpus, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", &tasks);
+        assert_eq!((labels(&corpus, 0), problems.len()), (expected.map(str::to_owned).to_vec(), 0), "{scheme}");
+    }
+}
+
+#[test]
 fn conllu() {
     let folder = Folder::new();
     let row = |id: &str, word: &str, upos: &str| format!("{id}\t{word}\t_\t{upos}\t_\t_\t_\t_\t_\t_\n");
@@ -141,10 +172,17 @@ fn csv_tsv_and_lines() {
     folder.file("t.csv", "topic,text\na,\"one, two\"\nb,\"three\nfour\"\nc\nd,five\n");
     let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
     assert_eq!(sentences(&corpus), ["one, two", "three four", "five"]);
-    assert_eq!(messages(&problems)[0], "t.csv:5: 1 values, but the header has 2");
-    folder.file("t.tsv", "text\ttopic\nhi there\tx\n");
-    let (corpus, _) = read(&folder, "format: tsv, train: t.tsv, dev: t.tsv", TOPIC);
+    assert_eq!(
+        messages(&problems)[..2],
+        ["t.csv:3: a quoted value makes a row of 2 lines", "t.csv:5: 1 values, but the header has 2"]
+    );
+    folder.file("t.tsv", "text\ttopic\nhi there\tx\n\"so he\ty\nsaid\"\tx\n");
+    let (corpus, problems) = read(&folder, "format: tsv, train: t.tsv, dev: t.tsv", TOPIC);
     assert_eq!(labels(&corpus, 0), ["x"]);
+    assert_eq!(messages(&problems)[0], "t.tsv:3: a `\"` holds 2 lines together; `quotes: false` takes it as it stands");
+    let (corpus, problems) = read(&folder, "format: tsv, quotes: false, train: t.tsv, dev: t.tsv", TOPIC);
+    assert_eq!((labels(&corpus, 0), problems.len()), (["x", "y", "x"].map(str::to_owned).to_vec(), 0));
+    assert_eq!(sentences(&corpus)[1], "\"so he");
     folder.file("t.lines", b"x caf\xe9 \x85 open\nbroken\n");
     let set = "format: lines, columns: [topic, text], encoding: latin1, train: t.lines, dev: t.lines";
     let (corpus, problems) = read(&folder, set, TOPIC);

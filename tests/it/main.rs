@@ -7,6 +7,7 @@ mod fast;
 mod formats;
 mod heads;
 mod metrics;
+mod mistakes;
 mod parity;
 mod python;
 mod real_data;

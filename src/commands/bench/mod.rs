@@ -17,7 +17,7 @@ use tch::Device;
 
 use super::cli::BenchArgs;
 use super::rehearsal::Rehearsal;
-use super::{End, prepare, table};
+use super::{End, prepare, say, table};
 use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
@@ -77,6 +77,9 @@ fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>>
 pub fn run(args: &BenchArgs) -> Result<End> {
     let yaml = args.experiment.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
     if args.experiment.is_dir() || (args.experiment.is_file() && !yaml) {
+        if !(args.overrides.is_empty() && args.only.is_empty()) {
+            return Err(invalid("--set and --only are for experiments; a trained model is as it is"));
+        }
         return labelling(args);
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
@@ -136,8 +139,8 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         bound,
     };
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&findings)?),
-        false => print(&findings),
+        true => say(serde_json::to_string_pretty(&findings)?)?,
+        false => print(&findings)?,
     }
     Ok(End::Done)
 }
@@ -211,7 +214,7 @@ fn summarize(strategy: String, own: &[f64], equal: &[f64], size: &Size) -> Measu
     }
 }
 
-fn print(findings: &Findings) {
+fn print(findings: &Findings) -> Result<()> {
     let mut out =
         table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", "time / equal", "least", "most"], 1);
     for m in &findings.strategies {
@@ -220,23 +223,24 @@ fn print(findings: &Findings) {
         row.extend(m.ratio.map(|ratio| format!("{ratio:.3}")));
         out.add_row(row);
     }
-    println!("{out}");
+    say(out)?;
     let mut out = table::table(&[&format!("a step, {}", findings.strategies[0].strategy), "ms"], 1);
     for (name, ms) in &findings.parts_ms {
         out.add_row([name.to_string(), format!("{ms:.2}")]);
     }
-    println!("{out}");
+    say(out)?;
     let bound = &findings.bound;
-    println!(
+    say(format!(
         "bound: {:.2} ms a step (products at {:.0} GFLOP/s, memory at {:.1} GB/s, measured here); time / bound {:.2}",
         bound.ms_per_step,
         bound.flops_per_sec / 1e9,
         bound.bytes_per_sec / 1e9,
         findings.time_over_bound,
-    );
+    ))?;
     if let Some(bytes) = findings.peak_memory_bytes {
-        println!("peak memory of the process: {} MiB", table::count(bytes >> 20));
+        say(format!("peak memory of the process: {} MiB", table::count(bytes >> 20)))?;
     }
+    Ok(())
 }
 
 /// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.
@@ -264,10 +268,13 @@ fn labelling(args: &BenchArgs) -> Result<End> {
             "rounds": args.rounds, "peak_memory_bytes": peak_memory(), "sentences_per_sec": sentences,
             "tokens_per_sec": tokens,
         });
-        println!("{}", serde_json::to_string_pretty(&content)?);
+        say(serde_json::to_string_pretty(&content)?)?;
     } else {
         let (sentences, tokens) = (table::count(sentences as usize), table::count(tokens as usize));
-        println!("{sentences} sentences/s, {tokens} tokens/s on {}, {threads} threads", prepare::device_name(device));
+        say(format!(
+            "{sentences} sentences/s, {tokens} tokens/s on {}, {threads} threads",
+            prepare::device_name(device)
+        ))?;
     }
     Ok(End::Done)
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 use tch::Tensor;
 
 use super::super::rehearsal::Rehearsal;
+use super::super::say;
 use crate::run::checkpoint;
 use crate::train::{Pending, State, Step, Trainer};
 
@@ -48,6 +49,6 @@ pub fn write(folder: &Path, rehearsal: &Rehearsal, trainer: &mut Trainer, steps:
     let about = json!({"experiment": rehearsal.experiment, "tasks": rehearsal.tasks, "losses": losses});
     checkpoint::save(&folder.join("weights.safetensors"), &weights, &[], &json!({}))?;
     checkpoint::save(&folder.join("steps.safetensors"), &tensors, &[], &about)?;
-    println!("{} steps written to {}", steps.len(), folder.display());
+    say(format!("{} steps written to {}", steps.len(), folder.display()))?;
     Ok(())
 }

@@ -31,7 +31,9 @@ fn add_row(line: usize, values: &[&str], positions: &[usize], layout: &Layout, b
 pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let default = if layout.format == Format::Tsv { b'\t' } else { b',' };
     let delimiter = layout.separator.as_ref().and_then(|separator| separator.bytes().next()).unwrap_or(default);
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());
+    let mut reader = csv::ReaderBuilder::new();
+    let reader = reader.delimiter(delimiter).quoting(layout.quotes).flexible(true);
+    let mut reader = reader.from_reader(text.as_bytes());
     let mut builder = RowsBuilder::new(path, wanted);
     let header: Vec<String> = match reader.headers() {
         Ok(header) => header.iter().map(|name| name.trim().to_owned()).collect(),
@@ -48,7 +50,15 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
                 // The reader's lines count line ends before the record, a quoted field's included.
                 let line = record.position().map_or(0, |position| position.line() as usize);
                 let values: Vec<&str> = record.iter().collect();
-                if values.len() == names.len() {
+                let n_lines = 1 + values.iter().map(|value| value.matches('\n').count()).sum::<usize>();
+                if n_lines > 1 && layout.format == Format::Tsv {
+                    let message =
+                        format!("a `\"` holds {n_lines} lines together; `quotes: false` takes it as it stands");
+                    builder.error(line, message);
+                } else if values.len() == names.len() {
+                    if n_lines > 1 {
+                        builder.warning(line, format!("a quoted value makes a row of {n_lines} lines"));
+                    }
                     add_row(line, &values, &positions, layout, &mut builder);
                 } else {
                     let message = format!("{} values, but the header has {}", values.len(), names.len());

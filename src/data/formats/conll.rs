@@ -17,6 +17,8 @@ enum Source<'a> {
 struct Plan<'a> {
     conllu: bool,
     separator: Option<&'a str>,
+    /// Where they are all named.
+    n_columns: Option<usize>,
     word: usize,
     sources: Vec<Source<'a>>,
 }
@@ -29,7 +31,7 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
         let found = names.iter().position(|known| *known == name).or_else(|| name.parse().ok());
         if found.is_none() {
             let known = if names.is_empty() { "give `columns:`".to_owned() } else { names.join(", ") };
-            let message = format!("no column `{name}`: use its number from 0, or one of: {known}");
+            let message = format!("no column `{name}`: use its number from 0 in quotes, or one of: {known}");
             problems.push(Problem::error(Place::new(path, 0), message));
         }
         found.unwrap_or(0)
@@ -37,11 +39,12 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
     let plan = Plan {
         conllu,
         separator: layout.separator.as_deref(),
+        n_columns: (!conllu && !names.is_empty()).then_some(names.len()),
         word: position(layout.tokens.as_deref().unwrap_or(if conllu { "form" } else { "0" })),
         sources: wanted
             .iter()
             .map(|wanted| match wanted.kind {
-                WantedKind::Tags => Source::Column(position(&wanted.column)),
+                WantedKind::Tags(_) => Source::Column(position(&wanted.column)),
                 WantedKind::Class => Source::Comment(&wanted.column),
             })
             .collect(),
@@ -77,7 +80,10 @@ impl<'a> Sentence<'a> {
             return;
         }
         let comment = line.strip_prefix('#').filter(|_| self.words.is_empty());
-        if let Some((name, value)) = comment.and_then(|rest| rest.split_once(" = ")) {
+        let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
+        if let Some((name, value)) = named.filter(|rest| !rest.contains('\t')).and_then(|rest| rest.split_once('='))
+            && !name.trim().contains(' ')
+        {
             self.comments.push((name.trim(), value.trim()));
             return;
         }
@@ -93,6 +99,9 @@ impl<'a> Sentence<'a> {
         if plan.conllu && fields[0].contains(['-', '.']) {
             return;
         }
+        if plan.n_columns.is_some_and(|n| n != fields.len()) && line.starts_with("# ") && self.words.is_empty() {
+            return;
+        }
         if self.words.is_empty() {
             self.first_line = number;
             self.tags = vec![Vec::new(); plan.sources.len()];
@@ -104,6 +113,11 @@ impl<'a> Sentence<'a> {
         let needed = columns.chain([plan.word]).max().unwrap_or(0) + 1;
         if fields.len() < needed {
             builder.error(number, format!("{} columns, but {needed} are needed", fields.len()));
+            self.broken = true;
+            return;
+        }
+        if let Some(n) = plan.n_columns.filter(|&n| n < fields.len()) {
+            builder.error(number, format!("{} columns, but `columns:` names {n}", fields.len()));
             self.broken = true;
             return;
         }

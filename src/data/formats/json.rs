@@ -9,6 +9,7 @@ use serde_json::value::RawValue;
 use super::{CharacterSpan, Cut, Format, Layout, Parsed, in_parts, lines, tags_of_spans, words_of};
 use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
 use crate::problem::{Place, Problem};
+use crate::task::from_bio;
 
 pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     in_parts((path, text), Cut::Line, wanted, |part, first_line, builder| {
@@ -97,14 +98,14 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     let mut made: Vec<Option<Vec<String>>> = Vec::new();
     for wanted in builder.wanted {
         let spans = match (value(row, &wanted.column), wanted.kind) {
-            (Some(found), WantedKind::Tags) => spans(found),
+            (Some(found), WantedKind::Tags(scheme)) => spans(found).map(|spans| (scheme, spans)),
             _ => None,
         };
         made.push(match spans {
             None => None,
-            Some(Err(message)) => return builder.error(line, format!("`{}`: {message}", wanted.column)),
-            Some(Ok(spans)) => match tags_of_spans(&ranges, spans, (line, builder)) {
-                Some(tags) => Some(tags),
+            Some((_, Err(message))) => return builder.error(line, format!("`{}`: {message}", wanted.column)),
+            Some((scheme, Ok(spans))) => match tags_of_spans(&ranges, spans, (line, builder)) {
+                Some(tags) => Some(from_bio(scheme, &tags.iter().map(String::as_str).collect::<Vec<_>>())),
                 None => return,
             },
         });

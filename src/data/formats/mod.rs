@@ -48,6 +48,7 @@ pub struct Layout {
     pub tokens: Option<String>,
     pub columns: Vec<String>,
     pub separator: Option<String>,
+    pub quotes: bool,
     pub splitter: Splitter,
     pub encoding: &'static Encoding,
 }
@@ -189,7 +190,7 @@ fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a 
     let field = |wanted: &Wanted| match (value(&wanted.column).map(str::trim), wanted.kind) {
         (None | Some(""), _) => Field::Absent,
         (Some(label), WantedKind::Class) => Field::Class(label),
-        (Some(tags), WantedKind::Tags) => Field::Tags(tags.split_whitespace().collect()),
+        (Some(tags), WantedKind::Tags(_)) => Field::Tags(tags.split_whitespace().collect()),
     };
     wanted.iter().map(field).collect()
 }

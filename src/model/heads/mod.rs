@@ -118,6 +118,10 @@ fn cross_entropy(logits: &Tensor, labels: &Tensor, n_decisions: i64, (smoothing,
 /// The name of the trunk among a head's inputs.
 pub const TRUNK: &str = "trunk";
 
+fn one() -> f64 {
+    1.0
+}
+
 fn trunk_alone() -> Vec<String> {
     vec![TRUNK.to_owned()]
 }

@@ -58,7 +58,7 @@ pub struct TaggingConfig {
     #[serde(default)]
     pub label_smoothing: f64,
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
-    #[serde(default = "crate::config::one")]
+    #[serde(default = "super::one")]
     pub priority: f64,
 }
 

@@ -1,0 +1,150 @@
+//! What goes wrong in a user's hands: nothing of theirs is lost, nothing half done stays, and the error says what to do.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use crate::util::{Folder, SMALL, small};
+
+fn failed(folder: &Folder, arguments: &[&str], code: i32) -> String {
+    let output = folder.polytask(arguments).assert().code(code).get_output().clone();
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn trained(folder: &Folder, out: &str) {
+    folder.polytask(&["train", "small.yaml", "--out", out, "--set", "training.max_epochs=1"]).assert().code(0);
+}
+
+fn exists(folder: &Folder, path: &str) -> bool {
+    folder.path().join(path).exists()
+}
+
+#[test]
+fn a_run_that_fails_takes_its_own_folder_away_and_nothing_else() {
+    let folder = small();
+    folder.file("precious/thesis.txt", "years");
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    let broken = ["--set", "data.sets.toy.train=none.jsonl"];
+    let train = |out: &str, more: &[&str]| failed(&folder, &[&["train", "small.yaml", "--out", out], more].concat(), 2);
+    assert!(train("missing/../precious", &broken).contains("does not exist"));
+    assert!(train("missing/../precious", &[]).contains("is not empty"));
+    for more in [&broken[..], &["--set", "training.freeze_epochs={heads.nope: 1}"]] {
+        train("empty", more);
+        train("new", more);
+        assert!(exists(&folder, "empty") && !exists(&folder, "empty/resolved.yaml") && !exists(&folder, "new"));
+    }
+    assert!(failed(&folder, &["train", "small.yaml", "--set", "name=.."], 2).contains("a letter or digit first"));
+    assert_eq!(folder.read("precious/thesis.txt"), "years");
+    // What libtorch throws, for want of memory here, is an error like others.
+    let text = failed(&folder, &["train", "small.yaml", "--out", "new", "--set", "model.trunk.hidden=3000000000"], 1);
+    let last = text.lines().last().unwrap();
+    assert!(last.starts_with("error: ") && !text.contains("panicked") && !exists(&folder, "new"), "{text}");
+}
+
+#[test]
+fn a_reader_that_is_gone_ends_a_command_quietly() {
+    let folder = small();
+    trained(&folder, "run");
+    for arguments in [&["check", "small.yaml"][..], &["evaluate", "run", "--json"], &["compare", "run"]] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"));
+        let command = command.current_dir(folder.path()).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(0) && !text.contains("panicked"), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn names_that_results_or_exports_need_are_refused() {
+    let folder = small();
+    for name in ["text", "step", "class"] {
+        folder.file("named.yaml", SMALL.replace("  topic: {", &format!("  {name}: {{")));
+        let text = failed(&folder, &["check", "named.yaml"], 2);
+        assert!(text.contains(&format!("named.yaml:8: tasks.{name}:")), "{text}");
+    }
+}
+
+#[test]
+fn a_base_file_finds_the_data_beside_itself() {
+    let folder = small();
+    folder.file("base/base.yaml", SMALL.replace("root: .", "root: ${EXPERIMENT_DIR}/data"));
+    for name in ["train.jsonl", "dev.jsonl"] {
+        folder.file(&format!("base/data/{name}"), folder.read(name));
+    }
+    folder.file("child/child.yaml", "extends: ../base/base.yaml\nseed: 4\n");
+    folder.polytask(&["check", "child/child.yaml"]).assert().code(0);
+}
+
+#[test]
+fn check_tells_all_that_training_would_refuse() {
+    let folder = small();
+    folder.file("train.jsonl", folder.read("train.jsonl") + "{\"tokens\": [\"a\"], \"slots\": [\"X-thing\"]}\n");
+    let sets = [
+        "model.embedding.vectors=[{file: none.txt}]",
+        "tokenizer.lowercase=true",
+        "init_from=nowhere",
+        "data.sets.toy.stratify=topik",
+    ];
+    let mut arguments = vec!["check", "small.yaml"];
+    arguments.extend(sets.iter().flat_map(|set| ["--set", set]));
+    let output = folder.polytask(&arguments).assert().code(2).get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "train.jsonl:91: `slots`, word 1: `X-thing` is no bio tag",
+        "none.txt: No such file",
+        "scripts/get_vectors",
+        "nowhere: no run directory",
+        "data.sets.toy.stratify: no training row has a `topik`",
+        "4 errors",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    let unlabelled = folder.read("dev.jsonl").replace("\"topic\"", "\"other\"");
+    folder.file("dev.jsonl", unlabelled);
+    let output = folder.polytask(&["check", "small.yaml"]).assert().code(2).get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("`topic`: dev has no label of it"), "{text}");
+}
+
+#[test]
+fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
+    let folder = small();
+    trained(&folder, "run");
+    folder.file(
+        "in.txt",
+        "\u{feff}play the rock\n {\"tokens\": [\"play\", \"the\", \"rock\"]}\n{\"tokens\": \"play the rock\"}\n",
+    );
+    folder.file("target.jsonl", "old");
+    std::os::unix::fs::symlink(folder.path().join("target.jsonl"), folder.path().join("link")).unwrap();
+    let predict = |output: &str| folder.polytask(&["predict", "run", "--input", "in.txt", "--output", output]).assert();
+    predict("link").code(0);
+    let text = folder.read("target.jsonl");
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines.len() == 3 && lines[0] == lines[1] && lines[1] == lines[2], "{text}");
+    let printed = predict("/dev/stdout").code(0).get_output().clone();
+    assert_eq!(String::from_utf8(printed.stdout).unwrap(), text);
+    assert!(!Path::new("/dev/stdout").is_file() || Path::new("/dev/stdout").is_symlink());
+    assert!(failed(&folder, &["predict", "run", "--input", "."], 2).contains(". is a folder"));
+    // Damage that leaves the file's form whole.
+    let path = folder.path().join("run/checkpoints/best.safetensors");
+    let mut content = std::fs::read(&path).unwrap();
+    let at = content.len() - 8;
+    content[at..].fill(0xff);
+    std::fs::write(&path, content).unwrap();
+    assert!(failed(&folder, &["predict", "run", "--input", "in.txt"], 1).contains("are no numbers"));
+}
+
+#[test]
+fn comparisons_count_a_run_once_and_studies_take_no_folder_of_others() {
+    let folder = small();
+    trained(&folder, "run");
+    let output = folder.polytask(&["compare", "run", "./run/", "--json"]).assert().code(0).get_output().clone();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["groups"][0]["seeds"], serde_json::json!([3]));
+    folder.file("study.yaml", format!("{SMALL}study:\n  strategies: {{equal: {{}}}}\n  seeds: [1]\n"));
+    assert!(failed(&folder, &["study", "study.yaml", "--out", "run"], 2).contains("run is not empty"));
+    assert!(failed(&folder, &["study", "study.yaml", "--device", "gpu,cpu"], 2).contains("unknown device `gpu`"));
+    assert!(!exists(&folder, "runs"));
+    assert!(failed(&folder, &["bench", "run", "--set", "seed=1"], 2).contains("a trained model is as it is"));
+}
