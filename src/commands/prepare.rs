@@ -73,6 +73,7 @@ pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, dev
     let vocabulary = Vocabulary {
         n_trained: tokenizer.n_trained,
         padding: tokenizer.padding,
+        pads: tokenizer.pads,
         unknown: tokenizer.unknown,
         vectors: &tokenizer.vectors,
     };

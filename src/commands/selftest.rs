@@ -85,7 +85,7 @@ impl Setting {
         let config: ModelConfig = serde_json::from_value(json!({
             "embedding": {"dim": 12, "characters": {"none": {}}}, "trunk": {"hidden": 16, "layers": 2},
         }))?;
-        let vocabulary = Vocabulary { n_trained: 10, padding: 0, unknown: 1, vectors: &[] };
+        let vocabulary = Vocabulary { n_trained: 10, padding: 0, pads: true, unknown: 1, vectors: &[] };
         let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, &vocabulary, (Seed(7), device))?;
         let batch = DeviceSet::new(set, 0, device).batch(&[0, 1, 2, 3]);
         Ok(Setting { model, tasks, batch })

@@ -14,13 +14,13 @@ use super::finished::Finished;
 use super::progress::TrainingProgress;
 use super::{End, prepare, say, stop_flag, table, trainer, transfer};
 use crate::config::Experiment;
-use crate::data::{Corpus, Split, Tokenizer};
+use crate::data::{Corpus, DeviceSet, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
 use crate::run::{NewRun, RunDirectory, checkpoint};
-use crate::task::Task;
+use crate::task::{Task, TaskId};
 use crate::train::{Outcome, State};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
@@ -129,10 +129,11 @@ fn write(
 
 /// Trains from wherever the run stands to its end.
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, stop: &AtomicBool) -> Result<End> {
-    let (experiment, tasks, tokenizer) = prepare::of_run(run)?;
+    let (experiment, tasks, mut tokenizer) = prepare::of_run(run)?;
     let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
+    fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
     log::info!(
         "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
         experiment.name,
@@ -146,6 +147,8 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     let resumes = args.resume && run.checkpoint("last").exists();
     if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
         transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
+        transfer::keep_vectors(&model, &mut tokenizer);
+        prepare::write_vectors(run, &tokenizer)?;
     }
     let mut trainer = trainer::Parts {
         experiment: &experiment,
@@ -160,6 +163,11 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     }
     .trainer();
     let mut state = if resumes { trainer.resume()? } else { State::new(tasks.len()) };
+    let data = EncodedSet::fingerprint(&[&train.set, &dev.set]);
+    if state.data.get_or_insert(data.clone()) != &data {
+        let message = "its data has changed since: put it back, or begin another run";
+        return Err(invalid(format!("{} cannot go on: {message}", run.path.display())));
+    }
     libtorch::use_onednn(*state.onednn.get_or_insert(onednn));
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
@@ -180,6 +188,16 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
             report(run, &tasks, &model, (corpus, &tokenizer, device), seconds)?;
             Ok(End::Done)
         }
+    }
+}
+
+/// Dev chooses the best checkpoint, by labels of `metric`: a task, or the mean of all.
+fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
+    let labelled = |(i, _): &(usize, &Task)| (0..dev.set.len()).any(|row| dev.set.labels(TaskId(*i), row).is_some());
+    let mut chosen = tasks.iter().enumerate().filter(|(_, task)| metric == "mean" || task.name == metric);
+    match chosen.any(|task| labelled(&task)) {
+        true => Ok(()),
+        false => Err(invalid(format!("early_stopping.metric: {metric}: dev has no label to choose a checkpoint by"))),
     }
 }
 

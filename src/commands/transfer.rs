@@ -34,6 +34,17 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
     Ok(Some(earlier))
 }
 
+/// Takes the model's pretrained vectors over into the tokenizer's: those that stand still are in no checkpoint.
+pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
+    for (i, table) in tokenizer.vectors.iter().enumerate() {
+        let name = format!("embedding.vectors_{i}");
+        if let Some((_, values)) = model.parameters.with_constants().find(|(known, _)| *known == name) {
+            let trained = table.narrow(0, 0, tokenizer.n_trained as i64);
+            tch::no_grad(|| trained.shallow_clone().copy_(&values.to_device(Device::Cpu)));
+        }
+    }
+}
+
 /// Copies what fits of an earlier run: rows of the embedding by token, characters, the trunk, and heads whose task has the
 /// same name and labels and whose parts are the same. Says what it took.
 ///

@@ -96,7 +96,7 @@ impl Experiment {
                 .training
                 .freeze_epochs
                 .retain(|part, _| !others.iter().any(|other| part == other || part.starts_with(&format!("{other}."))));
-            alone.tasks.values_mut().for_each(HeadConfig::read_trunk_alone);
+            alone.tasks.values_mut().for_each(HeadConfig::stand_alone);
             let sets = self.tasks[task].sets();
             alone.data.sets.retain(|name, _| sets.contains(name));
             // The twin's cuts have to take the rows that the cuts of the whole experiment take.

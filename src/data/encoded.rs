@@ -6,7 +6,7 @@ use super::labels::{Labels, NO_LABEL};
 use super::rows::Strings;
 use super::set::{Corpus, Split};
 use super::tokenizer::{Pieces, Tokenizer};
-use crate::problem::Place;
+use crate::problem::{InvalidInput, Place};
 use crate::task::{Task, TaskId};
 
 /// The labels of one task over all rows of a split.
@@ -69,10 +69,33 @@ pub struct EncodedSet {
 }
 
 impl EncodedSet {
+    /// What tells whether sets hold the same tokens and labels.
+    pub fn fingerprint(sets: &[&EncodedSet]) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for set in sets {
+            let mut add = |values: &mut dyn Iterator<Item = i64>| {
+                let bytes: Vec<u8> = values.flat_map(i64::to_le_bytes).collect();
+                hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
+            };
+            add(&mut set.token_ids.iter().map(|&id| id.into()));
+            add(&mut set.token_offsets.iter().copied());
+            add(&mut set.word_offsets.iter().copied());
+            for target in &set.targets {
+                let (TargetValues::Classes(values) | TargetValues::Tags(values)) = target;
+                add(&mut values.iter().map(|&id| id.into()));
+            }
+        }
+        hasher.finalize().to_string()
+    }
+
     /// Encodes `split` of every set.
+    ///
+    /// # Errors
+    /// [`InvalidInput`] with labels that are none of the tasks'.
     pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
         let mut set = EncodedSet::empty(tasks, tokenizer);
         let mut pieces_differ = false;
+        let mut problems = Vec::new();
         for loaded in &corpus.sets {
             let rows = &loaded.splits[split as usize];
             let pieces = tokenizer.encode_words(&rows.words)?;
@@ -84,13 +107,18 @@ impl EncodedSet {
             pieces_differ |= pieces.ids.len() + 1 != pieces.offsets.len();
             for (id, task) in tasks.iter().enumerate() {
                 let column = loaded.tasks.iter().position(|&known| known == TaskId(id));
-                let values = column.map(|column| Labels::new(task).encode(rows, column));
+                let labels = Labels::new(task);
+                problems.extend(column.iter().flat_map(|&column| labels.unknown(rows, column)));
+                let values = column.map(|column| labels.encode(rows, column));
                 match &mut set.targets[id] {
                     TargetValues::Classes(all) => all.extend(values.unwrap_or(vec![NO_LABEL; rows.len()])),
                     TargetValues::Tags(all) => all.extend(values.unwrap_or(vec![NO_LABEL; rows.word_ids.len()])),
                 }
             }
             set.set_starts.push(set.len());
+        }
+        if !problems.is_empty() {
+            return Err(InvalidInput(problems).into());
         }
         set.first_tokens = set.first_tokens.filter(|_| pieces_differ);
         Ok(set)

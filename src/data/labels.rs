@@ -41,6 +41,28 @@ impl<'a> Labels<'a> {
         Labels { task, ids }
     }
 
+    /// Labels of a column that are none of the task's, each where it stands first.
+    pub fn unknown(&self, rows: &Rows, column: usize) -> Vec<Problem> {
+        let Column { strings, values } = &rows.columns[column];
+        let known = |label: &str| match self.task.kind {
+            TaskKind::Tagging(scheme) if scheme != Scheme::Plain => {
+                let types = scheme.parse(label).map(|tag| format!("B-{}", tag.kind));
+                types.is_none_or(|first| first == "B-" || self.ids.contains_key(first.as_str()))
+            }
+            _ => self.ids.contains_key(label),
+        };
+        let problem = |(id, label): (usize, &str)| {
+            let at = values.iter().position(|&value| value as usize == id)?;
+            let row = match self.task.kind {
+                TaskKind::Classification => at,
+                TaskKind::Tagging(_) => rows.offsets.partition_point(|&offset| offset <= at) - 1,
+            };
+            let message = format!("`{}`: the model was not trained with label `{label}`", self.task.name);
+            Some(Problem::error(rows.place(row), message))
+        };
+        strings.iter().enumerate().filter(|(_, label)| !known(label)).filter_map(problem).collect()
+    }
+
     /// The label ids of a whole column: one a row for classes, one a word for tags, [`NO_LABEL`] where absent.
     pub fn encode(&self, rows: &Rows, column: usize) -> Vec<i32> {
         let strings = &rows.columns[column].strings;

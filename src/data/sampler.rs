@@ -94,7 +94,12 @@ impl Sampler {
         let chosen: Vec<Vec<usize>> = (0..self.sets.len()).map(|set| self.rows(set, epoch)).collect();
         let mut generator = self.seed.generator(Purpose::Sampling, epoch as u64);
         if !self.in_turn {
-            let mut batches = self.by_length(chosen.concat());
+            let mut rows = chosen.concat();
+            if self.sets.len() > 1 {
+                // Batches take rows in this order, and are to mix the sets.
+                rows.shuffle(&mut generator);
+            }
+            let mut batches = self.by_length(rows);
             batches.shuffle(&mut generator);
             return batches;
         }
@@ -190,6 +195,14 @@ mod tests {
             places: vec![],
         };
         Sampler::new(&set, &config, 8, Seed(1))
+    }
+
+    #[test]
+    fn batches_mix_sets() {
+        let sampler = sampler(&[80, 80], SamplingConfig::default());
+        let batches = sampler.plan(0);
+        let mixed = |batch: &&Vec<usize>| batch.iter().any(|&row| row < 80) && batch.iter().any(|&row| row >= 80);
+        assert!(batches.iter().filter(mixed).count() * 10 >= batches.len() * 9, "{batches:?}");
     }
 
     #[test]

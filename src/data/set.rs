@@ -26,7 +26,7 @@ pub struct DataConfig {
     /// The sets by name.
     pub sets: IndexMap<String, SetConfig>,
     /// Share of every set's training rows that is used, drawn after the dev cut and in the same strata. A smaller share
-    /// is part of a larger one. Default 1, more than 0, at most 1.
+    /// is part of a larger one, but for rounding in strata of a few rows. Default 1, more than 0, at most 1.
     #[serde(default = "one")]
     pub train_fraction: f64,
     /// Seed of that choice, apart from the experiment's. Default 0.

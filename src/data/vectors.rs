@@ -153,7 +153,10 @@ impl Table {
         for (id, row) in found.iter().enumerate() {
             match row {
                 Some(row) => values.extend_from_slice(&self.values[row * self.dim..(row + 1) * self.dim]),
-                None if trainable && id < tokenizer.n_trained && id != tokenizer.padding as usize => {
+                None if trainable
+                    && id < tokenizer.n_trained
+                    && (!tokenizer.pads || id != tokenizer.padding as usize) =>
+                {
                     let normal = rand_distr::Normal::new(0.0, spread as f32).expect("invariant: a spread of squares");
                     values.extend((0..self.dim).map(|_| rand_distr::Distribution::sample(&normal, &mut generator)));
                 }

@@ -82,6 +82,7 @@ pub struct Embedding {
     characters: Option<Characters>,
     config: EmbeddingConfig,
     padding: i64,
+    pads: bool,
     unknown: i64,
     n_trained: i64,
 }
@@ -89,10 +90,10 @@ pub struct Embedding {
 impl Embedding {
     pub fn new(mut scope: Scope, config: &EmbeddingConfig, vocabulary: &Vocabulary) -> Self {
         let n_trained = vocabulary.n_trained as i64;
-        let (padding, unknown) = (vocabulary.padding.into(), vocabulary.unknown.into());
+        let (padding, pads, unknown) = (vocabulary.padding.into(), vocabulary.pads, vocabulary.unknown.into());
         let learned = (config.dim > 0).then(|| Table {
             parameter: Some(scope.count()),
-            values: scope.normal_rows("weight", &[n_trained, config.dim], padding),
+            values: scope.normal_rows("weight", &[n_trained, config.dim], pads.then_some(padding)),
         });
         let mut pretrained = Vec::new();
         for (i, (table, config)) in vocabulary.vectors.iter().zip(&config.vectors).enumerate() {
@@ -107,7 +108,7 @@ impl Embedding {
             pretrained.push(Pretrained { trained, further });
         }
         let characters = Characters::new(scope.sub("characters"), &config.characters);
-        Embedding { learned, pretrained, characters, config: config.clone(), padding, unknown, n_trained }
+        Embedding { learned, pretrained, characters, config: config.clone(), padding, pads, unknown, n_trained }
     }
 
     /// Features of a token: E.
@@ -196,7 +197,7 @@ def forward(self, {inputs}) -> Tensor:
 
     /// What `token_ids` touch of the tables; they may hold one more than once.
     pub fn touched(&self, token_ids: &[i32]) -> Touched {
-        // A tokenizer without padding has any token in its place.
+        // A tokenizer without padding has any token in its place, the unknown one among them.
         let mut special = vec![self.padding, self.unknown];
         special.dedup();
         let mut ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
@@ -229,6 +230,7 @@ def forward(self, {inputs}) -> Tensor:
         let further = ids.ge(self.n_trained); // [B, T]
         let known = ids.masked_fill(&further, self.unknown);
         let places = rows.map(|rows| rows.places.take(&known));
+        let still = |padding: i64| if self.pads { padding } else { -1 };
         let look_up = |table: &Table| {
             let leaf = rows.and_then(|rows| {
                 let at = rows.touched.tables.iter().position(|&index| Some(index) == table.parameter)?;
@@ -236,8 +238,8 @@ def forward(self, {inputs}) -> Tensor:
             });
             match (leaf, &places) {
                 // The first row is padding's.
-                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, 0, false, false),
-                _ => Tensor::embedding(&table.values, &known, self.padding, false, false),
+                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, still(0), false, false),
+                _ => Tensor::embedding(&table.values, &known, still(self.padding), false, false),
             }
         };
         let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();

@@ -47,7 +47,9 @@ pub struct ModelConfig {
 pub struct Vocabulary<'a> {
     /// Those of training come first; the others are known by their pretrained vectors alone.
     pub n_trained: usize,
+    /// Stands beyond a row's end; where `pads`, it is a token for that alone, whose embedding stays 0.
     pub padding: u32,
+    pub pads: bool,
     pub unknown: u32,
     /// Pretrained vectors of all tokens, [V, E] each.
     pub vectors: &'a [Tensor],

@@ -131,11 +131,11 @@ impl Scope<'_> {
         self.add(name, values)
     }
 
-    /// Standard normal, with row `zero` (padding) set to zero.
-    pub fn normal_rows(&mut self, name: &str, size: &[i64], zero: i64) -> Tensor {
+    /// Standard normal, with row `zero`, if any (padding), set to zero.
+    pub fn normal_rows(&mut self, name: &str, size: &[i64], zero: Option<i64>) -> Tensor {
         let mut values = Tensor::zeros(size, (Kind::Float, Device::Cpu));
         let _ = values.normal_(0.0, 1.0);
-        let _ = values.get(zero).zero_();
+        zero.iter().for_each(|&row| drop(values.get(row).zero_()));
         self.add(name, values)
     }
 

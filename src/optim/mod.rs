@@ -65,7 +65,7 @@ impl Piece {
         let length = self.parameter.size()[0] as usize;
         let (start, end) = (length * i / n, length * (i + 1) / n);
         // SGD has no second moments.
-        let narrow = |tensor: &Tensor| match tensor.dim() == self.parameter.dim() {
+        let narrow = |tensor: &Tensor| match tensor.size() == self.parameter.size() {
             true => tensor.narrow(0, start as i64, (end - start) as i64),
             false => tensor.shallow_clone(),
         };

@@ -1,7 +1,7 @@
 //! Files that are written whole or not at all.
 
 use std::fs::{File, OpenOptions, Permissions};
-use std::io::{Result as IoResult, Write};
+use std::io::{Error as IoError, ErrorKind, Result as IoResult, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -29,10 +29,14 @@ impl Partial {
             let file = OpenOptions::new().write(true).open(&path)?;
             return Ok(Partial { path, way: Way::Itself(file) });
         }
+        let folder = folder_of(&path);
+        if !folder.is_dir() {
+            return Err(IoError::new(ErrorKind::NotFound, format!("there is no folder {}", folder.display())));
+        }
         let mut options = tempfile::Builder::new();
         // The process's umask takes from these.
         options.prefix(".partial-").permissions(Permissions::from_mode(0o666));
-        let file = options.tempfile_in(folder_of(&path))?;
+        let file = options.tempfile_in(folder)?;
         if let Ok(old) = path.metadata() {
             file.as_file().set_permissions(old.permissions())?;
         }

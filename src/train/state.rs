@@ -17,6 +17,9 @@ pub struct State {
     pub interval: Sums,
     pub epoch: Sums,
     pub weighting: Value,
+    /// A fingerprint of the data that the run began with.
+    #[serde(default)]
+    pub data: Option<String>,
     /// Whether the CPU's LSTM kernels are oneDNN's, once that is chosen.
     #[serde(default)]
     pub onednn: Option<bool>,

@@ -250,6 +250,13 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     folder.polytask(&["train", "small.yaml", "--out", "still", "--set", still]).assert().success();
     let more = ["model.embedding.vectors=[{file: vectors.txt}]", "init_from=still", "training.max_epochs=1"];
     train("tuned", &more).success();
+    // And what was tuned stands still: it is in no checkpoint, but in the run all the same.
+    let more = [still, "init_from=tuned", "training.max_epochs=1"];
+    train("rests", &more).success();
+    let report: serde_json::Value = serde_json::from_str(&folder.read("rests/report.json")).unwrap();
+    let output = folder.polytask(&["evaluate", "rests", "--json"]).assert().success().get_output().clone();
+    let again: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["splits"]["test"], again["report"]);
     // All that the first steps have labels for may be frozen.
     train("all", &["training.freeze_epochs={embedding: 1, trunk: 1, heads.topic: 1, heads.slots: 1}"]).success();
     let error = train("fifth", &["training.freeze_epochs={heads.solts: 1}"]).code(2).get_output().clone();

@@ -148,3 +148,36 @@ fn comparisons_count_a_run_once_and_studies_take_no_folder_of_others() {
     assert!(!exists(&folder, "runs"));
     assert!(failed(&folder, &["bench", "run", "--set", "seed=1"], 2).contains("a trained model is as it is"));
 }
+
+#[test]
+fn data_that_changed_under_a_run_is_told() {
+    let folder = small();
+    trained(&folder, "run");
+    let row =
+        "{\"tokens\": [\"play\", \"the\", \"rock\"], \"topic\": \"sports\", \"slots\": [\"O\", \"O\", \"B-team\"]}\n";
+    let dev = folder.read("dev.jsonl");
+    folder.file("dev.jsonl", format!("{dev}{row}"));
+    let text = failed(&folder, &["evaluate", "run"], 2);
+    for label in ["sports", "B-team"] {
+        assert!(text.contains("dev.jsonl:31: ") && text.contains(&format!("not trained with label `{label}`")));
+    }
+    folder.file("dev.jsonl", dev + &row.replace("sports", "music").replace("team", "thing"));
+    let text = failed(&folder, &["train", "run/resolved.yaml", "--out", "run", "--resume"], 2);
+    assert!(text.contains("its data has changed"), "{text}");
+    folder.file("bare.jsonl", folder.read("dev.jsonl").replace("\"topic\"", "\"other\""));
+    let text = failed(
+        &folder,
+        &[
+            "train",
+            "small.yaml",
+            "--out",
+            "new",
+            "--set",
+            "training.early_stopping.metric=topic",
+            "--set",
+            "data.sets.toy.dev=bare.jsonl",
+        ],
+        2,
+    );
+    assert!(text.contains("dev has no label to choose a checkpoint by") && !exists(&folder, "new"), "{text}");
+}

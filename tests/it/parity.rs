@@ -72,7 +72,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         },
         trunk: TrunkConfig { hidden: 5, layers: 2, dropout: 0.0, ..Default::default() },
     };
-    let vocabulary = Vocabulary { n_trained: 11, padding: 0, unknown: 1, vectors: &[] };
+    let vocabulary = Vocabulary { n_trained: 11, padding: 0, pads: true, unknown: 1, vectors: &[] };
     let model = Model::new(&config, &[&topic, &slots], &tasks, &vocabulary, (Seed(1), Device::Cpu)).unwrap();
     model.parameters.load(of("before.")).unwrap();
 

@@ -128,6 +128,8 @@ pub struct Tokenizer {
     engine: Engine,
     pub splitter: Splitter,
     pub padding: u32,
+    /// Whether `padding` is a token for that alone.
+    pub pads: bool,
     pub unknown: u32,
     /// Sets keep so many bytes of each word's spelling. Default: none.
     pub max_bytes: Option<usize>,
@@ -178,9 +180,10 @@ impl Tokenizer {
         let unknown = find(&[UNKNOWN, "<unk>", "<UNK>", "UNK", "<|endoftext|>"]);
         let unknown = unknown.ok_or_else(|| anyhow!("the tokenizer has no token for unknown words ({UNKNOWN})"))?;
         // Padding is masked wherever it could count, so that any id serves where a tokenizer has none of its own.
-        let padding = find(&[PADDING, "<pad>", "<PAD>"]).unwrap_or(0);
+        let padding = find(&[PADDING, "<pad>", "<PAD>"]);
+        let (padding, pads) = (padding.unwrap_or(0), padding.is_some());
         let n_trained = engine.get_vocab_size(true);
-        Ok(Tokenizer { engine, splitter, padding, unknown, max_bytes: None, n_trained, vectors: Vec::new() })
+        Ok(Tokenizer { engine, splitter, padding, pads, unknown, max_bytes: None, n_trained, vectors: Vec::new() })
     }
 
     /// The number of token ids.

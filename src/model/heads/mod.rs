@@ -63,12 +63,13 @@ impl HeadConfig {
         }
     }
 
-    /// Takes the other heads out of its inputs.
-    pub fn read_trunk_alone(&mut self) {
-        match self {
-            HeadConfig::Classification(config) => config.inputs = trunk_alone(),
-            HeadConfig::Tagging(config) => config.inputs = trunk_alone(),
-        }
+    /// Takes away what has to do with other heads: those among its inputs, and its priority over them.
+    pub fn stand_alone(&mut self) {
+        let (inputs, priority) = match self {
+            HeadConfig::Classification(config) => (&mut config.inputs, &mut config.priority),
+            HeadConfig::Tagging(config) => (&mut config.inputs, &mut config.priority),
+        };
+        (*inputs, *priority) = (trunk_alone(), one());
     }
 
     pub fn reads_trunk(&self) -> bool {
