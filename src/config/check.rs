@@ -95,6 +95,8 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
             c.require(&format!("{path}.dev_fraction"), fraction > 0.0 && fraction < 1.0, "must be between 0 and 1");
         }
     }
+    let both = set.stratify.is_some() && set.stratify_tags.is_some();
+    c.require(&format!("{path}.stratify_tags"), !both, "give `stratify:` or `stratify_tags:`, not both");
     let both = set.text.is_some() && set.tokens.is_some();
     c.require(&format!("{path}.text"), !both, "give `text:` or `tokens:`, not both");
     if encoding_rs::Encoding::for_label(set.encoding.as_bytes()).is_none() {

@@ -101,11 +101,13 @@ impl Experiment {
             alone.data.sets.retain(|name, _| sets.contains(name));
             // The twin's cuts have to take the rows that the cuts of the whole experiment take.
             for (name, set) in &mut alone.data.sets {
-                let column = |head: &HeadConfig| {
-                    let classes = head.kind() == TaskKind::Classification && head.sets().contains(name);
-                    classes.then(|| head.column().to_owned())
-                };
-                set.stratify = set.stratify.take().or_else(|| self.tasks.values().find_map(column));
+                if set.stratify.is_none() && set.stratify_tags.is_none() {
+                    let heads = || self.tasks.values().filter(|head| head.sets().contains(name));
+                    let classes = heads().find(|head| head.kind() == TaskKind::Classification);
+                    let tags = heads().next().filter(|_| classes.is_none());
+                    let column = |head: Option<&HeadConfig>| head.map(|head| head.column().to_owned());
+                    (set.stratify, set.stratify_tags) = (column(classes), column(tags));
+                }
             }
             alone.training.early_stopping.metric = "mean".to_owned();
             (format!("only-{task}"), alone)

@@ -31,17 +31,16 @@ fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
 }
 
 /// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest tag. `classes` is the column of classes.
+/// share their rarest tag. `column` is the one of classes or tags, if there is one.
 pub fn cut(
     train: &mut Rows,
-    (wanted, classes): (&[Wanted], Option<usize>),
+    (wanted, column): (&[Wanted], Option<usize>),
     fraction: f64,
     mut generator: impl rand::Rng,
 ) -> Rows {
-    let tags = wanted.iter().position(|wanted| wanted.kind != WantedKind::Class);
-    let stratum: Vec<u32> = match (classes, tags) {
-        (Some(column), _) => train.columns[column].values.clone(),
-        (None, Some(column)) => {
+    let stratum: Vec<u32> = match column.map(|column| (column, wanted[column].kind)) {
+        Some((column, WantedKind::Class)) => train.columns[column].values.clone(),
+        Some((column, WantedKind::Tags(_))) => {
             let mut counts = vec![0usize; train.columns[column].strings.len()];
             for &tag in train.columns[column].values.iter().filter(|&&tag| tag != ABSENT) {
                 counts[tag as usize] += 1;
@@ -49,7 +48,7 @@ pub fn cut(
             let rarest = |tags: &[u32]| tags.iter().copied().min_by_key(|&tag| (counts[tag as usize], tag));
             (0..train.len()).map(|row| train.tags_of(column, row).and_then(rarest).unwrap_or(ABSENT)).collect()
         }
-        (None, None) => vec![ABSENT; train.len()],
+        None => vec![ABSENT; train.len()],
     };
     let mut strata: std::collections::BTreeMap<u32, Vec<usize>> = Default::default();
     for (row, stratum) in stratum.into_iter().enumerate() {

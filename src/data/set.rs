@@ -14,7 +14,7 @@ use super::rows::{ABSENT, Rows, Wanted, WantedKind};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
 use crate::rng::{Purpose, Seed};
-use crate::task::{TaskId, TaskKind};
+use crate::task::{Scheme, TaskId, TaskKind};
 
 /// The `data:` of an experiment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -63,9 +63,12 @@ pub struct SetConfig {
     #[serde(default)]
     pub dev_seed: u64,
     /// The column of classes whose shares `dev_fraction` and `train_fraction` keep. Default: that of the first
-    /// classification task of the set, or, without one, each row's rarest tag.
+    /// classification task of the set, or, without one, `stratify_tags`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stratify: Option<String>,
+    /// Instead, the column of tags whose rarest one a row counts under. Default: that of the set's first tagging task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stratify_tags: Option<String>,
     /// The column or field with raw text. Default `text`, for formats that hold text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -203,6 +206,8 @@ pub fn load(
         let n_wanted = wanted.len();
         // No task may need the column: it is read for the cuts and then let go.
         wanted.extend(set.stratify.iter().map(|column| Wanted { column: column.clone(), kind: WantedKind::Class }));
+        let tags = WantedKind::Tags(Scheme::Plain);
+        wanted.extend(set.stratify_tags.iter().map(|column| Wanted { column: column.clone(), kind: tags }));
         let mut splits = [&Some(set.train.clone()), &set.dev, &set.test].map(|paths| {
             let paths = paths.as_ref().map_or(&[][..], |paths| &paths.0);
             read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
@@ -214,23 +219,23 @@ pub fn load(
                 }
             }
         }
-        let classes = match &set.stratify {
-            Some(column) => {
+        let strata = match wanted.get(n_wanted) {
+            Some(Wanted { column, .. }) => {
                 if splits[0].columns[n_wanted].values.iter().all(|&value| value == ABSENT) {
                     let message = format!("data.sets.{name}.stratify: no training row has a `{column}`");
                     problems.push(Problem::general(Severity::Error, message));
                 }
                 Some(n_wanted)
             }
-            None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class),
+            None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class).or((n_wanted > 0).then_some(0)),
         };
         if let Some(fraction) = set.dev_fraction {
             splits[1] =
-                cut(&mut splits[0], (&wanted, classes), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
+                cut(&mut splits[0], (&wanted, strata), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
         }
         if config.train_fraction < 1.0 {
             let generator = Seed(config.train_fraction_seed).generator(Purpose::Split, 1);
-            cut(&mut splits[0], (&wanted, classes), 1.0 - config.train_fraction, generator);
+            cut(&mut splits[0], (&wanted, strata), 1.0 - config.train_fraction, generator);
         }
         wanted.truncate(n_wanted);
         for rows in &mut splits {
