@@ -314,7 +314,7 @@ fn config_pbtxt(name: &str, tasks: &[Task], dtype: Dtype, bytes: bool) -> String
 
 fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy_table::Table {
     let mut out = table::table(&["task", "metric on dev", "live", dtype.name()], 2);
-    for (task, exported) in report.tasks.iter().zip(exported).filter(|(task, _)| task.n_sentences > 0) {
+    for (task, exported) in report.tasks.iter().zip(exported) {
         for (i, (live, exported)) in task.scores.iter().zip(exported).enumerate() {
             let name = if i == 0 { task.name.clone() } else { String::new() };
             out.add_row([

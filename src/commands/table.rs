@@ -40,26 +40,22 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
     header.extend(splits.iter().map(|(name, _)| *name));
     let mut table = table(&header, 2);
     let Some((_, first)) = splits.first() else { return table };
+    let mut add = |task: &str, metric: &str, cell: &dyn Fn(&Report) -> Option<String>| {
+        let mut row = vec![task.to_owned(), metric.replace('_', " ")];
+        row.extend(splits.iter().map(|(_, report)| cell(report).unwrap_or("-".to_owned())));
+        table.add_row(row);
+    };
     for (i, task) in first.tasks.iter().enumerate() {
-        for (j, score) in task.scores.iter().enumerate() {
-            let mut row = vec![if j == 0 { task.name.clone() } else { String::new() }, score.name.replace('_', " ")];
-            row.extend(splits.iter().map(|(_, report)| {
-                let task = &report.tasks[i];
-                if task.n_sentences > 0 { percent(task.scores[j].value) } else { "-".to_owned() }
-            }));
-            table.add_row(row);
+        let names = splits.iter().map(|(_, report)| &report.tasks[i].scores).find(|scores| !scores.is_empty());
+        let mut name = task.name.as_str();
+        for (j, score) in names.into_iter().flatten().enumerate() {
+            let value = |report: &Report| report.tasks[i].scores.get(j).map(|score| percent(score.value));
+            add(std::mem::take(&mut name), &score.name, &value);
         }
-        let mut row = vec![String::new(), "loss (nats)".to_owned()];
-        row.extend(splits.iter().map(|(_, report)| {
-            let task = &report.tasks[i];
-            if task.n_sentences > 0 { format!("{:.4}", task.loss) } else { "-".to_owned() }
-        }));
-        table.add_row(row);
+        add(name, "loss (nats)", &|report| report.tasks[i].loss.map(|loss| format!("{loss:.4}")));
     }
-    if first.sentence_accuracy.is_some() {
-        let mut row = vec!["all".to_owned(), "sentence accuracy".to_owned()];
-        row.extend(splits.iter().map(|(_, report)| report.sentence_accuracy.map_or("-".to_owned(), percent)));
-        table.add_row(row);
+    if splits.iter().any(|(_, report)| report.sentence_accuracy.is_some()) {
+        add("all", "sentence accuracy", &|report| report.sentence_accuracy.map(percent));
     }
     table
 }

@@ -2,7 +2,7 @@
 
 use rand::seq::SliceRandom;
 
-use super::rows::{ABSENT, Rows, Wanted, WantedKind};
+use super::rows::{ABSENT, Rows, Strings, Wanted, WantedKind};
 use crate::problem::Problem;
 
 /// Takes rows that carry no label at all out of a training split: a batch of them would have no loss.
@@ -31,7 +31,7 @@ fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
 }
 
 /// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest tag. `column` is the one of classes or tags, if there is one.
+/// share their rarest type of span or tag. `column` is the one of classes or tags, if there is one.
 pub fn cut(
     train: &mut Rows,
     (wanted, column): (&[Wanted], Option<usize>),
@@ -41,11 +41,17 @@ pub fn cut(
     let stratum: Vec<u32> = match column.map(|column| (column, wanted[column].kind)) {
         Some((column, WantedKind::Class)) => train.columns[column].values.clone(),
         Some((column, WantedKind::Tags(_))) => {
-            let mut counts = vec![0usize; train.columns[column].strings.len()];
+            // The type alone counts: a task writes the spans of a file in its scheme.
+            let strings = &train.columns[column].strings;
+            let mut types = Strings::default();
+            let type_of: Vec<_> =
+                strings.iter().map(|tag| types.add(tag.split_once('-').map_or(tag, |(_, kind)| kind))).collect();
+            let mut counts = vec![0usize; types.len()];
             for &tag in train.columns[column].values.iter().filter(|&&tag| tag != ABSENT) {
-                counts[tag as usize] += 1;
+                counts[type_of[tag as usize] as usize] += 1;
             }
-            let rarest = |tags: &[u32]| tags.iter().copied().min_by_key(|&tag| (counts[tag as usize], tag));
+            let type_of = |&tag: &u32| type_of[tag as usize];
+            let rarest = |tags: &[u32]| tags.iter().map(type_of).min_by_key(|&kind| (counts[kind as usize], kind));
             (0..train.len()).map(|row| train.tags_of(column, row).and_then(rarest).unwrap_or(ABSENT)).collect()
         }
         None => vec![ABSENT; train.len()],
@@ -76,6 +82,7 @@ mod tests {
     use super::super::rows::{Field, RowsBuilder};
     use super::*;
     use crate::rng::{Purpose, Seed};
+    use crate::task::Scheme;
 
     #[test]
     fn a_dev_cut_is_stratified_seeded_and_loses_nothing() {
@@ -109,5 +116,30 @@ mod tests {
         assert_eq!((rest(0.1).len(), rest(0.3).len()), (20, 60));
         assert!(rest(0.1).iter().all(|line| rest(0.3).contains(line)), "a smaller share is part of a larger one");
         assert_eq!(dev.text_of(0), format!("w{}", dev.place(0).line - 1));
+    }
+
+    #[test]
+    fn the_scheme_of_the_tags_does_not_move_a_cut() {
+        let lines = |scheme, one: &str| {
+            let wanted = [Wanted { column: "ner".into(), kind: WantedKind::Tags(scheme) }];
+            let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
+            for i in 0..90 {
+                let tags = if i % 9 == 0 {
+                    ["B-rare", "I-rare"]
+                } else if i % 2 == 0 {
+                    [one, "O"]
+                } else {
+                    ["O", "O"]
+                };
+                builder.push(i + 1, &["a", "b"], &[Field::Tags(tags.to_vec())]);
+            }
+            let mut rows = Rows::new(1);
+            rows.append_file(Path::new("f"), vec![builder.rows]);
+            let dev = cut(&mut rows, (&wanted, Some(0)), 0.3, Seed(0).generator(Purpose::Split, 0));
+            (0..dev.len()).map(|row| dev.place(row).line).collect::<Vec<_>>()
+        };
+        let bio = lines(Scheme::Bio, "B-common");
+        assert_eq!(bio, lines(Scheme::Bioes, "S-common"));
+        assert_eq!(bio.iter().filter(|&line| line % 9 == 1).count(), 3, "three of the ten rare rows");
     }
 }

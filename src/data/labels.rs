@@ -122,8 +122,8 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
     }
     let strings = &rows.columns[column].strings;
     let parsed = parse_all(scheme, &rows.columns[column]);
-    let mut add = |severity, row, message: String| {
-        problems.push(Problem { severity, place: Some(rows.place(row)), message });
+    let mut add = |severity, (row, word), message: String| {
+        problems.push(Problem { severity, place: Some(rows.place_of_word(row, word)), message });
     };
     for row in 0..rows.len() {
         let Some(values) = rows.tags_of(column, row) else { continue };
@@ -132,18 +132,18 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
             let written = strings.get(value);
             let Some(tag) = parsed[value as usize] else {
                 let scheme = format!("{scheme:?}").to_lowercase();
-                add(Severity::Error, row, format!("`{name}`, word {}: `{written}` is no {scheme} tag", i + 1));
+                add(Severity::Error, (row, i), format!("`{name}`, word {}: `{written}` is no {scheme} tag", i + 1));
                 previous = None;
                 continue;
             };
             if let Some(reason) = scheme.broken(previous, tag) {
                 let word = rows.words.get(rows.words_of(row)[i]);
-                add(Severity::Warning, row, format!("`{name}`, word {} `{word}`: `{written}`: {reason}", i + 1));
+                add(Severity::Warning, (row, i), format!("`{name}`, word {} `{word}`: `{written}`: {reason}", i + 1));
             }
             previous = Some(tag);
         }
         if previous.is_some_and(|tag| scheme.left_open(tag)) {
-            add(Severity::Warning, row, format!("`{name}`: the last span is not closed with E-"));
+            add(Severity::Warning, (row, values.len() - 1), format!("`{name}`: the last span is not closed with E-"));
         }
     }
     problems

@@ -86,8 +86,12 @@ pub struct Rows {
     files: Vec<PathBuf>,
     /// First row of each file.
     file_starts: Vec<usize>,
+    /// With [`BY_WORD`] where it holds.
     lines: Vec<u32>,
 }
+
+/// Added to the line of a row whose every word has a line of its own, one below the other.
+const BY_WORD: u32 = 1 << 31;
 
 impl Rows {
     pub fn new(n_columns: usize) -> Self {
@@ -113,7 +117,7 @@ impl Rows {
         Rows { words, word_ids, offsets, columns, files: vec![file.to_owned()], file_starts: vec![0], lines }
     }
 
-    /// The line of each row in its file.
+    /// Where each row stands in its file, as [`Rows::of_file`] takes it.
     pub fn lines(&self) -> &[u32] {
         &self.lines
     }
@@ -143,7 +147,16 @@ impl Rows {
     /// Where the row stands in its file.
     pub fn place(&self, row: usize) -> Place {
         let file = self.file_starts.partition_point(|&start| start <= row) - 1;
-        Place::new(&self.files[file], self.lines[row] as usize)
+        Place::new(&self.files[file], (self.lines[row] & !BY_WORD) as usize)
+    }
+
+    /// Where word `index` of the row stands; where the row does, if its words have no lines of their own.
+    pub fn place_of_word(&self, row: usize, index: usize) -> Place {
+        let mut place = self.place(row);
+        if self.lines[row] & BY_WORD != 0 {
+            place.line += index;
+        }
+        place
     }
 
     /// Appends the rows of one file.
@@ -226,10 +239,20 @@ impl<'a> RowsBuilder<'a> {
 
     /// Adds a row that starts in `line`; `fields` in the order of the wanted columns.
     pub fn push(&mut self, line: usize, words: &[&str], fields: &[Field]) {
+        self.add((line, 0), words, fields);
+    }
+
+    /// The same for a row with a line for every word, from `line` on.
+    pub fn push_by_word(&mut self, line: usize, words: &[&str], fields: &[Field]) {
+        self.add((line, BY_WORD), words, fields);
+    }
+
+    fn add(&mut self, (line, by_word): (usize, u32), words: &[&str], fields: &[Field]) {
         if words.is_empty() {
             return self.warning(line, "empty sentence, skipped");
         }
         if let Some(empty) = words.iter().position(|word| word.trim().is_empty()) {
+            let line = line + if by_word == BY_WORD { empty } else { 0 };
             return self.error(line, format!("word {} is empty", empty + 1));
         }
         for (field, wanted) in fields.iter().zip(self.wanted) {
@@ -241,7 +264,7 @@ impl<'a> RowsBuilder<'a> {
             }
         }
         let rows = &mut self.rows;
-        rows.lines.push(line as u32);
+        rows.lines.push(line as u32 | by_word);
         rows.word_ids.extend(words.iter().map(|word| rows.words.add(word)));
         rows.offsets.push(rows.word_ids.len());
         for ((field, wanted), column) in fields.iter().zip(self.wanted).zip(&mut rows.columns) {

@@ -66,7 +66,8 @@ pub struct SetConfig {
     /// classification task of the set, or, without one, `stratify_tags`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stratify: Option<String>,
-    /// Instead, the column of tags whose rarest one a row counts under. Default: that of the set's first tagging task.
+    /// Instead, a column of tags or spans: a row counts under its rarest type. Default: that of the set's first tagging
+    /// task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stratify_tags: Option<String>,
     /// The column or field with raw text. Default `text`, for formats that hold text.
@@ -222,7 +223,8 @@ pub fn load(
         let strata = match wanted.get(n_wanted) {
             Some(Wanted { column, .. }) => {
                 if splits[0].columns[n_wanted].values.iter().all(|&value| value == ABSENT) {
-                    let message = format!("data.sets.{name}.stratify: no training row has a `{column}`");
+                    let field = if set.stratify.is_some() { "stratify" } else { "stratify_tags" };
+                    let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
                     problems.push(Problem::general(Severity::Error, message));
                 }
                 Some(n_wanted)

@@ -14,10 +14,10 @@ use crate::task::{Task, TaskId};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskReport {
     pub name: String,
-    /// Rows with a label for the task; 0 where the split has none, and then no score counts.
+    /// Rows with a label for the task. Without any there is no loss and no score.
     pub n_sentences: usize,
     /// Mean loss in nats a labelled decision (sentence or word).
-    pub loss: f64,
+    pub loss: Option<f64>,
     /// The first chooses checkpoints.
     pub scores: Vec<Score>,
 }
@@ -25,7 +25,7 @@ pub struct TaskReport {
 impl TaskReport {
     /// The score that chooses checkpoints.
     pub fn main_score(&self) -> Option<&Score> {
-        self.scores.first().filter(|_| self.n_sentences > 0)
+        self.scores.first()
     }
 }
 
@@ -89,8 +89,8 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
     let task = |i: usize| TaskReport {
         name: tasks[i].name.clone(),
         n_sentences: n_sentences[i],
-        loss: losses[i].0 / losses[i].1.max(1) as f64,
-        scores: metrics[i].scores(),
+        loss: (n_sentences[i] > 0).then(|| losses[i].0 / losses[i].1 as f64),
+        scores: if n_sentences[i] > 0 { metrics[i].scores() } else { Vec::new() },
     };
     Ok(Report {
         tasks: (0..tasks.len()).map(task).collect(),

@@ -83,6 +83,22 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
 }
 
 #[test]
+fn a_bad_tag_is_named_by_the_line_of_its_word() {
+    let folder = Folder::new();
+    folder.file("t.conll", "# topic = a\nto O\nOslo X-city\n\nyes O\nRome I-city\n");
+    let (_, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
+    assert_eq!(messages(&problems)[0], "t.conll:3: `tags`, word 2: `X-city` is no bio tag");
+    assert!(messages(&problems)[1].starts_with("t.conll:6: `tags`, word 2 `Rome`"), "{problems:?}");
+    // Where lines of no word stand between, it is the sentence's.
+    let row = |id: &str, word: &str, tag: &str| format!("{id}\t{word}\t_\t{tag}\t_\t_\t_\t_\t_\t_\n");
+    let text = [row("1", "do", "O"), row("2-3", "nt", "_"), row("2", "n", "O"), row("3", "t", "X-x")].concat();
+    folder.file("t.conllu", format!("\n{text}"));
+    let tasks = "  tags: {type: tagging, set: s, column: upos}";
+    let (_, problems) = read(&folder, "format: conllu, train: t.conllu, dev: t.conllu", tasks);
+    assert_eq!(messages(&problems)[0], "t.conllu:2: `upos`, word 3: `X-x` is no bio tag");
+}
+
+#[test]
 fn spans_of_characters_are_written_in_the_tasks_scheme() {
     let folder = Folder::new();
     folder.file(

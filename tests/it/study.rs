@@ -67,6 +67,18 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
 }
 
 #[test]
+fn a_twin_of_tags_has_the_cut_of_the_whole_experiment() {
+    let folder = study("  strategies: {equal: {}}\n  data_fractions: [0.5]\n");
+    let topic = "topic: {type: classification, set: toy, column: topic}";
+    let text = folder.read("study.yaml");
+    assert!(text.contains(topic), "{text}");
+    folder.file("study.yaml", text.replace(topic, "again: {type: tagging, set: toy, column: slots, scheme: plain}"));
+    said(&folder, &["study", "study.yaml"], 0);
+    let twin = folder.read("runs/small-study/experiments/only-slots-s2.yaml");
+    assert!(twin.contains("stratify_tags: slots"), "{twin}");
+}
+
+#[test]
 fn a_task_without_test_rows_is_compared_on_dev() {
     let folder = small();
     let two = SMALL

@@ -71,6 +71,8 @@ struct Sentence<'a> {
     words: Vec<&'a str>,
     tags: Vec<Vec<&'a str>>,
     comments: Vec<(&'a str, &'a str)>,
+    /// Other lines stand between those of the words.
+    gaps: bool,
     broken: bool,
 }
 
@@ -121,6 +123,7 @@ impl<'a> Sentence<'a> {
             self.broken = true;
             return;
         }
+        self.gaps |= number != self.first_line + self.words.len();
         self.words.push(fields[plan.word]);
         for (source, tags) in plan.sources.iter().zip(&mut self.tags) {
             if let Source::Column(index) = source {
@@ -136,7 +139,8 @@ impl<'a> Sentence<'a> {
         }
         let mut fields = Vec::with_capacity(plan.sources.len());
         for (source, tags) in plan.sources.iter().zip(sentence.tags) {
-            let n_missing = tags.iter().filter(|tag| tag.is_empty() || (plan.conllu && **tag == "_")).count();
+            let missing = |tag: &&str| tag.is_empty() || (plan.conllu && *tag == "_");
+            let n_missing = tags.iter().filter(|tag| missing(tag)).count();
             fields.push(match source {
                 Source::Comment(name) => match sentence.comments.iter().find(|(known, _)| known == name) {
                     Some((_, value)) if !value.is_empty() => Field::Class(value),
@@ -145,11 +149,15 @@ impl<'a> Sentence<'a> {
                 Source::Column(_) if n_missing == tags.len() => Field::Absent,
                 Source::Column(_) if n_missing > 0 => {
                     let message = format!("{n_missing} of {} words have no tag; tag all or none", tags.len());
-                    return builder.error(sentence.first_line, message);
+                    let first = if sentence.gaps { 0 } else { tags.iter().position(missing).unwrap_or(0) };
+                    return builder.error(sentence.first_line + first, message);
                 }
                 Source::Column(_) => Field::Tags(tags),
             });
         }
-        builder.push(sentence.first_line, &sentence.words, &fields);
+        match sentence.gaps {
+            false => builder.push_by_word(sentence.first_line, &sentence.words, &fields),
+            true => builder.push(sentence.first_line, &sentence.words, &fields),
+        }
     }
 }
