@@ -43,6 +43,8 @@ pub enum Command {
     FindLr(FindLrArgs),
     /// Measure a training step and what each weighting strategy adds, or how fast a trained model labels
     Bench(BenchArgs),
+    /// List every key that an experiment file may have
+    Options(OptionsArgs),
     /// Check the mathematics of loss weighting on this machine's device
     Selftest(SelftestArgs),
 }
@@ -246,6 +248,15 @@ pub struct BenchArgs {
     pub json: bool,
     #[command(flatten)]
     pub machine: Machine,
+}
+
+#[derive(Args)]
+pub struct OptionsArgs {
+    /// Only what is below this key, as in training.optimizer
+    pub path: Option<String>,
+    /// Print the JSON Schema of experiment files, with which editors complete and check them
+    #[arg(long)]
+    pub schema: bool,
 }
 
 #[derive(Args)]

@@ -9,6 +9,7 @@ mod export;
 mod find_lr;
 mod finished;
 mod kernels;
+mod options;
 mod predict;
 pub mod prepare;
 mod progress;
@@ -102,6 +103,7 @@ fn run(command: &Command) -> Result<End> {
         Command::Compare(args) => compare::run(args),
         Command::FindLr(args) => find_lr::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Options(args) => options::run(args),
         Command::Selftest(args) => selftest::run(args),
     }
 }

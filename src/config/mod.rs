@@ -2,6 +2,7 @@
 
 mod check;
 mod decode;
+pub mod schema;
 mod source;
 mod study;
 
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use indexmap::IndexMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -20,7 +22,7 @@ use crate::weighting::WeightingConfig;
 pub use study::{PlannedRun, StudyConfig};
 
 /// One experiment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
     /// Names the run directory. Letters, digits, `-` and `_`.
@@ -32,15 +34,20 @@ pub struct Experiment {
     /// of the same task and labels. Relative paths are relative to the working directory. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
+    /// Which files hold the sentences and their labels.
     pub data: DataConfig,
     /// The tasks by name, in the order that they have everywhere. Names are `[a-z][a-z0-9_]*`.
     pub tasks: IndexMap<String, HeadConfig>,
+    /// How words become the tokens that are embedded. Default: every word is one.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
+    /// Embedding and trunk.
     #[serde(default)]
     pub model: ModelConfig,
+    /// What each task's loss counts. Default `equal`.
     #[serde(default)]
     pub weighting: WeightingConfig,
+    /// Batches, optimizer, and when to stop.
     #[serde(default)]
     pub training: TrainingConfig,
     /// What `polytask study` runs; nothing to `polytask train`. Default: none.

@@ -1,6 +1,7 @@
 //! The `study:` of an experiment: which runs show whether multi-task training helped.
 
 use indexmap::IndexMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Experiment;
@@ -9,7 +10,7 @@ use crate::task::TaskKind;
 use crate::weighting::WeightingConfig;
 
 /// All combinations of strategies, seeds, learning rates and fractions are run, each with the budget of the experiment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StudyConfig {
     /// Weighting strategies by a name of your choice; where `strategy:` is left out, the name is the strategy.

@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 
 use rand::seq::SliceRandom;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::encoded::EncodedSet;
 use crate::rng::{Purpose, Seed};
 
-/// The `training.sampling:` of an experiment; `strategy:` names the variant. With n_s rows in set s:
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Which rows an epoch takes from sets of n_s rows. Default `proportional`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SamplingConfig {
     /// An epoch is every row of every set once; batches mix sets.
@@ -32,11 +33,11 @@ impl Default for SamplingConfig {
     }
 }
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Empty {}
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TemperatureConfig {
     /// 1 is proportional, large values approach uniform. Default 2, more than 0.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use indexmap::IndexMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::cache;
@@ -17,7 +18,7 @@ use crate::rng::{Purpose, Seed};
 use crate::task::{Scheme, TaskId, TaskKind};
 
 /// The `data:` of an experiment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// The folder that paths of sets are relative to; itself relative to the working directory. Default: `data`.
@@ -43,7 +44,7 @@ fn default_root() -> PathBuf {
 }
 
 /// One data set.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetConfig {
     /// How the files are written.
@@ -102,9 +103,19 @@ fn default_encoding() -> String {
 }
 
 /// One path or a list of paths.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(transparent)]
+#[schemars(with = "OneOrMany")]
 pub struct Paths(pub Vec<String>);
+
+/// What [`Paths`] are written as.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its schema is read")]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
 
 impl<'de> Deserialize<'de> for Paths {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

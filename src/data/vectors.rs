@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -18,7 +19,7 @@ use super::tokenizer::Tokenizer;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
 use crate::rng::{Purpose, Seed};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VectorsConfig {
     /// A file of vectors, relative to the data root: GloVe's text (`word v1 v2 ...`), word2vec's text (with a first line

@@ -8,6 +8,7 @@
 //! B sentences, T tokens, L bytes of the longest word, N = B*T, E embedding, F filters, H hidden. A byte is its value + 1;
 //! 0 is beyond the end.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -20,12 +21,14 @@ use crate::onnx::{Attribute, Graph, Value};
 const N_BYTES: i64 = 257;
 
 /// The `characters:` of an embedding; `kind:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CharactersConfig {
     /// Words are known by their ids alone.
     None(NoCharacters),
+    /// Filters over the bytes, the largest value of each.
     Cnn(CnnConfig),
+    /// The last states of an LSTM that reads the bytes both ways.
     Lstm(LstmConfig),
 }
 
@@ -35,11 +38,11 @@ impl Default for CharactersConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NoCharacters {}
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CnnConfig {
     /// Dimension of a byte's embedding. Default 30, at least 1.
@@ -58,7 +61,7 @@ impl Default for CnnConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LstmConfig {
     /// Dimension of a byte's embedding. Default 25, at least 1.

@@ -6,6 +6,7 @@
 //! B sentences, T tokens, L bytes of the longest word, E embedding, V tokens of training, X further tokens, U different tokens of
 //! a step.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -18,7 +19,7 @@ use crate::libtorch::bernoulli;
 use crate::onnx::{Attribute, Graph, Value};
 use crate::optim::Touched;
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EmbeddingConfig {
     /// Dimension of the learned token embedding; 0 is none, where there are vectors or characters. Default 128.

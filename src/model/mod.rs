@@ -15,6 +15,7 @@ mod trunk;
 mod view;
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
@@ -36,10 +37,12 @@ use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
 
 /// The `model:` of an experiment.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
+    /// What stands for a token: learned numbers, pretrained vectors, its spelling.
     pub embedding: EmbeddingConfig,
+    /// The LSTM layers that all tasks share.
     pub trunk: TrunkConfig,
 }
 

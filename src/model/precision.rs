@@ -3,18 +3,20 @@
 //! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.1. Differs from the paper in: the trunk's layers alone; what goes in
 //! and out of each is float32, and so are heads, losses and embedding.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// The numbers that training computes LSTM layers of the trunk in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// On CUDA products are TF32.
     #[default]
     Float32,
+    /// 8 bits of mantissa, the range of `float32`.
     Bfloat16,
-    /// With a loss scale; on CUDA alone.
+    /// 11 bits of mantissa, with a loss scale; on CUDA alone.
     Float16,
 }
 

@@ -7,6 +7,7 @@
 //!
 //! B sentences, T tokens, E embedding, H hidden, D directions.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -18,7 +19,7 @@ use super::{Mode, Script, Site, Weights};
 use crate::data::Lengths;
 use crate::onnx::{Graph, Value};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrunkConfig {
     /// Hidden size of each direction. Default 256, at least 1.
@@ -48,12 +49,15 @@ impl Default for TrunkConfig {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Connection {
+    /// Nothing.
     #[default]
     None,
+    /// The layer's input is added to its output (He 2016).
     Residual,
+    /// A learned gate mixes the layer's input and its output (Srivastava 2015).
     Highway,
 }
 

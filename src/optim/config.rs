@@ -1,11 +1,12 @@
 //! The `training.optimizer:` of an experiment.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::backlog::{Rates, Rule};
 
-/// `kind:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// What turns gradients into steps. Default `adamw`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OptimizerConfig {
     /// Adam with decoupled weight decay (Loshchilov & Hutter 2019).
@@ -22,16 +23,16 @@ impl Default for OptimizerConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamConfig {
-    /// Default 2e-3, more than 0.
+    /// Highest rate of the schedule. Default 2e-3, more than 0.
     pub learning_rate: f64,
     /// Decay rates of the two moments. Default [0.9, 0.999].
     pub betas: (f64, f64),
-    /// Default 1e-8.
+    /// Added to the root of the second moment. Default 1e-8.
     pub epsilon: f64,
-    /// Default 0.01.
+    /// Decay of the weights, times the learning rate. Default 0.01.
     pub weight_decay: f64,
     /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,
@@ -53,14 +54,14 @@ impl Default for AdamConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SgdConfig {
-    /// Default 0.1, more than 0.
+    /// Highest rate of the schedule. Default 0.1, more than 0.
     pub learning_rate: f64,
-    /// Default 0.9, from 0 to below 1.
+    /// Share of the last step's direction that goes on. Default 0.9, from 0 to below 1.
     pub momentum: f64,
-    /// Default 0.
+    /// Factor of the weights in their own gradient. Default 0.
     pub weight_decay: f64,
     /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,

@@ -3,12 +3,14 @@
 //! With s the step from 0, w warm-up steps and n steps in all: (s + 1) / w while s < w, then with
 //! p = (s - w) / (n - w): constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2; range f^p, f the final factor.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The `training.schedule:` of an experiment; `kind:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// How the learning rate moves over the steps. Default `linear`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleConfig {
+    /// The same for every step after the warm-up.
     Constant(WarmupConfig),
     /// Down to 0 at the last step.
     Linear(WarmupConfig),
@@ -24,14 +26,14 @@ impl Default for ScheduleConfig {
     }
 }
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WarmupConfig {
     /// Share of all steps in which the rate rises from 0. Default 0, from 0 to below 1.
     pub warmup_fraction: f64,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RangeConfig {
     /// The factor that the last step comes to, more than 0.

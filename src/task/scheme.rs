@@ -3,10 +3,11 @@
 //! Whatever the data uses, spans are read by the rules of CoNLL's `conlleval` (a chunk ends and starts where prefixes or
 //! types say so, broken sequences included), kept as BIO inside, and written back in the data's own scheme.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How tags are written in the data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Scheme {
     /// Every span starts with `B-` (also called IOB2).

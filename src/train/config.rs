@@ -1,13 +1,14 @@
 //! The `training:` of an experiment.
 
 use indexmap::IndexMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::data::SamplingConfig;
 use crate::model::Precision;
 use crate::optim::{OptimizerConfig, ScheduleConfig};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingConfig {
     /// Sentences a batch. Default 32, at least 1.
@@ -68,7 +69,7 @@ impl Default for TrainingConfig {
 }
 
 /// Which checkpoint is best, and when there is no point in going on.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EarlyStopping {
     /// A task, whose main score on dev counts (accuracy, or F1 of spans), or `mean` over all tasks. Default `mean`.

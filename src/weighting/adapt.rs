@@ -2,13 +2,14 @@
 //! betas 0.9 and 0.999 and epsilon 1e-8, or plain SGD. No weight decay, no schedule; absent tasks stay as they are.
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::{from_json, mask, to_json, vector};
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AdaptBy {
     #[default]

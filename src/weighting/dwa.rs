@@ -4,13 +4,14 @@
 //! Differs from the paper in: a task that was absent from an epoch keeps r = 1 until it has two epochs to compare.
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::{LossWeighting, Observed, from_json, numbers, to_json, vector};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DwaConfig {
     /// Large values approach equal weights. Default 2, more than 0.

@@ -8,6 +8,7 @@
 //! W may be the trunk's output instead of its last weights (`representation`); `update_every`.
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -17,7 +18,7 @@ use super::{
     AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, count, from_json, mask, numbers, to_json, vector,
 };
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GradnormConfig {
     /// How strongly tasks are pulled to one training rate: 0 makes gradients equal in size, large values favour tasks
@@ -54,11 +55,14 @@ impl Default for GradnormConfig {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum InitialLoss {
+    /// The loss of the first step.
     FirstBatch,
+    /// The mean over so many first steps.
     MeanOfFirst(u32),
+    /// The loss of guessing.
     LogClasses,
 }
 

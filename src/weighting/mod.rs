@@ -14,6 +14,7 @@ mod uncertainty_softmax;
 
 use anyhow::{Context, Result, ensure};
 use indexmap::IndexMap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -26,8 +27,8 @@ pub use uncertainty_softmax::UncertaintySoftmaxConfig;
 
 use crate::rng::Seed;
 
-/// The `weighting:` of an experiment; `strategy:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The weight of each task's loss.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightingConfig {
     /// Every task counts the same: w_i = 1. The baseline that every other strategy has to beat.
@@ -52,15 +53,15 @@ impl Default for WeightingConfig {
     }
 }
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EqualConfig {}
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RandomConfig {}
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FixedConfig {
     /// A weight for every task by name, more than 0; scaled so that they sum to the number of tasks.
@@ -68,7 +69,7 @@ pub struct FixedConfig {
 }
 
 /// Where the norm of a task's gradient is taken.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
     /// At the weights of the last LSTM layer, as in the paper: a backward pass of that layer for each task.

@@ -5,6 +5,7 @@
 //! s_i of a task that is absent from a step does not move: else it would fall for ever.
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -12,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use super::adapt::Adapter;
 use super::{AdaptBy, LossWeighting, Observed, from_json, to_json};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct UncertaintyConfig {
     /// Learning rate of s. Default 0.01, more than 0.

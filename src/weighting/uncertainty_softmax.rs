@@ -4,12 +4,13 @@
 //! Differs from the paper in: weights sum to the number of tasks present, not to 1, so that one learning rate fits all
 //! strategies.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::{LossWeighting, Wants, count, mask};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct UncertaintySoftmaxConfig {
     /// Small values favour the task with the smallest loss, large ones approach equal weights. Default 1, more than 0.

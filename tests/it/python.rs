@@ -65,3 +65,30 @@ fn the_saved_tokenizer_gives_the_same_ids_in_python() {
         assert_eq!(python(&folder, &program).trim(), format!("{expected:?}"), "{tokenizer}");
     }
 }
+
+#[test]
+fn the_schema_takes_what_experiments_may_hold() {
+    let folder = Folder::new();
+    let schema = folder.polytask(&["options", "--schema"]).assert().success().get_output().stdout.clone();
+    folder.file("schema.json", schema);
+    let root = env!("CARGO_MANIFEST_DIR");
+    let program = format!(
+        "
+import glob, json, jsonschema, yaml
+schema = json.load(open('schema.json'))
+jsonschema.Draft7Validator.check_schema(schema)
+valid = jsonschema.Draft7Validator(schema).is_valid
+files = glob.glob('{root}/experiments/*.yaml') + glob.glob('{root}/benches/*.yaml')
+assert len(files) > 15
+for file in files:
+    jsonschema.validate(yaml.safe_load(open(file)), schema)
+for good in ['weighting: gradnorm', 'weighting: {{strategy: gradnorm, alpha: 1}}', 'training: {{optimizer: {{weight_decay: 0}}}}',
+             'tasks: {{a: {{set: [b, c]}}}}', 'study: {{strategies: {{equal: {{}}, mine: gradnorm}}}}']:
+    assert valid(yaml.safe_load(good)), good
+for bad in ['weighting: gradnrom', 'weighting: {{strategy: gradnorm, alfa: 1}}', 'training: {{batch_size: many}}', 'model: {{trunk: {{layer: 2}}}}',
+            'tasks: {{a: {{type: tagging, pooling: max}}}}', 'model: {{embedding: {{vectors: [{{fil: x}}]}}}}']:
+    assert not valid(yaml.safe_load(bad)), bad
+"
+    );
+    python(&folder, &program);
+}

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use encoding_rs::Encoding;
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rows::{Field, Rows, RowsBuilder, Wanted, WantedKind};
@@ -16,7 +17,7 @@ use super::words::{Splitter, character_ranges};
 use crate::problem::{Place, Problem};
 
 /// How a data set is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
     /// A folder of files with one line a sentence: words in one, labels or tags in the others (`seq.in`, `seq.out`, `label`).

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tokenizers::Tokenizer as Engine;
@@ -22,7 +23,7 @@ pub const PADDING: &str = "[PAD]";
 pub const UNKNOWN: &str = "[UNK]";
 
 /// The `tokenizer:` of an experiment; `model:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenizerConfig {
     /// A word is a token.
@@ -43,10 +44,10 @@ impl Default for TokenizerConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WordConfig {
-    /// How raw text becomes words: `whitespace` (default), `punctuation`, `character`.
+    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. Default `whitespace`.
     pub split: Splitter,
     /// Upper and lower case are one. Default false.
     pub lowercase: bool,
@@ -74,10 +75,10 @@ impl Default for WordConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PieceConfig {
-    /// How raw text becomes words: `whitespace` (default), `punctuation`, `character`.
+    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. Default `whitespace`.
     pub split: Splitter,
     /// Upper and lower case are one. Default false.
     pub lowercase: bool,
@@ -93,12 +94,12 @@ impl Default for PieceConfig {
     }
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FileConfig {
     /// Path of the `tokenizer.json`, relative to the data root.
     pub path: PathBuf,
-    /// How raw text becomes words before the tokenizer sees it: `whitespace` (default), `punctuation`, `character`.
+    /// How raw text becomes words before the tokenizer sees it. Default `whitespace`.
     #[serde(default)]
     pub split: Splitter,
 }

@@ -4,6 +4,7 @@
 //!
 //! b sentences, T tokens, F = D*H features, C classes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -17,7 +18,7 @@ use crate::model::{Encoded, Mode, Script, Site};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::Task;
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ClassificationConfig {
     /// The set, or sets, whose rows carry this label.
@@ -54,11 +55,14 @@ pub struct ClassificationConfig {
     pub priority: f64,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Pooling {
+    /// The last state of each direction.
     Last,
+    /// Their mean.
     Mean,
+    /// Their largest value, feature by feature.
     #[default]
     Max,
     /// sum_t softmax_t(v . tanh(A h_t + a)) h_t (Yang 2016, "Hierarchical Attention Networks", eq. 5-7).

@@ -4,6 +4,7 @@ mod classification;
 mod crf;
 mod tagging;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Reduction, Tensor};
 
@@ -19,11 +20,13 @@ use crate::task::{Task, TaskId, TaskKind};
 pub use classification::{ClassificationConfig, Pooling};
 pub use tagging::{Decoder, Scoring, TaggingConfig};
 
-/// An entry of `tasks:`; `type:` names the variant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// A task and its head.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HeadConfig {
+    /// A class for every sentence.
     Classification(ClassificationConfig),
+    /// A tag for every word.
     Tagging(TaggingConfig),
 }
 

@@ -5,6 +5,7 @@
 //!
 //! b sentences, W words, F = D*H features, C tags.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -18,7 +19,7 @@ use crate::model::{Encoded, Mode, Script, Site};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Scheme, Task};
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TaggingConfig {
     /// The set, or sets, whose rows carry these tags.
@@ -66,7 +67,7 @@ fn default_scheme() -> Scheme {
     Scheme::Bio
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Decoder {
     #[default]
@@ -74,7 +75,7 @@ pub enum Decoder {
     Crf,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Scoring {
     #[default]

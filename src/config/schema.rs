@@ -1,0 +1,118 @@
+//! What an experiment file may hold, as JSON Schema, from the types and their doc comments.
+
+use schemars::generate::SchemaSettings;
+use serde_json::{Map, Value, json};
+
+use super::Experiment;
+use super::decode::tag_key;
+
+/// The JSON Schema (draft 7, which editors read) of experiment files. It has no subschemas by reference.
+///
+/// Nothing is required, since a file may extend another.
+pub fn schema() -> Value {
+    let settings = SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
+    let mut schema = settings.into_generator().into_root_schema_for::<Experiment>().to_value();
+    to_written(&mut schema, "");
+    schema["properties"]["extends"] = json!({
+        "description": "Another experiment file, relative to this one: what stands here is laid over it.",
+        "type": "string",
+    });
+    schema
+}
+
+/// From how types are read to how files are written: a kind is named by a key, or stands alone.
+fn to_written(schema: &mut Value, path: &str) {
+    let Value::Object(object) = schema else { return };
+    object.remove("required");
+    if let Some(tag) = tag_key(path)
+        && let Some(Value::Array(variants)) = object.remove("oneOf")
+    {
+        let mut kinds: Vec<Value> = variants.into_iter().filter_map(|variant| kind(variant, tag)).collect();
+        for kind in &mut kinds {
+            to_written(kind, "");
+        }
+        let names: Vec<Value> = kinds.iter().map(|kind| kind["properties"][tag]["const"].clone()).collect();
+        kinds.insert(0, json!({"enum": names}));
+        object.insert("anyOf".to_owned(), kinds.into());
+        return;
+    }
+    let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+    if let Some(Value::Object(properties)) = object.get_mut("properties") {
+        properties.iter_mut().for_each(|(key, inner)| to_written(inner, &join(key)));
+    }
+    if let Some(inner) = object.get_mut("additionalProperties") {
+        to_written(inner, &join("*"));
+    }
+    if let Some(inner) = object.get_mut("items") {
+        to_written(inner, path);
+    }
+    if let Some(Value::Array(choices)) = object.get_mut("anyOf") {
+        choices.iter_mut().for_each(|choice| to_written(choice, path));
+    }
+    // A word with a value: the description is the word's.
+    for choice in object.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
+        let description = choice["description"].clone();
+        for (_, inner) in choice.get_mut("properties").and_then(Value::as_object_mut).into_iter().flatten() {
+            inner["description"] = description.clone();
+        }
+    }
+}
+
+/// `{properties: {NAME: INNER}}` as INNER with the key `tag`.
+fn kind(mut variant: Value, tag: &str) -> Option<Value> {
+    let Value::Object(named) = variant["properties"].take() else { return None };
+    let (name, mut inner) = named.into_iter().next()?;
+    let description = variant["description"].take();
+    let mut properties = Map::from_iter([(tag.to_owned(), json!({"const": name, "description": description}))]);
+    if let Value::Object(own) = inner["properties"].take() {
+        properties.extend(own);
+    }
+    inner["properties"] = properties.into();
+    Some(inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every key below `schema`, by path.
+    fn keys(schema: &Value, path: &str, found: &mut Vec<(String, Value)>) {
+        for (key, inner) in schema["properties"].as_object().into_iter().flatten() {
+            let path = format!("{path}.{key}");
+            keys(inner, &path, found);
+            found.push((path, inner.clone()));
+        }
+        let inner = ["items", "additionalProperties"].iter().filter_map(|key| schema.get(key));
+        let choices = ["anyOf", "oneOf"].iter().filter_map(|key| schema[key].as_array()).flatten();
+        inner.chain(choices).for_each(|inner| keys(inner, path, found));
+    }
+
+    #[test]
+    fn every_key_is_described_and_its_default_is_what_its_description_says() {
+        let mut found = Vec::new();
+        keys(&schema(), "", &mut found);
+        let (mut checked, mut wrong) = (0, Vec::new());
+        for (path, key) in &found {
+            let Some(text) = key["description"].as_str() else {
+                if !key["const"].is_string() {
+                    wrong.push(format!("{path} has no description"));
+                }
+                continue;
+            };
+            let default = match &key["default"] {
+                Value::String(word) => word.clone(),
+                Value::Bool(yes) => yes.to_string(),
+                Value::Number(number) => number.to_string(),
+                _ => continue,
+            };
+            let said = text.split_once("Default").map_or("", |(_, rest)| rest.trim_start_matches(':'));
+            let said = said.split_whitespace().next().unwrap_or("").trim_matches(['`', '.', ',', ';']).replace(',', "");
+            if said != default && said.parse::<f64>() != default.parse() {
+                wrong.push(format!("{path}: the default is {default}, not {said}"));
+            }
+            checked += 1;
+        }
+        assert!(found.len() > 100 && checked > 50, "{checked} of {} keys", found.len());
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+}
