@@ -18,8 +18,12 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
     let mut rows = Vec::new();
     list(&schema, "", 0, &mut rows);
     if let Some(path) = &args.path {
-        let inside = |row: &Row| row.path == *path || row.path.starts_with(&format!("{path}."));
-        rows.retain(inside);
+        // `tasks.intent` is found as `tasks.NAME`.
+        let wanted: Vec<&str> = path.split('.').collect();
+        rows.retain(|row| {
+            let mut keys = row.path.split('.');
+            wanted.iter().all(|wanted| keys.next().is_some_and(|key| key == *wanted || key == NAME))
+        });
         if rows.is_empty() {
             return Err(invalid(format!("no option `{path}`; `polytask options` lists them all")));
         }
@@ -36,6 +40,8 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
 
 /// Columns of the listing.
 const WIDTH: u16 = 120;
+/// Stands for the keys of a mapping that may have any.
+const NAME: &str = "NAME";
 
 /// A line of the listing.
 struct Row {
@@ -89,8 +95,8 @@ fn tag(schema: &Value) -> Option<(&str, &Value)> {
     properties(schema).find(|(_, inner)| inner["const"].is_string())
 }
 
-/// All others; `NAME` where any may stand.
+/// All others.
 fn keys(schema: &Value) -> Vec<(&str, &Value)> {
-    let named = Some(("NAME", &schema["additionalProperties"])).filter(|(_, inner)| inner.is_object());
+    let named = Some((NAME, &schema["additionalProperties"])).filter(|(_, inner)| inner.is_object());
     properties(schema).filter(|(_, inner)| !inner["const"].is_string()).chain(named).collect()
 }

@@ -28,7 +28,7 @@ pub struct EmbeddingConfig {
     pub vectors: Vec<VectorsConfig>,
     /// Features of a word's spelling: `{kind: cnn}`, `{kind: lstm}`, `{kind: none}`. Default `cnn`.
     pub characters: CharactersConfig,
-    /// Dropout on the embedded tokens. Default 0.5, from 0 to below 1.
+    /// Dropout on the embedded tokens. Default 0.3, from 0 to below 1.
     pub dropout: f64,
     /// One mask of `dropout` for all tokens of a sentence. Default true.
     pub locked_dropout: bool,
@@ -44,7 +44,7 @@ impl Default for EmbeddingConfig {
             dim: 128,
             vectors: Vec::new(),
             characters: CharactersConfig::default(),
-            dropout: 0.5,
+            dropout: 0.3,
             locked_dropout: true,
             row_dropout: 0.0,
             word_dropout: 0.0,

@@ -358,3 +358,21 @@ fn rows_without_any_label_are_left_out_with_a_warning() {
     let said = stderr(&folder, &["train", "small.yaml"], 2);
     assert!(said.contains("no row has a `topic` for task `topic`"), "{said}");
 }
+
+#[test]
+fn options_are_listed_whole_and_by_key() {
+    let folder = Folder::new();
+    let listed = |arguments: &[&str]| {
+        let output = folder.polytask(arguments).assert().success().get_output().clone();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let all = listed(&["options"]);
+    for part in ["extends:", "  NAME:", "kind: sgd", "model: bpe", "trainable:", "mean_of_first:"] {
+        assert!(all.contains(part), "`{part}` is not in\n{all}");
+    }
+    let pooling = listed(&["options", "tasks.intent.pooling"]);
+    assert!(pooling.starts_with(" pooling:") && pooling.contains("attention"), "{pooling}");
+    assert!(!pooling.contains("decoder"), "{pooling}");
+    let error = stderr(&folder, &["options", "training.optimiser"], 2);
+    assert!(error.contains("no option `training.optimiser`"), "{error}");
+}
