@@ -95,7 +95,7 @@ fn tag(schema: &Value) -> Option<(&str, &Value)> {
     properties(schema).find(|(_, inner)| inner["const"].is_string())
 }
 
-/// All others.
+/// The other keys, with [`NAME`] where any may stand.
 fn keys(schema: &Value) -> Vec<(&str, &Value)> {
     let named = Some((NAME, &schema["additionalProperties"])).filter(|(_, inner)| inner.is_object());
     properties(schema).filter(|(_, inner)| !inner["const"].is_string()).chain(named).collect()

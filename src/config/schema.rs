@@ -29,7 +29,7 @@ fn to_written(schema: &mut Value, path: &str) {
     {
         let mut kinds: Vec<Value> = variants.into_iter().filter_map(|variant| kind(variant, tag)).collect();
         for kind in &mut kinds {
-            to_written(kind, "");
+            to_written(kind, path);
         }
         let names: Vec<Value> = kinds.iter().map(|kind| kind["properties"][tag]["const"].clone()).collect();
         kinds.insert(0, json!({"enum": names}));

@@ -102,12 +102,14 @@ impl Experiment {
             alone.data.sets.retain(|name, _| sets.contains(name));
             // The twin's cuts have to take the rows that the cuts of the whole experiment take.
             for (name, set) in &mut alone.data.sets {
-                if set.stratify.is_none() && set.stratify_tags.is_none() {
-                    let heads = || self.tasks.values().filter(|head| head.sets().contains(name));
-                    let classes = heads().find(|head| head.kind() == TaskKind::Classification);
-                    let tags = heads().next().filter(|_| classes.is_none());
-                    let column = |head: Option<&HeadConfig>| head.map(|head| head.column().to_owned());
-                    (set.stratify, set.stratify_tags) = (column(classes), column(tags));
+                if set.stratify.is_some() || set.stratify_tags.is_some() {
+                    continue;
+                }
+                let heads = self.tasks.values().filter(|head| head.sets().contains(name));
+                match heads.min_by_key(|head| head.kind() != TaskKind::Classification) {
+                    Some(HeadConfig::Classification(first)) => set.stratify = Some(first.column.clone()),
+                    Some(HeadConfig::Tagging(first)) => set.stratify_tags = Some(first.column.clone()),
+                    None => {}
                 }
             }
             alone.training.early_stopping.metric = "mean".to_owned();

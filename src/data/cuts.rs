@@ -31,16 +31,16 @@ fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
 }
 
 /// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest type of span or tag. `column` is the one of classes or tags, if there is one.
+/// share their rarest type of span or tag. `column` is the one of the classes or tags.
 pub fn cut(
     train: &mut Rows,
-    (wanted, column): (&[Wanted], Option<usize>),
+    (wanted, column): (&[Wanted], usize),
     fraction: f64,
     mut generator: impl rand::Rng,
 ) -> Rows {
-    let stratum: Vec<u32> = match column.map(|column| (column, wanted[column].kind)) {
-        Some((column, WantedKind::Class)) => train.columns[column].values.clone(),
-        Some((column, WantedKind::Tags(_))) => {
+    let stratum: Vec<u32> = match wanted[column].kind {
+        WantedKind::Class => train.columns[column].values.clone(),
+        WantedKind::Tags(_) => {
             // The type alone counts: a task writes the spans of a file in its scheme.
             let strings = &train.columns[column].strings;
             let mut types = Strings::default();
@@ -54,7 +54,6 @@ pub fn cut(
             let rarest = |tags: &[u32]| tags.iter().map(type_of).min_by_key(|&kind| (counts[kind as usize], kind));
             (0..train.len()).map(|row| train.tags_of(column, row).and_then(rarest).unwrap_or(ABSENT)).collect()
         }
-        None => vec![ABSENT; train.len()],
     };
     let mut strata: std::collections::BTreeMap<u32, Vec<usize>> = Default::default();
     for (row, stratum) in stratum.into_iter().enumerate() {
@@ -99,18 +98,18 @@ mod tests {
         };
         let (mut train, mut again, mut other) = (build(), build(), build());
         let generator = |seed| Seed(seed).generator(Purpose::Split, 0);
-        let dev = cut(&mut train, (&wanted, Some(0)), 0.1, generator(0));
+        let dev = cut(&mut train, (&wanted, 0), 0.1, generator(0));
         let rare = dev.columns[0].values.iter().filter(|&&v| dev.columns[0].strings.get(v) == "rare").count();
         assert_eq!((dev.len(), train.len(), rare), (20, 180, 5));
         let lines = |rows: &Rows| (0..rows.len()).map(|r| rows.place(r).line).collect::<Vec<_>>();
-        assert_eq!(lines(&dev), lines(&cut(&mut again, (&wanted, Some(0)), 0.1, generator(0))));
-        assert_ne!(lines(&dev), lines(&cut(&mut other, (&wanted, Some(0)), 0.1, generator(1))));
+        assert_eq!(lines(&dev), lines(&cut(&mut again, (&wanted, 0), 0.1, generator(0))));
+        assert_ne!(lines(&dev), lines(&cut(&mut other, (&wanted, 0), 0.1, generator(1))));
         let mut all = [lines(&dev), lines(&train)].concat();
         all.sort();
         assert_eq!(all, (1..=200).collect::<Vec<_>>());
         let rest = |fraction| {
             let mut rows = build();
-            cut(&mut rows, (&wanted, Some(0)), 1.0 - fraction, generator(0));
+            cut(&mut rows, (&wanted, 0), 1.0 - fraction, generator(0));
             lines(&rows)
         };
         assert_eq!((rest(0.1).len(), rest(0.3).len()), (20, 60));
@@ -135,7 +134,7 @@ mod tests {
             }
             let mut rows = Rows::new(1);
             rows.append_file(Path::new("f"), vec![builder.rows]);
-            let dev = cut(&mut rows, (&wanted, Some(0)), 0.3, Seed(0).generator(Purpose::Split, 0));
+            let dev = cut(&mut rows, (&wanted, 0), 0.3, Seed(0).generator(Purpose::Split, 0));
             (0..dev.len()).map(|row| dev.place(row).line).collect::<Vec<_>>()
         };
         let bio = lines(Scheme::Bio, "B-common");

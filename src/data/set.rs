@@ -238,9 +238,10 @@ pub fn load(
                     let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
                     problems.push(Problem::general(Severity::Error, message));
                 }
-                Some(n_wanted)
+                n_wanted
             }
-            None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class).or((n_wanted > 0).then_some(0)),
+            // The first classes, else the first tags: a set that is read has a task.
+            None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class).unwrap_or(0),
         };
         if let Some(fraction) = set.dev_fraction {
             splits[1] =

@@ -14,9 +14,9 @@ pub enum Precision {
     /// On CUDA products are TF32.
     #[default]
     Float32,
-    /// 8 bits of mantissa, the range of `float32`.
+    /// 8 significant bits, and the range of `float32`.
     Bfloat16,
-    /// 11 bits of mantissa, with a loss scale; on CUDA alone.
+    /// 11 significant bits, with a loss scale; on CUDA alone.
     Float16,
 }
 

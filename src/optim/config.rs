@@ -32,7 +32,7 @@ pub struct AdamConfig {
     pub betas: (f64, f64),
     /// Added to the root of the second moment. Default 1e-8.
     pub epsilon: f64,
-    /// Decay of the weights, times the learning rate. Default 0.01.
+    /// Weight decay, in the way of the kind. Default 0.01.
     pub weight_decay: f64,
     /// Whether biases and embeddings decay too. Default false.
     pub decay_all: bool,
