@@ -216,10 +216,22 @@ pub fn load(
         let carried = columns.iter().enumerate().filter(|(_, column)| column.sets.contains(name));
         let (tasks, mut wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
         let n_wanted = wanted.len();
-        // No task may need the column: it is read for the cuts and then let go.
-        wanted.extend(set.stratify.iter().map(|column| Wanted { column: column.clone(), kind: WantedKind::Class }));
-        let tags = WantedKind::Tags(Scheme::Plain);
-        wanted.extend(set.stratify_tags.iter().map(|column| Wanted { column: column.clone(), kind: tags }));
+        let named = set.stratify.as_ref().map(|column| Wanted { column: column.clone(), kind: WantedKind::Class });
+        let tags = |column: &String| Wanted { column: column.clone(), kind: WantedKind::Tags(Scheme::Plain) };
+        let named = named.or_else(|| set.stratify_tags.as_ref().map(tags));
+        let is_class = |wanted: &Wanted| wanted.kind == WantedKind::Class;
+        let strata = match &named {
+            // The first classes, else the first tags: a set that is read has a task.
+            None => wanted.iter().position(is_class).unwrap_or(0),
+            Some(named) => {
+                let same = |own: &Wanted| own.column == named.column && is_class(own) == is_class(named);
+                wanted.iter().position(same).unwrap_or(n_wanted)
+            }
+        };
+        if strata == n_wanted {
+            // No task needs the column: it is read for the cuts and then let go.
+            wanted.extend(named.clone());
+        }
         let mut splits = [&Some(set.train.clone()), &set.dev, &set.test].map(|paths| {
             let paths = paths.as_ref().map_or(&[][..], |paths| &paths.0);
             read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
@@ -231,18 +243,13 @@ pub fn load(
                 }
             }
         }
-        let strata = match wanted.get(n_wanted) {
-            Some(Wanted { column, .. }) => {
-                if splits[0].columns[n_wanted].values.iter().all(|&value| value == ABSENT) {
-                    let field = if set.stratify.is_some() { "stratify" } else { "stratify_tags" };
-                    let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
-                    problems.push(Problem::general(Severity::Error, message));
-                }
-                n_wanted
-            }
-            // The first classes, else the first tags: a set that is read has a task.
-            None => wanted.iter().position(|wanted| wanted.kind == WantedKind::Class).unwrap_or(0),
-        };
+        if let Some(Wanted { column, .. }) = named
+            && splits[0].columns[strata].values.iter().all(|&value| value == ABSENT)
+        {
+            let field = if set.stratify.is_some() { "stratify" } else { "stratify_tags" };
+            let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
+            problems.push(Problem::general(Severity::Error, message));
+        }
         if let Some(fraction) = set.dev_fraction {
             splits[1] =
                 cut(&mut splits[0], (&wanted, strata), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));

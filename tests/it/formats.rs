@@ -117,6 +117,18 @@ fn spans_of_characters_are_written_in_the_tasks_scheme() {
 }
 
 #[test]
+fn a_column_of_a_task_is_read_once_though_cuts_go_by_it() {
+    let folder = Folder::new();
+    let odd =
+        "{\"text\": \"in Oslo now\", \"topic\": \"a\", \"tags\": [{\"start\": 3, \"end\": 9, \"label\": \"x\"}]}\n";
+    folder.file("t.jsonl", odd.repeat(10));
+    let (corpus, problems) =
+        read(&folder, "format: jsonl, train: t.jsonl, dev_fraction: 0.3, stratify_tags: tags", BOTH);
+    assert_eq!((corpus.rows(Split::Train)[0].len(), corpus.rows(Split::Dev)[0].len()), (7, 3));
+    assert_eq!(problems.len(), 10, "{problems:?}");
+}
+
+#[test]
 fn conllu() {
     let folder = Folder::new();
     let row = |id: &str, word: &str, upos: &str| format!("{id}\t{word}\t_\t{upos}\t_\t_\t_\t_\t_\t_\n");
