@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::encoded::{EncodedSet, TargetValues};
 use super::labels::NO_LABEL;
+use crate::libtorch::upload;
 use crate::task::TaskId;
 
 /// Lengths of the rows of a batch, known to the host and on the device.
@@ -23,7 +24,7 @@ pub struct Lengths {
 impl Lengths {
     pub fn new(host: Vec<i64>, device: Device) -> Self {
         let max = host.iter().copied().max().unwrap_or(0);
-        let tensor = Tensor::from_slice(&host).to_device(device);
+        let tensor = upload(&host, device);
         Lengths { host, device: tensor, max }
     }
 
@@ -41,6 +42,11 @@ impl Lengths {
     pub fn mask(&self) -> Tensor {
         let positions = Tensor::arange(self.max, (Kind::Int64, self.device.device()));
         positions.unsqueeze(0).lt_tensor(&self.device.unsqueeze(1)) // [B, max]
+    }
+
+    /// Whether none of these rows is padded.
+    pub fn even_at(&self, rows: &[usize]) -> bool {
+        rows.iter().all(|&row| self.host[row] == self.max)
     }
 
     pub fn select(&self, rows: &[usize], index: &Tensor) -> Lengths {
@@ -223,7 +229,7 @@ impl DeviceSet {
 
     fn starts(&self, offsets: &[i64], rows: &[usize]) -> Tensor {
         let starts: Vec<i64> = rows.iter().map(|&row| offsets[row]).collect();
-        Tensor::from_slice(&starts).to_device(self.device)
+        upload(&starts, self.device)
     }
 
     fn targets(
@@ -238,12 +244,12 @@ impl DeviceSet {
             return None;
         }
         let at: Vec<i64> = labelled.iter().map(|&at| at as i64).collect();
-        let index = Tensor::from_slice(&at).to_device(self.device);
+        let index = upload(&at, self.device);
         let values = &self.targets[task.0];
         let (labels, n_decisions) = match &self.set.targets[task.0] {
             TargetValues::Classes(_) => {
                 let at: Vec<i64> = labelled.iter().map(|&at| rows[at] as i64).collect();
-                let labels = values.index_select(0, &Tensor::from_slice(&at).to_device(self.device));
+                let labels = values.index_select(0, &upload(&at, self.device));
                 (labels.to_kind(Kind::Int64), labelled.len() as i64) // [b]
             }
             TargetValues::Tags(_) => {

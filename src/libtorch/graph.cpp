@@ -2,7 +2,10 @@
 // on the CPU does without it.
 #include "guarded.h"
 
+#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -15,6 +18,7 @@ using c10::cuda::CUDAStream;
 struct Recording {
   at::cuda::CUDAGraph graph;
   CUDAStream before = c10::cuda::getCurrentCUDAStream();
+  at::cuda::MempoolId_t pool;
 };
 
 namespace {
@@ -23,6 +27,25 @@ namespace {
 CUDAStream side_stream() {
   static CUDAStream stream = c10::cuda::getStreamFromPool();
   return stream;
+}
+
+// What a recording that failed leaves behind: libtorch 2.11 still takes this device's allocators and generator to be recording,
+// and refuses to draw or to free until they are told otherwise.
+void clear_away(const Recording& recording) {
+  auto quietly = [](auto f) {
+    try {
+      f();
+    } catch (...) {
+    }
+  };
+  auto device = recording.before.device_index();
+  c10::cuda::setCurrentCUDAStream(recording.before);
+  quietly([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, recording.pool); });
+  quietly([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(recording.pool); });
+  quietly([&] {
+    at::Generator generator = at::cuda::detail::getDefaultCUDAGenerator(device);
+    generator.graphsafe_set_state(generator.clone());
+  });
 }
 
 }  // namespace
@@ -38,11 +61,12 @@ char* pt_graph_begin(uint64_t pool[2], Recording** out) {
       pool[0] = id.first, pool[1] = id.second;
     }
     auto recording = std::make_unique<Recording>();
+    recording->pool = {pool[0], pool[1]};
     c10::cuda::setCurrentCUDAStream(side_stream());
     try {
-      recording->graph.capture_begin({pool[0], pool[1]});
+      recording->graph.capture_begin(recording->pool);
     } catch (...) {
-      c10::cuda::setCurrentCUDAStream(recording->before);
+      clear_away(*recording);
       throw;
     }
     *out = recording.release();
@@ -52,14 +76,13 @@ char* pt_graph_begin(uint64_t pool[2], Recording** out) {
 // Ends the recording; after an error it can only be freed.
 char* pt_graph_end(Recording* recording) {
   return guarded([&] {
-    auto before = recording->before;
     try {
       recording->graph.capture_end();
     } catch (...) {
-      c10::cuda::setCurrentCUDAStream(before);
+      clear_away(*recording);
       throw;
     }
-    c10::cuda::setCurrentCUDAStream(before);
+    c10::cuda::setCurrentCUDAStream(recording->before);
   });
 }
 

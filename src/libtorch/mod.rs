@@ -1,18 +1,22 @@
 //! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, global
-//! switches, and CUDA libraries opened at run time. The only `unsafe` code of the project.
+//! switches, CUDA graphs, and CUDA libraries opened at run time. The only `unsafe` code of the project.
 
+mod device;
 mod graph;
 mod script;
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::ffi::{CStr, c_char};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
+pub use device::{device, upload};
 pub use graph::{CudaGraph, GraphPool};
 pub use script::ScriptModule;
 
@@ -59,7 +63,7 @@ unsafe extern "C" {
     fn pt_bernoulli(out: *mut C_tensor, seed: u64, first_row: u64, p: f64) -> *mut c_char;
     fn pt_use_onednn(on: bool) -> *mut c_char;
     fn _exit(code: i32) -> !;
-    fn pt_configure(deterministic: bool, tf32: bool) -> *mut c_char;
+    fn pt_configure(deterministic: bool, tf32: bool, warn: extern "C" fn(*const c_char)) -> *mut c_char;
 }
 
 fn checked(text: *mut c_char) -> Result<()> {
@@ -310,8 +314,18 @@ pub fn configure(threads: usize, workers: usize, tf32: bool) -> Result<()> {
     if tch::get_num_threads() != share {
         tch::set_num_threads(share);
     }
-    // SAFETY: takes and returns plain values.
-    checked(unsafe { pt_configure(true, tf32) })
+    // SAFETY: `warned` takes what the shim gives it, a NUL-terminated text that lives for the call.
+    checked(unsafe { pt_configure(true, tf32, warned) })
+}
+
+/// Hears libtorch's warnings, which are for its own users and come at every call: each is told once, to who asks for more.
+extern "C" fn warned(text: *const c_char) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    // SAFETY: the shim passes a NUL-terminated text that lives for the call.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+    if TOLD.lock().is_ok_and(|mut told| told.insert(text.clone())) {
+        log::debug!("libtorch: {text}");
+    }
 }
 
 /// Whether operators on the CPU may be oneDNN's.
@@ -325,49 +339,6 @@ pub(crate) fn use_onednn(on: bool) {
 pub(crate) fn exit_at_once(code: i32) -> ! {
     // SAFETY: takes a plain value and does not return.
     unsafe { _exit(code) }
-}
-
-/// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.
-fn open_cuda() -> Result<()> {
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
-        // SAFETY: no thread that reads the environment has been started yet. cuBLAS is deterministic with this alone.
-        unsafe { std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8") };
-    }
-    // SAFETY: the library's initializers are those of libtorch, made for being loaded into a running process.
-    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
-    // Its kernels are registered for the life of the process: it must never be closed.
-    std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda fetches it")?);
-    Ok(())
-}
-
-/// The device that `wish` names: `auto`, `cpu`, `cuda` or `cuda:N`.
-///
-/// # Errors
-/// An unknown name, or CUDA where its libraries, its driver or the device is missing. `auto` falls back to the CPU.
-pub fn device(wish: &str) -> Result<Device> {
-    let index = match wish {
-        "cpu" => return Ok(Device::Cpu),
-        "auto" if !std::path::Path::new("/dev/nvidiactl").exists() => return Ok(Device::Cpu),
-        "auto" | "cuda" => 0,
-        _ => match wish.strip_prefix("cuda:").map(str::parse) {
-            Some(Ok(index)) => index,
-            _ => bail!("unknown device `{wish}`: use auto, cpu, cuda or cuda:N"),
-        },
-    };
-    let found = open_cuda().and_then(|()| {
-        let count = tch::Cuda::device_count();
-        ensure!(count > 0, "libtorch sees no NVIDIA GPU; is the driver installed and new enough for CUDA 13");
-        ensure!((index as i64) < count, "there are {count} CUDA devices, numbered from 0");
-        Ok(Device::Cuda(index))
-    });
-    match found {
-        Err(error) if wish == "auto" => {
-            log::warn!("running on the CPU: {error:#}");
-            Ok(Device::Cpu)
-        }
-        other => other.with_context(|| format!("device `{wish}` cannot be used")),
-    }
 }
 
 #[cfg(test)]
@@ -388,10 +359,5 @@ mod tests {
     fn an_exception_of_libtorch_becomes_an_error() {
         let error = add_lists(&[&Tensor::from_slice(&[1.0f32, 2.0])], &[&Tensor::from_slice(&[1.0f32, 2.0, 3.0])]);
         assert!(error.unwrap_err().to_string().starts_with("libtorch:"));
-    }
-
-    #[test]
-    fn unknown_devices_are_named() {
-        assert!(device("gpu").unwrap_err().to_string().contains("unknown device `gpu`"));
     }
 }

@@ -12,6 +12,7 @@
 #include <ATen/ops/_fused_sgd.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <malloc.h>
 
@@ -28,6 +29,16 @@ std::vector<at::Tensor> list(const Handle* handles, size_t n) {
   for (size_t i = 0; i < n; i++) tensors.push_back(*handles[i]);
   return tensors;
 }
+
+class Listener : public c10::WarningHandler {
+ public:
+  explicit Listener(void (*hear)(const char*)) : hear_(hear) {}
+
+  void process(const c10::Warning& warning) override { hear_(warning.msg().c_str()); }
+
+ private:
+  void (*hear_)(const char*);
+};
 
 }  // namespace
 
@@ -59,7 +70,8 @@ char* pt_fused_sgd(
     size_t n, const Handle* parameters, const Handle* gradients, const Handle* momenta, double learning_rate,
     double momentum, double weight_decay, bool first_step, Handle rate, Handle skip) {
   return guarded([&] {
-    auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, n);
+    // CUDA's kernel takes no momenta where the momentum is 0.
+    auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, momentum > 0 ? n : 0);
     auto with = [&](auto rate) {
       at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, first_step, std::nullopt, *skip);
     };
@@ -103,12 +115,28 @@ char* pt_bernoulli(Handle out, uint64_t seed, uint64_t first_row, double p) {
   });
 }
 
+// `host` on a CUDA device, from pinned memory, so that neither side waits for the copy.
+char* pt_upload(Handle host, int8_t device, Handle* out) {
+  return guarded([&] {
+    auto pinned = host->pin_memory();
+    *out = new at::Tensor(pinned.to(at::Device(at::kCUDA, device), pinned.scalar_type(), true));
+  });
+}
+
+// Makes a CUDA device this thread's own: streams, recordings and generators are those of the current one.
+char* pt_use_cuda(int8_t device) {
+  return guarded([&] { c10::impl::getDeviceGuardImpl(at::kCUDA)->setDevice(at::Device(at::kCUDA, device)); });
+}
+
 char* pt_use_onednn(bool on) {
   return guarded([&] { at::globalContext().setUserEnabledMkldnn(on); });
 }
 
-char* pt_configure(bool deterministic, bool tf32) {
+// `warn` hears the warnings of this thread, which libtorch would print; not null.
+char* pt_configure(bool deterministic, bool tf32, void (*warn)(const char*)) {
   return guarded([&] {
+    static Listener listener(warn);
+    c10::WarningUtils::set_warning_handler(&listener);
 #ifdef __GLIBC__
     // Memory of a step is kept for the next one: given back and asked for again it would be cleared by the kernel, page by page,
     // one thread at a time. 32 MB is the largest threshold that glibc takes.

@@ -15,7 +15,7 @@ use super::dropout::{Masks, dropout};
 use super::parameters::Scope;
 use super::{Mode, Script, Site, Vocabulary};
 use crate::data::{Batch, VectorsConfig};
-use crate::libtorch::bernoulli;
+use crate::libtorch::{bernoulli, upload};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::optim::Touched;
 
@@ -208,7 +208,7 @@ def forward(self, {inputs}) -> Tensor:
         ids.splice(0..0, special);
         let device = self.tables().next().map_or(tch::Device::Cpu, |table| table.values.device());
         let tables = self.tables().filter_map(|table| table.parameter).collect();
-        Touched { ids: Tensor::from_slice(&ids).to_device(device), host: ids, tables }
+        Touched { ids: upload(&ids, device), host: ids, tables }
     }
 
     /// Those rows as they are now.

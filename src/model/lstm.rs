@@ -227,8 +227,8 @@ fn onnx_gates(weight: &Tensor) -> Tensor {
 
 /// The forward direction at each row's last position and the reverse direction, if there is one, at its first: [B, D*H].
 pub fn last_states(states: &Tensor, lengths: &Tensor, hidden: i64) -> Tensor {
-    let index = (lengths - 1).view([-1, 1, 1]).expand([-1, 1, hidden], false);
-    let forward = states.narrow(2, 0, hidden).gather(1, &index, false).squeeze_dim(1); // [B, H]
+    let last = (lengths - 1).unsqueeze(1); // [B, 1]
+    let forward = reorder(states, &last).squeeze_dim(1).narrow(1, 0, hidden); // [B, H]
     match states.size()[2] == hidden {
         true => forward,
         false => Tensor::cat(&[forward, states.select(1, 0).narrow(1, hidden, hidden)], -1),
@@ -274,6 +274,8 @@ fn turned_positions(lengths: &Tensor, max: i64) -> Tensor {
 
 /// x[b, positions[b, t]], for x of [B, T, F].
 pub fn reorder(x: &Tensor, positions: &Tensor) -> Tensor {
-    let index = positions.unsqueeze(-1).expand([-1, -1, x.size()[2]], false);
-    x.gather(1, &index, false)
+    // As a look-up of whole rows: the gradient of a gather, made deterministic on CUDA, sorts every number by itself.
+    let (rows, each) = (x.size()[0], x.size()[1]);
+    let starts = Tensor::arange(rows, (Kind::Int64, x.device())) * each;
+    Tensor::embedding(&x.flatten(0, 1), &(positions + starts.unsqueeze(1)), -1, false, false)
 }

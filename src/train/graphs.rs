@@ -13,7 +13,7 @@ use super::Trainer;
 use super::compute::{Computed, Inputs};
 use super::laps::Part;
 use super::step::Step;
-use crate::data::Batch;
+use crate::data::{Batch, Lengths};
 use crate::libtorch::{CudaGraph, GraphPool, Number};
 use crate::weighting::{Reference, Wants};
 
@@ -98,6 +98,7 @@ impl Trainer<'_> {
         let key = self.shape(step, batch, inputs);
         let mut recorded = match self.graphs.steps.remove(&key) {
             Some(Some(recorded)) => recorded,
+            Some(None) if self.graphs.n_recorded() == MOST => return Ok(None),
             Some(None) => match self.record(step, batch, inputs) {
                 Ok(recorded) => recorded,
                 Err(error) => {
@@ -108,9 +109,7 @@ impl Trainer<'_> {
                 }
             },
             None => {
-                if self.graphs.steps.len() < MOST {
-                    self.graphs.steps.insert(key, None);
-                }
+                self.graphs.steps.insert(key, None);
                 return Ok(None);
             }
         };
@@ -146,7 +145,11 @@ impl Trainer<'_> {
         }
         shape.push(batch.bytes.as_ref().map_or(0, |bytes| bytes.size()[2]));
         for targets in &batch.targets {
-            shape.extend(targets.as_ref().map_or([0, 0], |targets| [targets.rows.len() as i64, targets.n_decisions]));
+            shape.extend(targets.as_ref().map_or([0; 4], |targets| {
+                // Heads treat padded rows otherwise, and look at their own rows alone.
+                let even = |lengths: &Lengths| i64::from(lengths.even_at(&targets.rows));
+                [targets.rows.len() as i64, targets.n_decisions, even(&batch.lengths), even(&batch.word_lengths)]
+            }));
         }
         shape
     }

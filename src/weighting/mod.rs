@@ -25,6 +25,7 @@ pub use gradnorm::{GradnormConfig, InitialLoss};
 pub use uncertainty::UncertaintyConfig;
 pub use uncertainty_softmax::UncertaintySoftmaxConfig;
 
+use crate::libtorch::upload;
 use crate::rng::Seed;
 
 /// The weight of each task's loss.
@@ -219,7 +220,7 @@ impl Weighting {
 
 /// `[T]` of float64.
 fn vector(values: &[f64], device: Device) -> Tensor {
-    Tensor::from_slice(values).to_device(device)
+    upload(values, device)
 }
 
 /// 1 for present tasks, 0 for absent ones, `[T]`.

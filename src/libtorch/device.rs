@@ -1,0 +1,82 @@
+//! Devices: CUDA's library opened at run time, and numbers brought to it.
+
+use std::ffi::c_char;
+
+use anyhow::{Context, Result, bail, ensure};
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+use super::checked;
+
+unsafe extern "C" {
+    fn pt_upload(host: *mut C_tensor, device: i8, out: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_use_cuda(device: i8) -> *mut c_char;
+}
+
+/// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.
+fn open_cuda() -> Result<()> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
+        // SAFETY: no thread that reads the environment has been started yet. cuBLAS is deterministic with this alone.
+        unsafe { std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8") };
+    }
+    // SAFETY: the library's initializers are those of libtorch, made for being loaded into a running process.
+    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
+    // Its kernels are registered for the life of the process: it must never be closed.
+    std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda fetches it")?);
+    Ok(())
+}
+
+/// The device that `wish` names: `auto`, `cpu`, `cuda` or `cuda:N`.
+///
+/// # Errors
+/// An unknown name, or CUDA where its libraries, its driver or the device is missing. `auto` falls back to the CPU.
+pub fn device(wish: &str) -> Result<Device> {
+    let index = match wish {
+        "cpu" => return Ok(Device::Cpu),
+        "auto" if !std::path::Path::new("/dev/nvidiactl").exists() => return Ok(Device::Cpu),
+        "auto" | "cuda" => 0,
+        _ => match wish.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(index)) => index,
+            _ => bail!("unknown device `{wish}`: use auto, cpu, cuda or cuda:N"),
+        },
+    };
+    let found = open_cuda().and_then(|()| {
+        let count = tch::Cuda::device_count();
+        ensure!(count > 0, "libtorch sees no NVIDIA GPU; is the driver installed and new enough for CUDA 13");
+        ensure!((index as i64) < count, "there are {count} CUDA devices, numbered from 0");
+        // SAFETY: takes a plain value.
+        checked(unsafe { pt_use_cuda(index as i8) })?;
+        Ok(Device::Cuda(index))
+    });
+    match found {
+        Err(error) if wish == "auto" => {
+            log::warn!("running on the CPU: {error:#}");
+            Ok(Device::Cpu)
+        }
+        other => other.with_context(|| format!("device `{wish}` cannot be used")),
+    }
+}
+
+/// `values` on a device, `[n]`. Neither the host nor a CUDA device waits for the copy.
+pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
+    let host = Tensor::from_slice(values);
+    let Device::Cuda(index) = device else { return host };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: `host` is live; on success the shim hands over one new tensor in `out`.
+    unsafe {
+        checked(pt_upload(host.as_ptr().cast_mut(), index as i8, &mut out))
+            .expect("invariant: the device was found when the program started");
+        Tensor::from_ptr(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_devices_are_named() {
+        assert!(device("gpu").unwrap_err().to_string().contains("unknown device `gpu`"));
+    }
+}
