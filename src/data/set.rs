@@ -94,6 +94,14 @@ pub struct SetConfig {
     pub source: Option<String>,
 }
 
+impl SetConfig {
+    /// The key that names the column of cuts, and the column.
+    fn named_strata(&self) -> Option<(&str, &String)> {
+        let classes = self.stratify.as_ref().map(|column| ("stratify", column));
+        classes.or_else(|| self.stratify_tags.as_ref().map(|column| ("stratify_tags", column)))
+    }
+}
+
 fn yes() -> bool {
     true
 }
@@ -216,22 +224,7 @@ pub fn load(
         let carried = columns.iter().enumerate().filter(|(_, column)| column.sets.contains(name));
         let (tasks, mut wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
         let n_wanted = wanted.len();
-        let named = set.stratify.as_ref().map(|column| Wanted { column: column.clone(), kind: WantedKind::Class });
-        let tags = |column: &String| Wanted { column: column.clone(), kind: WantedKind::Tags(Scheme::Plain) };
-        let named = named.or_else(|| set.stratify_tags.as_ref().map(tags));
-        let is_class = |wanted: &Wanted| wanted.kind == WantedKind::Class;
-        let strata = match &named {
-            // The first classes, else the first tags: a set that is read has a task.
-            None => wanted.iter().position(is_class).unwrap_or(0),
-            Some(named) => {
-                let same = |own: &Wanted| own.column == named.column && is_class(own) == is_class(named);
-                wanted.iter().position(same).unwrap_or(n_wanted)
-            }
-        };
-        if strata == n_wanted {
-            // No task needs the column: it is read for the cuts and then let go.
-            wanted.extend(named.clone());
-        }
+        let strata = strata(set, &mut wanted);
         let mut splits = [&Some(set.train.clone()), &set.dev, &set.test].map(|paths| {
             let paths = paths.as_ref().map_or(&[][..], |paths| &paths.0);
             read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
@@ -243,10 +236,9 @@ pub fn load(
                 }
             }
         }
-        if let Some(Wanted { column, .. }) = named
+        if let Some((field, column)) = set.named_strata()
             && splits[0].columns[strata].values.iter().all(|&value| value == ABSENT)
         {
-            let field = if set.stratify.is_some() { "stratify" } else { "stratify_tags" };
             let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
             problems.push(Problem::general(Severity::Error, message));
         }
@@ -267,6 +259,23 @@ pub fn load(
     }
     problems.extend(check_presence(config, columns, &sets));
     Ok((Corpus { sets }, problems))
+}
+
+/// The column whose shares cuts keep, as its place in `wanted`. One that no task needs is added: it is read for the cuts and
+/// then let go.
+fn strata(set: &SetConfig, wanted: &mut Vec<Wanted>) -> usize {
+    let is_class = |wanted: &Wanted| wanted.kind == WantedKind::Class;
+    let Some((field, column)) = set.named_strata() else {
+        // The first classes, else the first tags: a set that is read has a task.
+        return wanted.iter().position(is_class).unwrap_or(0);
+    };
+    let kind = if field == "stratify" { WantedKind::Class } else { WantedKind::Tags(Scheme::Plain) };
+    let named = Wanted { column: column.clone(), kind };
+    let same = |own: &Wanted| own.column == named.column && is_class(own) == is_class(&named);
+    wanted.iter().position(same).unwrap_or_else(|| {
+        wanted.push(named);
+        wanted.len() - 1
+    })
 }
 
 fn wanted(column: &TaskColumn) -> Wanted {
