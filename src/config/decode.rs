@@ -220,6 +220,7 @@ fn plain(message: &str) -> String {
         "a" if expected.starts_with("a boolean") => "true or false",
         "a" if expected.starts_with("a string") => "a text",
         "a" if expected.starts_with("a map") => "a mapping",
+        "a" if expected.starts_with("a sequence") => "a list",
         "struct" => "a mapping of keys to values",
         _ => expected,
     };

@@ -25,7 +25,7 @@ pub use study::{PlannedRun, StudyConfig};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
-    /// Names the run directory. Letters, digits, `-` and `_`.
+    /// Names the run directory. Letters, digits, `-`, `_` and `.`, a letter or digit first.
     pub name: String,
     /// The seed from which every use of chance derives its own. Default 13.
     #[serde(default = "default_seed")]
@@ -253,5 +253,19 @@ training:
             error.contains("--set model.trunk.hiden=3: model.trunk: unknown key `hiden`; did you mean `hidden`?"),
             "{error}"
         );
+        let vectors = "model.embedding.vectors=[{file: a}, {file: b}]";
+        let experiment = load(GOOD, &[vectors, "model.embedding.vectors.1.trainable=false"]).unwrap();
+        let tuned: Vec<bool> = experiment.model.embedding.vectors.iter().map(|vectors| vectors.trainable).collect();
+        assert_eq!(tuned, [true, false]);
+        let kinds =
+            ["training.optimizer=sgd", "training.optimizer.momentum=0.5", "weighting=dwa", "weighting.temperature=3"];
+        let resolved = load(GOOD, &kinds).unwrap().to_yaml().unwrap();
+        assert!(resolved.contains("kind: sgd") && resolved.contains("momentum: 0.5"), "{resolved}");
+        assert!(resolved.contains("strategy: dwa") && resolved.contains("temperature: 3"), "{resolved}");
+        assert!(load(GOOD, &["seed="]).unwrap_err().to_string().contains("--set seed=: no value"));
+        for wrong in ["model.embedding.vectors.2.trainable=false", "model.embedding.vectors={}"] {
+            let error = load(GOOD, &[vectors, wrong]).unwrap_err().to_string();
+            assert!(error.contains("model.embedding.vectors: expected a list"), "{error}");
+        }
     }
 }

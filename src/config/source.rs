@@ -167,6 +167,9 @@ fn override_layer(text: &str) -> Result<Layer> {
     if path.is_empty() || path.split('.').any(str::is_empty) {
         return Err(wrong());
     }
+    if value.trim().is_empty() {
+        return Err(invalid(format!("--set {text}: no value; null takes the key away")));
+    }
     let value: serde_yaml::Value =
         serde_yaml::from_str(value).map_err(|error| invalid(format!("--set {text}: {error}")))?;
     let mut value = to_json(value).map_err(|message| invalid(format!("--set {text}: {message}")))?;
@@ -183,7 +186,7 @@ fn override_layer(text: &str) -> Result<Layer> {
     Ok(Layer { value, places, problems: Vec::new() })
 }
 
-/// Lays `over` on `base`: mappings merge, all else is replaced. Where a mapping has a kind (`strategy:`, `type:`, ...) and
+/// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind (`strategy:`, `type:`, ...) and
 /// `over` names another, the options of the old kind go.
 fn overlay(base: &mut Layer, over: Layer, at: &str) {
     merge(&mut base.value, over.value, at, &mut base.places);
@@ -196,7 +199,16 @@ fn overlay(base: &mut Layer, over: Layer, at: &str) {
     base.problems.extend(over.problems);
 }
 
+/// The place in a list that a key counts, from 0.
+fn place_in(items: &[Value], key: &str) -> Option<usize> {
+    key.parse().ok().filter(|&i| i < items.len())
+}
+
 fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String, Place>) {
+    // A kind that stands alone takes options as the mapping that it is short for.
+    if let (Value::String(kind), Value::Object(_), Some(key)) = (&*base, &over, tag_key(path)) {
+        *base = Value::Object(Map::from_iter([(key.to_owned(), Value::String(kind.clone()))]));
+    }
     match (base, over) {
         (Value::Object(base), Value::Object(over)) => {
             if let Some(key) = tag_key(path)
@@ -211,6 +223,15 @@ fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String
                     Some(_) if value.is_null() => drop(base.shift_remove(&key)),
                     Some(old) => merge(old, value, &path, places),
                     None => drop(base.insert(key, value)),
+                }
+            }
+        }
+        (Value::Array(items), Value::Object(over))
+            if !over.is_empty() && over.keys().all(|key| place_in(items, key).is_some()) =>
+        {
+            for (key, value) in over {
+                if let Some(i) = place_in(items, &key) {
+                    merge(&mut items[i], value, &format!("{path}.{key}"), places);
                 }
             }
         }
