@@ -14,7 +14,8 @@ fn read(folder: &Folder, set: &str, tasks: &str) -> (Corpus, Vec<Problem>) {
         format!("name: t\ndata:\n  root: {}\n  sets:\n    s: {{{set}}}\ntasks:\n{tasks}\n", folder.path().display());
     let path = folder.file("experiment.yaml", yaml);
     let experiment = Experiment::load(&path, &[]).unwrap();
-    load(&experiment.data, &experiment.task_columns(), experiment.tokenizer.splitter(), &|_: &Path| {}).unwrap()
+    load(&experiment.data, &experiment.task_columns(), &Split::ALL, experiment.tokenizer.splitter(), &|_: &Path| {})
+        .unwrap()
 }
 
 const TOPIC: &str = "  topic: {type: classification, set: s, column: topic}";
@@ -153,7 +154,8 @@ fn jsonl_text_tokens_tags_and_spans() {
     let text = "{\"text\": \"né in Oslo\", \"topic\": 3, \"tags\": [{\"start\": 6, \"end\": 10, \"label\": \"city\"}]}\n\
         {\"text\": \"two words\", \"tags\": \"O B-city\"}\n{\"text\": \"none\", \"topic\": null, \"tags\": []}\n\
         {\"text\": \"cut in word\", \"tags\": [[0, 2, \"x\"]]}\n{\"text\": \"out\", \"tags\": [[7, 9, \"x\"]]}\n\
-        {\"text\": \"\"}\n{\"txt\": \"a\"}\n";
+        {\"text\": \"\"}\n{\"txt\": \"a\"}\n{\"text\": \"a  b\", \"tags\": [[1, 3, \"x\"]]}\n\
+        {\"text\": \"a\", \"tags\": [[0, 1, \"\"]]}\n";
     folder.file("t.jsonl", text);
     let (corpus, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", BOTH);
     assert_eq!(sentences(&corpus), ["né in Oslo", "two words", "none", "cut in word"]);
@@ -162,9 +164,11 @@ fn jsonl_text_tokens_tags_and_spans() {
     let messages = messages(&problems);
     for expected in [
         "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it takes the whole words",
-        "t.jsonl:5: span 7..9 `x` covers no word",
+        "t.jsonl:5: span 7..9 `x` ends beyond the text, which has 3 characters",
         "t.jsonl:6: empty sentence, skipped",
         "t.jsonl:7: no `text`; the keys are `txt`",
+        "t.jsonl:8: span 1..3 `x` covers no word",
+        "t.jsonl:9: span 0..1 `` has no label",
     ] {
         assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
     }

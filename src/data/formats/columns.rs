@@ -13,7 +13,10 @@ fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<u
     needed
         .map(|name| {
             let found = names.iter().position(|known| *known == name);
-            found.ok_or_else(|| format!("no column `{name}`; the columns are {}", names.join(", ")))
+            found.ok_or_else(|| match names {
+                [] => "nothing here: the first line names the columns".to_owned(),
+                _ => format!("no column `{name}`; the columns are {}", names.join(", ")),
+            })
         })
         .collect()
 }

@@ -30,8 +30,14 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
     let mut position = |name: &str| {
         let found = names.iter().position(|known| *known == name).or_else(|| name.parse().ok());
         if found.is_none() {
-            let known = if names.is_empty() { "give `columns:`".to_owned() } else { names.join(", ") };
-            let message = format!("no column `{name}`: use its number from 0 in quotes, or one of: {known}");
+            let message = match names.as_slice() {
+                [] => {
+                    format!("no column `{name}`: name the columns with `columns:`, or use its number from 0 in quotes")
+                }
+                names => {
+                    format!("no column `{name}`: use its number from 0 in quotes, or one of: {}", names.join(", "))
+                }
+            };
             problems.push(Problem::error(Place::new(path, 0), message));
         }
         found.unwrap_or(0)

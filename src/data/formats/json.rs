@@ -90,7 +90,7 @@ fn value<'a>(row: &'a Value, column: &str) -> Option<&'a Value> {
 }
 
 fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder) {
-    let (words, ranges) = match words(row, layout) {
+    let (words, ranges, length) = match words(row, layout) {
         Ok(words) => words,
         Err(message) => return builder.error(line, message),
     };
@@ -104,7 +104,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
         made.push(match spans {
             None => None,
             Some((_, Err(message))) => return builder.error(line, format!("`{}`: {message}", wanted.column)),
-            Some((scheme, Ok(spans))) => match tags_of_spans(&ranges, spans, (line, builder)) {
+            Some((scheme, Ok(spans))) => match tags_of_spans((&ranges, length), spans, (line, builder)) {
                 Some(tags) => Some(from_bio(scheme, &tags.iter().map(String::as_str).collect::<Vec<_>>())),
                 None => return,
             },
@@ -147,7 +147,8 @@ fn scalar(value: &Value) -> Option<Cow<'_, str>> {
     }
 }
 
-type Words<'a> = (Vec<&'a str>, Vec<(usize, usize)>);
+/// Words, their character ranges, and the characters of the text.
+type Words<'a> = (Vec<&'a str>, Vec<(usize, usize)>, usize);
 
 fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
     if let Some(column) = &layout.tokens {
@@ -165,12 +166,16 @@ fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
             at += word.chars().count() + 1;
             (start, at - 1)
         };
-        let ranges = words.iter().map(range).collect();
-        return Ok((words, ranges));
+        let ranges: Vec<(usize, usize)> = words.iter().map(range).collect();
+        let length = ranges.last().map_or(0, |&(_, end)| end);
+        return Ok((words, ranges, length));
     }
     let column = layout.text.as_deref().unwrap_or("text");
     match value(row, column) {
-        Some(Value::String(text)) => Ok(words_of(layout.splitter, text)),
+        Some(Value::String(text)) => {
+            let (words, ranges) = words_of(layout.splitter, text);
+            Ok((words, ranges, text.chars().count()))
+        }
         Some(_) => Err(format!("`{column}` is no text")),
         None => Err(missing(row, column)),
     }
@@ -182,7 +187,13 @@ fn missing(row: &Value, column: &str) -> String {
             let keys: Vec<String> = object.keys().map(|key| format!("`{key}`")).collect();
             format!("no `{column}`; the keys are {}", keys.join(", "))
         }
-        Value::Array(array) => format!("no column {column}: the row has {}", array.len()),
+        Value::Array(array) => {
+            let hint = match array.iter().all(Value::is_object) {
+                true => "; where the whole file is one array, `format: json` reads it",
+                false => "",
+            };
+            format!("no column {column}: the row has {}, numbered from 0{hint}", array.len())
+        }
         _ => "the row is neither an object nor an array".to_owned(),
     }
 }

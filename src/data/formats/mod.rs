@@ -206,7 +206,7 @@ struct CharacterSpan<'a> {
 /// BIO tags of `words` (character ranges) for spans of characters. Where a span ends inside a word it takes the whole
 /// word, with a warning; a span of no word and spans that share a word are errors.
 fn tags_of_spans(
-    words: &[(usize, usize)],
+    (words, length): (&[(usize, usize)], usize),
     mut spans: Vec<CharacterSpan>,
     (line, builder): (usize, &mut RowsBuilder),
 ) -> Option<Vec<String>> {
@@ -217,8 +217,14 @@ fn tags_of_spans(
         let first = words.partition_point(|&(_, end)| end <= span.start);
         let last = words.partition_point(|&(start, _)| start < span.end);
         let name = format!("span {}..{} `{}`", span.start, span.end, span.label);
-        if span.start >= span.end || first >= last {
-            builder.error(line, format!("{name} covers no word"));
+        let wrong = match () {
+            () if span.label.is_empty() => Some("has no label".to_owned()),
+            () if span.end > length => Some(format!("ends beyond the text, which has {length} characters")),
+            () if span.start >= span.end || first >= last => Some("covers no word".to_owned()),
+            () => None,
+        };
+        if let Some(wrong) = wrong {
+            builder.error(line, format!("{name} {wrong}"));
             sound = false;
             continue;
         }
