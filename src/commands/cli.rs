@@ -92,6 +92,12 @@ pub struct EvaluateArgs {
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
+    /// Change where the data lies, as in --set data.sets.chats.test=/data/new.jsonl
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Print the scores of every class, tag or type of span too
+    #[arg(long)]
+    pub by_label: bool,
     #[command(flatten)]
     pub machine: Machine,
 }
@@ -174,7 +180,7 @@ pub struct StudyArgs {
     /// Change a value of the experiment, as in --set training.max_epochs=5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Runs side by side [default: one a device]
+    /// Runs side by side, in turn on the devices
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: u16,
     /// Devices, which the runs take in turn, as in cuda:0,cuda:1 [default: auto]

@@ -7,14 +7,13 @@ use super::cli::EvaluateArgs;
 use super::{End, prepare, say, table};
 use crate::data::Split;
 use crate::evaluate::evaluate;
-use crate::problem::{fail_on_errors, invalid};
+use crate::problem::invalid;
 
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
-    let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
-    let (corpus, problems) = prepare::corpus(&trained.experiment)?;
-    fail_on_errors(problems)?;
+    let trained = prepare::trained_on(&args.run, &args.checkpoint, device, &args.overrides)?;
     let split: Split = args.split.into();
+    let corpus = prepare::corpus_of(&trained.experiment, split)?;
     let data = prepare::encoded(&corpus, split, &trained.tokenizer, &trained.tasks, device)?;
     if data.set.is_empty() {
         return Err(invalid(format!("the experiment has no {} split", split.name())));
@@ -31,6 +30,9 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
         say(serde_json::to_string_pretty(&content)?)?;
     } else {
         say(table::reports(&[(split.name(), &report)]))?;
+        if args.by_label {
+            say(table::by_label(&report))?;
+        }
     }
     Ok(End::Done)
 }

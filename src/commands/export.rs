@@ -16,7 +16,7 @@ use crate::evaluate::{Report, evaluate};
 use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
 use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
-use crate::problem::{fail_on_errors, invalid};
+use crate::problem::invalid;
 use crate::run::atomic;
 use crate::task::{Task, TaskKind};
 
@@ -53,8 +53,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",
         ));
     }
-    let (corpus, problems) = prepare::corpus(&trained.experiment)?;
-    fail_on_errors(problems)?;
+    let corpus = prepare::corpus_of(&trained.experiment, Split::Dev)?;
     let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
     let report = evaluate(&trained.model, &dev, &trained.tasks)?;
     // Built under another name beside its place; dropped, and so removed, when anything fails.

@@ -11,7 +11,7 @@ use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, labels};
 use crate::libtorch;
 use crate::model::{HeadConfig, Model, Vocabulary};
-use crate::problem::{Problem, invalid};
+use crate::problem::{Problem, fail_on_errors, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
@@ -38,10 +38,21 @@ pub fn device_name(device: Device) -> String {
 
 /// Reads all data of an experiment, saying which file is being read.
 pub fn corpus(experiment: &Experiment) -> Result<(Corpus, Vec<Problem>)> {
+    read(experiment, &Split::ALL)
+}
+
+/// Reads one split alone, and the training rows where it is cut off them. What is wrong in it is an error.
+pub fn corpus_of(experiment: &Experiment, split: Split) -> Result<Corpus> {
+    let (corpus, problems) = read(experiment, &[split])?;
+    fail_on_errors(problems)?;
+    Ok(corpus)
+}
+
+fn read(experiment: &Experiment, splits: &[Split]) -> Result<(Corpus, Vec<Problem>)> {
     let spinner = super::progress::spinner("reading");
     let tell = |path: &Path| spinner.set_message(path.display().to_string());
     let splitter = experiment.tokenizer.splitter();
-    let corpus = data::load(&experiment.data, &experiment.task_columns(), splitter, &tell);
+    let corpus = data::load(&experiment.data, &experiment.task_columns(), splits, splitter, &tell);
     spinner.finish_and_clear();
     corpus
 }
@@ -200,6 +211,21 @@ pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> 
     Ok((experiment, run.read_tasks()?, tokenizer))
 }
 
+/// A trained model with other data: `overrides` change the experiment's `data:`.
+pub fn trained_on(path: &Path, name: &str, device: Device, overrides: &[String]) -> Result<Trained> {
+    if let Some(other) = overrides.iter().find(|text| !text.starts_with("data.")) {
+        return Err(invalid(format!("--set {other}: of a trained model the data alone can be changed")));
+    }
+    let mut trained = trained(path, name, device)?;
+    if !overrides.is_empty() {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("resolved.yaml");
+        std::fs::write(&file, trained.experiment.to_yaml()?)?;
+        trained.experiment = Experiment::load(&file, overrides)?;
+    }
+    Ok(trained)
+}
+
 /// The model of a run directory or of an exported file; of a file the checkpoint is the one it was made of.
 pub fn trained(path: &Path, name: &str, device: Device) -> Result<Trained> {
     if path.is_file() {
@@ -217,7 +243,8 @@ pub fn trained(path: &Path, name: &str, device: Device) -> Result<Trained> {
         let mut known: Vec<String> =
             entries.filter_map(|entry| Some(entry.path().file_stem()?.to_string_lossy().into_owned())).collect();
         known.sort();
-        return Err(invalid(format!("{} has no checkpoint `{name}`; it has: {}", path.display(), known.join(", "))));
+        let known = if known.is_empty() { "none yet".to_owned() } else { known.join(", ") };
+        return Err(invalid(format!("{} has no checkpoint `{name}`; it has {known}", path.display())));
     }
     let saved = checkpoint::load(&file)?;
     let model = model(&experiment, &tasks, &tokenizer, device)?;

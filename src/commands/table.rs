@@ -60,6 +60,21 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
     table
 }
 
+/// Scores of every label of every task.
+pub fn by_label(report: &Report) -> Table {
+    let mut table = table(&["task", "label", "precision", "recall", "f1", "n"], 2);
+    for task in &report.tasks {
+        let mut name = task.name.as_str();
+        for of in &task.labels {
+            let numbers = [of.precision, of.recall, of.f1].map(percent);
+            let mut row = vec![std::mem::take(&mut name).to_owned(), of.label.clone()];
+            row.extend(numbers.into_iter().chain([count(of.n)]));
+            table.add_row(row);
+        }
+    }
+    table
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

@@ -95,6 +95,17 @@ pub struct SetConfig {
 }
 
 impl SetConfig {
+    /// Where a split stands, if it is one of those `wanted`, or dev is and has to be cut off it.
+    fn paths(&self, split: Split, wanted: &[Split]) -> Option<&Paths> {
+        let cut = split == Split::Train && self.dev_fraction.is_some() && wanted.contains(&Split::Dev);
+        let paths = match split {
+            Split::Train => Some(&self.train),
+            Split::Dev => self.dev.as_ref(),
+            Split::Test => self.test.as_ref(),
+        };
+        paths.filter(|_| cut || wanted.contains(&split))
+    }
+
     /// The key that names the column of cuts, and the column.
     fn named_strata(&self) -> Option<(&str, &String)> {
         let classes = self.stratify.as_ref().map(|column| ("stratify", column));
@@ -205,19 +216,21 @@ impl Corpus {
     }
 }
 
-/// Reads every file of every set that a task uses. `progress` hears of each file before it is read.
+/// Reads `splits` of every set that a task uses, and the training rows where dev is cut off them. `progress` hears of each
+/// file before it is read.
 ///
 /// # Errors
 /// [`InvalidInput`] with every file that is missing. What is wrong inside files is returned beside the corpus.
 pub fn load(
     config: &DataConfig,
     columns: &[TaskColumn],
+    splits: &[Split],
     splitter: Splitter,
     progress: &dyn Fn(&Path),
 ) -> Result<(Corpus, Vec<Problem>)> {
     let used: Vec<_> =
         config.sets.iter().filter(|(name, _)| columns.iter().any(|column| column.sets.contains(name))).collect();
-    fail_on_missing(config, &used)?;
+    fail_on_missing(config, &used, splits)?;
     let mut problems = Vec::new();
     let mut sets = Vec::new();
     for (name, set) in used {
@@ -225,39 +238,39 @@ pub fn load(
         let (tasks, mut wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
         let n_wanted = wanted.len();
         let strata = strata(set, &mut wanted);
-        let mut splits = [&Some(set.train.clone()), &set.dev, &set.test].map(|paths| {
-            let paths = paths.as_ref().map_or(&[][..], |paths| &paths.0);
+        let mut rows = Split::ALL.map(|split| {
+            let paths = set.paths(split, splits).map_or(&[][..], |paths| &paths.0);
             read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
         });
         for (i, wanted) in wanted[..n_wanted].iter().enumerate() {
             if let TaskKind::Tagging(scheme) = columns[tasks[i].0].kind {
-                for rows in &splits {
+                for rows in &rows {
                     problems.extend(labels::check_tags(scheme, &wanted.column, rows, i));
                 }
             }
         }
         if let Some((field, column)) = set.named_strata()
-            && splits[0].columns[strata].values.iter().all(|&value| value == ABSENT)
+            && !rows[0].is_empty()
+            && rows[0].columns[strata].values.iter().all(|&value| value == ABSENT)
         {
             let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
             problems.push(Problem::general(Severity::Error, message));
         }
         if let Some(fraction) = set.dev_fraction {
-            splits[1] =
-                cut(&mut splits[0], (&wanted, strata), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
+            rows[1] = cut(&mut rows[0], (&wanted, strata), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
         }
         if config.train_fraction < 1.0 {
             let generator = Seed(config.train_fraction_seed).generator(Purpose::Split, 1);
-            cut(&mut splits[0], (&wanted, strata), 1.0 - config.train_fraction, generator);
+            cut(&mut rows[0], (&wanted, strata), 1.0 - config.train_fraction, generator);
         }
         wanted.truncate(n_wanted);
-        for rows in &mut splits {
+        for rows in &mut rows {
             rows.columns.truncate(n_wanted);
         }
-        problems.extend(leave_out_unlabelled(&mut splits[0], &wanted));
-        sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits });
+        problems.extend(leave_out_unlabelled(&mut rows[0], &wanted));
+        sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits: rows });
     }
-    problems.extend(check_presence(config, columns, &sets));
+    problems.extend(check_presence(config, columns, &sets, splits));
     Ok((Corpus { sets }, problems))
 }
 
@@ -286,13 +299,12 @@ fn wanted(column: &TaskColumn) -> Wanted {
     Wanted { column: column.column.clone(), kind }
 }
 
-fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)]) -> Result<()> {
+fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)], splits: &[Split]) -> Result<()> {
     let mut problems = Vec::new();
     for (name, set) in sets {
-        let paths = [Some(&set.train), set.dev.as_ref(), set.test.as_ref()];
-        let missing: Vec<PathBuf> = paths
+        let missing: Vec<PathBuf> = Split::ALL
             .into_iter()
-            .flatten()
+            .filter_map(|split| set.paths(split, splits))
             .flat_map(|paths| &paths.0)
             .map(|path| formats::file_of(&config.root.join(path), set.format))
             .filter(|path| !path.exists())
@@ -356,19 +368,25 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
 }
 
 /// Errors where a split has no row, or a task no label to learn from.
-fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet]) -> Vec<Problem> {
+fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet], splits: &[Split]) -> Vec<Problem> {
     let mut problems = Vec::new();
+    let root = &config.root;
     for set in sets {
         for split in [Split::Train, Split::Dev] {
-            if set.splits[split as usize].is_empty() {
+            if splits.contains(&split) && set.splits[split as usize].is_empty() {
+                let config = &config.sets[&set.name];
+                let paths = if split == Split::Train { Some(&config.train) } else { config.dev.as_ref() };
                 let message = format!("set `{}` has no usable row in {}", set.name, split.name());
-                problems.push(Problem::general(Severity::Error, message));
+                problems.push(match paths {
+                    Some(paths) => Problem::error(Place::new(&root.join(&paths.0[0]), 0), message),
+                    None => Problem::general(Severity::Error, message),
+                });
             }
         }
         for (i, task) in set.tasks.iter().enumerate() {
             let train = &set.splits[0];
             if !train.is_empty() && train.columns[i].values.iter().all(|&value| value == ABSENT) {
-                let place = Place::new(&config.root.join(&config.sets[&set.name].train.0[0]), 0);
+                let place = Place::new(&root.join(&config.sets[&set.name].train.0[0]), 0);
                 let message = format!("no row has a `{}` for task `{}`", set.wanted[i].column, columns[task.0].name);
                 problems.push(Problem::error(place, message));
             }

@@ -3,36 +3,39 @@
 //! accuracy = correct / decisions; macro-F1 = mean over the labels that occur in gold or prediction of
 //! 2 TP / (2 TP + FP + FN), as scikit-learn's `f1_score(average="macro")`.
 
-use super::{Metric, Score, f1, ratio};
+use super::{Counts, LabelScore, Metric, Score, ratio};
 
 pub struct ClassMetric {
-    correct: Vec<usize>,
-    gold: Vec<usize>,
-    predicted: Vec<usize>,
+    labels: Vec<String>,
+    /// By label id.
+    counts: Vec<Counts>,
 }
 
 impl ClassMetric {
-    pub fn new(n_labels: usize) -> Self {
-        ClassMetric { correct: vec![0; n_labels], gold: vec![0; n_labels], predicted: vec![0; n_labels] }
+    pub fn new(labels: &[String]) -> Self {
+        ClassMetric { labels: labels.to_vec(), counts: vec![Counts::default(); labels.len()] }
     }
 }
 
 impl Metric for ClassMetric {
     fn update(&mut self, gold: &[i32], predicted: &[usize]) {
         for (&gold, &predicted) in gold.iter().zip(predicted) {
-            self.gold[gold as usize] += 1;
-            self.predicted[predicted] += 1;
-            self.correct[predicted] += usize::from(gold as usize == predicted);
+            self.counts[gold as usize].gold += 1;
+            self.counts[predicted].predicted += 1;
+            self.counts[predicted].correct += usize::from(gold as usize == predicted);
         }
     }
 
     fn scores(&self) -> Vec<Score> {
-        let accuracy = ratio(self.correct.iter().sum(), self.gold.iter().sum());
-        let used = (0..self.gold.len()).filter(|&label| self.gold[label] + self.predicted[label] > 0);
-        let each: Vec<f64> =
-            used.map(|label| f1(self.correct[label], self.predicted[label], self.gold[label])).collect();
-        let macro_f1 = each.iter().sum::<f64>() / each.len().max(1) as f64;
+        let sum = |of: fn(&Counts) -> usize| self.counts.iter().map(of).sum();
+        let accuracy = ratio(sum(|counts| counts.correct), sum(|counts| counts.gold));
+        let each = self.by_label();
+        let macro_f1 = each.iter().map(|label| label.f1).sum::<f64>() / each.len().max(1) as f64;
         vec![Score::fraction("accuracy", accuracy), Score::fraction("macro_f1", macro_f1)]
+    }
+
+    fn by_label(&self) -> Vec<LabelScore> {
+        self.labels.iter().zip(&self.counts).filter_map(|(label, counts)| counts.of(label)).collect()
     }
 }
 
@@ -42,12 +45,16 @@ mod tests {
 
     #[test]
     fn accuracy_and_macro_f1() {
-        let mut metric = ClassMetric::new(4);
+        let labels = ["a", "b", "c", "d"].map(str::to_owned);
+        let mut metric = ClassMetric::new(&labels);
         metric.update(&[0, 0, 1, 2], &[0, 1, 1, 0]);
         let scores = metric.scores();
         // F1: label 0 is 1/2, label 1 is 2/3, label 2 is 0; label 3 never occurs.
         assert_eq!(scores[0].value, 0.5);
         assert!((scores[1].value - (0.5 + 2.0 / 3.0) / 3.0).abs() < 1e-12);
-        assert_eq!(ClassMetric::new(2).scores()[0].value, 0.0);
+        let each = metric.by_label();
+        assert_eq!(each.iter().map(|label| label.label.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!((each[1].precision, each[1].recall, each[1].n), (0.5, 1.0, 1));
+        assert_eq!(ClassMetric::new(&labels).scores()[0].value, 0.0);
     }
 }

@@ -22,6 +22,47 @@ impl Score {
     }
 }
 
+/// How well one class, tag or type of span is found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LabelScore {
+    pub label: String,
+    pub precision: f64,
+    pub recall: f64,
+    pub f1: f64,
+    /// How often it stands in the data.
+    pub n: usize,
+}
+
+/// What precision, recall and F1 are made of.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    correct: usize,
+    predicted: usize,
+    gold: usize,
+}
+
+impl Counts {
+    fn precision(self) -> f64 {
+        ratio(self.correct, self.predicted)
+    }
+
+    fn recall(self) -> f64 {
+        ratio(self.correct, self.gold)
+    }
+
+    /// Harmonic mean of precision and recall.
+    fn f1(self) -> f64 {
+        ratio(2 * self.correct, self.predicted + self.gold)
+    }
+
+    /// `None` for what stands neither in the data nor in the predictions.
+    fn of(self, label: &str) -> Option<LabelScore> {
+        let (label, n) = (label.to_owned(), self.gold);
+        let score = LabelScore { label, precision: self.precision(), recall: self.recall(), f1: self.f1(), n };
+        (self.gold + self.predicted > 0).then_some(score)
+    }
+}
+
 /// Counts over the sentences of a split.
 pub trait Metric {
     /// Takes the gold and the predicted labels of one sentence: one of each for a class, one a word for tags.
@@ -29,14 +70,12 @@ pub trait Metric {
 
     /// The scores so far; the first is the one that chooses checkpoints.
     fn scores(&self) -> Vec<Score>;
+
+    /// The same by class, tag or type of span, of those that occur.
+    fn by_label(&self) -> Vec<LabelScore>;
 }
 
 /// a / b, and 0 where there is nothing to count.
 fn ratio(a: usize, b: usize) -> f64 {
     if b == 0 { 0.0 } else { a as f64 / b as f64 }
-}
-
-/// Harmonic mean of precision and recall from counts.
-fn f1(correct: usize, predicted: usize, gold: usize) -> f64 {
-    ratio(2 * correct, predicted + gold)
 }

@@ -3,9 +3,9 @@
 //! Two rules for sequences that break BIO: conlleval's (also seqeval's default) reads an I- tag without a span before it
 //! as the start of one; strict (seqeval `mode="strict", scheme=IOB2`) counts only spans that start with B-.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Metric, Score, f1, ratio};
+use super::{Counts, LabelScore, Metric, Score, ratio};
 use crate::task::{Scheme, Span, Tag, spans_of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,42 +14,62 @@ pub enum SpanRule {
     Strict,
 }
 
+/// Counts of spans by their type.
 #[derive(Default)]
-struct Counts {
-    correct: usize,
-    predicted: usize,
-    gold: usize,
-}
+struct ByType(BTreeMap<String, Counts>);
 
-impl Counts {
-    fn add<'a>(&mut self, gold: Vec<Span<&'a str>>, predicted: Vec<Span<&'a str>>) {
-        self.gold += gold.len();
-        self.predicted += predicted.len();
+impl ByType {
+    fn add(&mut self, gold: Vec<Span<&str>>, predicted: Vec<Span<&str>>) {
+        for span in &gold {
+            self.of(span.kind).gold += 1;
+        }
         let gold: BTreeSet<_> = gold.into_iter().collect();
-        self.correct += predicted.iter().filter(|span| gold.contains(span)).count();
+        for span in predicted {
+            let counts = self.of(span.kind);
+            counts.predicted += 1;
+            counts.correct += usize::from(gold.contains(&span));
+        }
     }
 
-    fn f1(&self) -> f64 {
-        f1(self.correct, self.predicted, self.gold)
+    fn of(&mut self, kind: &str) -> &mut Counts {
+        if !self.0.contains_key(kind) {
+            self.0.insert(kind.to_owned(), Counts::default());
+        }
+        self.0.get_mut(kind).expect("invariant: it was put there")
+    }
+
+    fn sum(&self) -> Counts {
+        self.0.values().fold(Counts::default(), |sum, counts| Counts {
+            correct: sum.correct + counts.correct,
+            predicted: sum.predicted + counts.predicted,
+            gold: sum.gold + counts.gold,
+        })
     }
 }
 
 pub struct SpanMetric {
     labels: Vec<String>,
     rule: SpanRule,
-    lenient: Counts,
-    strict: Counts,
+    lenient: ByType,
+    strict: ByType,
     words: Counts,
 }
 
 impl SpanMetric {
+    fn main(&self) -> &ByType {
+        match self.rule {
+            SpanRule::Conlleval => &self.lenient,
+            SpanRule::Strict => &self.strict,
+        }
+    }
+
     /// `labels` are BIO tags by label id; `rule` is the one whose F1 comes first.
     pub fn new(labels: &[String], rule: SpanRule) -> Self {
         SpanMetric {
             labels: labels.to_vec(),
             rule,
-            lenient: Counts::default(),
-            strict: Counts::default(),
+            lenient: ByType::default(),
+            strict: ByType::default(),
             words: Counts::default(),
         }
     }
@@ -85,16 +105,36 @@ impl Metric for SpanMetric {
     }
 
     fn scores(&self) -> Vec<Score> {
-        let (counts, other, name) = match self.rule {
-            SpanRule::Conlleval => (&self.lenient, &self.strict, "strict_f1"),
-            SpanRule::Strict => (&self.strict, &self.lenient, "conlleval_f1"),
+        let (other, name) = match self.rule {
+            SpanRule::Conlleval => (&self.strict, "strict_f1"),
+            SpanRule::Strict => (&self.lenient, "conlleval_f1"),
         };
+        let counts = self.main().sum();
         vec![
             Score::fraction("f1", counts.f1()),
-            Score::fraction("precision", ratio(counts.correct, counts.predicted)),
-            Score::fraction("recall", ratio(counts.correct, counts.gold)),
-            Score::fraction(name, other.f1()),
+            Score::fraction("precision", counts.precision()),
+            Score::fraction("recall", counts.recall()),
+            Score::fraction(name, other.sum().f1()),
             Score::fraction("token_accuracy", ratio(self.words.correct, self.words.gold)),
         ]
+    }
+
+    fn by_label(&self) -> Vec<LabelScore> {
+        self.main().0.iter().filter_map(|(kind, counts)| counts.of(kind)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_are_scored_apart() {
+        let labels = ["O", "B-x", "I-x", "B-y", "I-y"].map(str::to_owned);
+        let mut metric = SpanMetric::new(&labels, SpanRule::Conlleval);
+        metric.update(&[1, 2, 0, 3], &[1, 2, 3, 3]);
+        metric.update(&[1, 0], &[2, 1]);
+        let found: Vec<_> = metric.by_label().into_iter().map(|of| (of.label, of.precision, of.recall, of.n)).collect();
+        assert_eq!(found, [("x".to_owned(), 2.0 / 3.0, 1.0, 2), ("y".to_owned(), 0.5, 1.0, 1)]);
     }
 }

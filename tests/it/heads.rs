@@ -29,7 +29,8 @@ pub fn setting(overrides: &[&str]) -> Setting {
     overrides.push(format!("data.root={}", folder.path().display()));
     let experiment = Experiment::load(&folder.path().join("small.yaml"), &overrides).unwrap();
     let splitter = experiment.tokenizer.splitter();
-    let (corpus, _) = load(&experiment.data, &experiment.task_columns(), splitter, &|_: &Path| {}).unwrap();
+    let (corpus, _) =
+        load(&experiment.data, &experiment.task_columns(), &Split::ALL, splitter, &|_: &Path| {}).unwrap();
     let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus).unwrap();
     let tasks = prepare::tasks(&experiment, &corpus);
     let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, Device::Cpu).unwrap();

@@ -24,7 +24,8 @@ fn check(name: &str, expected: &[[usize; 3]], n_warnings: usize) {
     let root = format!("data.root={}", folder.display());
     let experiment = Experiment::load(&path, &[root]).unwrap();
     let splitter = experiment.tokenizer.splitter();
-    let (corpus, problems) = load(&experiment.data, &experiment.task_columns(), splitter, &|_: &Path| {}).unwrap();
+    let (corpus, problems) =
+        load(&experiment.data, &experiment.task_columns(), &Split::ALL, splitter, &|_: &Path| {}).unwrap();
     let sizes: Vec<[usize; 3]> =
         corpus.sets.iter().map(|set| Split::ALL.map(|split| set.splits[split as usize].len())).collect();
     assert_eq!(sizes, expected);

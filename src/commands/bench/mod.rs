@@ -22,7 +22,7 @@ use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
 use crate::libtorch::{configure, workers};
-use crate::problem::{fail_on_errors, invalid};
+use crate::problem::invalid;
 use crate::train::laps::{Laps, Part};
 use crate::train::{Pending, Step, Trainer};
 use crate::weighting::WeightingConfig;
@@ -247,8 +247,7 @@ fn print(findings: &Findings) -> Result<()> {
 fn labelling(args: &BenchArgs) -> Result<End> {
     let (device, threads) = prepare::machine(&args.machine)?;
     let trained = prepare::trained(&args.experiment, "best", device)?;
-    let (corpus, problems) = prepare::corpus(&trained.experiment)?;
-    fail_on_errors(problems)?;
+    let corpus = prepare::corpus_of(&trained.experiment, Split::Dev)?;
     let data = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, device)?;
     let mut seconds = Vec::new();
     for round in 0..=args.rounds {

@@ -76,7 +76,7 @@ pub struct Classification {
     output: Linear,
     dropout: f64,
     label_smoothing: f64,
-    n_labels: usize,
+    labels: Vec<String>,
     /// H, of the states that are pooled.
     state_hidden: i64,
     /// Whether other heads' distributions stand beside the pooled sentence.
@@ -100,7 +100,7 @@ impl Classification {
             output: scope.linear("output", width, task.labels.len() as i64),
             dropout: config.dropout,
             label_smoothing: config.label_smoothing,
-            n_labels: task.labels.len(),
+            labels: task.labels.clone(),
             state_hidden: size.hidden,
             beside: size.beside > 0,
         }
@@ -155,7 +155,7 @@ impl Head for Classification {
     }
 
     fn metric(&self) -> Box<dyn Metric> {
-        Box::new(ClassMetric::new(self.n_labels))
+        Box::new(ClassMetric::new(&self.labels))
     }
 
     fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value) {

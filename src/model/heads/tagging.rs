@@ -184,7 +184,7 @@ def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
             };
             Box::new(SpanMetric::new(&self.task.labels, rule))
         } else {
-            Box::new(ClassMetric::new(self.task.labels.len()))
+            Box::new(ClassMetric::new(&self.task.labels))
         }
     }
 }
