@@ -1,6 +1,7 @@
 //! `polytask train`: train, evaluate the best checkpoint, print a table.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -19,7 +20,7 @@ use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
-use crate::run::{NewRun, RunDirectory, checkpoint};
+use crate::run::{NewRun, RunDirectory, checkpoint, numbered};
 use crate::task::{Task, TaskId};
 use crate::train::{Outcome, State};
 
@@ -34,34 +35,33 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         fail_on_errors(problems)?;
         return go(args, &run, device, &corpus, stop_flag(STOPPING)?.as_ref());
     }
-    let path = args.out.clone().unwrap_or_else(|| free_path(&experiment.name));
-    NewRun::fail_if_occupied(&path)?;
+    if let Some(out) = &args.out {
+        NewRun::fail_if_occupied(out)?;
+    }
     let (corpus, tokenizer) = read(args, &experiment)?;
     // A signal before this point leaves nothing behind, one after it a run that goes on.
     let stop = stop_flag(STOPPING)?;
-    let new = NewRun::create(&path)?;
+    let new = match &args.out {
+        Some(out) => NewRun::create(out)?,
+        None => NewRun::create_free(Path::new(RUNS), &experiment.name)?,
+    };
     write(&experiment, &new.directory, args, (&corpus, &tokenizer), (device, threads))?;
     go(args, &new.directory, device, &corpus, &stop)
 }
 
 const STOPPING: &str = "stopping after this step";
 
-/// `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is free.
-fn free_path(name: &str) -> PathBuf {
-    (1..).map(|n| numbered(name, n)).find(|path| !path.exists()).expect("invariant: some number is free")
-}
-
-fn numbered(name: &str, n: usize) -> PathBuf {
-    PathBuf::from(if n == 1 { format!("runs/{name}") } else { format!("runs/{name}-{n}") })
-}
+/// The folder of the runs that are given none.
+const RUNS: &str = "runs";
 
 fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
     if let Some(out) = &args.out {
         return Ok(out.clone());
     }
     let name = &experiment.name;
-    let last = (1..).map(|n| numbered(name, n)).take_while(|path| path.exists()).last();
-    last.ok_or_else(|| invalid(format!("there is no runs/{name} to resume")))
+    let paths = (1..).map(|n| Path::new(RUNS).join(numbered(name, n)));
+    let last = paths.take_while(|path| path.exists()).last();
+    last.ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))
 }
 
 /// A run goes on with the experiment that it began with, or not at all.
@@ -129,6 +129,7 @@ fn write(
 
 /// Trains from wherever the run stands to its end.
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, stop: &AtomicBool) -> Result<End> {
+    let _lock = run.lock()?;
     let (experiment, tasks, mut tokenizer) = prepare::of_run(run)?;
     let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
@@ -208,14 +209,24 @@ fn seconds_before(run: &RunDirectory) -> f64 {
     timing.and_then(|timing| timing["training_secs"].as_f64()).unwrap_or(0.0)
 }
 
-fn resume_command(args: &TrainArgs, run: &RunDirectory) -> String {
-    let quoted = |text: &str| match text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,".contains(c)) {
-        true => text.to_owned(),
+/// This program as it was called.
+fn program() -> String {
+    std::env::args_os().next().map_or("polytask".to_owned(), quoted)
+}
+
+/// An argument as a shell takes it.
+fn quoted(argument: impl AsRef<OsStr>) -> String {
+    let text = argument.as_ref().to_string_lossy();
+    match text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,".contains(c)) {
+        true => text.into_owned(),
         false => format!("'{}'", text.replace('\'', "'\\''")),
-    };
-    let mut words = vec!["polytask".to_owned(), "train".to_owned(), quoted(&args.experiment.to_string_lossy())];
+    }
+}
+
+fn resume_command(args: &TrainArgs, run: &RunDirectory) -> String {
+    let mut words = vec![program(), "train".to_owned(), quoted(&args.experiment)];
     words.extend(args.overrides.iter().map(|value| format!("--set {}", quoted(value))));
-    words.push(format!("--out {}", quoted(&run.path.to_string_lossy())));
+    words.push(format!("--out {}", quoted(&run.path)));
     if args.machine.device != "auto" {
         words.push(format!("--device {}", args.machine.device));
     }
@@ -257,5 +268,11 @@ fn report(
     };
     finished.write(run)?;
     log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", finished.epoch);
-    say(table::reports(&finished.splits.iter().map(|(name, report)| (name.as_str(), report)).collect::<Vec<_>>()))
+    say(table::reports(&finished.splits.iter().map(|(name, report)| (name.as_str(), report)).collect::<Vec<_>>()))?;
+    let (program, path) = (program(), quoted(&run.path));
+    log::info!(
+        "use it with:\n  {program} predict {path} --input sentences.txt\n  {program} export {path} --format torchscript --out \
+         model.pt"
+    );
+    Ok(())
 }

@@ -9,9 +9,12 @@ pub mod checkpoint;
 mod records;
 mod tensorboard;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 
 pub use records::Records;
 
@@ -40,23 +43,58 @@ impl NewRun {
             Ok(mut entries) => entries.next().is_some(),
             Err(_) => path.exists(),
         };
-        if occupied {
-            let path = path.display();
-            return Err(invalid(format!(
-                "{path} is not empty; to go on with the run in it add --resume, else name another folder with --out"
-            )));
-        }
-        Ok(())
+        let holds = match occupied {
+            false => return Ok(()),
+            true if !path.is_dir() => "is no folder: ",
+            true if path.join("resolved.yaml").exists() => {
+                "is not empty: to go on with the run in it add --resume, else "
+            }
+            true => "is not empty, and holds no run: ",
+        };
+        Err(invalid(format!("{} {holds}name another folder with --out", path.display())))
     }
 
     pub fn create(path: &Path) -> Result<Self> {
-        let cannot = |error| invalid(format!("{} cannot be made: {error}", path.display()));
-        // First what is above it, without which `..` in a path leads nowhere.
-        std::fs::create_dir_all(atomic::folder_of(path)).map_err(cannot)?;
+        // In this order: without what is above it, `..` in a path leads nowhere.
+        let made = make(path)?;
         Self::fail_if_occupied(path)?;
-        let made = !path.exists();
-        std::fs::create_dir_all(path.join("checkpoints")).map_err(cannot)?;
-        Ok(NewRun { directory: RunDirectory { path: path.to_owned() }, made })
+        Self::begin(path, made)
+    }
+
+    /// `folder/name`, or the first of `folder/name-2`, `folder/name-3`, ... that nobody has, nor takes meanwhile.
+    pub fn create_free(folder: &Path, name: &str) -> Result<Self> {
+        let mut n = 1;
+        loop {
+            let path = folder.join(numbered(name, n));
+            if !path.exists() && make(&path)? {
+                return Self::begin(&path, true);
+            }
+            n += 1;
+        }
+    }
+
+    fn begin(path: &Path, made: bool) -> Result<Self> {
+        let directory = RunDirectory { path: path.to_owned() };
+        std::fs::create_dir_all(path.join("checkpoints")).map_err(|error| cannot_make(path, &error))?;
+        Ok(NewRun { directory, made })
+    }
+}
+
+/// The name of the `n`th run of an experiment.
+pub fn numbered(name: &str, n: usize) -> String {
+    if n == 1 { name.to_owned() } else { format!("{name}-{n}") }
+}
+
+fn cannot_make(path: &Path, error: &std::io::Error) -> anyhow::Error {
+    invalid(format!("{} cannot be made: {error}", path.display()))
+}
+
+/// Makes a folder; false where it is there already.
+fn make(path: &Path) -> Result<bool> {
+    let made = std::fs::create_dir_all(atomic::folder_of(path)).and_then(|()| std::fs::create_dir(path));
+    match made {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => Ok(false),
+        made => made.map(|()| true).map_err(|error| cannot_make(path, &error)),
     }
 }
 
@@ -78,8 +116,27 @@ impl Drop for NewRun {
 }
 
 impl RunDirectory {
+    /// Keeps others from training in it, until the lock is dropped or the process ends.
+    ///
+    /// # Errors
+    /// Another process that does.
+    pub fn lock(&self) -> Result<Option<Flock<File>>> {
+        let Ok(folder) = File::open(&self.path) else { return Ok(None) };
+        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                Err(invalid(format!("{} is in use: another process trains in it", self.path.display())))
+            }
+            // Not every file system has locks.
+            Err(_) => Ok(None),
+        }
+    }
+
     /// Opens the directory of an earlier run.
     pub fn open(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Err(invalid(format!("{} does not exist", path.display())));
+        }
         for file in ["resolved.yaml", "labels.json", "tokenizer.json"] {
             if !path.join(file).is_file() {
                 return Err(invalid(format!("{} is no run directory: it has no {file}", path.display())));

@@ -150,6 +150,48 @@ fn comparisons_count_a_run_once_and_studies_take_no_folder_of_others() {
 }
 
 #[test]
+fn a_trained_run_needs_the_data_alone_that_it_is_scored_on() {
+    let folder = small();
+    trained(&folder, "run");
+    std::fs::remove_file(folder.path().join("train.jsonl")).unwrap();
+    let scores = |arguments: &[&str]| {
+        let output = folder.polytask(&[&["evaluate", "run", "--json"], arguments].concat()).assert().code(0);
+        let json: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+        json["report"].clone()
+    };
+    let test = scores(&[]);
+    assert_eq!(scores(&["--split", "dev"]), test);
+    std::fs::rename(folder.path().join("dev.jsonl"), folder.path().join("moved.jsonl")).unwrap();
+    assert_eq!(scores(&["--set", "data.sets.toy.test=moved.jsonl"]), test);
+    let dev = "data.sets.toy.dev=moved.jsonl";
+    assert!(failed(&folder, &["evaluate", "run", "--set", "model.trunk.hidden=3"], 2).contains("the data alone"));
+    assert!(failed(&folder, &["evaluate", "run", "--set", dev], 2).contains("dev.jsonl does not exist"));
+    assert!(failed(&folder, &["train", "small.yaml", "--set", dev], 2).contains("train.jsonl does not exist"));
+}
+
+#[test]
+fn two_processes_do_not_train_in_one_run() {
+    let folder = small();
+    trained(&folder, "run");
+    let run = polytask::run::RunDirectory::open(&folder.path().join("run")).unwrap();
+    let resume = ["train", "small.yaml", "--out", "run", "--set", "training.max_epochs=1", "--resume"];
+    let lock = run.lock().unwrap();
+    assert!(failed(&folder, &resume, 2).contains("run is in use"));
+    drop(lock);
+    folder.polytask(&resume).assert().code(0);
+    // Runs without a name of their own do not meet either.
+    let spawn = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"));
+        let arguments = ["train", "small.yaml", "--set", "training.max_epochs=1"];
+        let command = command.current_dir(folder.path()).args(arguments);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let children = [spawn(), spawn(), spawn()];
+    assert!(children.into_iter().all(|mut child| child.wait().unwrap().success()));
+    assert!(["small", "small-2", "small-3"].iter().all(|name| exists(&folder, &format!("runs/{name}/report.json"))));
+}
+
+#[test]
 fn data_that_changed_under_a_run_is_told() {
     let folder = small();
     trained(&folder, "run");
