@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -11,7 +13,7 @@ use tch::Device;
 
 use super::cli::PredictArgs;
 use super::prepare::{self, Trained};
-use super::{End, output};
+use super::{End, output, stop_flag};
 use crate::data::words::character_ranges;
 use crate::data::{DeviceSet, EncodedSet, labels};
 use crate::evaluate::predict;
@@ -28,6 +30,8 @@ struct Sentence {
     text: String,
     /// Byte ranges of its words.
     words: Vec<(usize, usize)>,
+    /// What else its JSON line holds, which is handed on.
+    rest: Map<String, Value>,
 }
 
 pub fn run(args: &PredictArgs) -> Result<End> {
@@ -37,6 +41,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         Some(path) if path.is_dir() => return Err(invalid(format!("{} is a folder", path.display()))),
         Some(path) => Box::new(File::open(path).map_err(|error| invalid(format!("{}: {error}", path.display())))?),
     };
+    let stop = stop_flag("stopping after this batch")?;
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(output).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
@@ -48,7 +53,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         });
         let lines = read_lines(source);
         let mut n_done = 0;
-        while let Some(window) = next_window(&lines)? {
+        while let Some(window) = next_window(&lines, &stop)? {
             let sentences = window.iter().enumerate().map(|(i, line)| sentence(line, &trained, (name, n_done + i + 1)));
             for line in label(&sentences.collect::<Result<Vec<_>>>()?, &trained, device)? {
                 writeln!(out, "{line}")?;
@@ -56,6 +61,9 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             out.flush()?;
             n_done += window.len();
         }
+    }
+    if stop.load(Ordering::Relaxed) {
+        return Ok(End::Interrupted);
     }
     file.map_or(Ok(()), Partial::keep)?;
     Ok(End::Done)
@@ -74,10 +82,17 @@ fn read_lines(source: Box<dyn Read + Send>) -> Receiver<std::io::Result<Vec<u8>>
     receiver
 }
 
-/// The lines at hand, at least one; `None` at the end.
-fn next_window(lines: &Receiver<std::io::Result<Vec<u8>>>) -> Result<Option<Vec<Vec<u8>>>> {
-    let Ok(first) = lines.recv() else { return Ok(None) };
-    let mut window = vec![first?];
+/// The lines at hand, at least one; `None` at the end, or when it is time to stop.
+fn next_window(lines: &Receiver<std::io::Result<Vec<u8>>>, stop: &AtomicBool) -> Result<Option<Vec<Vec<u8>>>> {
+    let first = loop {
+        match lines.recv_timeout(Duration::from_millis(100)) {
+            _ if stop.load(Ordering::Relaxed) => return Ok(None),
+            Ok(line) => break line?,
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+        }
+    };
+    let mut window = vec![first];
     while window.len() < WINDOW {
         match lines.try_recv() {
             Ok(line) => window.push(line?),
@@ -95,8 +110,11 @@ fn sentence(line: &[u8], trained: &Trained, (file, number): (&Path, usize)) -> R
     if !line.trim_start().starts_with('{') {
         return Ok(split(line.to_owned(), trained));
     }
-    let row: Value = serde_json::from_str(line).map_err(|error| wrong(format!("not JSON: {error}")))?;
-    if let Some(tokens) = row.get("tokens") {
+    let mut row: Map<String, Value> =
+        serde_json::from_str(line).map_err(|error| wrong(format!("not JSON: {error}")))?;
+    let (text, tokens) = (row.shift_remove("text"), row.shift_remove("tokens"));
+    row.shift_remove("words");
+    if let Some(tokens) = &tokens {
         let tokens: Option<Vec<&str>> = match tokens {
             Value::String(text) => Some(text.split_whitespace().collect()),
             Value::Array(tokens) => tokens.iter().map(Value::as_str).collect(),
@@ -112,20 +130,20 @@ fn sentence(line: &[u8], trained: &Trained, (file, number): (&Path, usize)) -> R
             words.push((text.len(), text.len() + token.len()));
             text += token;
         }
-        return Ok(Sentence { text, words });
+        return Ok(Sentence { text, words, rest: row });
     }
-    match row.get("text") {
-        Some(Value::String(text)) => Ok(split(text.clone(), trained)),
+    match text {
+        Some(Value::String(text)) => Ok(Sentence { rest: row, ..split(text, trained) }),
         _ => Err(wrong("a JSON line needs `text` (a text) or `tokens` (a list of texts)".to_owned()).into()),
     }
 }
 
 fn split(text: String, trained: &Trained) -> Sentence {
     let words = trained.tokenizer.splitter.split(&text);
-    Sentence { text, words }
+    Sentence { text, words, rest: Map::new() }
 }
 
-/// One JSON object a sentence. A sentence without words has no labels.
+/// One JSON object a sentence.
 fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Vec<Value>> {
     let filled: Vec<usize> = (0..sentences.len()).filter(|&i| !sentences[i].words.is_empty()).collect();
     let words: Vec<Vec<&str>> = filled
@@ -140,18 +158,24 @@ fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Ve
             predict(&trained.model, &data)?
         }
     };
-    let mut all: Vec<Value> = sentences.iter().map(|sentence| json!({"text": sentence.text, "words": []})).collect();
+    let mut all: Vec<Value> = sentences.iter().map(|sentence| object(sentence, None, &trained.tasks)).collect();
     for (&i, decoded) in filled.iter().zip(&decoded) {
-        all[i] = object(&sentences[i], decoded, &trained.tasks);
+        all[i] = object(&sentences[i], Some(decoded), &trained.tasks);
     }
     Ok(all)
 }
 
-fn object(sentence: &Sentence, decoded: &[Decoded], tasks: &[Task]) -> Value {
+/// A sentence without words has null for every task.
+fn object(sentence: &Sentence, decoded: Option<&Vec<Decoded>>, tasks: &[Task]) -> Value {
     let ranges = character_ranges(&sentence.text, &sentence.words);
     let words: Vec<&str> = sentence.words.iter().map(|&(start, end)| &sentence.text[start..end]).collect();
     let mut out = Map::from_iter([("text".to_owned(), json!(sentence.text)), ("words".to_owned(), json!(words))]);
-    for (task, decoded) in tasks.iter().zip(decoded) {
+    out.extend(sentence.rest.clone());
+    for (i, task) in tasks.iter().enumerate() {
+        let Some(decoded) = decoded.map(|decoded| &decoded[i]) else {
+            out.insert(task.name.clone(), Value::Null);
+            continue;
+        };
         let (written, spans) = labels::written(task, &decoded.labels);
         let value = match task.kind {
             TaskKind::Classification => json!({"label": written[0], "score": decoded.scores[0]}),

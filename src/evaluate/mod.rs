@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::data::{Batch, DeviceSet};
 use crate::libtorch::{side_by_side, workers};
-use crate::metrics::Score;
+use crate::metrics::{LabelScore, Score};
 use crate::model::{Decoded, Mode, Model};
 use crate::task::{Task, TaskId};
 
@@ -20,6 +20,9 @@ pub struct TaskReport {
     pub loss: Option<f64>,
     /// The first chooses checkpoints.
     pub scores: Vec<Score>,
+    /// By class, tag or type of span, of those that occur.
+    #[serde(default)]
+    pub labels: Vec<LabelScore>,
 }
 
 impl TaskReport {
@@ -46,14 +49,24 @@ impl Report {
     }
 }
 
-/// Sentences that go through the model at once outside training.
+/// Sentences that go through the model at once outside training, at most, and their tokens with padding.
 const BATCH: usize = 128;
+const TOKENS: i64 = 128 * 128;
 
 /// Row numbers in batches of like length: padding is rare, and results do not depend on it.
 fn batches(data: &DeviceSet) -> Vec<Vec<usize>> {
     let mut rows: Vec<usize> = (0..data.set.len()).collect();
     rows.sort_by_key(|&row| data.set.n_tokens(row));
-    rows.chunks(BATCH).map(<[usize]>::to_vec).collect()
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    for row in rows {
+        match batches.last_mut() {
+            Some(batch) if batch.len() < BATCH && (batch.len() as i64 + 1) * data.set.n_tokens(row) <= TOKENS => {
+                batch.push(row);
+            }
+            _ => batches.push(vec![row]),
+        }
+    }
+    batches
 }
 
 /// Runs `model` over all rows of `data`, every dropout off.
@@ -91,6 +104,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
         n_sentences: n_sentences[i],
         loss: (n_sentences[i] > 0).then(|| losses[i].0 / losses[i].1 as f64),
         scores: if n_sentences[i] > 0 { metrics[i].scores() } else { Vec::new() },
+        labels: metrics[i].by_label(),
     };
     Ok(Report {
         tasks: (0..tasks.len()).map(task).collect(),

@@ -54,10 +54,15 @@ fn a_run_trains_evaluates_and_predicts() {
     let report: serde_json::Value = serde_json::from_str(&folder.read("runs/small/report.json")).unwrap();
     assert_eq!(json["report"], report["splits"]["test"]);
     assert!(json["report"]["tasks"][1]["scores"][0]["value"].as_f64().unwrap() > 0.9, "{json}");
+    let table = folder.polytask(&["evaluate", "runs/small", "--by-label"]).assert().success().get_output().clone();
+    let table = String::from_utf8(table.stdout).unwrap();
+    for part in ["precision", "food", "travel", "thing"] {
+        assert!(table.contains(part), "{part} is not in\n{table}");
+    }
 
-    // Text, tokens and text as JSON; an empty line keeps its place; offsets count characters.
-    let input =
-        "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"]}\n\n{\"text\": \"  visit   the oslo\"}\n";
+    // Text, tokens and text as JSON; an empty line keeps its place, other fields stay; offsets count characters.
+    let input = "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"], \"id\": 7, \"topic\": 1}\n\n\
+                 {\"text\": \"  visit   the oslo\"}\n";
     let output = folder.polytask(&["predict", "runs/small"]).write_stdin(input).assert().success().get_output().clone();
     let lines: Vec<serde_json::Value> =
         String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -65,7 +70,8 @@ fn a_run_trains_evaluates_and_predicts() {
     assert_eq!((&lines[0]["topic"]["label"], &lines[1]["topic"]["label"]), (&"music".into(), &"food".into()));
     assert_eq!(lines[1]["slots"]["tags"], serde_json::json!(["O", "O", "B-thing", "I-thing"]));
     assert_eq!(lines[1]["slots"]["spans"][0]["text"], "soup bowl");
-    assert_eq!(lines[2], serde_json::json!({"text": "", "words": []}));
+    assert_eq!(lines[1]["id"], 7);
+    assert_eq!(lines[2], serde_json::json!({"text": "", "words": [], "topic": null, "slots": null}));
     let span = &lines[3]["slots"]["spans"][0];
     assert_eq!((span["start"].as_u64(), span["end"].as_u64()), (Some(14), Some(18)));
 
@@ -341,7 +347,7 @@ fn damaged_runs_are_told() {
     let content = std::fs::read(&best).unwrap();
     std::fs::write(&best, &content[..content.len() / 2]).unwrap();
     assert!(stderr(&folder, &["evaluate", "run"], 1).contains("is damaged or no checkpoint"));
-    assert!(stderr(&folder, &["evaluate", "run", "--checkpoint", "bets"], 2).contains("it has: best, best-slots"));
+    assert!(stderr(&folder, &["evaluate", "run", "--checkpoint", "bets"], 2).contains("it has best, best-slots"));
     let changed = stderr(&folder, &["train", "small.yaml", "--out", "run", "--resume"], 2);
     assert!(changed.contains("`max_epochs: 6` was `max_epochs: 1`"), "{changed}");
 }
