@@ -14,12 +14,15 @@ const MARGIN: f64 = 1.25;
 /// Tokens of the sentences that are timed.
 const N_TOKENS: i64 = 8;
 
+/// Sentences that are timed at most; a batch may be asked to hold more than there are.
+const MOST_ROWS: usize = 1024;
+
 /// Chooses, and returns whether oneDNN's are taken. Says so where 16-bit numbers are no gain on this processor.
 pub fn choose(model: &mut Model, config: &TrainingConfig) -> bool {
     if model.parameters.device() != Device::Cpu {
         return true;
     }
-    let rows = (config.batch_size / workers()).max(1) as i64;
+    let rows = (config.batch_size.min(MOST_ROWS) / workers()).max(1) as i64;
     let once = |model: &Model| {
         let started = Instant::now();
         model.exercise_trunk(rows, N_TOKENS);

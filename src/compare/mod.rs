@@ -170,9 +170,10 @@ fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
             difference,
         }
     };
-    let changes: Vec<f64> = group
+    // Of every seed or of none: a twin may be missing, or have a score of 0, which nothing is a share of.
+    let changes: Option<Vec<f64>> = group
         .iter()
-        .filter_map(|run| {
+        .map(|run| {
             let pair = |task: &RunTask| {
                 let single = twin(run, &task.name)?.value;
                 (single != 0.0).then_some((task.value, single, task.higher_is_better))
@@ -186,7 +187,7 @@ fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
         learning_rate: first.learning_rate,
         seeds: group.iter().map(|run| run.seed).collect(),
         tasks: first.tasks.iter().map(result).collect(),
-        delta_m: (!changes.is_empty()).then(|| estimate(&changes)),
+        delta_m: changes.map(|changes| estimate(&changes)),
         training_secs: mean(&group.iter().map(|run| run.training_secs).collect::<Vec<_>>()),
         n_parameters: first.n_parameters,
     }

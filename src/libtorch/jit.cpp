@@ -10,8 +10,12 @@
 #include <torch/csrc/jit/frontend/sugared_value.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -98,7 +102,13 @@ char* pt_module_save(Module* module, const char* path, size_t n, const char** na
     torch::jit::ExtraFilesMap extra;
     for (size_t i = 0; i < n; i++) extra[names[i]] = std::string(contents[i], lengths[i]);
     module->eval();
-    module->save(path, extra);
+    // Written from memory: on a full disk libtorch's own writer to a file ends the process.
+    std::ostringstream buffer;
+    module->save(buffer, extra);
+    std::ofstream file(path, std::ios::binary);
+    file << buffer.str();
+    file.close();
+    if (!file) throw std::runtime_error(std::string(path) + " cannot be written: " + std::strerror(errno));
   });
 }
 
