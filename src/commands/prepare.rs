@@ -142,6 +142,14 @@ fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// An experiment from its text.
+fn experiment_of(yaml: &str, overrides: &[String]) -> Result<Experiment> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("resolved.yaml");
+    std::fs::write(&file, yaml)?;
+    Experiment::load(&file, overrides)
+}
+
 /// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
 /// on the CPU.
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
@@ -149,10 +157,7 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
         return Err(invalid(format!("{} lacks files", path.display())));
     };
-    let folder = tempfile::tempdir()?;
-    let resolved = folder.path().join("resolved.yaml");
-    std::fs::write(&resolved, yaml)?;
-    let experiment = Experiment::load(&resolved, &[])?;
+    let experiment = experiment_of(yaml, &[])?;
     let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
     let mut tokenizer = tokenizer_of(&experiment, tokenizer)?;
     let weights = exported.module.parameters()?;
@@ -218,10 +223,7 @@ pub fn trained_on(path: &Path, name: &str, device: Device, overrides: &[String])
     }
     let mut trained = trained(path, name, device)?;
     if !overrides.is_empty() {
-        let folder = tempfile::tempdir()?;
-        let file = folder.path().join("resolved.yaml");
-        std::fs::write(&file, trained.experiment.to_yaml()?)?;
-        trained.experiment = Experiment::load(&file, overrides)?;
+        trained.experiment = experiment_of(&trained.experiment.to_yaml()?, overrides)?;
     }
     Ok(trained)
 }

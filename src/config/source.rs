@@ -186,8 +186,8 @@ fn override_layer(text: &str) -> Result<Layer> {
     Ok(Layer { value, places, problems: Vec::new() })
 }
 
-/// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind (`strategy:`, `type:`, ...) and
-/// `over` names another, the options of the old kind go.
+/// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind
+/// (`strategy:`, `type:`, ...) and `over` names another, the options of the old kind go.
 fn overlay(base: &mut Layer, over: Layer, at: &str) {
     merge(&mut base.value, over.value, at, &mut base.places);
     for (path, place) in over.places {

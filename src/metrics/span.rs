@@ -32,10 +32,7 @@ impl ByType {
     }
 
     fn of(&mut self, kind: &str) -> &mut Counts {
-        if !self.0.contains_key(kind) {
-            self.0.insert(kind.to_owned(), Counts::default());
-        }
-        self.0.get_mut(kind).expect("invariant: it was put there")
+        self.0.entry(kind.to_owned()).or_default()
     }
 
     fn sum(&self) -> Counts {
