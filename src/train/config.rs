@@ -36,7 +36,7 @@ pub struct TrainingConfig {
     pub cuda_graphs: bool,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
-    /// Steps between records of losses. Default 50, at least 1.
+    /// Steps between records of losses; where an epoch has fewer, one record an epoch. Default 50, at least 1.
     pub log_every_steps: usize,
     /// Of so many records one also holds the norms of the tasks' gradients at the last LSTM layer and the cosines between
     /// them; 0 is off. Default 4.

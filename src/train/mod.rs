@@ -123,8 +123,11 @@ impl Trainer<'_> {
                 let n_tokens = self.take(&step, &mut pending)?;
                 interval.1 += n_tokens;
                 state.step += 1;
-                let log = state.step.is_multiple_of(self.config.log_every_steps);
                 let epoch_ends = state.step.is_multiple_of(per_epoch) || state.step == n_steps;
+                let log = match per_epoch < self.config.log_every_steps {
+                    true => epoch_ends,
+                    false => state.step.is_multiple_of(self.config.log_every_steps),
+                };
                 let save = self.config.checkpoint_every_steps.is_some_and(|every| state.step.is_multiple_of(every));
                 let stopping = stop.load(Ordering::Relaxed);
                 let mut fresh = None;

@@ -147,6 +147,19 @@ pub fn check_kills(folder: &Folder, kills: usize, more: &[&str]) {
 }
 
 #[test]
+fn an_epoch_shorter_than_the_log_interval_has_a_record_at_its_end() {
+    let folder = small();
+    let more = ["--set", "training.max_epochs=2", "--set", "training.log_every_steps=50"];
+    folder.polytask(&[&["train", "small.yaml", "--out", "run"], more.as_slice()].concat()).assert().success();
+    let kinds: Vec<_> =
+        metrics(&folder, "run").into_iter().map(|record| (record["kind"].clone(), record["step"].clone())).collect();
+    assert_eq!(
+        kinds,
+        [("train", 11), ("dev", 11), ("train", 22), ("dev", 22)].map(|(kind, step)| (kind.into(), step.into()))
+    );
+}
+
+#[test]
 fn a_killed_run_resumes_to_the_same_weights_bit_for_bit() {
     let folder = small();
     folder.file("train.jsonl", rows(700));
