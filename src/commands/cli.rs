@@ -81,7 +81,7 @@ pub struct TrainArgs {
 
 #[derive(Args)]
 pub struct EvaluateArgs {
-    /// The run directory
+    /// The run directory, or an exported model.pt
     pub run: PathBuf,
     /// Which split
     #[arg(long, value_enum, default_value = "test")]
@@ -119,7 +119,7 @@ impl From<EvaluatedSplit> for Split {
 
 #[derive(Args)]
 pub struct PredictArgs {
-    /// The run directory
+    /// The run directory, or an exported model.pt
     pub run: PathBuf,
     /// A sentence a line, or JSON lines with `text` or `tokens` [default: standard input]
     #[arg(long, value_name = "FILE")]
@@ -180,7 +180,7 @@ pub struct StudyArgs {
     /// Change a value of the experiment, as in --set training.max_epochs=5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Runs side by side, in turn on the devices
+    /// Runs side by side, in turn on the devices; no fewer than devices
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: u16,
     /// Devices, which the runs take in turn, as in cuda:0,cuda:1 [default: auto]
@@ -240,7 +240,7 @@ pub struct BenchArgs {
     /// Steps of a strategy in a round
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u16).range(1..))]
     pub steps: u16,
-    /// Strategies to measure, by the names in the table, as in --only equal [default: all]
+    /// Strategies to measure, by the names in the table and apart by `;`, as in --only equal [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ';')]
     pub only: Vec<String>,
     /// Instead of measuring, write the steps' batches, the first weights and the losses of the steps into a folder

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Tensor};
 
+use super::finished;
 use super::prepare::{self, Trained};
 use crate::config::Experiment;
 use crate::data::Tokenizer;
@@ -23,6 +24,9 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
         return Err(wrong("no run directory".to_owned()));
     }
     let earlier = prepare::trained(from, "best", Device::Cpu)?;
+    if !from.join(finished::FILE).exists() {
+        log::warn!("init_from: {} is not finished; its best checkpoint so far is taken", from.display());
+    }
     let (theirs, ours) = (&earlier.experiment.model, &experiment.model);
     let trunk = |trunk: &crate::model::TrunkConfig| {
         let (hidden, layers, both) = (trunk.hidden, trunk.layers, trunk.bidirectional);

@@ -8,7 +8,6 @@ use crate::model::heads::Decoder;
 use crate::model::{CharactersConfig, HeadConfig};
 use crate::optim::{OptimizerConfig, ScheduleConfig};
 use crate::problem::{Problem, Severity};
-use crate::task::Scheme;
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
 /// Keys beside the tasks' names in predictions and records.
@@ -158,9 +157,8 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
             (config.dropout, config.priority, config.label_smoothing)
         }
         HeadConfig::Tagging(config) => {
-            let can = config.decoder == Decoder::Crf && config.scheme != Scheme::Plain;
-            let message = "needs `decoder: crf` and a scheme of spans";
-            c.require(&format!("{path}.constraints"), can || !config.constraints, message);
+            let can = config.can_constrain() || !config.constrained();
+            c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme of spans");
             let can = config.decoder == Decoder::Softmax || config.label_smoothing == 0.0;
             c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
             (config.dropout, config.priority, config.label_smoothing)
@@ -196,7 +194,7 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
     c.require(&inputs, !seen.contains(&name), "a head must not see itself, directly or through others");
     let reads = head.reads(&[]);
     let layers = experiment.model.trunk.layers;
-    c.require(&format!("{path}.layer"), reads.layer <= layers, &format!("the trunk has {layers} layers"));
+    c.require(&format!("{path}.layer"), reads.layer <= layers, &format!("the trunk's last layer is {layers}"));
     let one = !(reads.mix_layers && reads.layer > 0);
     c.require(&format!("{path}.layer"), one, "give `layer` or `mix_layers: true`, not both");
     c.require(&format!("{path}.private_lstm"), reads.private_lstm >= 0, "must not be negative");
@@ -335,13 +333,25 @@ fn check_training(c: &mut Checker, experiment: &Experiment) {
     c.at_least_one("training.log_every_steps", training.log_every_steps);
     c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 is off");
     c.dropout("training.ema_decay", training.ema_decay);
+    let tasks: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
     for part in training.freeze_epochs.keys() {
-        let (known, path) = (["embedding", "trunk", "heads"], format!("training.freeze_epochs.{part}"));
-        if !known.contains(&part.split('.').next().unwrap_or_default()) {
-            c.error(
-                &path,
-                format!("no part `{part}`{}; parts begin with embedding, trunk or heads", suggestion(part, &known)),
-            );
+        let path = format!("training.freeze_epochs.{part}");
+        let mut names = part.split('.');
+        match (names.next().unwrap_or_default(), names.next()) {
+            ("heads", Some(task)) if !tasks.contains(&task) => {
+                c.error(&path, format!("no task `{task}`{}", suggestion(task, &tasks)));
+            }
+            ("trunk", Some(layer)) => {
+                let number = layer.strip_prefix('l').and_then(|number| number.parse::<usize>().ok());
+                let last = experiment.model.trunk.layers.saturating_sub(1);
+                c.require(&path, number.is_none_or(|number| number <= last), &format!("the trunk ends with l{last}"));
+            }
+            ("embedding" | "trunk" | "heads", _) => {}
+            (part, _) => {
+                let known = ["embedding", "trunk", "heads"];
+                let near = suggestion(part, &known);
+                c.error(&path, format!("no part `{part}`{near}; parts begin with embedding, trunk or heads"));
+            }
         }
     }
     c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());

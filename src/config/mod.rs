@@ -80,6 +80,7 @@ impl Experiment {
             return Err(InvalidInput(problems).into());
         }
         let absolute = |path: &PathBuf| std::path::absolute(path).context("the working directory is gone");
+        experiment.tasks.values_mut().for_each(HeadConfig::fill_in);
         experiment.data.root = absolute(&experiment.data.root)?;
         experiment.init_from = experiment.init_from.as_ref().map(absolute).transpose()?;
         Ok(experiment)
@@ -142,7 +143,9 @@ training:
         let experiment = load(GOOD, &["seed=5", "model.trunk.hidden=64"]).unwrap();
         assert_eq!((experiment.seed, experiment.model.trunk.hidden, experiment.tasks.len()), (5, 64, 2));
         let yaml = experiment.to_yaml().unwrap();
-        assert!(yaml.contains("strategy: equal") && yaml.contains("type: tagging"), "{yaml}");
+        for part in ["strategy: equal", "type: tagging", "constraints: true"] {
+            assert!(yaml.contains(part), "{yaml}");
+        }
         assert_eq!(load(&yaml, &[]).unwrap().to_yaml().unwrap(), yaml);
     }
 
@@ -220,12 +223,14 @@ training:
         );
         check_error(
             &(GOOD.replace("label}", "label, layer: 2}").replace("crf}", "crf, label_smoothing: 0.1}")
-                + "  freeze_epochs: {trnk: 1}\ntokenizer: {model: bpe}\n"
+                + "  freeze_epochs: {trnk: 1, trunk.l1: 1, heads.intnt: 1}\ntokenizer: {model: bpe}\n"
                 + "model: {embedding: {dim: 0, characters: {kind: cnn, width: 2}, vectors: [{file: v}]}}\n"),
             &[
-                "e.yaml:10: tasks.intent.layer: the trunk has 1 layers",
+                "e.yaml:10: tasks.intent.layer: the trunk's last layer is 1",
                 "e.yaml:11: tasks.slots.label_smoothing: needs `decoder: softmax`",
                 "training.freeze_epochs.trnk: no part `trnk`; did you mean `trunk`?",
+                "training.freeze_epochs.trunk.l1: the trunk ends with l0",
+                "training.freeze_epochs.heads.intnt: no task `intnt`; did you mean `intent`?",
                 "model.embedding.vectors: vectors are of whole words",
                 "model.embedding.characters.width: must be an odd number from 1",
             ],

@@ -217,3 +217,27 @@ impl EncodedSet {
         (labels.first() != Some(&NO_LABEL)).then_some(labels)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::TokenizerConfig;
+
+    #[test]
+    fn words_are_spelled_in_bytes_up_to_a_limit() {
+        let json = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel",
+            "vocab":{"[PAD]":0,"[UNK]":1,"hi":2},"unk_token":"[UNK]"}}"#;
+        let splitter = TokenizerConfig::default().splitter();
+        let mut tokenizer = Tokenizer::from_json(json.as_bytes(), splitter).unwrap();
+        tokenizer.max_bytes = Some(4);
+        let set = EncodedSet::of_words(&[vec!["né", "HIGHER"], vec!["né"]], &tokenizer, &[]).unwrap();
+        let spelling = set.spelling.unwrap();
+        let bytes = |token: usize| {
+            let form = spelling.token_forms[token] as usize * 4;
+            (&spelling.bytes[form..form + 4], spelling.n_bytes(token))
+        };
+        assert_eq!(bytes(0), (&[i16::from(b'n') + 1, 0xc3 + 1, 0xa9 + 1, 0][..], 3));
+        assert_eq!(bytes(1), (&b"HIGH".map(|byte| i16::from(byte) + 1)[..], 4));
+        assert_eq!(bytes(2), bytes(0));
+    }
+}

@@ -185,6 +185,9 @@ mod tests {
         let (tags, spans) = written(&task, &[1, 2, 3]);
         assert_eq!(tags, ["B-x", "E-x", "S-y"]);
         assert_eq!(spans[0], Span { start: 0, end: 2, kind: "x".to_owned() });
+        // An I- that nothing began begins a span.
+        assert_eq!(written(&task, &[2, 0]).0, ["S-x", "O"]);
+        assert_eq!(written(&task, &[0, 2]).1[0].start, 1);
         let problems = check_tags(Scheme::Bioes, "ner", &rows, 0);
         assert_eq!(problems.len(), 1);
         assert_eq!(problems[0].to_string(), "f:3: `ner`, word 2 `f`: `O`: the span before it was not closed with E-");

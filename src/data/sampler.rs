@@ -233,6 +233,8 @@ mod tests {
     fn shares_follow_the_temperature_and_visit_all_rows_evenly() {
         assert_eq!(shares(&[900, 100], 0.5), [750, 250]);
         assert_eq!(shares(&[900, 100], 1.0), [900, 100]);
+        let tempered = sampler(&[900, 100], SamplingConfig::Temperature(TemperatureConfig { temperature: 2.0 }));
+        assert_eq!(counts(&tempered, 0, 1000)[..900].iter().sum::<usize>(), 750);
         let sampler = sampler(&[90, 10], SamplingConfig::Uniform(Empty {}));
         let mut total = vec![0; 100];
         for epoch in 0..9 {

@@ -74,13 +74,15 @@ pub struct SetConfig {
     /// The column or field with raw text. Default `text`, for formats that hold text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
-    /// The column or field with words, instead of text.
+    /// The column or field with words, instead of text. Default: `seq.in` (`parallel`), the first (`conll`), `form`
+    /// (`conllu`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<String>,
-    /// Names of the columns, for `conll` and `lines`.
+    /// Names of the columns, for `conll` and `lines`. Without them, columns of `conll` go by number from 0, in quotes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub columns: Vec<String>,
-    /// What stands between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`).
+    /// What stands between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`), a tab
+    /// (`tsv`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
     /// Whether `"` encloses values of `csv` and `tsv`; else it is a character as any other. Default true.

@@ -31,7 +31,8 @@ pub struct VectorsConfig {
     /// Whether training changes the vectors of the words that it meets. Default true.
     #[serde(default = "yes")]
     pub trainable: bool,
-    /// Words from the file's beginning that the model keeps though training does not meet them. Default 100,000.
+    /// Words from the file's beginning that the model keeps though training does not meet them. Default 400,000, all of
+    /// GloVe 6B.
     #[serde(default = "default_max_words")]
     pub max_words: usize,
 }
@@ -41,7 +42,7 @@ fn yes() -> bool {
 }
 
 fn default_max_words() -> usize {
-    100_000
+    400_000
 }
 
 /// A file of vectors as read.

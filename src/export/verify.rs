@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::{Dtype, output_names};
@@ -69,10 +69,12 @@ impl Cases {
     /// # Errors
     /// [`Mismatch`] beyond the tolerance of `dtype`, or where labels differ although weights are the same.
     pub fn check(&self, module: &ScriptModule, tasks: &[Task], dtype: Dtype) -> Result<f64> {
-        let mut worst: f64 = 0.0;
+        let (mut worst, names): (f64, _) = (0.0, output_names(tasks));
+        let whole = |case: &Case| !case.inputs.is_empty() && case.outputs.len() == names.len();
+        ensure!(!self.0.is_empty() && self.0.iter().all(whole), "the cases to check by are damaged");
         for case in &self.0 {
             let found = module.forward(&case.inputs.iter().collect::<Vec<_>>())?;
-            for (i, (name, expected)) in output_names(tasks).iter().zip(&case.outputs).enumerate() {
+            for (i, (name, expected)) in names.iter().zip(&case.outputs).enumerate() {
                 // The outputs of a tuple have no names but an order.
                 let named = found.iter().find(|(found, _)| found == name);
                 let placed = found.get(i).filter(|(name, _)| name.is_empty());

@@ -47,7 +47,7 @@ pub struct NoCharacters {}
 pub struct CnnConfig {
     /// Dimension of a byte's embedding. Default 30, at least 1.
     pub dim: i64,
-    /// Number of filters, which is the number of features of a word. Default 64, at least 1.
+    /// Number of filters, which is the number of features of a word. Default 128, at least 1.
     pub filters: i64,
     /// Bytes that a filter sees, an odd number. Default 3, at least 1.
     pub width: i64,
@@ -57,7 +57,7 @@ pub struct CnnConfig {
 
 impl Default for CnnConfig {
     fn default() -> Self {
-        CnnConfig { dim: 30, filters: 64, width: 3, max_bytes: 24 }
+        CnnConfig { dim: 30, filters: 128, width: 3, max_bytes: 24 }
     }
 }
 

@@ -28,3 +28,29 @@ pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode, site: Site) -> T
     let mask = bernoulli(&size, 1.0 - rate, draws, x.device()) * (1.0 / (1.0 - rate));
     x * mask.to_kind(x.kind())
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::libtorch::Draws;
+
+    #[test]
+    fn a_share_is_dropped_the_rest_scaled_and_a_sentence_may_share_its_mask() {
+        let x = Tensor::ones([50, 6, 80], (Kind::Float, Device::Cpu));
+        let train = Mode::Train(Draws { seed: 7, first_row: 0 });
+        for (masks, one_a_row) in [(Masks::ByRow, true), (Masks::ByToken, false)] {
+            let y = dropout(&x, 0.3, masks, train, Site::Embedding);
+            let dropped = y.eq(0.0);
+            let share = dropped.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+            assert!((share - 0.3).abs() < 0.03, "{masks:?}: {share}");
+            let kept = y.masked_select(&dropped.logical_not());
+            assert!((kept - 1.0 / 0.7).abs().max().double_value(&[]) < 1e-6);
+            assert_eq!(y == y.narrow(1, 0, 1).expand_as(&y), one_a_row, "{masks:?}");
+            assert_ne!(y.get(0), y.get(1), "rows draw by themselves");
+            assert_ne!(y, dropout(&x, 0.3, masks, train, Site::Layer(0)), "and so do places");
+        }
+        assert_eq!(dropout(&x, 0.3, Masks::ByRow, Mode::Eval, Site::Embedding), x);
+    }
+}

@@ -74,7 +74,8 @@ mod tests {
         let linear = ScheduleConfig::Linear(warmup.clone());
         let factors: Vec<f64> = [0, 9, 10, 55, 99].iter().map(|&step| linear.factor(step, 100)).collect();
         assert_eq!(factors, [0.1, 1.0, 1.0, 0.5, 1.0 - 89.0 / 90.0]);
-        assert!((ScheduleConfig::Cosine(warmup).factor(55, 100) - 0.5).abs() < 1e-12);
+        let cosine = ScheduleConfig::Cosine(warmup);
+        assert!((cosine.factor(55, 100) - 0.5).abs() < 1e-12 && (cosine.factor(40, 100) - 0.75).abs() < 1e-12);
         let range = ScheduleConfig::Range(RangeConfig { final_factor: 1e4 });
         assert!((range.factor(50, 100) - 100.0).abs() < 1e-9);
         assert_eq!(ScheduleConfig::Constant(WarmupConfig::default()).factor(70, 100), 1.0);

@@ -38,8 +38,8 @@ pub struct TrainingConfig {
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses; where an epoch has fewer, one record an epoch. Default 50, at least 1.
     pub log_every_steps: usize,
-    /// Of so many records one also holds the norms of the tasks' gradients at the last LSTM layer and the cosines between
-    /// them; 0 is off. Default 4.
+    /// Every `log_every_steps` times so many steps a record also holds the norms of the tasks' gradients at the last LSTM
+    /// layer and the cosines between them; 0 is off. Default 4.
     pub log_gradients_every: usize,
     /// Steps between checkpoints within an epoch. Default: at the end of each epoch alone.
     pub checkpoint_every_steps: Option<usize>,

@@ -36,3 +36,24 @@ impl UnknownWords {
         token_ids.masked_fill(&self.singletons.take(token_ids).logical_and(&drawn), self.unknown)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Tokenizer, TokenizerConfig};
+
+    #[test]
+    fn words_seen_once_are_read_as_unknown_at_the_rate() {
+        let json = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel",
+            "vocab":{"[PAD]":0,"[UNK]":1,"once":2,"often":3,"too":4},"unk_token":"[UNK]"}}"#;
+        let tokenizer = Tokenizer::from_json(json.as_bytes(), TokenizerConfig::default().splitter()).unwrap();
+        let set = EncodedSet::of_words(&[vec!["once", "often"], vec!["often", "too"]], &tokenizer, &[]).unwrap();
+        let unknown = UnknownWords::new(&set, 5, 1, 0.4, Device::Cpu).unwrap();
+        let ids = Tensor::from_slice(&[2i64, 3]).expand([2000, 2], false);
+        let read = unknown.replace(&ids, Draws { seed: 3, first_row: 0 });
+        assert_eq!(read.select(1, 1), ids.select(1, 1), "a word seen twice stays");
+        let share = read.select(1, 0).eq(1).to_kind(tch::Kind::Double).mean(tch::Kind::Double).double_value(&[]);
+        assert!((share - 0.4).abs() < 0.05, "{share}");
+        assert!(UnknownWords::new(&set, 5, 1, 0.0, Device::Cpu).is_none());
+    }
+}

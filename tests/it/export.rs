@@ -10,7 +10,8 @@ use crate::heads::{build as model_of, setting};
 use crate::python::python;
 use crate::util::{Folder, small};
 
-const SENTENCES: &str = "play the rock\ncook the soup bowl now\nvisit the unheard\nthe\n";
+const SENTENCES: &str = "play the rock\ncook the soup bowl now\nvisit the unheard\nthe\nPlay THE ROCK\n\
+                         visité the straße 東京\ncook the supercalifragilisticexpialidocious bowl\n";
 
 /// Every option of embedding, trunk and heads that adds to the graph.
 const OPTIONS: [[&str; 6]; 4] = [
@@ -64,7 +65,11 @@ fn export(folder: &Folder, more: &[&str], code: i32) -> String {
 
 /// What `predict` says of [`SENTENCES`], as the example programs print it.
 fn predicted(folder: &Folder, of: &str) -> Vec<Value> {
-    let output = folder.polytask(&["predict", of]).write_stdin(SENTENCES).assert().success().get_output().clone();
+    said_of(folder, of, SENTENCES)
+}
+
+fn said_of(folder: &Folder, of: &str, sentences: &'static str) -> Vec<Value> {
+    let output = folder.polytask(&["predict", of]).write_stdin(sentences).assert().success().get_output().clone();
     let labels = |line: &str| {
         let row: Value = serde_json::from_str(line).unwrap();
         json!({"topic": [row["topic"]["label"]], "slots": row["slots"]["tags"]})
@@ -80,7 +85,7 @@ fn parsed(text: &str) -> Vec<Value> {
 fn every_part_has_its_torchscript() {
     for overrides in [
         &["tasks.topic.pooling=last", "model.trunk.layers=2"] as &[&str],
-        &["tasks.topic.pooling=mean", "tasks.topic.hidden=7", "tasks.slots.constraints=true"],
+        &["tasks.topic.pooling=mean", "tasks.topic.hidden=7", "tasks.slots.constraints=false"],
         &["tasks.topic.pooling=max", "tasks.slots.decoder=softmax"],
         &["tasks.topic.pooling=attention", "model.trunk.bidirectional=false", "tasks.slots.scheme=plain"],
         &["tasks.topic.pooling=last", "model.trunk.bidirectional=false", "tokenizer={model: bpe, size: 100}"],
@@ -91,7 +96,10 @@ fn every_part_has_its_torchscript() {
     ] {
         let s = setting(overrides);
         let module = build(&model_of(&s), &s.tasks, Dtype::Float32, Output::Dictionary).unwrap();
-        let cases = Cases::new(&model_of(&s), &s.train, &s.tasks);
+        // As another process reads them.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        Cases::new(&model_of(&s), &s.train, &s.tasks).write(file.path()).unwrap();
+        let cases = Cases::read(file.path()).unwrap();
         let off = cases.check(&module, &s.tasks, Dtype::Float32);
         assert!(off.as_ref().is_ok_and(|off| *off < 1e-5), "{overrides:?}: {off:?}");
         // The check can fail: another seed is another model.
@@ -109,7 +117,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
     let (word, bpe) = ("tokenizer={model: word, lowercase: true}", "tokenizer={model: bpe, size: 100}");
     let spelled = "model.embedding.characters={kind: cnn}";
     for settings in [
-        [word, "tasks.topic.pooling=last", "tasks.slots.constraints=true"],
+        [word, "tasks.topic.pooling=last", "tasks.slots.constraints=false"],
         [word, spelled, "model.embedding.vectors=[{file: vectors.txt}]"],
         [bpe, spelled, "tasks.topic.pooling=last"],
     ] {
@@ -117,7 +125,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
         let said = export(&folder, &[], 0);
         assert!(said.contains("agrees with the live model"), "{said}");
         let expected = predicted(&folder, "run");
-        assert_eq!(expected.len(), 4);
+        assert_eq!(expected.len(), 7);
         assert_eq!(predicted(&folder, "model.pt"), expected);
         folder.file("in.txt", SENTENCES);
         let program = root.join("tests/consumers/predict.py");
@@ -131,7 +139,11 @@ fn python_and_cpp_programs_say_what_predict_says() {
             assert_eq!(parsed(&cpp(&folder)), expected);
             let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
             let program = readme.split("```python\n").nth(1).unwrap().split("```").next().unwrap();
-            assert!(python(&folder, program).starts_with("topic ["), "{settings:?}");
+            // Lists of Python, as JSON but for the quotes.
+            let expected = &said_of(&folder, "run", "play jazz by miles davis\n")[0];
+            let expected = ["topic", "slots"].map(|task| format!("{task} {}\n", expected[task]));
+            let said = python(&folder, program).replace('\'', "\"").replace(", ", ",");
+            assert_eq!(said, expected.concat(), "{settings:?}");
         }
         if settings[1] != spelled {
             checks_of_a_word_model(&folder);
@@ -146,7 +158,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
 fn onnxruntime_agrees_with_torchscript() {
     let folder = small();
     for overrides in [
-        &["tasks.topic.pooling=last", "tasks.slots.constraints=true"] as &[&str],
+        &["tasks.topic.pooling=last", "tasks.slots.constraints=false"] as &[&str],
         &["tasks.topic.pooling=mean", "tasks.slots.decoder=softmax", "model.trunk.layers=2"],
         &["tasks.topic.pooling=max", "tasks.topic.hidden=7", "tokenizer={model: bpe, size: 100}"],
         &["tasks.topic.pooling=attention", "model.trunk.bidirectional=false", "tasks.topic.hidden=3"],
@@ -246,6 +258,13 @@ fn checks_of_a_word_model(folder: &Folder) {
     for dtype in ["float16", "bfloat16", "int8"] {
         assert!(export(folder, &["--force", "--dtype", dtype], 0).contains(dtype));
         assert_eq!(predicted(folder, "model.pt"), predicted(folder, "run"), "{dtype}");
+        let list = "
+import torch
+model = torch.jit.load('model.pt')
+print({str(x.dtype) for x in model.parameters()}, 'int8' if 'quantized' in str(model.inlined_graph) else '')
+";
+        let said = python(folder, list);
+        assert!(said.contains(dtype), "{dtype}: {said}");
         // The file's own module does the work.
         let f1 = |report: &Value| report["tasks"][1]["scores"][0]["value"].as_f64().unwrap();
         assert!((f1(&scores("model.pt")) - f1(&scores("run"))).abs() < 0.1, "{dtype}");

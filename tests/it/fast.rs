@@ -39,6 +39,7 @@ fn workers_share_a_batch_and_change_nothing_but_rounding() {
             "training.ema_decay=0.9",
             "tasks.slots.inputs=[trunk, topic]",
         ],
+        vec!["training.optimizer={kind: sgd, learning_rate: 0.5, momentum: 0}", "training.clip_norm=0"],
     ];
     for (i, options) in options.iter().enumerate() {
         let run = |workers: &str| {

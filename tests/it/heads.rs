@@ -113,7 +113,7 @@ fn poolings_and_hidden_layers() {
 #[test]
 fn decoders() {
     ensure_trains_saves_and_loads(&["tasks.slots.decoder=softmax", "tasks.slots.dropout=0.1"]);
-    ensure_trains_saves_and_loads(&["tasks.slots.constraints=true", "tasks.slots.scoring=strict"]);
+    ensure_trains_saves_and_loads(&["tasks.slots.constraints=false", "tasks.slots.scoring=strict"]);
     ensure_trains_saves_and_loads(&["tasks.slots.scheme=plain"]);
 }
 
@@ -241,7 +241,9 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
         weights["embedding.weight"].get(json["model"]["vocab"][word].as_i64().unwrap())
     };
     assert_eq!(row("first", &first, "rock"), row("second", &second, "rock"));
-    train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success();
+    std::fs::remove_file(folder.path().join("first/report.json")).unwrap();
+    let output = train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success().get_output().clone();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("first is not finished; its best checkpoint so far"));
     let error = train("fourth", &["model.trunk.hidden=9"]).code(2).get_output().clone();
     let said = String::from_utf8_lossy(&error.stderr).into_owned();
     assert!(said.contains("its trunk is hidden: 10, layers: 1") && said.contains("here it is hidden: 9"), "{said}");
@@ -260,8 +262,10 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     assert_eq!(report["splits"]["test"], again["report"]);
     // All that the first steps have labels for may be frozen.
     train("all", &["training.freeze_epochs={embedding: 1, trunk: 1, heads.topic: 1, heads.slots: 1}"]).success();
-    let error = train("fifth", &["training.freeze_epochs={heads.solts: 1}"]).code(2).get_output().clone();
-    assert!(String::from_utf8_lossy(&error.stderr).contains("freeze_epochs.heads.solts: the model has no such part"));
+    let error = train("fifth", &["training.freeze_epochs={heads.slots.out: 1}"]).code(2).get_output().clone();
+    assert!(
+        String::from_utf8_lossy(&error.stderr).contains("freeze_epochs.heads.slots.out: the model has no such part")
+    );
 }
 
 #[test]
@@ -310,6 +314,9 @@ fn accumulated_batches_are_one_large_batch() {
         "model.trunk.dropout=0",
         "tokenizer={model: word, unknown_rate: 0}",
         "training.max_epochs=1",
+        // A step of SGD is as large as the gradient, which Adam would scale away.
+        "training.optimizer={kind: sgd, learning_rate: 1}",
+        "training.clip_norm=0",
     ];
     let folder = small();
     let run = |out: &str, more: [&str; 2]| {
@@ -323,8 +330,7 @@ fn accumulated_batches_are_one_large_batch() {
     let large = run("large", ["training.batch_size=90", "training.log_every_steps=1"]);
     let parts = run("parts", ["training.accumulate_steps=30", "training.batch_size=3"]);
     for (name, tensor) in &large {
-        // One Adam step of 1e-2 divides by the gradient's size, which magnifies rounding where that is near zero.
-        let off = (tensor - &parts[name]).abs().mean(Kind::Float).double_value(&[]);
+        let off = (tensor - &parts[name]).abs().max().double_value(&[]);
         assert!(off < 1e-5, "{name} is off by {off}");
     }
 }

@@ -13,5 +13,6 @@ mod python;
 mod real_data;
 mod study;
 mod tidy;
+mod training;
 mod util;
 mod weighting;

@@ -75,6 +75,13 @@ impl HeadConfig {
         (*inputs, *priority) = (trunk_alone(), one());
     }
 
+    /// Says what follows from other keys.
+    pub fn fill_in(&mut self) {
+        if let HeadConfig::Tagging(config) = self {
+            config.constraints = Some(config.constrained());
+        }
+    }
+
     pub fn reads_trunk(&self) -> bool {
         self.inputs().iter().any(|name| name == TRUNK)
     }
@@ -194,5 +201,26 @@ impl OnnxInputs {
         }
         let parts: Vec<&Value> = std::iter::once(&x).chain(&self.beside).collect();
         graph.op("Concat", &parts, vec![Attribute::Int("axis", -1)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::libtorch::Draws;
+
+    #[test]
+    fn smoothed_losses_are_libtorch_s() {
+        tch::manual_seed(1);
+        let logits = Tensor::randn([5, 4], (Kind::Float, Device::Cpu));
+        let labels = Tensor::from_slice(&[0i64, 3, -1, 2, 2]);
+        let train = Mode::Train(Draws { seed: 1, first_row: 0 });
+        for (smoothing, mode, expected) in [(0.1, train, 0.1), (0.0, train, 0.0), (0.1, Mode::Eval, 0.0)] {
+            let ours = cross_entropy(&logits, &labels, 4, (smoothing, mode));
+            let theirs = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::Mean, -1, expected);
+            assert!((ours - theirs).abs().double_value(&[]) < 1e-6, "{smoothing} {mode:?}");
+        }
     }
 }

@@ -32,9 +32,10 @@ pub struct TaggingConfig {
     /// `softmax` (each word alone) or `crf` (the best sequence). Default `softmax`.
     #[serde(default)]
     pub decoder: Decoder,
-    /// With a CRF over spans: no I- tag without its span, neither in training nor in decoding. Default false.
+    /// No I- tag without its span, neither in training nor in decoding. Default: with a CRF over spans, which alone can
+    /// have them.
     #[serde(default)]
-    pub constraints: bool,
+    pub constraints: Option<bool>,
     /// Which spans count for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict mode:
     /// only a span that starts with B-). Default `conlleval`. Both are reported.
     #[serde(default)]
@@ -61,6 +62,16 @@ pub struct TaggingConfig {
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
     #[serde(default = "super::one")]
     pub priority: f64,
+}
+
+impl TaggingConfig {
+    pub fn can_constrain(&self) -> bool {
+        self.decoder == Decoder::Crf && self.scheme != Scheme::Plain
+    }
+
+    pub fn constrained(&self) -> bool {
+        self.constraints.unwrap_or(self.can_constrain())
+    }
 }
 
 fn default_scheme() -> Scheme {
@@ -97,10 +108,9 @@ pub struct Tagging {
 impl Tagging {
     pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, size: HeadSize) -> Self {
         let output = scope.linear("output", size.width + size.beside, task.labels.len() as i64);
-        let constrained = config.constraints && task.kind.has_spans();
         let crf = match config.decoder {
             Decoder::Softmax => None,
-            Decoder::Crf => Some(Crf::new(scope.sub("crf"), &task.labels, constrained)),
+            Decoder::Crf => Some(Crf::new(scope.sub("crf"), &task.labels, config.constrained())),
         };
         let (dropout, label_smoothing) = (config.dropout, config.label_smoothing);
         let (task, beside) = (task.clone(), size.beside > 0);
