@@ -80,7 +80,7 @@ impl Experiment {
             return Err(InvalidInput(problems).into());
         }
         let absolute = |path: &PathBuf| std::path::absolute(path).context("the working directory is gone");
-        experiment.tasks.values_mut().for_each(HeadConfig::fill_in);
+        experiment.tasks.values_mut().for_each(HeadConfig::resolve);
         experiment.data.root = absolute(&experiment.data.root)?;
         experiment.init_from = experiment.init_from.as_ref().map(absolute).transpose()?;
         Ok(experiment)

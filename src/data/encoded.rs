@@ -221,14 +221,10 @@ impl EncodedSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::TokenizerConfig;
 
     #[test]
     fn words_are_spelled_in_bytes_up_to_a_limit() {
-        let json = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel",
-            "vocab":{"[PAD]":0,"[UNK]":1,"hi":2},"unk_token":"[UNK]"}}"#;
-        let splitter = TokenizerConfig::default().splitter();
-        let mut tokenizer = Tokenizer::from_json(json.as_bytes(), splitter).unwrap();
+        let mut tokenizer = Tokenizer::of_words(&[]);
         tokenizer.max_bytes = Some(4);
         let set = EncodedSet::of_words(&[vec!["né", "HIGHER"], vec!["né"]], &tokenizer, &[]).unwrap();
         let spelling = set.spelling.unwrap();

@@ -50,11 +50,7 @@ const OPTIONS: [[&str; 6]; 4] = [
 ];
 
 fn train(folder: &Folder, overrides: &[&str]) {
-    let mut arguments = vec!["train", "small.yaml", "--out", "run"];
-    for value in overrides {
-        arguments.extend(["--set", value]);
-    }
-    folder.polytask(&arguments).assert().success();
+    folder.train("run", overrides).success();
 }
 
 fn export(folder: &Folder, more: &[&str], code: i32) -> String {

@@ -6,7 +6,7 @@ use polytask::commands::trainer::Parts;
 use polytask::libtorch::{Draws, Number};
 use polytask::model::{Mode, Model, Precision};
 use polytask::optim::{Average, Optimizer, OptimizerConfig, Touched};
-use polytask::run::{RunDirectory, checkpoint};
+use polytask::run::RunDirectory;
 use polytask::train::graphs::Graphs;
 use polytask::train::{Pending, State, Step};
 use serde_json::json;
@@ -25,7 +25,7 @@ fn trained(folder: &Folder, out: &str, more: &[&str]) -> BTreeMap<String, Tensor
     let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "training.max_steps=6"];
     arguments.extend(more);
     folder.polytask(&arguments).assert().success();
-    checkpoint::load(&folder.path().join(out).join("checkpoints/last.safetensors")).unwrap().model
+    folder.weights(out, "last")
 }
 
 #[test]

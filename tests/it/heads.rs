@@ -194,10 +194,8 @@ fn weights_that_decay_and_weights_that_do_not() {
 fn frozen_parts_stay_for_their_epochs_and_the_average_is_what_is_kept() {
     let folder = small();
     let weights = |out: &str, name: &str, more: &[&str]| {
-        let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "training.max_epochs=2"];
-        more.iter().for_each(|value| arguments.extend(["--set", value]));
-        folder.polytask(&arguments).assert().success();
-        checkpoint::load(&folder.path().join(out).join(format!("checkpoints/{name}.safetensors"))).unwrap().model
+        folder.train(out, &[&["training.max_epochs=2"], more].concat()).success();
+        folder.weights(out, name)
     };
     let start = build(&setting(&[]));
     let frozen = weights("frozen", "last", &["training.freeze_epochs={trunk: 2, heads.topic: 1}"]);
@@ -206,7 +204,7 @@ fn frozen_parts_stay_for_their_epochs_and_the_average_is_what_is_kept() {
     }
     // With a decay near 1 / 5 the average follows the weights, but not closely.
     let last = weights("average", "last", &["training.ema_decay=0.8"]);
-    let best = checkpoint::load(&folder.path().join("average/checkpoints/best.safetensors")).unwrap().model;
+    let best = folder.weights("average", "best");
     let plain = weights("plain", "last", &[]);
     assert_eq!(last, plain, "averaging does not change how weights are trained");
     assert!(best.iter().any(|(name, tensor)| *tensor != last[name]));
@@ -216,21 +214,14 @@ fn frozen_parts_stay_for_their_epochs_and_the_average_is_what_is_kept() {
 fn a_run_starts_from_what_fits_of_an_earlier_one() {
     let folder = small();
     folder.polytask(&["train", "small.yaml", "--out", "first"]).assert().success();
-    let train = |out: &str, more: &[&str]| {
-        let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "init_from=first"];
-        more.iter().for_each(|value| arguments.extend(["--set", value]));
-        folder.polytask(&arguments).assert()
-    };
+    let train = |out: &str, more: &[&str]| folder.train(out, &[&["init_from=first"], more].concat());
     let frozen = "training.freeze_epochs={embedding: 9, trunk: 9, heads.slots: 9}";
     let fewer = r#"{"tokens": ["play", "brandnew", "rock"], "topic": "music", "slots": ["O", "O", "B-thing"]}"#;
     folder.file("train.jsonl", format!("{}{fewer}\n", crate::util::rows(30)));
     let output = train("second", &[frozen]).success().get_output().clone();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("the trunk and heads topic, slots of small"), "{said}");
-    let load = |run: &str, name: &str| {
-        checkpoint::load(&folder.path().join(run).join(format!("checkpoints/{name}.safetensors"))).unwrap().model
-    };
-    let (first, second) = (load("first", "best"), load("second", "last"));
+    let (first, second) = (folder.weights("first", "best"), folder.weights("second", "last"));
     for (name, tensor) in &second {
         let same = first[name].size() == tensor.size() && first[name] == *tensor;
         // The vocabularies differ, so that rows stand elsewhere.
@@ -320,12 +311,8 @@ fn accumulated_batches_are_one_large_batch() {
     ];
     let folder = small();
     let run = |out: &str, more: [&str; 2]| {
-        let mut arguments = vec!["train", "small.yaml", "--out", out];
-        for value in off.iter().chain(&more) {
-            arguments.extend(["--set", value]);
-        }
-        folder.polytask(&arguments).assert().success();
-        checkpoint::load(&folder.path().join(out).join("checkpoints/last.safetensors")).unwrap().model
+        folder.train(out, &[&off[..], &more].concat()).success();
+        folder.weights(out, "last")
     };
     let large = run("large", ["training.batch_size=90", "training.log_every_steps=1"]);
     let parts = run("parts", ["training.accumulate_steps=30", "training.batch_size=3"]);

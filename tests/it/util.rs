@@ -1,8 +1,10 @@
 //! Small experiments in folders of their own.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use tch::Tensor;
 
 /// What dropout draws from in tests that take one step of it.
 pub const DRAWS: polytask::libtorch::Draws = polytask::libtorch::Draws { seed: 5, first_row: 0 };
@@ -30,6 +32,20 @@ impl Folder {
         let mut command = Command::new(env!("CARGO_BIN_EXE_polytask"));
         command.current_dir(self.path()).args(arguments).env_remove("RUST_LOG").env_remove("POLYTASK_DATA");
         command
+    }
+
+    /// Trains `small.yaml` in the run directory `out`, with values of the experiment changed.
+    pub fn train(&self, out: &str, overrides: &[&str]) -> assert_cmd::assert::Assert {
+        let mut command = self.polytask(&["train", "small.yaml", "--out", out]);
+        overrides.iter().for_each(|value| {
+            command.args(["--set", value]);
+        });
+        command.assert()
+    }
+
+    pub fn weights(&self, run: &str, checkpoint: &str) -> BTreeMap<String, Tensor> {
+        let path = self.path().join(format!("{run}/checkpoints/{checkpoint}.safetensors"));
+        polytask::run::checkpoint::load(&path).unwrap().model
     }
 
     pub fn read(&self, name: &str) -> String {

@@ -254,6 +254,18 @@ mod tests {
     use super::*;
     use crate::data::rows::RowsBuilder;
 
+    impl Tokenizer {
+        /// Whole words: padding is 0, the unknown word 1, and `words` follow.
+        pub fn of_words(words: &[&str]) -> Tokenizer {
+            let all = [PADDING, UNKNOWN].iter().chain(words);
+            let vocabulary: serde_json::Map<_, _> =
+                all.zip(0..).map(|(word, id)| (word.to_string(), id.into())).collect();
+            let model = serde_json::json!({"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN});
+            let json = serde_json::json!({"version": "1.0", "added_tokens": [], "model": model});
+            Self::from_json(json.to_string().as_bytes(), Splitter::Whitespace).unwrap()
+        }
+    }
+
     fn rows(sentences: &[&str]) -> Rows {
         let mut builder = RowsBuilder::new(Path::new("test"), &[]);
         for (i, sentence) in sentences.iter().enumerate() {

@@ -75,8 +75,8 @@ impl HeadConfig {
         (*inputs, *priority) = (trunk_alone(), one());
     }
 
-    /// Says what follows from other keys.
-    pub fn fill_in(&mut self) {
+    /// Fills in defaults that follow from other keys.
+    pub fn resolve(&mut self) {
         if let HeadConfig::Tagging(config) = self {
             config.constraints = Some(config.constrained());
         }

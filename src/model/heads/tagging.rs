@@ -65,10 +65,12 @@ pub struct TaggingConfig {
 }
 
 impl TaggingConfig {
+    /// Whether there is a CRF to constrain, over tags that constrain each other.
     pub fn can_constrain(&self) -> bool {
         self.decoder == Decoder::Crf && self.scheme != Scheme::Plain
     }
 
+    /// Whether the CRF keeps to the scheme of spans.
     pub fn constrained(&self) -> bool {
         self.constraints.unwrap_or(self.can_constrain())
     }
