@@ -1,11 +1,12 @@
 //! From the tree of values to types, telling every error and not only the first: what is wrong is noted and taken out, and
 //! the rest is read again.
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
-use super::source::Layer;
+use super::source::{Layer, join};
 use crate::problem::{Place, Problem, Severity};
 
 /// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
@@ -41,7 +42,7 @@ fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(St
     };
     let mut out = Map::new();
     for (key, value) in object {
-        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        let path = join(path, &key);
         out.insert(key, to_external(value, &path, defaults, missing));
     }
     let Some(tag) = tag_key(path) else { return Value::Object(out) };
@@ -70,7 +71,6 @@ fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(St
 pub fn to_written(value: Value) -> Value {
     fn walk(value: Value, path: &str) -> Value {
         let Value::Object(object) = value else { return value };
-        let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
         if let (Some(tag), Some((kind, inner))) = (tag_key(path), object.iter().next()) {
             let mut out = Map::from_iter([(tag.to_owned(), Value::String(kind.clone()))]);
             if let Value::Object(inner) = inner {
@@ -78,14 +78,22 @@ pub fn to_written(value: Value) -> Value {
             }
             return Value::Object(out);
         }
-        object.into_iter().map(|(key, value)| (key.clone(), walk(value, &join(&key)))).collect::<Map<_, _>>().into()
+        object
+            .into_iter()
+            .map(|(key, value)| (key.clone(), walk(value, &join(path, &key))))
+            .collect::<Map<_, _>>()
+            .into()
     }
     walk(value, "")
 }
 
 /// Reads the tree as `T`; mappings that name no kind are of those in `defaults`. What is wrong goes to `problems`; `None` when
 /// too little is left to make a `T`.
-pub fn decode<T: DeserializeOwned>(layer: &Layer, defaults: &Value, problems: &mut Vec<Problem>) -> Option<T> {
+pub fn decode<T: DeserializeOwned + Serialize>(
+    layer: &Layer,
+    defaults: &Value,
+    problems: &mut Vec<Problem>,
+) -> Option<T> {
     let mut missing = Vec::new();
     let mut value = to_external(layer.value.clone(), "", defaults, &mut missing);
     let mut removed: Vec<String> = Vec::new();
@@ -97,7 +105,14 @@ pub fn decode<T: DeserializeOwned>(layer: &Layer, defaults: &Value, problems: &m
     }
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
-            Ok(decoded) => return Some(decoded),
+            Ok(decoded) => {
+                let understood = serde_json::to_value(&decoded).unwrap_or_default();
+                for path in lists_for_mappings(&value, &understood, "") {
+                    let message = format!("{path}: expected a mapping of keys to values, found a list");
+                    report(layer, problems, &path, message);
+                }
+                return Some(decoded);
+            }
             Err(error) => error,
         };
         let mut raw: Vec<String> = Vec::new();
@@ -125,7 +140,7 @@ pub fn decode<T: DeserializeOwned>(layer: &Layer, defaults: &Value, problems: &m
                 raw.pop();
             }
             let at = shown.join(".");
-            let inner = if at.is_empty() { key.to_owned() } else { format!("{at}.{key}") };
+            let inner = join(&at, key);
             let owner = if at.is_empty() { String::new() } else { format!("{at}: ") };
             report(layer, problems, &inner, format!("{owner}unknown key `{key}`{}", suggestion(key, &quoted[1..])));
             raw.push(key.to_owned());
@@ -142,7 +157,7 @@ pub fn decode<T: DeserializeOwned>(layer: &Layer, defaults: &Value, problems: &m
             report(layer, problems, &path, format!("{path}: unknown value `{kind}`{}", suggestion(kind, &quoted[1..])));
         } else if message.starts_with("missing field") {
             let path = shown.join(".");
-            let inner = if path.is_empty() { quoted[0].to_owned() } else { format!("{path}.{}", quoted[0]) };
+            let inner = join(&path, quoted[0]);
             let told = removed.iter().any(|gone| *gone == inner || gone.starts_with(&format!("{inner}.")));
             if !told {
                 let owner = if path.is_empty() { String::new() } else { format!("{path}: ") };
@@ -160,6 +175,25 @@ pub fn decode<T: DeserializeOwned>(layer: &Layer, defaults: &Value, problems: &m
         if !remove(&mut value, &raw) {
             return None;
         }
+    }
+}
+
+/// Where a list stands that serde took for a mapping's values in order.
+fn lists_for_mappings(found: &Value, understood: &Value, path: &str) -> Vec<String> {
+    match (found, understood) {
+        (Value::Array(_), Value::Object(_)) => vec![path.to_owned()],
+        (Value::Object(found), Value::Object(understood)) => {
+            let inner = |(key, value): (&String, &Value)| {
+                let path = join(path, key);
+                understood.get(key).map_or(Vec::new(), |understood| lists_for_mappings(value, understood, &path))
+            };
+            found.iter().flat_map(inner).collect()
+        }
+        (Value::Array(found), Value::Array(understood)) => {
+            let items = found.iter().zip(understood).enumerate();
+            items.flat_map(|(i, (a, b))| lists_for_mappings(a, b, &format!("{path}.{i}"))).collect()
+        }
+        _ => Vec::new(),
     }
 }
 
@@ -222,6 +256,9 @@ fn plain(message: &str) -> String {
         "a" if expected.starts_with("a map") => "a mapping",
         "a" if expected.starts_with("a sequence") => "a list",
         "struct" => "a mapping of keys to values",
+        "string" if expected == "string or map" => "a name or a mapping",
+        // What names a kind was made one, unless dots in the name hid it.
+        "map" if expected == "map with a single key" => return "names here have no dots".to_owned(),
         _ => expected,
     };
     format!("expected {expected}, found {found}")

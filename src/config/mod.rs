@@ -147,6 +147,11 @@ training:
             assert!(yaml.contains(part), "{yaml}");
         }
         assert_eq!(load(&yaml, &[]).unwrap().to_yaml().unwrap(), yaml);
+        for (scheme, expected) in [("bioes", "decoder: crf"), ("plain", "decoder: softmax")] {
+            let text = GOOD.replace("decoder: crf", &format!("scheme: {scheme}"));
+            let yaml = load(&text, &[]).unwrap().to_yaml().unwrap();
+            assert!(yaml.contains(expected), "{scheme}: {yaml}");
+        }
     }
 
     #[test]
@@ -222,12 +227,15 @@ training:
             &["tasks.intent.inputs: `trunk` must be among them", "no task `intnet`; did you mean `intent`?"],
         );
         check_error(
-            &(GOOD.replace("label}", "label, layer: 2}").replace("crf}", "crf, label_smoothing: 0.1}")
+            &(GOOD
+                .replace("label}", "label, layer: 2}")
+                .replace(", decoder: crf}", ", label_smoothing: 0.1, missed_cost: -1}")
                 + "  freeze_epochs: {trnk: 1, trunk.l1: 1, heads.intnt: 1}\ntokenizer: {model: bpe}\n"
                 + "model: {embedding: {dim: 0, characters: {kind: cnn, width: 2}, vectors: [{file: v}]}}\n"),
             &[
                 "e.yaml:10: tasks.intent.layer: the trunk's last layer is 1",
                 "e.yaml:11: tasks.slots.label_smoothing: needs `decoder: softmax`",
+                "e.yaml:11: tasks.slots.missed_cost: must not be negative",
                 "training.freeze_epochs.trnk: no part `trnk`; did you mean `trunk`?",
                 "training.freeze_epochs.trunk.l1: the trunk ends with l0",
                 "training.freeze_epochs.heads.intnt: no task `intnt`; did you mean `intent`?",
@@ -236,6 +244,28 @@ training:
             ],
         );
         check_error("name: [", &["e.yaml:2: did not find expected node content"]);
+    }
+
+    #[test]
+    fn what_yaml_allows_and_we_do_not_is_named_by_line() {
+        let with = |line: &str| format!("{GOOD}{line}\n");
+        let list = "expected a mapping of keys to values, found a list";
+        for (text, expected) in [
+            (with("model: {trunk: [64, 2]}"), format!("e.yaml:14: model.trunk: {list}")),
+            (
+                with("study: {seeds: [1], strategies: {dwa: [3]}}"),
+                "e.yaml:14: study.strategies.dwa: expected a name or".into(),
+            ),
+            (with("weighting: [a]"), "e.yaml:14: weighting: expected a name or a mapping, found a list".into()),
+            (with("name: b"), "e.yaml:14: name stands in line 1 already".into()),
+            (with("model: {trunk: {layers: 1, layers: 2}}"), "e.yaml:14: model.trunk.layers stands in line 14".into()),
+            (with("seed: 99999999999999999999999"), "e.yaml:14: seed: 99999999999999999999999 is too large".into()),
+            (with("  clip_norm: .nan"), "e.yaml:14: training.clip_norm: .nan is not a finite number".into()),
+            (with("  clip_norm: !a 3"), "e.yaml:14: training.clip_norm: YAML tags such as !a".into()),
+            (GOOD.replace("  intent:", "  in.tent:"), "e.yaml:10: tasks.in.tent: names here have no dots".into()),
+        ] {
+            check_error(&text, &[&expected]);
+        }
     }
 
     #[test]

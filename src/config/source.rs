@@ -57,18 +57,21 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
         _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
     })?;
     let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
-    let yaml: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
-        let line = error.location().map_or(0, |location| location.line());
-        let message = error.to_string();
-        fail(line, message.split(" at line ").next().unwrap_or(&message).to_owned())
+    let (places, twice) = places(path, &text);
+    let yaml: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| match (error.to_string(), &twice) {
+        (message, Some((key, first, second))) if message.contains("duplicate entry") => {
+            fail(*second, format!("{key} stands in line {first} already"))
+        }
+        (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
     })?;
-    let mut value = to_json(yaml).map_err(|message| fail(0, message))?;
+    let line_of = |key: &str| places.get(key).map_or(0, |place| place.line);
+    let mut value = to_json(yaml, "").map_err(|(key, message)| fail(line_of(&key), format!("{key}: {message}")))?;
     let Value::Object(object) = &mut value else {
         return Err(fail(1, "an experiment is a mapping of keys to values".to_owned()).into());
     };
     let extends = object.shift_remove("extends");
     anchor(&mut value, path);
-    let mut layer = Layer { value, places: places(path, &text), problems: Vec::new() };
+    let mut layer = Layer { value, places, problems: Vec::new() };
     let Some(extends) = extends else { return Ok(layer) };
     let line = layer.place("extends").map_or(0, |place| place.line);
     let Value::String(base) = extends else {
@@ -88,8 +91,23 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
     Ok(whole)
 }
 
-/// YAML as JSON: keys become texts, and numbers must be finite.
-fn to_json(yaml: serde_yaml::Value) -> Result<Value, String> {
+/// serde_yaml's words without its place, which is told before them.
+fn plain(message: &str) -> String {
+    let message = message.split(" at line ").next().unwrap_or(message);
+    let number = message.split_once("invalid type: integer `").filter(|(_, after)| after.contains("128"));
+    match number {
+        Some((key, after)) => format!("{key}{} is too large a number", after.split('`').next().unwrap_or(after)),
+        None => message.to_owned(),
+    }
+}
+
+/// The dotted path of `key` within `parent`.
+pub fn join(parent: &str, key: &str) -> String {
+    if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") }
+}
+
+/// YAML as JSON: keys become texts, and numbers must be finite. An error has the path of what is wrong.
+fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String)> {
     Ok(match yaml {
         serde_yaml::Value::Null => Value::Null,
         serde_yaml::Value::Bool(value) => Value::Bool(value),
@@ -98,11 +116,14 @@ fn to_json(yaml: serde_yaml::Value) -> Result<Value, String> {
             (Some(number), _) => number.into(),
             (_, Some(number)) => number.into(),
             _ => {
-                let float = number.as_f64().unwrap_or(f64::NAN);
-                Value::Number(serde_json::Number::from_f64(float).ok_or(format!("{number} is not a finite number"))?)
+                let float = serde_json::Number::from_f64(number.as_f64().unwrap_or(f64::NAN));
+                Value::Number(float.ok_or_else(|| (path.to_owned(), format!("{number} is not a finite number")))?)
             }
         },
-        serde_yaml::Value::Sequence(items) => Value::Array(items.into_iter().map(to_json).collect::<Result<_, _>>()?),
+        serde_yaml::Value::Sequence(items) => {
+            let items = items.into_iter().enumerate();
+            Value::Array(items.map(|(i, item)| to_json(item, &join(path, &i.to_string()))).collect::<Result<_, _>>()?)
+        }
         serde_yaml::Value::Mapping(entries) => {
             let mut object = Map::new();
             for (key, value) in entries {
@@ -110,31 +131,39 @@ fn to_json(yaml: serde_yaml::Value) -> Result<Value, String> {
                     serde_yaml::Value::String(key) => key,
                     other => serde_yaml::to_string(&other).unwrap_or_default().trim().to_owned(),
                 };
-                object.insert(key, to_json(value)?);
+                let value = to_json(value, &join(path, &key))?;
+                object.insert(key, value);
             }
             Value::Object(object)
         }
         serde_yaml::Value::Tagged(tagged) => {
-            return Err(format!("YAML tags such as {} have no meaning here", tagged.tag));
+            return Err((path.to_owned(), format!("YAML tags such as {} have no meaning here", tagged.tag)));
         }
     })
 }
 
-/// The line of every key and list item, by dotted path. The text has been parsed before, so errors end the walk only.
-fn places(file: &Path, text: &str) -> BTreeMap<String, Place> {
+/// A key that stands twice, with the two lines.
+type Twice = (String, usize, usize);
+
+/// The line of every key and list item, by dotted path, and the first key that stands twice. The text is parsed besides, so
+/// errors end the walk only.
+fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
     /// An open mapping (with the key whose value comes next) or list (with the number of the next item).
     enum Open {
         Mapping(Option<String>),
         List(usize),
     }
     let mut found = BTreeMap::from([(String::new(), Place::new(file, 1))]);
+    let mut twice: Option<Twice> = None;
     let mut open: Vec<(String, Open)> = Vec::new();
-    let join = |parent: &str, key: &str| if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") };
     for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
         let line = span.start.line();
         if let (Some((parent, Open::Mapping(key @ None))), Event::Scalar(name, ..)) = (open.last_mut(), &event) {
-            found.insert(join(parent, name), Place::new(file, line));
+            let path = join(parent, name);
             *key = Some(name.to_string());
+            if let Some(first) = found.insert(path.clone(), Place::new(file, line)) {
+                twice.get_or_insert((path, first.line, line));
+            }
             continue;
         }
         let starts =
@@ -157,7 +186,7 @@ fn places(file: &Path, text: &str) -> BTreeMap<String, Place> {
             _ => {}
         }
     }
-    found
+    (found, twice)
 }
 
 /// `path.to.key=value`, the value in YAML.
@@ -171,13 +200,13 @@ fn override_layer(text: &str) -> Result<Layer> {
         return Err(invalid(format!("--set {text}: no value; null takes the key away")));
     }
     let value: serde_yaml::Value =
-        serde_yaml::from_str(value).map_err(|error| invalid(format!("--set {text}: {error}")))?;
-    let mut value = to_json(value).map_err(|message| invalid(format!("--set {text}: {message}")))?;
+        serde_yaml::from_str(value).map_err(|error| invalid(format!("--set {text}: {}", plain(&error.to_string()))))?;
+    let mut value = to_json(value, "").map_err(|(_, message)| invalid(format!("--set {text}: {message}")))?;
     let place = Place::new(Path::new(&format!("--set {text}")), 0);
     let mut places = BTreeMap::new();
     let mut walked = String::new();
     for key in path.split('.') {
-        walked = if walked.is_empty() { key.to_owned() } else { format!("{walked}.{key}") };
+        walked = join(&walked, key);
         places.insert(walked.clone(), place.clone());
     }
     for key in path.rsplit('.') {
@@ -217,7 +246,7 @@ fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String
                 base.clear();
             }
             for (key, value) in over {
-                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let path = join(path, &key);
                 match base.get_mut(&key) {
                     // null takes a key of the base away, so that its default holds.
                     Some(_) if value.is_null() => drop(base.shift_remove(&key)),
@@ -255,11 +284,13 @@ fn anchor(value: &mut Value, file: &Path) {
 
 /// Replaces `${NAME}` and `${NAME:-default}` in texts. A text that is one such reference takes the type of what it stands for.
 fn substitute(value: &mut Value, path: &str, problem: &mut dyn FnMut(&str, String)) {
-    let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
     match value {
-        Value::Object(object) => object.iter_mut().for_each(|(key, value)| substitute(value, &join(key), problem)),
+        Value::Object(object) => {
+            object.iter_mut().for_each(|(key, value)| substitute(value, &join(path, key), problem));
+        }
         Value::Array(items) => {
-            items.iter_mut().enumerate().for_each(|(i, value)| substitute(value, &join(&i.to_string()), problem));
+            let items = items.iter_mut().enumerate();
+            items.for_each(|(i, value)| substitute(value, &join(path, &i.to_string()), problem));
         }
         Value::String(text) if text.contains("${") => {
             let mut out = String::new();
@@ -287,7 +318,7 @@ fn substitute(value: &mut Value, path: &str, problem: &mut dyn FnMut(&str, Strin
             }
             out += rest;
             let whole = text.starts_with("${") && text.ends_with('}') && text.matches("${").count() == 1;
-            let typed = serde_yaml::from_str(&out).ok().and_then(|yaml| to_json(yaml).ok());
+            let typed = serde_yaml::from_str(&out).ok().and_then(|yaml| to_json(yaml, path).ok());
             *value = match typed {
                 Some(typed @ (Value::Number(_) | Value::Bool(_))) if whole => typed,
                 _ => Value::String(out),
