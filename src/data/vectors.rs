@@ -220,8 +220,12 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
     let fields: Vec<&[u8]> = first.split(|&byte| byte == b' ').collect();
     let number = |field: &&[u8]| std::str::from_utf8(field).ok()?.parse::<usize>().ok();
     let dim = match fields.iter().map(number).collect::<Option<Vec<usize>>>().as_deref() {
-        Some(&[_, dim]) => {
+        Some(&[count, dim]) => {
             lines.remove(0);
+            if count != lines.len() {
+                let message = format!("says {count} vectors, but the file has {}: is it whole?", lines.len());
+                return Err(error(1, &message).into());
+            }
             dim
         }
         _ => fields.len() - 1,
@@ -275,6 +279,8 @@ mod tests {
             assert_eq!((table.words, table.dim), (vec!["the".to_owned(), "new york".to_owned()], 2));
             assert_eq!(table.values, [1.0, 2.0, 3.0, 4.5]);
         }
+        let error = text("3 2\nthe 1 2\nof 3 4.5").unwrap_err().to_string();
+        assert!(error.ends_with("v.txt:1: says 3 vectors, but the file has 2: is it whole?"), "{error}");
         let error = text("the 1 2\na 1 x\nb 1 2\nc nan 1\nd 2\n").unwrap_err().to_string();
         assert_eq!(error.lines().count(), 3, "{error}");
         assert!(error.contains("v.txt:2: expected a word and 2 numbers") && error.contains("v.txt:5"), "{error}");

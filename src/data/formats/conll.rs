@@ -92,7 +92,14 @@ impl<'a> Sentence<'a> {
         if let Some((name, value)) = named.filter(|rest| !rest.contains('\t')).and_then(|rest| rest.split_once('='))
             && !name.trim().contains(' ')
         {
-            self.comments.push((name.trim(), value.trim()));
+            let (name, value) = (name.trim(), value.trim());
+            let wanted = |source: &Source| matches!(source, Source::Comment(wanted) if *wanted == name);
+            let before = self.comments.iter().find(|(known, _)| *known == name);
+            if let Some((_, other)) = before.filter(|(_, other)| *other != value && plan.sources.iter().any(wanted)) {
+                builder.error(number, format!("a second `{name}`, `{value}`, of a sentence that has `{other}`"));
+                self.broken = true;
+            }
+            self.comments.push((name, value));
             return;
         }
         if plan.conllu && line.starts_with('#') {
