@@ -14,12 +14,16 @@ use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Run, RunTask, compare};
 use crate::config::Experiment;
+use crate::data::Split;
+use crate::model::HeadConfig;
 use crate::problem::invalid;
 use crate::run::RunDirectory;
 
 /// A run with its place, for its curves.
 struct Found {
     run: Run,
+    /// What each task is scored on.
+    scored_on: Vec<String>,
     path: PathBuf,
     /// The study's folder, or the experiment's name.
     source: String,
@@ -71,8 +75,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             if !directory.file(finished::FILE).is_file() {
                 return Err(invalid(format!("{} is not finished: it has no report.json", path.display())));
             }
-            let source = Experiment::load(&directory.file("resolved.yaml"), &[])?.name;
-            found.push(Found { run: read(&directory, None)?, path: path.clone(), source });
+            found.push(read(&directory, None)?);
             continue;
         }
         let text = std::fs::read_to_string(&plan).with_context(|| format!("{} cannot be read", plan.display()))?;
@@ -82,8 +85,8 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         for entry in &plan {
             let run = path.join("runs").join(&entry.name);
             if run.join(finished::FILE).is_file() {
-                let run_of_it = read(&RunDirectory::open(&run)?, Some(&entry.label))?;
-                found.push(Found { run: run_of_it, path: run, source: name_of(path) });
+                let source = name_of(path);
+                found.push(Found { source, ..read(&RunDirectory::open(&run)?, Some(&entry.label))? });
             } else {
                 n_open += 1;
             }
@@ -95,9 +98,29 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     let mut seen = BTreeSet::new();
     found.retain(|found| seen.insert(found.path.canonicalize().unwrap_or(found.path.clone())));
     tell_apart(&mut found);
+    warn_of_other_data(&found);
     match found.is_empty() {
         true => Err(invalid("there is no finished run to compare")),
         false => Ok(found),
+    }
+}
+
+/// Scores on different rows say nothing of each other.
+fn warn_of_other_data(found: &[Found]) {
+    let mut first: BTreeMap<&str, (&str, &Path)> = BTreeMap::new();
+    let mut told = BTreeSet::new();
+    for found in found {
+        for (task, data) in found.run.tasks.iter().zip(&found.scored_on) {
+            let (before, run) = *first.entry(&task.name).or_insert((data, &found.path));
+            if before != data && told.insert(&task.name) {
+                log::warn!(
+                    "{}: not the same rows everywhere: {before} in {}, {data} in {}",
+                    task.name,
+                    run.display(),
+                    found.path.display()
+                );
+            }
+        }
     }
 }
 
@@ -116,7 +139,7 @@ fn tell_apart(found: &mut [Found]) {
     }
 }
 
-fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
+fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
     let finished = Finished::read(directory)?;
     let task = |(i, name): (usize, &String)| {
@@ -138,7 +161,11 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
         [only] => format!("only-{}", only.name),
         _ => strategy,
     };
-    Ok(Run {
+    let scored_on = |(i, head): (usize, &HeadConfig)| {
+        let split = if finished.score("test", i).is_some() { Split::Test } else { Split::Dev };
+        format!("{} ({})", experiment.data.source_of(head.sets(), split), split.name())
+    };
+    let run = Run {
         label: label.map_or(own, str::to_owned),
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),
@@ -146,6 +173,12 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Run> {
         tasks,
         training_secs: finished.training_secs,
         n_parameters: finished.parameters,
+    };
+    Ok(Found {
+        run,
+        scored_on: experiment.tasks.values().enumerate().map(scored_on).collect(),
+        path: directory.path.clone(),
+        source: experiment.name,
     })
 }
 

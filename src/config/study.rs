@@ -115,7 +115,7 @@ impl Experiment {
             alone.training.early_stopping.metric = "mean".to_owned();
             (format!("only-{task}"), alone)
         };
-        let twins = self.tasks.keys().filter(|_| study.single_task_twins).map(twin);
+        let twins = self.tasks.keys().filter(|_| study.single_task_twins && self.tasks.len() > 1).map(twin);
         weighted.chain(twins).collect()
     }
 }

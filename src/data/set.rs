@@ -35,6 +35,25 @@ pub struct DataConfig {
     pub train_fraction_seed: u64,
 }
 
+impl DataConfig {
+    /// What a split of the sets is read from, as a sentence may name it; equal where the rows are.
+    pub fn source_of(&self, sets: &[String], split: Split) -> String {
+        let of_set = |name: &String| {
+            let set = self.sets.get(name)?;
+            let paths = |paths: &Paths| {
+                paths.0.iter().map(|path| self.root.join(path).display().to_string()).collect::<Vec<_>>().join(", ")
+            };
+            match (split, set.dev_fraction) {
+                (Split::Test, _) => set.test.as_ref().map(paths),
+                (Split::Dev, None) => set.dev.as_ref().map(paths),
+                (Split::Dev, Some(share)) => Some(format!("{share} of {} (seed {})", paths(&set.train), set.dev_seed)),
+                (Split::Train, _) => Some(paths(&set.train)),
+            }
+        };
+        sets.iter().filter_map(of_set).collect::<Vec<_>>().join(", ")
+    }
+}
+
 fn one() -> f64 {
     1.0
 }

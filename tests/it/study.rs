@@ -94,9 +94,26 @@ fn a_task_without_test_rows_is_compared_on_dev() {
     }
     let (json, _) = said(&folder, &["compare", "both", "alone", "--json"], 0);
     let json: Value = serde_json::from_str(&json).unwrap();
+    folder.file("dev2.jsonl", folder.read("dev.jsonl"));
+    let other = ["train", "two.yaml", "--out", "moved", "--set", "data.sets.other.dev=dev2.jsonl"];
+    folder.polytask(&other).assert().success();
+    let (_, log) = said(&folder, &["compare", "both", "alone", "moved"], 0);
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("not the same rows")).collect();
+    assert!(
+        matches!(told.as_slice(), [one] if one.contains("slots: ") && one.contains("dev2.jsonl (dev) in moved")),
+        "{log}"
+    );
     let slots = &json["groups"][0]["tasks"][1];
     assert!(slots["mean"].as_f64().unwrap() > 0.3, "{slots}");
     assert!(slots["difference"]["mean"].as_f64().unwrap().abs() < 0.6, "{slots}");
+}
+
+#[test]
+fn a_single_task_has_no_twin() {
+    let folder = study("  strategies: {equal: {}}\n");
+    let (table, _) = said(&folder, &["study", "study.yaml", "--set", "tasks.topic=null"], 0);
+    assert!(table.contains("equal") && !table.contains("alone"), "{table}");
+    assert_eq!(std::fs::read_dir(folder.path().join("runs/small-study/runs")).unwrap().count(), 2);
 }
 
 #[test]
