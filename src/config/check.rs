@@ -159,8 +159,11 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
         HeadConfig::Tagging(config) => {
             let can = config.can_constrain() || !config.constrained();
             c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme of spans");
-            let can = config.decoder == Decoder::Softmax || config.label_smoothing == 0.0;
+            let can = config.decoder() == Decoder::Softmax || config.label_smoothing == 0.0;
             c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
+            let can = head.kind().has_spans() || config.missed_cost == 0.0;
+            c.require(&format!("{path}.missed_cost"), can, "needs a scheme of spans");
+            c.require(&format!("{path}.missed_cost"), config.missed_cost >= 0.0, "must not be negative");
             (config.dropout, config.priority, config.label_smoothing)
         }
     };

@@ -78,7 +78,7 @@ impl HeadConfig {
     /// Fills in defaults that follow from other keys.
     pub fn resolve(&mut self) {
         if let HeadConfig::Tagging(config) = self {
-            config.constraints = Some(config.constrained());
+            (config.decoder, config.constraints) = (Some(config.decoder()), Some(config.constrained()));
         }
     }
 

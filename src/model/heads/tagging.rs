@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::crf::Crf;
 use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
+use crate::data::labels::NO_LABEL;
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::dropout::{Masks, dropout};
@@ -29,9 +30,9 @@ pub struct TaggingConfig {
     /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`; or `plain` for tags without spans. Default `bio`.
     #[serde(default = "default_scheme")]
     pub scheme: Scheme,
-    /// `softmax` (each word alone) or `crf` (the best sequence). Default `softmax`.
+    /// `softmax` (each word alone) or `crf` (the best sequence). Default: `crf` over spans, `softmax` over plain tags.
     #[serde(default)]
-    pub decoder: Decoder,
+    pub decoder: Option<Decoder>,
     /// No I- tag without its span, neither in training nor in decoding. Default: with a CRF over spans, which alone can
     /// have them.
     #[serde(default)]
@@ -59,15 +60,23 @@ pub struct TaggingConfig {
     /// from 0 to below 1.
     #[serde(default)]
     pub label_smoothing: f64,
+    /// With spans: what it costs, in nats, to read a word of a span as none (softmax-margin, Gimpel & Smith 2010). More
+    /// spans are found, and more that are none. Default 0, not negative.
+    #[serde(default)]
+    pub missed_cost: f64,
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
     #[serde(default = "super::one")]
     pub priority: f64,
 }
 
 impl TaggingConfig {
+    pub fn decoder(&self) -> Decoder {
+        self.decoder.unwrap_or(if self.scheme == Scheme::Plain { Decoder::Softmax } else { Decoder::Crf })
+    }
+
     /// Whether there is a CRF to constrain, over tags that constrain each other.
     pub fn can_constrain(&self) -> bool {
-        self.decoder == Decoder::Crf && self.scheme != Scheme::Plain
+        self.decoder() == Decoder::Crf && self.scheme != Scheme::Plain
     }
 
     /// Whether the CRF keeps to the scheme of spans.
@@ -80,10 +89,9 @@ fn default_scheme() -> Scheme {
     Scheme::Bio
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Decoder {
-    #[default]
     Softmax,
     Crf,
 }
@@ -101,6 +109,7 @@ pub struct Tagging {
     crf: Option<Crf>,
     dropout: f64,
     label_smoothing: f64,
+    missed_cost: f64,
     /// Whether other heads' distributions stand beside the words.
     beside: bool,
     task: Task,
@@ -110,13 +119,31 @@ pub struct Tagging {
 impl Tagging {
     pub fn new(mut scope: Scope, config: &TaggingConfig, task: &Task, size: HeadSize) -> Self {
         let output = scope.linear("output", size.width + size.beside, task.labels.len() as i64);
-        let crf = match config.decoder {
+        let crf = match config.decoder() {
             Decoder::Softmax => None,
             Decoder::Crf => Some(Crf::new(scope.sub("crf"), &task.labels, config.constrained())),
         };
-        let (dropout, label_smoothing) = (config.dropout, config.label_smoothing);
-        let (task, beside) = (task.clone(), size.beside > 0);
-        Tagging { output, crf, dropout, label_smoothing, beside, task, scoring: config.scoring }
+        Tagging {
+            output,
+            crf,
+            dropout: config.dropout,
+            label_smoothing: config.label_smoothing,
+            missed_cost: config.missed_cost,
+            beside: size.beside > 0,
+            task: task.clone(),
+            scoring: config.scoring,
+        }
+    }
+
+    /// The scores of training: that of `O` is higher by the cost wherever a span stands, so that the others must win by so
+    /// much. score'(y) = score(y) + cost(y, gold) makes log Z' - score(gold) the softmax-margin loss (Gimpel & Smith 2010,
+    /// eq. 6): gold itself costs nothing.
+    fn margin(&self, logits: &Tensor, labels: &Tensor) -> Tensor {
+        let Some(outside) = self.task.labels.iter().position(|tag| tag == "O") else { return logits.shallow_clone() };
+        let missed = labels.ne(outside as i64).logical_and(&labels.ne(i64::from(NO_LABEL))); // [b, W]
+        let cost = (missed.to_kind(logits.kind()) * self.missed_cost).unsqueeze(-1);
+        let after = self.task.labels.len() - 1 - outside;
+        logits + cost.constant_pad_nd([outside as i64, after as i64])
     }
 }
 
@@ -127,6 +154,8 @@ impl Head for Tagging {
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor {
+        let costly = self.missed_cost > 0.0 && mode.training();
+        let logits = &if costly { self.margin(logits, &targets.labels) } else { logits.shallow_clone() };
         match &self.crf {
             Some(crf) => crf.negative_log_likelihood(logits, &targets.labels) / targets.n_decisions as f64,
             None => {
@@ -197,6 +226,45 @@ def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
             Box::new(SpanMetric::new(&self.task.labels, rule))
         } else {
             Box::new(ClassMetric::new(&self.task.labels))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tch::Device;
+
+    use super::*;
+    use crate::libtorch::Draws;
+    use crate::model::Parameters;
+    use crate::task::TaskKind;
+
+    #[test]
+    fn a_missed_word_costs_in_training_and_nowhere_else() {
+        let labels: Vec<String> = ["B-a", "O", "I-a"].map(str::to_owned).to_vec();
+        let task = Task { name: "t".into(), kind: TaskKind::Tagging(Scheme::Bio), labels };
+        let x = Tensor::from_slice(&[0.5f32, 1.0, -1.0, 0.2, 0.1, 0.3, 2.0, 0.0, 1.0]).view([1, 3, 3]);
+        let targets = Targets {
+            rows: vec![0],
+            first_row: 0,
+            index: Tensor::from_slice(&[0i64]),
+            labels: Tensor::from_slice(&[0i64, 1, -1]).view([1, 3]),
+            n_decisions: 2,
+        };
+        let train = Mode::Train(Draws { seed: 1, first_row: 0 });
+        // The first word is in a span and the second is not, so only the first's score of `O`, 1.0, rises.
+        let log_z = |scores: [f64; 3]| scores.iter().map(|score| score.exp()).sum::<f64>().ln();
+        let second = log_z([0.2, 0.1, 0.3]) - 0.1;
+        for (mode, outside) in [(train, 1.0 + 1.5), (Mode::Eval, 1.0)] {
+            let config = json!({"set": "s", "column": "c", "decoder": "softmax", "missed_cost": 1.5});
+            let config: TaggingConfig = serde_json::from_value(config).unwrap();
+            let mut parameters = Parameters::new(Device::Cpu);
+            let size = HeadSize { width: 2, hidden: 1, beside: 0 };
+            let head = Tagging::new(parameters.root(), &config, &task, size);
+            let expected = (log_z([0.5, outside, -1.0]) - 0.5 + second) / 2.0;
+            let loss = head.loss(&x, &targets, mode).double_value(&[]);
+            assert!((loss - expected).abs() < 1e-6, "{mode:?}: {loss} is not {expected}");
         }
     }
 }
