@@ -25,9 +25,11 @@ pub fn run(args: &CheckArgs) -> Result<End> {
         Ok(InvalidInput(problems)) => problems,
         Err(error) => vec![Problem::general(Severity::Error, format!("{error:#}"))],
     };
-    match unknown_words(&experiment, &corpus) {
-        Ok(table) => say(table)?,
-        Err(error) => problems.extend(wrong(error)),
+    if corpus.rows(Split::Train).iter().any(|rows| !rows.is_empty()) {
+        match unknown_words(&experiment, &corpus) {
+            Ok(table) => say(table)?,
+            Err(error) => problems.extend(wrong(error)),
+        }
     }
     problems.extend(transfer::earlier(&experiment).err().map(wrong).unwrap_or_default());
     problems.sort_by_key(|problem| problem.severity);
@@ -46,7 +48,8 @@ pub fn run(args: &CheckArgs) -> Result<End> {
         }
     }
     let n_errors = problems.iter().filter(|problem| problem.severity == Severity::Error).count();
-    say(format!("{n_errors} errors, {} warnings", problems.len() - n_errors))?;
+    let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    say(format!("{}, {}", counted(n_errors, "error"), counted(problems.len() - n_errors, "warning")))?;
     Ok(if n_errors == 0 { End::Done } else { End::Invalid })
 }
 
@@ -88,9 +91,6 @@ fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
 /// Share of words that become unknown tokens in dev and test.
 fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table::Table> {
     let mut out = table(&["set", "split", "unknown words %", "most frequent"], 2);
-    if corpus.rows(Split::Train).iter().all(|rows| rows.is_empty()) {
-        return Ok(out);
-    }
     let (tokenizer, coverage) = prepare::tokenizer(experiment, corpus)?;
     for coverage in &coverage {
         say(prepare::coverage_line(coverage))?;
@@ -180,11 +180,14 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
             used
         };
         let [train, dev, test] = Split::ALL.map(used);
+        if train.is_empty() {
+            continue; // Said as an error, where labels are missing and not only spans.
+        }
         let odd = |message: String| Problem::general(Severity::Warning, message);
         if train.len() == 1 && !head.kind().has_spans() {
             problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
         }
-        if dev.is_empty() && !train.is_empty() {
+        if dev.is_empty() {
             problems.push(odd(format!(
                 "`{name}`: dev has no label of it, so that it does not help to choose a checkpoint"
             )));

@@ -1,5 +1,7 @@
 //! `polytask export`: a trained run as files that others load, checked before they are kept.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -342,8 +344,14 @@ pub struct Exported {
 /// A file that is damaged, no model of polytask, or of another format.
 pub fn open(path: &Path) -> Result<Exported> {
     let name = path.display();
-    let (module, files) = ScriptModule::load(path, &FILES)
-        .map_err(|error| invalid(format!("{name} is neither a run nor an exported model, or damaged ({error})")))?;
+    let mut start = [0; 2];
+    let is_zip = File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && start == *b"PK";
+    if !is_zip {
+        let message = "is neither a run directory nor a model of `export --format torchscript`";
+        return Err(invalid(format!("{name} {message}")));
+    }
+    let (module, files) =
+        ScriptModule::load(path, &FILES).map_err(|error| invalid(format!("{name} is damaged ({error})")))?;
     let about: Value = serde_json::from_str(&files[0])
         .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
     if about["format"] != FORMAT {

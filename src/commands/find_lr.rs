@@ -21,6 +21,9 @@ use crate::train::{Pending, State, Step, TrainingConfig};
 /// The test ends when the loss is so many times its lowest.
 const DIVERGED: f64 = 4.0;
 
+/// A loss whose lowest is not below this part of its first did not fall, but by chance.
+const FELL: f64 = 0.9;
+
 /// A step's learning rate and the sum of the tasks' smoothed losses.
 type Point = (f64, f64);
 
@@ -107,12 +110,16 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
 fn suggestion(points: &[Point]) -> Option<f64> {
     let lowest = (0..points.len()).min_by(|&a, &b| points[a].1.total_cmp(&points[b].1))?;
     let span = (points.len() / 20).max(1);
+    // The first steps' mean is over too few to tell a slope.
+    let first = span.max(5);
+    if points.get(first)?.1 * FELL < points[lowest].1 {
+        return None;
+    }
     let slope = |i: usize| {
         let ((rate, loss), (next_rate, next_loss)) = (points[i], points[i + span]);
         (next_loss - loss) / (next_rate / rate).ln()
     };
-    // The first steps' mean is over too few to tell a slope.
-    let candidates = (span.max(5)..lowest.saturating_sub(span)).map(|i| (i + span / 2, slope(i)));
+    let candidates = (first..lowest.saturating_sub(span)).map(|i| (i + span / 2, slope(i)));
     let (at, slope) = candidates.min_by(|a, b| a.1.total_cmp(&b.1))?;
     (slope < 0.0).then(|| points[at].0)
 }
@@ -145,6 +152,8 @@ mod tests {
         assert!((0.5e-3..2e-3).contains(&found), "{found}");
         let rising: Vec<Point> = (0..100).map(|i| (rate(i), 1.0 + i as f64)).collect();
         assert_eq!(suggestion(&rising), None);
+        let flat: Vec<Point> = (0..100).map(|i| (rate(i), 2.0 + 0.05 * (i as f64 / 5.0).sin())).collect();
+        assert_eq!(suggestion(&flat), None);
         assert_eq!(suggestion(&[]), None);
     }
 }

@@ -54,11 +54,18 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         let lines = read_lines(source);
         let mut n_done = 0;
         while let Some(window) = next_window(&lines, &stop)? {
+            // What comes before a broken line is worth as much as before.
+            let mut broken = None;
             let sentences = window.iter().enumerate().map(|(i, line)| sentence(line, &trained, (name, n_done + i + 1)));
-            for line in label(&sentences.collect::<Result<Vec<_>>>()?, &trained, device)? {
+            let sentences: Vec<Sentence> =
+                sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
+            for line in label(&sentences, &trained, device)? {
                 writeln!(out, "{line}")?;
             }
             out.flush()?;
+            if let Some(why) = broken {
+                return Err(why);
+            }
             n_done += window.len();
         }
     }

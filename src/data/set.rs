@@ -339,8 +339,7 @@ fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)], splits: 
             message += &format!("\n  It comes from: {source}");
         }
         message += &format!(
-            "\n  Put it below {}, or point data.root at the folder that holds it (the experiments of this project read \
-             POLYTASK_DATA)",
+            "\n  Put it below {}, or point data.root (in experiments of polytask: POLYTASK_DATA) at the folder that holds it",
             config.root.display()
         );
         problems.push(Problem::general(Severity::Error, message));

@@ -308,7 +308,8 @@ torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'newer.pt', _extra_files
     for (file, expected) in [
         ("foreign.pt", "no model that polytask exported"),
         ("newer.pt", "has format 99 (polytask \"9.0\"); this program reads 1"),
-        ("broken.pt", "is neither a run nor an exported model, or damaged"),
+        ("broken.pt", "broken.pt is damaged (libtorch: "),
+        ("repository/small/config.pbtxt", "is neither a run directory nor a model of `export --format torchscript`"),
     ] {
         let output = folder.polytask(&["evaluate", file]).assert().code(2).get_output().clone();
         assert!(String::from_utf8_lossy(&output.stderr).contains(expected), "{file}");

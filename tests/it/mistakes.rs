@@ -126,6 +126,13 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     assert_eq!(String::from_utf8(printed.stdout).unwrap(), text);
     assert!(!Path::new("/dev/stdout").is_file() || Path::new("/dev/stdout").is_symlink());
     assert!(failed(&folder, &["predict", "run", "--input", "."], 2).contains(". is a folder"));
+    // What is good before a broken line is printed; a file is whole or not there.
+    folder.file("in.txt", "play the rock\nplay\n{\"text\": }\nrock\n");
+    let printed = folder.polytask(&["predict", "run", "--input", "in.txt"]).assert().code(2).get_output().clone();
+    assert_eq!(String::from_utf8_lossy(&printed.stdout).lines().count(), 2);
+    assert!(String::from_utf8_lossy(&printed.stderr).contains("in.txt:3: not JSON"));
+    assert!(failed(&folder, &["predict", "run", "--input", "in.txt", "--output", "new"], 2).contains("in.txt:3"));
+    assert!(!exists(&folder, "new"));
     // Damage that leaves the file's form whole.
     let path = folder.path().join("run/checkpoints/best.safetensors");
     let mut content = std::fs::read(&path).unwrap();
