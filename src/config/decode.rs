@@ -6,29 +6,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
-use super::source::{Layer, join};
+use super::keys::{join, tag_key};
+use super::source::Layer;
 use crate::problem::{Place, Problem, Severity};
-
-/// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
-const TAGGED: [(&str, &str); 8] = [
-    ("tasks.*", "type"),
-    ("tokenizer", "model"),
-    ("model.embedding.characters", "kind"),
-    ("weighting", "strategy"),
-    ("study.strategies.*", "strategy"),
-    ("training.optimizer", "kind"),
-    ("training.schedule", "kind"),
-    ("training.sampling", "strategy"),
-];
-
-/// The key that names the kind of the mapping at `path`, if that has one.
-pub fn tag_key(path: &str) -> Option<&'static str> {
-    let fits = |pattern: &str| match pattern.strip_suffix(".*") {
-        Some(parent) => path.rsplit_once('.').is_some_and(|(before, _)| before == parent),
-        None => path == pattern,
-    };
-    TAGGED.iter().find(|(pattern, _)| fits(pattern)).map(|(_, key)| *key)
-}
 
 /// `{strategy: gradnorm, alpha: 1}` becomes `{gradnorm: {alpha: 1}}`, which serde reads with the path of every error; and so
 /// does `gradnorm` alone. A mapping that names no kind is of that in `defaults`, if it has one there.

@@ -2,6 +2,7 @@
 
 mod check;
 mod decode;
+mod keys;
 pub mod schema;
 mod source;
 mod study;

@@ -4,7 +4,7 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use super::Experiment;
-use super::decode::tag_key;
+use super::keys::tag_key;
 
 /// The JSON Schema (draft 7, which editors read) of experiment files. It has no subschemas by reference.
 ///

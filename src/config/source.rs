@@ -7,7 +7,7 @@ use anyhow::Result;
 use saphyr_parser::{Event, Parser};
 use serde_json::{Map, Value};
 
-use super::decode::tag_key;
+use super::keys::{join, tag_key};
 use crate::problem::{InvalidInput, Place, Problem, invalid};
 use crate::run::atomic::folder_of;
 
@@ -99,11 +99,6 @@ fn plain(message: &str) -> String {
         Some((key, after)) => format!("{key}{} is too large a number", after.split('`').next().unwrap_or(after)),
         None => message.to_owned(),
     }
-}
-
-/// The dotted path of `key` within `parent`.
-pub fn join(parent: &str, key: &str) -> String {
-    if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") }
 }
 
 /// YAML as JSON: keys become texts, and numbers must be finite. An error has the path of what is wrong.

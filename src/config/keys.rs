@@ -1,0 +1,27 @@
+//! Dotted paths of keys, `tasks.topic.type`, and which mappings name their kind by a key.
+
+/// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
+const TAGGED: [(&str, &str); 8] = [
+    ("tasks.*", "type"),
+    ("tokenizer", "model"),
+    ("model.embedding.characters", "kind"),
+    ("weighting", "strategy"),
+    ("study.strategies.*", "strategy"),
+    ("training.optimizer", "kind"),
+    ("training.schedule", "kind"),
+    ("training.sampling", "strategy"),
+];
+
+/// The key that names the kind of the mapping at `path`, if that has one.
+pub fn tag_key(path: &str) -> Option<&'static str> {
+    let fits = |pattern: &str| match pattern.strip_suffix(".*") {
+        Some(parent) => path.rsplit_once('.').is_some_and(|(before, _)| before == parent),
+        None => path == pattern,
+    };
+    TAGGED.iter().find(|(pattern, _)| fits(pattern)).map(|(_, key)| *key)
+}
+
+/// The dotted path of `key` within `parent`.
+pub fn join(parent: &str, key: &str) -> String {
+    if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") }
+}
