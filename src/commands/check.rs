@@ -202,23 +202,33 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Sentences of dev and test that stand in an earlier split of the same set too.
+/// Sentences of dev and test that stand in an earlier split of the same set too, or in train of another: there the trunk learns
+/// them with other labels.
 fn duplicates(corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for set in &corpus.sets {
-        let mut seen: HashMap<String, (Split, usize)> = HashMap::new();
-        for split in Split::ALL {
-            let rows = &set.splits[split as usize];
+    let rows_of = |set: usize, split: Split| &corpus.sets[set].splits[split as usize];
+    // Where each sentence stands first, by set.
+    let mut seen: HashMap<String, Vec<(usize, Split, usize)>> = HashMap::new();
+    for split in Split::ALL {
+        for (set, loaded) in corpus.sets.iter().enumerate() {
+            let rows = rows_of(set, split);
             for row in 0..rows.len() {
-                match seen.get(&rows.text_of(row)) {
-                    Some(&(before, other)) if before != split => {
-                        let place = set.splits[before as usize].place(other);
-                        let message =
-                            format!("this sentence of {} stands in {} too ({place})", split.name(), before.name());
-                        problems.push(Problem::warning(rows.place(row), message));
-                    }
-                    Some(_) => {}
-                    None => drop(seen.insert(rows.text_of(row), (split, row))),
+                let known = seen.entry(rows.text_of(row)).or_default();
+                let own = known.iter().find(|(other, ..)| *other == set);
+                let earlier = own.or_else(|| known.iter().find(|(_, before, _)| *before == Split::Train));
+                if let Some(&(other, before, at)) = earlier.filter(|(_, before, _)| *before != split) {
+                    let (split, place) = (split.name(), rows_of(other, before).place(at));
+                    let message = match other == set {
+                        true => format!("this sentence of {split} stands in {} too ({place})", before.name()),
+                        false => {
+                            let (name, other) = (&loaded.name, &corpus.sets[other].name);
+                            format!("this sentence of `{name}`'s {split} stands in train of `{other}` ({place})")
+                        }
+                    };
+                    problems.push(Problem::warning(rows.place(row), message));
+                }
+                if own.is_none() {
+                    known.push((set, split, row));
                 }
             }
         }

@@ -45,7 +45,7 @@ pub enum Command {
     Bench(BenchArgs),
     /// List every key that an experiment file may have
     Options(OptionsArgs),
-    /// Check the mathematics of loss weighting on this machine's device
+    /// Check on this machine's device the mathematics of loss weighting, and that an experiment resumes to the same weights
     Selftest(SelftestArgs),
 }
 
@@ -267,6 +267,14 @@ pub struct OptionsArgs {
 
 #[derive(Args)]
 pub struct SelftestArgs {
+    /// An experiment file: its first steps must give the same weights each time, with a stop in between too
+    pub experiment: Option<PathBuf>,
+    /// Change a value of the experiment, as in --set model.trunk.hidden=128
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "experiment")]
+    pub overrides: Vec<String>,
+    /// So many steps
+    #[arg(long, value_name = "N", default_value = "20", requires = "experiment", value_parser = clap::value_parser!(u16).range(2..))]
+    pub steps: u16,
     #[command(flatten)]
     pub machine: Machine,
 }

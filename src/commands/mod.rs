@@ -14,6 +14,7 @@ mod predict;
 pub mod prepare;
 mod progress;
 mod rehearsal;
+mod reproduce;
 mod selftest;
 mod study;
 mod table;

@@ -23,7 +23,8 @@ pub struct Rehearsal {
     pub train: DeviceSet,
     pub device: Device,
     tokenizer: Tokenizer,
-    nowhere: RunDirectory,
+    /// Nowhere, unless one is given.
+    pub run: RunDirectory,
 }
 
 impl Rehearsal {
@@ -41,8 +42,8 @@ impl Rehearsal {
         let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
         let (n, seconds) = (super::table::count(train.set.len()), started.elapsed().as_secs_f64());
         log::info!("{n} training sentences read and encoded in {seconds:.1} s");
-        let nowhere = RunDirectory { path: std::path::PathBuf::new() };
-        Ok(Rehearsal { experiment, tasks, model, train, device, tokenizer, nowhere })
+        let run = RunDirectory { path: std::path::PathBuf::new() };
+        Ok(Rehearsal { experiment, tasks, model, train, device, tokenizer, run })
     }
 
     pub fn sampler(&self) -> Sampler {
@@ -61,7 +62,7 @@ impl Rehearsal {
             model: &self.model,
             train: &self.train,
             dev: &self.train,
-            run: &self.nowhere,
+            run: &self.run,
         }
         .trainer()
     }

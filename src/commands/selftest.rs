@@ -1,11 +1,12 @@
-//! `polytask selftest`: what has to hold of loss weighting, checked on the user's own device.
+//! `polytask selftest`: what has to hold of loss weighting, and of an experiment's steps, checked on the user's own device.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::cli::SelftestArgs;
-use super::{End, prepare, say};
+use super::{End, prepare, reproduce, say};
+use crate::config::Experiment;
 use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
 use crate::libtorch::Draws;
 use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared, Vocabulary};
@@ -24,19 +25,28 @@ const GRADIENT_CHECKS: [golden::Check; 3] = [
 ];
 
 pub fn run(args: &SelftestArgs) -> Result<End> {
+    let experiment = args.experiment.as_deref().map(|path| Experiment::load(path, &args.overrides)).transpose()?;
     let (device, _) = prepare::machine(&args.machine)?;
     say(format!("on {}", prepare::device_name(device)))?;
-    let mut failed = 0;
-    for (name, check) in golden::CHECKS.iter().chain(&GRADIENT_CHECKS) {
-        match check(device) {
-            Ok(()) => say(format!("held    {name}"))?,
+    let (mut n, mut failed) = (0, 0);
+    let mut tell = |name: &str, outcome: Result<()>| {
+        n += 1;
+        match outcome {
+            Ok(()) => say(format!("held    {name}")),
             Err(error) => {
                 failed += 1;
-                say(format!("FAILED  {name}\n        {error:#}"))?;
+                say(format!("FAILED  {name}\n        {error:#}"))
             }
         }
+    };
+    for (name, check) in golden::CHECKS.iter().chain(&GRADIENT_CHECKS) {
+        tell(name, check(device))?;
     }
-    let n = golden::CHECKS.len() + GRADIENT_CHECKS.len();
+    if let Some(experiment) = experiment {
+        for (name, outcome) in reproduce::check(experiment, device, usize::from(args.steps))? {
+            tell(&name, outcome)?;
+        }
+    }
     if failed > 0 {
         bail!("{failed} of {n} checks failed on {}", prepare::device_name(device));
     }

@@ -239,6 +239,23 @@ fn the_mathematics_of_weighting_hold_on_this_device() {
     assert!(text.contains("checks held") && !text.contains("FAILED"), "{text}");
 }
 
+#[test]
+fn a_selftest_of_an_experiment_takes_its_steps_again_and_apart() {
+    let folder = small();
+    let command = ["selftest", "small.yaml", "--device", "cpu", "--set", "weighting=gradnorm"];
+    let output = folder.polytask(&command).assert().success().get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "held    20 steps of the experiment give the same weights each time, bit for bit",
+        "held    10 steps, a stop, and 10 more give the weights of 20, bit for bit",
+        "all 14 checks held",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    assert!(!folder.path().join("runs").exists());
+    assert!(stderr(&folder, &["selftest", "--steps", "4"], 2).contains("<EXPERIMENT>"));
+}
+
 /// A run in `out` that has begun to train.
 fn training(folder: &Folder, more: &[&str]) -> Child {
     let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
@@ -355,6 +372,21 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     ] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
     }
+    // Sets of other tasks teach the trunk the same sentences.
+    folder.file("others.jsonl", "{\"tokens\": [\"new\"], \"slots\": [\"O\"]}\n");
+    let two = SMALL
+        .replace("tasks:", "    other: {format: jsonl, tokens: tokens, train: others.jsonl, dev: others.jsonl}\ntasks:")
+        .replace("slots: {type: tagging, set: toy", "slots: {type: tagging, set: other");
+    folder.file("two.yaml", two);
+    let output = folder.polytask(&["check", "two.yaml", "--all"]).assert().code(0).get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("this sentence of `toy`'s dev")).collect();
+    let across = |line: &str| {
+        line.contains("dev.jsonl:31: ")
+            && line.contains("stands in train of `other`")
+            && line.contains("others.jsonl:1)")
+    };
+    assert!(matches!(lines.as_slice(), [line] if across(line)), "{text}");
 }
 
 #[test]

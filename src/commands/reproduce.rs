@@ -1,0 +1,130 @@
+//! Whether an experiment's steps on a device come to the same weights each time, also across a stop and a resume.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Result, ensure};
+use tch::{Device, Tensor};
+use tempfile::TempDir;
+
+use super::rehearsal::Rehearsal;
+use crate::config::Experiment;
+use crate::evaluate::Report;
+use crate::run::RunDirectory;
+use crate::run::checkpoint::{self, Checkpoint};
+use crate::train::{Observer, State, TrainingConfig};
+
+/// Takes `n_steps` steps, the same again, and the same with a stop in the middle; what was checked, and how it went.
+///
+/// On the CPU nothing may differ. The kernels of a GPU may add in another order each time, and a stop must not add to that.
+pub fn check(experiment: Experiment, device: Device, n_steps: usize) -> Result<Vec<(String, Result<()>)>> {
+    let mut course = Course::new(Rehearsal::new(experiment, device)?, n_steps)?;
+    let (half, rest) = (n_steps / 2, n_steps - n_steps / 2);
+    let once = course.take("once", n_steps)?;
+    let twice = difference(&once, &course.take("twice", n_steps)?);
+    course.take("apart", half)?;
+    let apart = difference(&once, &course.take("apart", rest)?);
+    let on_cpu = device == Device::Cpu;
+    let within = |difference: f64, most: f64| {
+        ensure!(difference <= most, "a number differs by {difference:.1e} of the largest of its tensor");
+        Ok(())
+    };
+    let exactly = |difference: f64| if on_cpu || difference == 0.0 { ", bit for bit" } else { " but for rounding" };
+    Ok(vec![
+        (
+            format!("{n_steps} steps of the experiment give the same weights each time{}", exactly(twice)),
+            within(twice, if on_cpu { 0.0 } else { 1e-2 }),
+        ),
+        (
+            format!("{half} steps, a stop, and {rest} more give the weights of {n_steps}{}", exactly(apart)),
+            within(apart, if on_cpu { 0.0 } else { 10.0 * twice }),
+        ),
+    ])
+}
+
+/// A training that can be taken from its start any number of times.
+struct Course {
+    rehearsal: Rehearsal,
+    config: TrainingConfig,
+    /// The weights at the start.
+    first: BTreeMap<String, Tensor>,
+    folder: TempDir,
+}
+
+impl Course {
+    fn new(rehearsal: Rehearsal, n_steps: usize) -> Result<Course> {
+        let mut config = rehearsal.experiment.training.clone();
+        // One more than is taken: every stop is one on the way.
+        config.max_steps = Some(n_steps + 1);
+        config.early_stopping.patience_epochs = None;
+        let first = rehearsal.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach().copy()));
+        Ok(Course { first: first.collect(), rehearsal, config, folder: tempfile::tempdir()? })
+    }
+
+    /// Takes steps of the run of this name, from where it stands, with everything made anew.
+    fn take(&mut self, name: &str, n_steps: usize) -> Result<Checkpoint> {
+        let run = RunDirectory { path: self.folder.path().join(name) };
+        let last = run.checkpoint("last");
+        let goes_on = last.exists();
+        std::fs::create_dir_all(run.file("checkpoints"))?;
+        self.rehearsal.run = run;
+        let first = self.first.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        self.rehearsal.model.parameters.load(first.collect())?;
+        let mut trainer = self.rehearsal.trainer(&self.config, &self.rehearsal.experiment.weighting);
+        let state = if goes_on { trainer.resume()? } else { State::new(self.rehearsal.tasks.len()) };
+        let stop = AtomicBool::new(n_steps == 1);
+        trainer.train(state, &mut StopAfter { n_left: n_steps, stop: &stop }, &stop)?;
+        checkpoint::load(&last)
+    }
+}
+
+/// Stops a training after so many steps.
+struct StopAfter<'a> {
+    n_left: usize,
+    stop: &'a AtomicBool,
+}
+
+impl Observer for StopAfter<'_> {
+    fn epoch_started(&mut self, _: usize, _: usize, _: usize) {}
+
+    fn step_taken(&mut self, _: i64, _: Option<&[Option<f64>]>) {
+        self.n_left = self.n_left.saturating_sub(1);
+        // It is looked at within the step that comes next.
+        self.stop.store(self.n_left <= 1, Ordering::Relaxed);
+    }
+
+    fn epoch_ended(&mut self, _: usize, _: &[Option<f64>], _: &Report, _: bool) {}
+}
+
+/// The largest difference in weights and the optimizer's moments, relative to the largest number of the tensor.
+fn difference(a: &Checkpoint, b: &Checkpoint) -> f64 {
+    let of = |a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>| -> f64 {
+        let one = |(name, a): (&String, &Tensor)| match b.get(name) {
+            Some(b) if a.equal(b) => 0.0,
+            Some(b) => (a - b).abs().max().double_value(&[]) / a.abs().max().double_value(&[]),
+            None => f64::INFINITY,
+        };
+        a.iter().map(one).fold(0.0, f64::max)
+    };
+    of(&a.model, &b.model).max(of(&a.optimizer, &b.optimizer))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    #[test]
+    fn the_largest_difference_counts_and_what_is_missing_is_infinite() {
+        let of = |weight: f32, moment: Option<f32>| {
+            let named = |value: f32| BTreeMap::from([("a".to_owned(), Tensor::from_slice(&[4.0, value]))]);
+            Checkpoint { model: named(weight), optimizer: moment.map(named).unwrap_or_default(), state: Value::Null }
+        };
+        let first = of(1.0, Some(2.0));
+        assert_eq!(difference(&first, &of(1.0, Some(2.0))), 0.0);
+        assert_eq!(difference(&first, &of(1.5, Some(2.0))), 0.125);
+        assert_eq!(difference(&first, &of(1.0, Some(3.0))), 0.25);
+        assert_eq!(difference(&first, &of(1.0, None)), f64::INFINITY);
+    }
+}
