@@ -272,7 +272,7 @@ pub struct SelftestArgs {
     /// Change a value of the experiment, as in --set model.trunk.hidden=128
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "experiment")]
     pub overrides: Vec<String>,
-    /// So many steps
+    /// Steps to take
     #[arg(long, value_name = "N", default_value = "20", requires = "experiment", value_parser = clap::value_parser!(u16).range(2..))]
     pub steps: u16,
     #[command(flatten)]
