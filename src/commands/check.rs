@@ -180,14 +180,14 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
             used
         };
         let [train, dev, test] = Split::ALL.map(used);
-        if train.is_empty() {
-            continue; // Said as an error, where labels are missing and not only spans.
+        if corpus.columns_of(TaskId(i)).all(|(set, _)| set.splits[Split::Train as usize].is_empty()) {
+            continue; // Said as an error.
         }
         let odd = |message: String| Problem::general(Severity::Warning, message);
         if train.len() == 1 && !head.kind().has_spans() {
             problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
         }
-        if dev.is_empty() {
+        if dev.is_empty() && !train.is_empty() {
             problems.push(odd(format!(
                 "`{name}`: dev has no label of it, so that it does not help to choose a checkpoint"
             )));
@@ -214,9 +214,10 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
             let rows = rows_of(set, split);
             for row in 0..rows.len() {
                 let known = seen.entry(rows.text_of(row)).or_default();
-                let own = known.iter().find(|(other, ..)| *other == set);
-                let earlier = own.or_else(|| known.iter().find(|(_, before, _)| *before == Split::Train));
-                if let Some(&(other, before, at)) = earlier.filter(|(_, before, _)| *before != split) {
+                // What training sees is the worst, of this set or another.
+                let earlier = known.iter().filter(|(other, before, _)| *other == set || *before == Split::Train);
+                let worst = earlier.min_by_key(|(other, before, _)| (*before, *other != set));
+                if let Some(&(other, before, at)) = worst.filter(|(_, before, _)| *before != split) {
                     let (split, place) = (split.name(), rows_of(other, before).place(at));
                     let message = match other == set {
                         true => format!("this sentence of {split} stands in {} too ({place})", before.name()),
@@ -227,7 +228,7 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
                     };
                     problems.push(Problem::warning(rows.place(row), message));
                 }
-                if own.is_none() {
+                if known.iter().all(|(other, ..)| *other != set) {
                     known.push((set, split, row));
                 }
             }

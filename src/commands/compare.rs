@@ -14,16 +14,14 @@ use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Run, RunTask, compare};
 use crate::config::Experiment;
-use crate::data::Split;
-use crate::model::HeadConfig;
 use crate::problem::invalid;
 use crate::run::RunDirectory;
 
 /// A run with its place, for its curves.
 struct Found {
     run: Run,
-    /// What each task is scored on.
-    scored_on: Vec<String>,
+    /// What the rows are known by that each task is scored on, if the run says so.
+    scored_on: Vec<Option<String>>,
     path: PathBuf,
     /// The study's folder, or the experiment's name.
     source: String,
@@ -110,15 +108,12 @@ fn warn_of_other_data(found: &[Found]) {
     let mut first: BTreeMap<&str, (&str, &Path)> = BTreeMap::new();
     let mut told = BTreeSet::new();
     for found in found {
-        for (task, data) in found.run.tasks.iter().zip(&found.scored_on) {
-            let (before, run) = *first.entry(&task.name).or_insert((data, &found.path));
-            if before != data && told.insert(&task.name) {
-                log::warn!(
-                    "{}: not the same rows everywhere: {before} in {}, {data} in {}",
-                    task.name,
-                    run.display(),
-                    found.path.display()
-                );
+        for (RunTask { name, .. }, rows) in found.run.tasks.iter().zip(&found.scored_on) {
+            let Some(rows) = rows else { continue };
+            let (before, run) = *first.entry(name).or_insert((rows, &found.path));
+            if before != rows && told.insert(name) {
+                let (run, other) = (run.display(), found.path.display());
+                log::warn!("`{name}` is not scored on the same rows in {run} and {other}: do not compare them");
             }
         }
     }
@@ -161,9 +156,9 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         [only] => format!("only-{}", only.name),
         _ => strategy,
     };
-    let scored_on = |(i, head): (usize, &HeadConfig)| {
-        let split = if finished.score("test", i).is_some() { Split::Test } else { Split::Dev };
-        format!("{} ({})", experiment.data.source_of(head.sets(), split), split.name())
+    let scored_on = |i: usize| {
+        let split = if finished.score("test", i).is_some() { "test" } else { "dev" };
+        finished.rows.get(split)?.get(i).cloned()
     };
     let run = Run {
         label: label.map_or(own, str::to_owned),
@@ -176,7 +171,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     };
     Ok(Found {
         run,
-        scored_on: experiment.tasks.values().enumerate().map(scored_on).collect(),
+        scored_on: (0..experiment.tasks.len()).map(scored_on).collect(),
         path: directory.path.clone(),
         source: experiment.name,
     })

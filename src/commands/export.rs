@@ -19,7 +19,7 @@ use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
 use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
 use crate::problem::invalid;
-use crate::run::atomic;
+use crate::run::{atomic, checkpoint};
 use crate::task::{Task, TaskKind};
 
 /// A new number where an older program could not read the file.
@@ -215,7 +215,7 @@ impl Content<'_> {
     fn onnx(&self, file: &Path) -> Result<()> {
         let trained = self.trained;
         let graph = trained.model.onnx(&trained.tasks, self.dev.set.first_tokens.is_some());
-        Ok(std::fs::write(file, graph.into_bytes(&self.files()?))?)
+        atomic::write(file, &graph.into_bytes(&self.files()?))
     }
 
     /// Weights under PyTorch's names, tokenizer and configuration in a folder.
@@ -226,7 +226,7 @@ impl Content<'_> {
         let weights: Vec<(&str, Tensor)> =
             weights.map(|(name, tensor)| (name, tensor.detach().to_kind(kind).contiguous())).collect();
         let file = folder.join("model.safetensors");
-        Tensor::write_safetensors(&weights, &file)?;
+        checkpoint::write_plain(&file, &weights)?;
         let back = Tensor::read_safetensors(&file)?;
         for (name, tensor) in &weights {
             let same = back.iter().any(|(found, value)| found == name && value == tensor);
@@ -345,8 +345,9 @@ pub struct Exported {
 pub fn open(path: &Path) -> Result<Exported> {
     let name = path.display();
     let mut start = [0; 2];
-    let is_zip = File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && start == *b"PK";
-    if !is_zip {
+    let mut file = File::open(path).map_err(|error| invalid(format!("{name}: {error}")))?;
+    // TorchScript is a zip file.
+    if file.read_exact(&mut start).is_err() || start != *b"PK" {
         let message = "is neither a run directory nor a model of `export --format torchscript`";
         return Err(invalid(format!("{name} {message}")));
     }

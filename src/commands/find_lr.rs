@@ -21,7 +21,7 @@ use crate::train::{Pending, State, Step, TrainingConfig};
 /// The test ends when the loss is so many times its lowest.
 const DIVERGED: f64 = 4.0;
 
-/// A loss whose lowest is not below this part of its first did not fall, but by chance.
+/// A loss whose lowest is not below this part of its first may have fallen by chance.
 const FELL: f64 = 0.9;
 
 /// A step's learning rate and the sum of the tasks' smoothed losses.
@@ -55,7 +55,7 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
         Some(rate) => {
             say(format!("the loss falls fastest at {rate:.1e}: training.optimizer.learning_rate of that size"))?
         }
-        None => say("the loss did not fall: try a lower --from, or more --steps")?,
+        None => say("the loss did not fall by a tenth: try a wider range (--from, --to), or more --steps")?,
     }
     if let Some(path) = &args.html {
         log::info!("the curve is in {}", path.display());

@@ -20,6 +20,9 @@ pub struct Finished {
     pub training_secs: f64,
     /// By name: `dev` and, where there is one, `test`.
     pub splits: IndexMap<String, Report>,
+    /// What the splits' rows are known by, for each task ([`crate::data::Corpus::fingerprint`]).
+    #[serde(default)]
+    pub rows: IndexMap<String, Vec<String>>,
 }
 
 impl Finished {

@@ -250,11 +250,13 @@ fn report(
 ) -> Result<()> {
     let best = checkpoint::load(&run.checkpoint("best"))?;
     model.parameters.load(best.model)?;
-    let mut splits = IndexMap::new();
+    let (mut splits, mut rows) = (IndexMap::new(), IndexMap::new());
     for split in [Split::Dev, Split::Test] {
         let data = prepare::encoded(corpus, split, tokenizer, tasks, device)?;
         if !data.set.is_empty() {
             splits.insert(split.name().to_owned(), evaluate(model, &data, tasks)?);
+            let known_by = (0..tasks.len()).map(|i| corpus.fingerprint(TaskId(i), split)).collect();
+            rows.insert(split.name().to_owned(), known_by);
         }
     }
     let of_best = |key: &str| best.state[key].as_u64().with_context(|| format!("the best checkpoint has no {key}"));
@@ -265,6 +267,7 @@ fn report(
         parameters: model.parameters.count() as u64,
         training_secs: seconds,
         splits,
+        rows,
     };
     finished.write(run)?;
     log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", finished.epoch);

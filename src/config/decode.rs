@@ -149,7 +149,12 @@ pub fn decode<T: DeserializeOwned + Serialize>(
             raw.truncate(raw.len() - usize::from(raw.len() > shown.len()));
         } else {
             let path = shown.join(".");
-            report(layer, problems, &path, format!("{path}: {}", plain(&message)));
+            let message = match shown.iter().find(|key| key.contains('.')) {
+                // What names a kind was not seen to, behind such a key.
+                Some(key) if message.contains("map with a single key") => format!("`{key}`: names here have no dots"),
+                _ => plain(&message, tag_key(&path).is_some()),
+            };
+            report(layer, problems, &path, format!("{path}: {message}"));
         }
         removed.push(shown.join("."));
         if !remove(&mut value, &raw) {
@@ -217,7 +222,10 @@ pub fn suggestion(name: &str, known: &[&str]) -> String {
 }
 
 /// serde's words in the user's.
-fn plain(message: &str) -> String {
+fn plain(message: &str, has_kinds: bool) -> String {
+    if message.starts_with("invalid length") {
+        return "expected a mapping of keys to values, found a list".to_owned();
+    }
     let Some((found, expected)) = message.split_once(", expected ") else { return message.to_owned() };
     let found = found.trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
     let found = found
@@ -236,9 +244,8 @@ fn plain(message: &str) -> String {
         "a" if expected.starts_with("a map") => "a mapping",
         "a" if expected.starts_with("a sequence") => "a list",
         "struct" => "a mapping of keys to values",
-        "string" if expected == "string or map" => "a name or a mapping",
-        // What names a kind was made one, unless dots in the name hid it.
-        "map" if expected == "map with a single key" => return "names here have no dots".to_owned(),
+        "string" | "map" if has_kinds => "a name or a mapping",
+        "string" | "map" => "a name",
         _ => expected,
     };
     format!("expected {expected}, found {found}")

@@ -257,13 +257,26 @@ training:
                 with("study: {seeds: [1], strategies: {dwa: [3]}}"),
                 "e.yaml:14: study.strategies.dwa: expected a name or".into(),
             ),
+            (
+                GOOD.replace("decoder: crf", "decoder: [crf]"),
+                "e.yaml:11: tasks.slots.decoder: expected a name, found".into(),
+            ),
+            (
+                with("study: {seeds: [1], strategies: {a: {strategy: dwa, temperature: {}}}}"),
+                "temperature: expected a number".into(),
+            ),
+            (with("model: {trunk: []}"), format!("e.yaml:14: model.trunk: {list}")),
             (with("weighting: [a]"), "e.yaml:14: weighting: expected a name or a mapping, found a list".into()),
             (with("name: b"), "e.yaml:14: name stands in line 1 already".into()),
             (with("model: {trunk: {layers: 1, layers: 2}}"), "e.yaml:14: model.trunk.layers stands in line 14".into()),
+            (with("'data.root': a\nseed: 1\nseed: 2"), "e.yaml:16: seed stands in line 15 already".into()),
             (with("seed: 99999999999999999999999"), "e.yaml:14: seed: 99999999999999999999999 is too large".into()),
             (with("  clip_norm: .nan"), "e.yaml:14: training.clip_norm: .nan is not a finite number".into()),
             (with("  clip_norm: !a 3"), "e.yaml:14: training.clip_norm: YAML tags such as !a".into()),
-            (GOOD.replace("  intent:", "  in.tent:"), "e.yaml:10: tasks.in.tent: names here have no dots".into()),
+            (
+                GOOD.replace("  intent:", "  in.tent:"),
+                "e.yaml:10: tasks.in.tent: `in.tent`: names here have no dots".into(),
+            ),
         ] {
             check_error(&text, &[&expected]);
         }

@@ -65,7 +65,10 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
         (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
     })?;
     let line_of = |key: &str| places.get(key).map_or(0, |place| place.line);
-    let mut value = to_json(yaml, "").map_err(|(key, message)| fail(line_of(&key), format!("{key}: {message}")))?;
+    let mut value = to_json(yaml, "").map_err(|(key, message)| {
+        let line = line_of(&key);
+        fail(line, if key.is_empty() { message } else { format!("{key}: {message}") })
+    })?;
     let Value::Object(object) = &mut value else {
         return Err(fail(1, "an experiment is a mapping of keys to values".to_owned()).into());
     };
@@ -143,9 +146,9 @@ type Twice = (String, usize, usize);
 /// The line of every key and list item, by dotted path, and the first key that stands twice. The text is parsed besides, so
 /// errors end the walk only.
 fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
-    /// An open mapping (with the key whose value comes next) or list (with the number of the next item).
+    /// An open mapping (with the key whose value comes next, and the lines of all) or list (with the number of the next item).
     enum Open {
-        Mapping(Option<String>),
+        Mapping(Option<String>, BTreeMap<String, usize>),
         List(usize),
     }
     let mut found = BTreeMap::from([(String::new(), Place::new(file, 1))]);
@@ -153,19 +156,20 @@ fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
     let mut open: Vec<(String, Open)> = Vec::new();
     for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
         let line = span.start.line();
-        if let (Some((parent, Open::Mapping(key @ None))), Event::Scalar(name, ..)) = (open.last_mut(), &event) {
+        if let (Some((parent, Open::Mapping(key @ None, lines))), Event::Scalar(name, ..)) = (open.last_mut(), &event) {
             let path = join(parent, name);
             *key = Some(name.to_string());
-            if let Some(first) = found.insert(path.clone(), Place::new(file, line)) {
-                twice.get_or_insert((path, first.line, line));
+            if let Some(first) = lines.insert(name.to_string(), line) {
+                twice.get_or_insert((path.clone(), first, line));
             }
+            found.insert(path, Place::new(file, line));
             continue;
         }
         let starts =
             matches!(event, Event::Scalar(..) | Event::Alias(_) | Event::SequenceStart(..) | Event::MappingStart(..));
         let path = match open.last_mut() {
             _ if !starts => String::new(),
-            Some((parent, Open::Mapping(key))) => join(parent, &key.take().unwrap_or_default()),
+            Some((parent, Open::Mapping(key, _))) => join(parent, &key.take().unwrap_or_default()),
             Some((parent, Open::List(next))) => {
                 let path = join(parent, &next.to_string());
                 *next += 1;
@@ -175,7 +179,7 @@ fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
             None => String::new(),
         };
         match event {
-            Event::MappingStart(..) => open.push((path, Open::Mapping(None))),
+            Event::MappingStart(..) => open.push((path, Open::Mapping(None, BTreeMap::new()))),
             Event::SequenceStart(..) => open.push((path, Open::List(0))),
             Event::MappingEnd | Event::SequenceEnd => drop(open.pop()),
             _ => {}

@@ -11,7 +11,7 @@ use super::cache;
 use super::cuts::{cut, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
 use super::labels;
-use super::rows::{ABSENT, Rows, Wanted, WantedKind};
+use super::rows::{ABSENT, Column, Rows, Wanted, WantedKind};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
 use crate::rng::{Purpose, Seed};
@@ -33,25 +33,6 @@ pub struct DataConfig {
     /// Seed of that choice, apart from the experiment's. Default 0.
     #[serde(default)]
     pub train_fraction_seed: u64,
-}
-
-impl DataConfig {
-    /// What a split of the sets is read from, as a sentence may name it; equal where the rows are.
-    pub fn source_of(&self, sets: &[String], split: Split) -> String {
-        let of_set = |name: &String| {
-            let set = self.sets.get(name)?;
-            let paths = |paths: &Paths| {
-                paths.0.iter().map(|path| self.root.join(path).display().to_string()).collect::<Vec<_>>().join(", ")
-            };
-            match (split, set.dev_fraction) {
-                (Split::Test, _) => set.test.as_ref().map(paths),
-                (Split::Dev, None) => set.dev.as_ref().map(paths),
-                (Split::Dev, Some(share)) => Some(format!("{share} of {} (seed {})", paths(&set.train), set.dev_seed)),
-                (Split::Train, _) => Some(paths(&set.train)),
-            }
-        };
-        sets.iter().filter_map(of_set).collect::<Vec<_>>().join(", ")
-    }
 }
 
 fn one() -> f64 {
@@ -234,6 +215,28 @@ impl Corpus {
             let column = set.tasks.iter().position(|&known| known == task)?;
             Some((set, column))
         })
+    }
+
+    /// A fingerprint of the rows of a split that carry labels for a task: equal where sentences and labels are.
+    pub fn fingerprint(&self, task: TaskId, split: Split) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for (set, column) in self.columns_of(task) {
+            let rows = &set.splits[split as usize];
+            let Column { strings, values, .. } = &rows.columns[column];
+            for row in 0..rows.len() {
+                let labels = match set.wanted[column].kind {
+                    WantedKind::Class => Some(&values[row..=row]).filter(|value| value[0] != ABSENT),
+                    WantedKind::Tags(_) => rows.tags_of(column, row),
+                };
+                let Some(labels) = labels else { continue };
+                hasher.update(rows.text_of(row).as_bytes());
+                for &label in labels {
+                    hasher.update(b"\t").update(strings.get(label).as_bytes());
+                }
+                hasher.update(b"\n");
+            }
+        }
+        hasher.finalize().to_hex()[..16].to_owned()
     }
 }
 

@@ -223,7 +223,10 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
         Some(&[count, dim]) => {
             lines.remove(0);
             if count != lines.len() {
-                let message = format!("says {count} vectors, but the file has {}: is it whole?", lines.len());
+                let message = format!(
+                    "says {count} vectors, but the file has {}: fetch it again, or mend this line",
+                    lines.len()
+                );
                 return Err(error(1, &message).into());
             }
             dim
@@ -280,7 +283,10 @@ mod tests {
             assert_eq!(table.values, [1.0, 2.0, 3.0, 4.5]);
         }
         let error = text("3 2\nthe 1 2\nof 3 4.5").unwrap_err().to_string();
-        assert!(error.ends_with("v.txt:1: says 3 vectors, but the file has 2: is it whole?"), "{error}");
+        assert!(
+            error.ends_with("v.txt:1: says 3 vectors, but the file has 2: fetch it again, or mend this line"),
+            "{error}"
+        );
         let error = text("the 1 2\na 1 x\nb 1 2\nc nan 1\nd 2\n").unwrap_err().to_string();
         assert_eq!(error.lines().count(), 3, "{error}");
         assert!(error.contains("v.txt:2: expected a word and 2 numbers") && error.contains("v.txt:5"), "{error}");

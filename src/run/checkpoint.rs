@@ -50,6 +50,8 @@ impl View for &Bytes {
 fn bytes(tensor: &Tensor) -> Result<Bytes> {
     let (dtype, width) = match tensor.kind() {
         Kind::Float => (Dtype::F32, 4),
+        Kind::Half => (Dtype::F16, 2),
+        Kind::BFloat16 => (Dtype::BF16, 2),
         Kind::Int64 => (Dtype::I64, 8),
         other => bail!("tensors of {other:?} are not written"),
     };
@@ -70,6 +72,12 @@ pub fn save(path: &Path, model: &[(String, Tensor)], optimizer: &[(String, Tenso
     let metadata = HashMap::from([(STATE.to_owned(), state.to_string())]);
     let content = safetensors::serialize(&tensors, Some(metadata))?;
     atomic::write(path, &content)
+}
+
+/// Writes tensors under their names, for others to read.
+pub fn write_plain(path: &Path, tensors: &[(&str, Tensor)]) -> Result<()> {
+    let tensors = tensors.iter().map(|(name, tensor)| Ok((name, bytes(tensor)?)));
+    atomic::write(path, &safetensors::serialize(&tensors.collect::<Result<BTreeMap<_, _>>>()?, None)?)
 }
 
 /// Reads a checkpoint onto the CPU.

@@ -372,6 +372,10 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     ] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
     }
+    folder.file("none.jsonl", "{\"tokens\": [\"a\"], \"topic\": \"music\", \"slots\": [\"O\"]}\n".repeat(3));
+    let command = ["check", "small.yaml", "--set", "data.sets.toy.train=none.jsonl"];
+    let output = folder.polytask(&command).assert().code(0).get_output().clone();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("`slots`: label `thing` is in dev but never in train"));
     // Sets of other tasks teach the trunk the same sentences.
     folder.file("others.jsonl", "{\"tokens\": [\"new\"], \"slots\": [\"O\"]}\n");
     let two = SMALL

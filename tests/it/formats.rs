@@ -81,7 +81,7 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
         (vec!["a".into(), "#".into()], vec!["news".into(), "-".into()])
     );
     assert_eq!(messages(&problems)[0], "t.conll:8: 3 columns, but `columns:` names 2");
-    let text = "# topic = a\n# topic = b\nx O\n\n# topic = a\n# topic = a\n# more = a\n# more = b\ny O\n";
+    let text = "# topic = a\n# topic = b\nx O\n\n# topic = a\n# topic = a\n# topic =\n# more = a\n# more = b\ny O\n";
     folder.file("t.conll", text);
     let (corpus, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
     assert_eq!((sentences(&corpus), labels(&corpus, 0)), (vec!["y".into()], vec!["a".into()]));

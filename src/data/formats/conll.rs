@@ -93,9 +93,12 @@ impl<'a> Sentence<'a> {
             && !name.trim().contains(' ')
         {
             let (name, value) = (name.trim(), value.trim());
+            if value.is_empty() {
+                return;
+            }
             let wanted = |source: &Source| matches!(source, Source::Comment(wanted) if *wanted == name);
-            let before = self.comments.iter().find(|(known, _)| *known == name);
-            if let Some((_, other)) = before.filter(|(_, other)| *other != value && plan.sources.iter().any(wanted)) {
+            let other = self.comments.iter().find(|(known, other)| *known == name && *other != value);
+            if let Some((_, other)) = other.filter(|_| plan.sources.iter().any(wanted)) {
                 builder.error(number, format!("a second `{name}`, `{value}`, of a sentence that has `{other}`"));
                 self.broken = true;
             }
@@ -156,8 +159,8 @@ impl<'a> Sentence<'a> {
             let n_missing = tags.iter().filter(|tag| missing(tag)).count();
             fields.push(match source {
                 Source::Comment(name) => match sentence.comments.iter().find(|(known, _)| known == name) {
-                    Some((_, value)) if !value.is_empty() => Field::Class(value),
-                    _ => Field::Absent,
+                    Some((_, value)) => Field::Class(value),
+                    None => Field::Absent,
                 },
                 Source::Column(_) if n_missing == tags.len() => Field::Absent,
                 Source::Column(_) if n_missing > 0 => {

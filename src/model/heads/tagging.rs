@@ -11,7 +11,6 @@ use tch::{Kind, Tensor};
 
 use super::crf::Crf;
 use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
-use crate::data::labels::NO_LABEL;
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::dropout::{Masks, dropout};
@@ -140,8 +139,8 @@ impl Tagging {
     /// eq. 6): gold itself costs nothing.
     fn margin(&self, logits: &Tensor, labels: &Tensor) -> Tensor {
         let Some(outside) = self.task.labels.iter().position(|tag| tag == "O") else { return logits.shallow_clone() };
-        let missed = labels.ne(outside as i64).logical_and(&labels.ne(i64::from(NO_LABEL))); // [b, W]
-        let cost = (missed.to_kind(logits.kind()) * self.missed_cost).unsqueeze(-1);
+        // [b, W]; words without a label count nowhere.
+        let cost = (labels.ne(outside as i64).to_kind(logits.kind()) * self.missed_cost).unsqueeze(-1);
         let after = self.task.labels.len() - 1 - outside;
         logits + cost.constant_pad_nd([outside as i64, after as i64])
     }
@@ -252,19 +251,18 @@ mod tests {
             labels: Tensor::from_slice(&[0i64, 1, -1]).view([1, 3]),
             n_decisions: 2,
         };
-        let train = Mode::Train(Draws { seed: 1, first_row: 0 });
         // The first word is in a span and the second is not, so only the first's score of `O`, 1.0, rises.
-        let log_z = |scores: [f64; 3]| scores.iter().map(|score| score.exp()).sum::<f64>().ln();
-        let second = log_z([0.2, 0.1, 0.3]) - 0.1;
-        for (mode, outside) in [(train, 1.0 + 1.5), (Mode::Eval, 1.0)] {
-            let config = json!({"set": "s", "column": "c", "decoder": "softmax", "missed_cost": 1.5});
+        let raised = Tensor::from_slice(&[0.5f32, 2.5, -1.0, 0.2, 0.1, 0.3, 2.0, 0.0, 1.0]).view([1, 3, 3]);
+        let train = Mode::Train(Draws { seed: 1, first_row: 0 });
+        for decoder in ["softmax", "crf"] {
+            let config = json!({"set": "s", "column": "c", "decoder": decoder, "missed_cost": 1.5});
             let config: TaggingConfig = serde_json::from_value(config).unwrap();
             let mut parameters = Parameters::new(Device::Cpu);
-            let size = HeadSize { width: 2, hidden: 1, beside: 0 };
-            let head = Tagging::new(parameters.root(), &config, &task, size);
-            let expected = (log_z([0.5, outside, -1.0]) - 0.5 + second) / 2.0;
-            let loss = head.loss(&x, &targets, mode).double_value(&[]);
-            assert!((loss - expected).abs() < 1e-6, "{mode:?}: {loss} is not {expected}");
+            let head = Tagging::new(parameters.root(), &config, &task, HeadSize { width: 2, hidden: 1, beside: 0 });
+            let loss = |x: &Tensor, mode| head.loss(x, &targets, mode).double_value(&[]);
+            let (costly, free) = (loss(&x, train), loss(&x, Mode::Eval));
+            assert!((costly - loss(&raised, Mode::Eval)).abs() < 1e-6, "{decoder}: {costly}");
+            assert!(costly > free + 0.1, "{decoder}: {costly} is not above {free}");
         }
     }
 }
