@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
+use super::corpus::Corpus;
 use super::labels::{Labels, NO_LABEL};
 use super::rows::Strings;
-use super::set::{Corpus, Split};
+use super::set::Split;
 use super::tokenizer::{Pieces, Tokenizer};
 use crate::problem::{InvalidInput, Place};
 use crate::task::{Task, TaskId};

@@ -2,6 +2,7 @@
 
 mod batch;
 mod cache;
+mod corpus;
 mod cuts;
 mod encoded;
 mod formats;
@@ -14,10 +15,11 @@ pub mod vectors;
 pub mod words;
 
 pub use batch::{Batch, DeviceSet, Lengths, Targets};
+pub use corpus::{Corpus, LoadedSet, load};
 pub use encoded::{EncodedSet, TargetValues};
 pub use formats::Format;
 pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted, WantedKind};
 pub use sampler::{Sampler, SamplingConfig};
-pub use set::{Corpus, DataConfig, LoadedSet, Paths, SetConfig, Split, TaskColumn, load};
+pub use set::{DataConfig, Paths, SetConfig, Split, TaskColumn};
 pub use tokenizer::{FileConfig, PieceConfig, Tokenizer, TokenizerConfig, WordConfig};
 pub use vectors::VectorsConfig;
