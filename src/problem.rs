@@ -72,7 +72,7 @@ impl fmt::Display for InvalidInput {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for (i, problem) in self.0.iter().take(SHOWN).enumerate() {
             if i > 0 {
-                writeln!(f)?;
+                write!(f, "\nerror: ")?;
             }
             write!(f, "{problem}")?;
         }
@@ -84,6 +84,11 @@ impl fmt::Display for InvalidInput {
 }
 
 impl std::error::Error for InvalidInput {}
+
+/// `1 value`, `2 values`.
+pub fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
 
 /// An [`InvalidInput`] of one message without a place.
 pub fn invalid(message: impl Into<String>) -> anyhow::Error {

@@ -3,23 +3,26 @@
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
+use indexmap::IndexMap;
 
 use super::cli::CheckArgs;
 use super::table::{count, percent, table};
 use super::{End, prepare, say, transfer};
 use crate::config::Experiment;
-use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split, WantedKind};
-use crate::problem::{InvalidInput, Place, Problem, Severity};
+use crate::data::{ABSENT, Corpus, LoadedSet, Rows, Split};
+use crate::problem::{InvalidInput, Place, Problem, Severity, counted};
 use crate::task::{Tag, TaskId, TaskKind, spans_of};
 
 /// Of each kind of finding, so many are shown without --all.
-const SHOWN: usize = 10;
+const SHOWN: usize = 5;
 
 pub fn run(args: &CheckArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (corpus, mut problems) = prepare::corpus(&experiment)?;
     problems.extend(odd_labels(&experiment, &corpus));
     problems.extend(duplicates(&corpus));
+    problems.extend(contradictions(&experiment, &corpus));
+    problems.extend(words_apart(&corpus));
     say(sizes(&corpus))?;
     let wrong = |error: anyhow::Error| match error.downcast::<InvalidInput>() {
         Ok(InvalidInput(problems)) => problems,
@@ -37,20 +40,31 @@ pub fn run(args: &CheckArgs) -> Result<End> {
         say(label_counts(TaskId(i), name, head.kind(), &corpus))?;
     }
     for severity in [Severity::Error, Severity::Warning] {
-        let of_kind: Vec<&Problem> = problems.iter().filter(|problem| problem.severity == severity).collect();
         let name = if severity == Severity::Error { "error" } else { "warning" };
-        let shown = if args.all { of_kind.len() } else { SHOWN.min(of_kind.len()) };
-        for problem in &of_kind[..shown] {
-            say(format!("{name}: {problem}"))?;
+        let mut kinds: IndexMap<String, Vec<&Problem>> = IndexMap::new();
+        for problem in problems.iter().filter(|problem| problem.severity == severity) {
+            kinds.entry(kind(&problem.message)).or_default().push(problem);
         }
-        if shown < of_kind.len() {
-            say(format!("{name}: ... and {} more; --all lists them", of_kind.len() - shown))?;
+        for of_kind in kinds.values() {
+            let shown = if args.all { of_kind.len() } else { SHOWN.min(of_kind.len()) };
+            for problem in &of_kind[..shown] {
+                say(format!("{name}: {problem}"))?;
+            }
+            if shown < of_kind.len() {
+                say(format!("{name}: ... and {} more of this kind; --all lists them", of_kind.len() - shown))?;
+            }
         }
     }
     let n_errors = problems.iter().filter(|problem| problem.severity == Severity::Error).count();
-    let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     say(format!("{}, {}", counted(n_errors, "error"), counted(problems.len() - n_errors, "warning")))?;
     Ok(if n_errors == 0 { End::Done } else { End::Invalid })
+}
+
+/// What messages of one kind share: all but names, numbers and places.
+fn kind(message: &str) -> String {
+    let message = message.split('(').next().unwrap_or(message);
+    let outside_quotes = message.split('`').step_by(2);
+    outside_quotes.flat_map(str::chars).filter(|c| !c.is_ascii_digit()).collect()
 }
 
 /// Sentences, words and lengths of every split, and how many rows carry labels for which task.
@@ -82,10 +96,7 @@ fn sizes(corpus: &Corpus) -> comfy_table::Table {
 }
 
 fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
-    match set.wanted[column].kind {
-        WantedKind::Class => rows.columns[column].values.iter().filter(|&&value| value != ABSENT).count(),
-        WantedKind::Tags(_) => (0..rows.len()).filter(|&row| rows.tags_of(column, row).is_some()).count(),
-    }
+    (0..rows.len()).filter(|&row| set.labels_of(rows, column, row).is_some()).count()
 }
 
 /// Share of words that become unknown tokens in dev and test.
@@ -151,7 +162,11 @@ fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus) -> co
             }
         }
     }
-    let header = format!("{name}: {} {}", counts.len(), if kind.has_spans() { "types of span" } else { "labels" });
+    let n = counts.len();
+    let header = match kind.has_spans() {
+        true => format!("{name}: {} of span", counted(n, "type")),
+        false => format!("{name}: {}", counted(n, "label")),
+    };
     let mut out = table(&[&header, "train", "dev", "test"], 1);
     let mut rows: Vec<_> = counts.into_iter().collect();
     rows.sort_by(|a, b| b.1[0].cmp(&a.1[0]).then(a.0.cmp(b.0)));
@@ -184,6 +199,17 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
             continue; // Said as an error.
         }
         let odd = |message: String| Problem::general(Severity::Warning, message);
+        if train.is_empty() && head.kind().has_spans() {
+            problems.push(odd(format!("`{name}`: train has no span: there is nothing to find")));
+        }
+        let mut folded: BTreeMap<String, (&str, &Place)> = BTreeMap::new();
+        for (label, place) in &train {
+            let fold = label.to_lowercase().split_whitespace().collect();
+            if let Some((other, before)) = folded.insert(fold, (label, place)) {
+                let message = format!("`{name}`: labels `{other}` and `{label}` differ in case or white space alone");
+                problems.push(Problem::warning(before.max(place).clone(), message));
+            }
+        }
         if train.len() == 1 && !head.kind().has_spans() {
             problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
         }
@@ -231,6 +257,43 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
                 if known.iter().all(|(other, ..)| *other != set) {
                     known.push((set, split, row));
                 }
+            }
+        }
+    }
+    problems
+}
+
+/// Sentences that stand in train twice, with other labels.
+fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (i, name) in experiment.tasks.keys().enumerate() {
+        for (set, column) in corpus.columns_of(TaskId(i)) {
+            let rows = &set.splits[Split::Train as usize];
+            let mut seen: HashMap<&[u32], (usize, &[u32])> = HashMap::new();
+            for row in 0..rows.len() {
+                let Some(labels) = set.labels_of(rows, column, row) else { continue };
+                let (first, before) = *seen.entry(rows.words_of(row)).or_insert((row, labels));
+                if before != labels {
+                    let place = rows.place(first);
+                    let message = format!("`{name}`: this sentence has other labels than the same before ({place})");
+                    problems.push(Problem::warning(rows.place(row), message));
+                }
+            }
+        }
+    }
+    problems
+}
+
+/// Words that programs which cut text at white space, as those of exported models do, take for several.
+fn words_apart(corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for rows in Split::ALL.iter().flat_map(|&split| corpus.rows(split)) {
+        let apart: Vec<bool> = rows.words.iter().map(|word| word.contains(char::is_whitespace)).collect();
+        for row in 0..rows.len() {
+            if let Some(&word) = rows.words_of(row).iter().find(|&&word| apart[word as usize]) {
+                let message =
+                    format!("the word `{}` has white space in it: in use, text is cut there", rows.words.get(word));
+                problems.push(Problem::warning(rows.place(row), message));
             }
         }
     }

@@ -34,7 +34,7 @@ pub fn run(args: &CompareArgs) -> Result<End> {
 
 /// Prints the tables, or all of it as JSON, and writes the page where one is wished.
 pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
-    let page = html.map(output).transpose()?;
+    let page = html.map(|path| output(path, &[])).transpose()?;
     let found = find(paths)?;
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);

@@ -16,9 +16,14 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     let corpus = prepare::corpus_of(&trained.experiment, split)?;
     let data = prepare::encoded(&corpus, split, &trained.tokenizer, &trained.tasks, device)?;
     if data.set.is_empty() {
-        return Err(invalid(format!("the experiment has no {} split", split.name())));
+        let given = trained.experiment.data.sets.values().any(|set| set.paths(split, &Split::ALL).is_some());
+        let what = if given { "usable row in" } else { "split" };
+        return Err(invalid(format!("the experiment has no {what} {}", split.name())));
     }
     let report = evaluate(&trained.model, &data, &trained.tasks)?;
+    for task in report.tasks.iter().filter(|task| task.n_sentences == 0) {
+        log::warn!("`{}`: no row of {} has a label, so there is no score", task.name, split.name());
+    }
     if args.json {
         let content = json!({
             // An exported model says which one it was made of.

@@ -351,8 +351,11 @@ pub fn open(path: &Path) -> Result<Exported> {
         let message = "is neither a run directory nor a model of `export --format torchscript`";
         return Err(invalid(format!("{name} {message}")));
     }
-    let (module, files) =
-        ScriptModule::load(path, &FILES).map_err(|error| invalid(format!("{name} is damaged ({error})")))?;
+    let (module, files) = ScriptModule::load(path, &FILES).map_err(|error| {
+        // The rest of libtorch's words guess at how that came.
+        let why = error.to_string();
+        invalid(format!("{name} is damaged ({})", why.split(". ").next().unwrap_or(&why)))
+    })?;
     let about: Value = serde_json::from_str(&files[0])
         .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
     if about["format"] != FORMAT {

@@ -32,7 +32,7 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
         return Err(invalid("--from must be more than 0 and less than --to"));
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
-    let page = args.html.as_deref().map(output).transpose()?;
+    let page = args.html.as_deref().map(|path| output(path, &[&args.experiment])).transpose()?;
     let name = experiment.name.clone();
     let points = measure(args, experiment)?;
     let suggestion = suggestion(&points);

@@ -123,8 +123,13 @@ fn stop_flag(message: &'static str) -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// The file that a command writes its result to, before the work begins.
-fn output(path: &Path) -> Result<Partial> {
+/// The file that a command writes its result to, before the work begins; not one of those that it reads.
+fn output(path: &Path, read: &[&Path]) -> Result<Partial> {
+    let same =
+        |other: &&Path| path.canonicalize().is_ok_and(|path| other.canonicalize().is_ok_and(|other| path == other));
+    if path.is_file() && read.iter().any(same) {
+        return Err(invalid(format!("{} is what is read: name another file", path.display())));
+    }
     Partial::new(path).map_err(|error| invalid(format!("{} cannot be written: {error}", path.display())))
 }
 

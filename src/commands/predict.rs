@@ -42,8 +42,9 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         Some(path) => Box::new(File::open(path).map_err(|error| invalid(format!("{}: {error}", path.display())))?),
     };
     let stop = stop_flag("stopping after this batch")?;
+    let read: Vec<&Path> = args.input.as_deref().into_iter().chain([args.run.as_path()]).collect();
     // A file appears whole under its name, or not at all.
-    let mut file = args.output.as_deref().map(output).transpose()?;
+    let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     {

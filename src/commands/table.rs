@@ -56,6 +56,11 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
     }
     if splits.iter().any(|(_, report)| report.sentence_accuracy.is_some()) {
         add("all", "sentence accuracy", &|report| report.sentence_accuracy.map(percent));
+        // Sentences that have labels of one task alone say nothing of all.
+        let partly = |report: &Report| report.tasks.iter().any(|task| task.n_sentences > report.n_joint);
+        if splits.iter().any(|(_, report)| partly(report)) {
+            add("", "of sentences with labels of 2 tasks", &|report| Some(count(report.n_joint)));
+        }
     }
     table
 }

@@ -97,6 +97,12 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
 /// serde_yaml's words without its place, which is told before them.
 fn plain(message: &str) -> String {
     let message = message.split(" at line ").next().unwrap_or(message);
+    if message.contains("more than one document") {
+        return "is no experiment: it holds several YAML documents".to_owned();
+    }
+    if message.contains("cannot start any token") {
+        return format!("{message} (a tab? YAML indents by spaces)");
+    }
     let number = message.split_once("invalid type: integer `").filter(|(_, after)| after.contains("128"));
     match number {
         Some((key, after)) => format!("{key}{} is too large a number", after.split('`').next().unwrap_or(after)),

@@ -8,7 +8,7 @@ use super::cache;
 use super::cuts::{cut, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
 use super::labels;
-use super::rows::{ABSENT, Column, Rows, Wanted, WantedKind};
+use super::rows::{ABSENT, Rows, Wanted, WantedKind};
 use super::set::{DataConfig, SetConfig, Split, TaskColumn};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
@@ -23,6 +23,16 @@ pub struct LoadedSet {
     pub tasks: Vec<TaskId>,
     /// Train, dev and test; a split that the set lacks is empty.
     pub splits: [Rows; 3],
+}
+
+impl LoadedSet {
+    /// The labels of a row in a column: one, or that of each word; `None` where it has none.
+    pub fn labels_of<'a>(&self, rows: &'a Rows, column: usize, row: usize) -> Option<&'a [u32]> {
+        match self.wanted[column].kind {
+            WantedKind::Class => Some(&rows.columns[column].values[row..=row]).filter(|label| label[0] != ABSENT),
+            WantedKind::Tags(_) => rows.tags_of(column, row),
+        }
+    }
 }
 
 /// All sets as read.
@@ -48,16 +58,11 @@ impl Corpus {
         let mut hasher = blake3::Hasher::new();
         for (set, column) in self.columns_of(task) {
             let rows = &set.splits[split as usize];
-            let Column { strings, values, .. } = &rows.columns[column];
             for row in 0..rows.len() {
-                let labels = match set.wanted[column].kind {
-                    WantedKind::Class => Some(&values[row..=row]).filter(|value| value[0] != ABSENT),
-                    WantedKind::Tags(_) => rows.tags_of(column, row),
-                };
-                let Some(labels) = labels else { continue };
+                let Some(labels) = set.labels_of(rows, column, row) else { continue };
                 hasher.update(rows.text_of(row).as_bytes());
                 for &label in labels {
-                    hasher.update(b"\t").update(strings.get(label).as_bytes());
+                    hasher.update(b"\t").update(rows.columns[column].strings.get(label).as_bytes());
                 }
                 hasher.update(b"\n");
             }
@@ -219,13 +224,18 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
 /// Errors where a split has no row, or a task no label to learn from.
 fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet], splits: &[Split]) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let root = &config.root;
+    let (root, share) = (&config.root, config.train_fraction);
     for set in sets {
         for split in [Split::Train, Split::Dev] {
             if splits.contains(&split) && set.splits[split as usize].is_empty() {
                 let config = &config.sets[&set.name];
                 let paths = if split == Split::Train { Some(&config.train) } else { config.dev.as_ref() };
-                let message = format!("set `{}` has no usable row in {}", set.name, split.name());
+                let after = match split {
+                    Split::Dev if config.dev_fraction.is_some() => ", which is cut off train by `dev_fraction`",
+                    Split::Train if config.dev_fraction.is_some() || share < 1.0 => " after the cuts by fraction",
+                    _ => "",
+                };
+                let message = format!("set `{}` has no usable row in {}{after}", set.name, split.name());
                 problems.push(match paths {
                     Some(paths) => Problem::error(Place::new(&root.join(&paths.0[0]), 0), message),
                     None => Problem::general(Severity::Error, message),
@@ -236,7 +246,13 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
             let train = &set.splits[0];
             if !train.is_empty() && train.columns[i].values.iter().all(|&value| value == ABSENT) {
                 let place = Place::new(&root.join(&config.sets[&set.name].train.0[0]), 0);
-                let message = format!("no row has a `{}` for task `{}`", set.wanted[i].column, columns[task.0].name);
+                let column = &set.wanted[i].column;
+                let conll = matches!(config.sets[&set.name].format, Format::Conll | Format::Conllu);
+                let hint = match set.wanted[i].kind {
+                    WantedKind::Class if conll => format!(": sentences carry classes in lines `# {column} = ...`"),
+                    _ => String::new(),
+                };
+                let message = format!("no row has a `{column}` for task `{}`{hint}", columns[task.0].name);
                 problems.push(Problem::error(place, message));
             }
         }

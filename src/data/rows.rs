@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexSet;
 use rustc_hash::FxBuildHasher;
 
-use crate::problem::{Place, Problem};
+use crate::problem::{Place, Problem, counted};
 use crate::task::Scheme;
 
 /// Distinct strings, numbered in the order of their first appearance.
@@ -259,7 +259,12 @@ impl<'a> RowsBuilder<'a> {
             if let Field::Tags(tags) = field
                 && tags.len() != words.len()
             {
-                let message = format!("{} words but {} tags in `{}`", words.len(), tags.len(), wanted.column);
+                let message = format!(
+                    "{} but {} in `{}`",
+                    counted(words.len(), "word"),
+                    counted(tags.len(), "tag"),
+                    wanted.column
+                );
                 return self.error(line, message);
             }
         }

@@ -39,6 +39,9 @@ pub struct Report {
     pub tasks: Vec<TaskReport>,
     /// Share of the rows with labels for two tasks or more in which every label of every task is right.
     pub sentence_accuracy: Option<f64>,
+    /// Those rows.
+    #[serde(default)]
+    pub n_joint: usize,
 }
 
 impl Report {
@@ -109,6 +112,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
     Ok(Report {
         tasks: (0..tasks.len()).map(task).collect(),
         sentence_accuracy: (n_joint > 0).then(|| n_joint_right as f64 / n_joint as f64),
+        n_joint,
     })
 }
 

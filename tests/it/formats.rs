@@ -50,10 +50,10 @@ fn parallel() {
         (labels(&corpus, 0), labels(&corpus, 1)),
         (vec!["m".into(), "-".into()], vec!["O".into(), "B-x".into(), "O".into()])
     );
-    assert_eq!(messages(&problems)[0], "seq.in:3: 2 words but 1 tags in `tags`");
+    assert_eq!(messages(&problems)[0], "seq.in:3: 2 words but 1 tag in `tags`");
     folder.file("d/topic", "m\n");
     let (_, problems) = read(&folder, "format: parallel, tokens: seq.in, train: d, dev: d", BOTH);
-    assert_eq!(messages(&problems)[0], "topic:2: 1 lines, but `seq.in` has 3");
+    assert_eq!(messages(&problems)[0], "topic:2: 1 line, but `seq.in` has 3");
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn conll() {
     assert_eq!(sentences(&corpus), ["EU rules", "#tag", "last"]);
     assert_eq!(labels(&corpus, 0), ["news", "-", "-"]);
     assert_eq!(labels(&corpus, 1), ["B-x", "O", "O", "I-x"]);
-    assert_eq!(messages(&problems)[0], "t.conll:9: 1 columns, but 3 are needed");
+    assert_eq!(messages(&problems)[0], "t.conll:9: 1 column, but 3 are needed");
     assert!(messages(&problems).iter().any(|m| m.starts_with("t.conll:11: `tags`, word 1 `last`: `I-x`: no span")));
 }
 
@@ -211,8 +211,17 @@ fn csv_tsv_and_lines() {
     assert_eq!(sentences(&corpus), ["one, two", "three four", "five"]);
     assert_eq!(
         messages(&problems)[..2],
-        ["t.csv:3: a quoted value makes a row of 2 lines", "t.csv:5: 1 values, but the header has 2"]
+        ["t.csv:3: a quoted value makes a row of 2 lines", "t.csv:5: 1 value, but the header has 2"]
     );
+    folder.file("t.csv", "topic,text\na,\"one\nb,two\nc,three\n");
+    let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(messages(&problems)[0], "t.csv:2: a quoted value makes a row of 4 lines");
+    folder.file("t.csv", "topic,text\nc,three\n\"a,one\nb,two\n");
+    let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but the header has 2; a `\"` holds several together");
+    folder.file("t.csv", "topic,text,topic\na,one,b\n");
+    let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(messages(&problems)[0], "t.csv:1: several columns are named `topic`");
     folder.file("t.tsv", "text\ttopic\nhi there\tx\n\"so he\ty\nsaid\"\tx\n");
     let (corpus, problems) = read(&folder, "format: tsv, train: t.tsv, dev: t.tsv", TOPIC);
     assert_eq!(labels(&corpus, 0), ["x"]);
@@ -224,7 +233,7 @@ fn csv_tsv_and_lines() {
     let set = "format: lines, columns: [topic, text], encoding: latin1, train: t.lines, dev: t.lines";
     let (corpus, problems) = read(&folder, set, TOPIC);
     assert!(sentences(&corpus)[0].starts_with("café"), "{:?}", sentences(&corpus));
-    assert_eq!(messages(&problems)[0], "t.lines:2: 1 values, but 2 columns are declared");
+    assert_eq!(messages(&problems)[0], "t.lines:2: 1 value, but 2 columns are declared");
     let set = "format: lines, columns: [topic, text], train: t.lines, dev: t.lines";
     let (_, problems) = read(&folder, set, TOPIC);
     assert!(messages(&problems)[0].starts_with("t.lines:1: invalid UTF-8"), "{problems:?}");

@@ -126,6 +126,12 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     assert_eq!(String::from_utf8(printed.stdout).unwrap(), text);
     assert!(!Path::new("/dev/stdout").is_file() || Path::new("/dev/stdout").is_symlink());
     assert!(failed(&folder, &["predict", "run", "--input", "."], 2).contains(". is a folder"));
+    assert!(
+        failed(&folder, &["predict", "run", "--input", "in.txt", "--output", "./in.txt"], 2)
+            .contains("is what is read")
+    );
+    let curve = ["find-lr", "small.yaml", "--html", "small.yaml"];
+    assert!(failed(&folder, &curve, 2).contains("small.yaml is what is read"));
     // What is good before a broken line is printed; a file is whole or not there.
     folder.file("in.txt", "play the rock\nplay\n{\"text\": }\nrock\n");
     let printed = folder.polytask(&["predict", "run", "--input", "in.txt"]).assert().code(2).get_output().clone();
@@ -170,6 +176,13 @@ fn a_trained_run_needs_the_data_alone_that_it_is_scored_on() {
     assert_eq!(scores(&["--split", "dev"]), test);
     std::fs::rename(folder.path().join("dev.jsonl"), folder.path().join("moved.jsonl")).unwrap();
     assert_eq!(scores(&["--set", "data.sets.toy.test=moved.jsonl"]), test);
+    folder.file("half.jsonl", folder.read("moved.jsonl").replace("\"topic\"", "\"other\""));
+    let arguments = ["evaluate", "run", "--set", "data.sets.toy.test=half.jsonl"];
+    let output = folder.polytask(&arguments).assert().code(0).get_output().clone();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("`topic`: no row of test has a label"));
+    folder.file("none.jsonl", "");
+    let arguments = ["evaluate", "run", "--set", "data.sets.toy.test=none.jsonl"];
+    assert!(failed(&folder, &arguments, 2).contains("no usable row in test"));
     let dev = "data.sets.toy.dev=moved.jsonl";
     assert!(failed(&folder, &["evaluate", "run", "--set", "model.trunk.hidden=3"], 2).contains("the data alone"));
     assert!(failed(&folder, &["evaluate", "run", "--set", dev], 2).contains("dev.jsonl does not exist"));

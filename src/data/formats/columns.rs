@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Cut, Format, Layout, Parsed, in_parts, lines, text_fields, words_of};
 use crate::data::rows::{Field, RowsBuilder, Wanted};
-use crate::problem::{Place, Problem};
+use crate::problem::{Place, Problem, counted};
 
 /// The number of each needed column: the text or the tokens first, then the wanted ones.
 fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<usize>, String> {
@@ -13,6 +13,9 @@ fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<u
     needed
         .map(|name| {
             let found = names.iter().position(|known| *known == name);
+            if names.iter().filter(|known| **known == name).count() > 1 {
+                return Err(format!("several columns are named `{name}`"));
+            }
             found.ok_or_else(|| match names {
                 [] => "nothing here: the first line names the columns".to_owned(),
                 _ => format!("no column `{name}`; the columns are {}", names.join(", ")),
@@ -64,8 +67,11 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
                     }
                     add_row(line, &values, &positions, layout, &mut builder);
                 } else {
-                    let message = format!("{} values, but the header has {}", values.len(), names.len());
-                    builder.error(line, message);
+                    // What a quote that was never closed has swallowed.
+                    let held = values.iter().any(|value| value.contains([char::from(delimiter), '\n']));
+                    let hint = if held { "; a `\"` holds several together" } else { "" };
+                    let found = counted(values.len(), "value");
+                    builder.error(line, format!("{found}, but the header has {}{hint}", names.len()));
                 }
             }
             Err(error) => builder.error(0, error.to_string()),
@@ -90,7 +96,8 @@ pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -
             if values.len() == names.len() {
                 add_row(number, &values, &positions, layout, builder);
             } else {
-                builder.error(number, format!("{} values, but {} columns are declared", values.len(), names.len()));
+                let found = counted(values.len(), "value");
+                builder.error(number, format!("{found}, but {} are declared", counted(names.len(), "column")));
             }
         }
     })

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Cut, Format, Layout, Parsed, in_parts, lines};
 use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
-use crate::problem::{Place, Problem};
+use crate::problem::{Place, Problem, counted};
 
 const CONLLU: [&str; 10] = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"];
 
@@ -130,12 +130,12 @@ impl<'a> Sentence<'a> {
         });
         let needed = columns.chain([plan.word]).max().unwrap_or(0) + 1;
         if fields.len() < needed {
-            builder.error(number, format!("{} columns, but {needed} are needed", fields.len()));
+            builder.error(number, format!("{}, but {needed} are needed", counted(fields.len(), "column")));
             self.broken = true;
             return;
         }
         if let Some(n) = plan.n_columns.filter(|&n| n < fields.len()) {
-            builder.error(number, format!("{} columns, but `columns:` names {n}", fields.len()));
+            builder.error(number, format!("{}, but `columns:` names {n}", counted(fields.len(), "column")));
             self.broken = true;
             return;
         }

@@ -217,7 +217,7 @@ fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
         };
         match (start, end, label.and_then(Value::as_str)) {
             (Some(start), Some(end), Some(label)) => Ok(CharacterSpan { start, end, label }),
-            _ => Err(format!("{item} is no span: it needs start, end and label")),
+            _ => Err(format!("{item} is no span: it needs `start` and `end`, whole numbers from 0, and a `label`")),
         }
     }
     Some(items.iter().map(read).collect())

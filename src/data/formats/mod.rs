@@ -232,7 +232,8 @@ fn tags_of_spans(
             builder.warning(line, format!("{name} does not end at word boundaries; it takes the whole words"));
         }
         if tags[first..last].iter().any(|tag| tag != "O") {
-            builder.error(line, format!("{name} shares a word with another span"));
+            builder
+                .error(line, format!("{name} shares a word with another span; `tokenizer.split` says how text is cut"));
             sound = false;
             continue;
         }

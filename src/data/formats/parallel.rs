@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Layout, Parsed, lines, text_fields, text_of};
 use crate::data::rows::{RowsBuilder, Wanted};
-use crate::problem::{Place, Problem};
+use crate::problem::{Place, Problem, counted};
 
 pub fn read(folder: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let main = layout.text.as_ref().or(layout.tokens.as_ref()).map_or("seq.in", String::as_str);
@@ -24,7 +24,7 @@ pub fn read(folder: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     for (column, wanted) in columns[1..].iter().zip(wanted) {
         if column.len() != columns[0].len() {
             let place = Place::new(&folder.join(&wanted.column), column.len().min(columns[0].len()) + 1);
-            let message = format!("{} lines, but `{main}` has {}", column.len(), columns[0].len());
+            let message = format!("{}, but `{main}` has {}", counted(column.len(), "line"), columns[0].len());
             problems.push(Problem::error(place, message));
         }
     }

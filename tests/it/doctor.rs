@@ -1,0 +1,79 @@
+//! `check`: what is odd in data that can be trained on.
+
+use crate::util::{Folder, SMALL, rows, small};
+
+/// What `check` prints of data without errors.
+fn said(folder: &Folder, arguments: &[&str]) -> String {
+    let output = folder.polytask(&[&["check"], arguments].concat()).assert().code(0).get_output().clone();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn check_passes_sound_data_and_warns_of_odd_data() {
+    let folder = small();
+    folder.file("dev.jsonl", rows(30) + "{\"tokens\": [\"new\"], \"topic\": \"sports\", \"slots\": [\"I-thing\"]}\n");
+    let text = said(&folder, &["small.yaml", "--all"]);
+    for part in [
+        "dev.jsonl:31: `topic`: label `sports` is in dev but never in train",
+        "no span of its type is open",
+        "stands in train too",
+        "0 errors",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    folder.file("none.jsonl", "{\"tokens\": [\"a\"], \"topic\": \"music\", \"slots\": [\"O\"]}\n".repeat(3));
+    let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=none.jsonl"]);
+    assert!(text.contains("`slots`: label `thing` is in dev but never in train"), "{text}");
+    assert!(text.contains("`slots`: train has no span"), "{text}");
+    // Sets of other tasks teach the trunk the same sentences.
+    folder.file("others.jsonl", "{\"tokens\": [\"new\"], \"slots\": [\"O\"]}\n");
+    let two = SMALL
+        .replace("tasks:", "    other: {format: jsonl, tokens: tokens, train: others.jsonl, dev: others.jsonl}\ntasks:")
+        .replace("slots: {type: tagging, set: toy", "slots: {type: tagging, set: other");
+    folder.file("two.yaml", two);
+    let text = said(&folder, &["two.yaml", "--all"]);
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("this sentence of `toy`'s dev")).collect();
+    let across = |line: &str| {
+        line.contains("dev.jsonl:31: ")
+            && line.contains("stands in train of `other`")
+            && line.contains("others.jsonl:1)")
+    };
+    assert!(matches!(lines.as_slice(), [line] if across(line)), "{text}");
+}
+
+#[test]
+fn the_same_sentence_with_other_labels_and_labels_that_look_the_same_are_told() {
+    let folder = small();
+    let odd = [
+        r#"{"tokens": ["same"], "topic": "music", "slots": ["O"]}"#,
+        r#"{"tokens": ["same"], "topic": "food", "slots": ["B-thing"]}"#,
+        r#"{"tokens": ["same"], "topic": "music"}"#,
+        r#"{"tokens": ["New York"], "topic": "Mu sic", "slots": ["O"]}"#,
+    ];
+    folder.file("train.jsonl", rows(90) + &odd.join("\n"));
+    let text = said(&folder, &["small.yaml"]);
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("train.jsonl:9")).collect();
+    let expected = [
+        "train.jsonl:94: `topic`: labels `Mu sic` and `music` differ in case or white space alone",
+        "train.jsonl:92: `topic`: this sentence has other labels than the same before",
+        "train.jsonl:92: `slots`: this sentence has other labels than the same before",
+        "train.jsonl:94: the word `New York` has white space in it",
+    ];
+    for part in expected {
+        assert!(lines.iter().any(|line| line.contains(part)), "`{part}` is not in\n{text}");
+    }
+    assert_eq!(lines.len(), expected.len(), "{text}");
+}
+
+#[test]
+fn a_flood_of_one_kind_hides_no_other() {
+    let folder = small();
+    let broken = r#"{"tokens": ["a"], "slots": ["I-thing"]}"#;
+    folder.file("train.jsonl", rows(90) + &[broken; 30].join("\n"));
+    folder.file("dev.jsonl", rows(30) + "{\"tokens\": [\"new\"], \"topic\": \"sports\"}\n");
+    let count = |text: &str, part: &str| text.lines().filter(|line| line.contains(part)).count();
+    let text = said(&folder, &["small.yaml"]);
+    assert_eq!((count(&text, "no span of its type"), count(&text, "label `sports`")), (5, 2), "{text}");
+    assert!(text.contains("... and 25 more of this kind; --all lists them"), "{text}");
+    assert_eq!(count(&said(&folder, &["small.yaml", "--all"]), "no span of its type"), 30);
+}
