@@ -271,7 +271,11 @@ pub fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let text = text.unwrap_or("libtorch gave up");
     let text = text.split_once("Torch(\"").map_or(text, |(_, thrown)| thrown);
-    text.split("\\n").flat_map(str::lines).next().unwrap_or_default().to_owned()
+    let text = text.split("\\n").flat_map(str::lines).next().unwrap_or_default();
+    match text.split_once("DefaultCPUAllocator: ") {
+        Some((_, wanted)) => wanted.split(". Error code").next().unwrap_or(wanted).to_owned(),
+        None => text.to_owned(),
+    }
 }
 
 /// Runs `work(0)`, ..., `work(n - 1)` on rayon's threads and returns what they return, in order; on this thread where n is 1.

@@ -91,7 +91,11 @@ fn cannot_make(path: &Path, error: &std::io::Error) -> anyhow::Error {
 
 /// Makes a folder; false where it is there already.
 fn make(path: &Path) -> Result<bool> {
-    let made = std::fs::create_dir_all(atomic::folder_of(path)).and_then(|()| std::fs::create_dir(path));
+    let folder = atomic::folder_of(path);
+    if folder.exists() && !folder.is_dir() {
+        return Err(invalid(format!("{} cannot be made: {} is a file", path.display(), folder.display())));
+    }
+    let made = std::fs::create_dir_all(folder).and_then(|()| std::fs::create_dir(path));
     match made {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => Ok(false),
         made => made.map(|()| true).map_err(|error| cannot_make(path, &error)),
