@@ -42,6 +42,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     std::fs::remove_dir_all(folder.path().join("runs/small-study/runs/gentle-f1-s1")).unwrap();
     let (again, log) = said(&folder, &command, 0);
     assert!(log.contains("16 runs, 15 of them done"), "{log}");
+    assert!(!log.contains("the same rows"), "{log}");
     assert_eq!((before, runs()), (changed("equal-f1-s1/report.json"), 16), "finished runs are kept");
     let scores = |table: &str| table.lines().filter(|line| line.contains(" within noise")).map(str::to_owned).collect();
     let (first, second): (Vec<String>, Vec<String>) = (scores(&table), scores(&again));
