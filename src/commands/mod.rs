@@ -135,5 +135,5 @@ fn output(path: &Path, read: &[&Path]) -> Result<Partial> {
 
 /// Prints a result. A reader that is gone is an error, which [`main`] takes for a good end.
 fn say(text: impl Display) -> Result<()> {
-    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+    writeln!(std::io::stdout().lock(), "{text}").context("standard output")
 }

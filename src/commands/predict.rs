@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Device;
 
@@ -47,6 +47,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
+    let target = args.output.as_deref().unwrap_or(Path::new("standard output"));
     {
         let mut out: BufWriter<Box<dyn Write>> = BufWriter::new(match &mut file {
             Some(file) => Box::new(file),
@@ -60,10 +61,9 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             let sentences = window.iter().enumerate().map(|(i, line)| sentence(line, &trained, (name, n_done + i + 1)));
             let sentences: Vec<Sentence> =
                 sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
-            for line in label(&sentences, &trained, device)? {
-                writeln!(out, "{line}")?;
-            }
-            out.flush()?;
+            let lines = label(&sentences, &trained, device)?;
+            let written = lines.iter().try_for_each(|line| writeln!(out, "{line}")).and_then(|()| out.flush());
+            written.with_context(|| target.display().to_string())?;
             if let Some(why) = broken {
                 return Err(why);
             }

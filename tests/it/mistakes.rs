@@ -56,6 +56,19 @@ fn a_reader_that_is_gone_ends_a_command_quietly() {
 }
 
 #[test]
+fn a_full_disk_is_named() {
+    let folder = small();
+    trained(&folder, "run");
+    for arguments in [&["evaluate", "run"][..], &["predict", "run", "--input", "train.jsonl"]] {
+        let full = std::fs::File::create("/dev/full").unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"));
+        let output = command.current_dir(folder.path()).args(arguments).stdout(full).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && text.contains("error: standard output: No space left"), "{text}");
+    }
+}
+
+#[test]
 fn names_that_results_or_exports_need_are_refused() {
     let folder = small();
     for name in ["text", "step", "class"] {
