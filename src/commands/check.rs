@@ -291,8 +291,8 @@ fn words_apart(corpus: &Corpus) -> Vec<Problem> {
         let apart: Vec<bool> = rows.words.iter().map(|word| word.contains(char::is_whitespace)).collect();
         for row in 0..rows.len() {
             if let Some(&word) = rows.words_of(row).iter().find(|&&word| apart[word as usize]) {
-                let message =
-                    format!("the word `{}` has white space in it: in use, text is cut there", rows.words.get(word));
+                let word = rows.words.get(word);
+                let message = format!("the word `{word}` has white space in it, where raw text is cut in use");
                 problems.push(Problem::warning(rows.place(row), message));
             }
         }

@@ -56,7 +56,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         let lines = read_lines(source);
         let mut n_done = 0;
         while let Some(window) = next_window(&lines, &stop)? {
-            // What comes before a broken line is worth as much as before.
+            // What stands before a broken line is told all the same.
             let mut broken = None;
             let sentences = window.iter().enumerate().map(|(i, line)| sentence(line, &trained, (name, n_done + i + 1)));
             let sentences: Vec<Sentence> =
