@@ -57,7 +57,9 @@ impl<'a> Labels<'a> {
                 TaskKind::Classification => at,
                 TaskKind::Tagging(_) => rows.offsets.partition_point(|&offset| offset <= at) - 1,
             };
-            let message = format!("`{}`: the model was not trained with label `{label}`", self.task.name);
+            let name = &self.task.name;
+            let message =
+                format!("`{name}`: the model was not trained with label `{label}`; without it the row can be used");
             Some(Problem::error(rows.place(row), message))
         };
         strings.iter().enumerate().filter(|(_, label)| !known(label)).filter_map(problem).collect()
