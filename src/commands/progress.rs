@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::table::percent;
 use crate::evaluate::Report;
@@ -27,19 +27,28 @@ pub fn spinner(verb: &str) -> ProgressBar {
 /// Shows training: a bar an epoch, and a line when it is over.
 pub struct TrainingProgress<'a> {
     tasks: &'a [Task],
+    /// Steps of the whole training, and those done.
+    n_steps: usize,
+    step: usize,
     n_epochs: usize,
     bar: ProgressBar,
+    /// When the first step began, and which it was.
+    begun: Option<(Instant, usize)>,
+    /// When the epoch began.
     started: Instant,
     n_tokens: i64,
     losses: String,
 }
 
 impl<'a> TrainingProgress<'a> {
-    pub fn new(tasks: &'a [Task], n_epochs: usize) -> Self {
+    pub fn new(tasks: &'a [Task], n_steps: usize) -> Self {
         TrainingProgress {
             tasks,
-            n_epochs,
+            n_steps,
+            step: 0,
+            n_epochs: 0,
             bar: ProgressBar::hidden(),
+            begun: None,
             started: Instant::now(),
             n_tokens: 0,
             losses: String::new(),
@@ -51,6 +60,17 @@ impl<'a> TrainingProgress<'a> {
         pairs.filter_map(|(task, loss)| Some(format!("{} {:.3}", task.name, (*loss)?))).collect::<Vec<_>>().join("  ")
     }
 
+    /// What the steps to come take, evaluations included, if they go on as those before; nothing before there are some.
+    fn left(&self) -> String {
+        match self.begun {
+            Some((begun, first)) if self.step > first => {
+                let each = begun.elapsed() / (self.step - first) as u32;
+                format!("  {} left", HumanDuration(each * (self.n_steps.saturating_sub(self.step)) as u32))
+            }
+            _ => String::new(),
+        }
+    }
+
     fn tokens_per_sec(&self) -> f64 {
         self.n_tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
     }
@@ -58,15 +78,17 @@ impl<'a> TrainingProgress<'a> {
 
 impl Observer for TrainingProgress<'_> {
     fn epoch_started(&mut self, epoch: usize, n_steps: usize, done: usize) {
+        self.n_epochs = self.n_steps.div_ceil(n_steps);
+        self.step = (epoch - 1) * n_steps + done;
+        self.begun.get_or_insert((Instant::now(), self.step));
         if shown() {
             self.bar = ProgressBar::new(n_steps as u64);
-            let template = "epoch {prefix} {bar:25} {pos}/{len}  {msg}  {eta} left";
+            let template = "epoch {prefix} {bar:25} {pos}/{len}  {msg}";
             if let Ok(style) = ProgressStyle::with_template(template) {
                 self.bar.set_style(style.progress_chars("━╸ "));
             }
             self.bar.set_prefix(format!("{epoch}/{}", self.n_epochs));
             self.bar.set_position(done as u64);
-            self.bar.reset_eta();
         }
         self.started = Instant::now();
         self.n_tokens = 0;
@@ -74,12 +96,13 @@ impl Observer for TrainingProgress<'_> {
 
     fn step_taken(&mut self, n_tokens: i64, losses: Option<&[Option<f64>]>) {
         self.n_tokens += n_tokens;
+        self.step += 1;
         if let Some(losses) = losses {
-            self.losses = self.named(losses);
+            self.losses = format!("  loss {}", self.named(losses));
         }
         self.bar.inc(1);
         let speed = self.tokens_per_sec() / 1e3;
-        self.bar.set_message(format!("{speed:.1}k tokens/s  loss {}", self.losses));
+        self.bar.set_message(format!("{speed:.1}k tokens/s{}{}", self.losses, self.left()));
     }
 
     fn epoch_ended(&mut self, epoch: usize, losses: &[Option<f64>], report: &Report, improved: bool) {

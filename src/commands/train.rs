@@ -174,7 +174,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
     }
     let started = Instant::now();
-    let mut progress = TrainingProgress::new(&tasks, experiment.training.max_epochs);
+    let mut progress = TrainingProgress::new(&tasks, trainer.n_steps());
     let before = if args.resume { seconds_before(run) } else { 0.0 };
     let outcome = trainer.train(state, &mut progress, stop)?;
     let seconds = before + started.elapsed().as_secs_f64();
