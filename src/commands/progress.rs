@@ -123,3 +123,19 @@ impl Observer for TrainingProgress<'_> {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_to_come_take_as_long_as_those_since_the_run_went_on() {
+        let mut progress = TrainingProgress::new(&[], 100);
+        progress.epoch_started(3, 20, 0);
+        assert_eq!((progress.n_epochs, progress.step, progress.left()), (5, 40, String::new()));
+        progress.begun = Some((Instant::now() - Duration::from_secs(60), 40));
+        progress.step_taken(1, None);
+        progress.step = 60;
+        assert_eq!(progress.left(), "  2 minutes left");
+    }
+}
