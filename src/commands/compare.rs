@@ -5,17 +5,26 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::cli::CompareArgs;
 use super::finished::{self, Finished};
-use super::study::{PLAN, Planned};
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Run, RunTask, compare};
 use crate::config::Experiment;
 use crate::problem::invalid;
 use crate::run::RunDirectory;
+
+/// A study's list of its runs, [`Planned`] each.
+pub const PLAN: &str = "plan.json";
+
+#[derive(Serialize, Deserialize)]
+pub struct Planned {
+    pub name: String,
+    pub label: String,
+}
 
 /// A run with its place, for its curves.
 struct Found {

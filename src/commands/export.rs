@@ -1,36 +1,24 @@
 //! `polytask export`: a trained run as files that others load, checked before they are kept.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use serde_json::{Value, json};
+use serde_json::json;
 use tch::{Device, Tensor};
 
 use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
+use super::exported::{self, FILES, FORMAT};
 use super::prepare::{self, Trained};
 use super::{End, say, table};
 use crate::data::{DeviceSet, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
 use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
-use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
 use crate::problem::invalid;
 use crate::run::{atomic, checkpoint};
 use crate::task::{Task, TaskKind};
-
-/// A new number where an older program could not read the file.
-const FORMAT: u64 = 1;
-
-/// The files inside an exported model, in the order of [`files`].
-///
-/// `labels.txt` (`task <tab> label` a line) and `vocabulary.txt` (a token a line, empty where tokens are pieces of words)
-/// are for programs without a JSON reader.
-pub const FILES: [&str; 7] =
-    ["polytask.json", "resolved.yaml", "labels.json", "tokenizer.json", "card.md", "labels.txt", "vocabulary.txt"];
 
 pub fn run(args: &ExportArgs) -> Result<End> {
     let out = &args.out;
@@ -267,7 +255,7 @@ impl Content<'_> {
         module.save(&file, &self.files()?)?;
         // The server's form, read back and run.
         let cases = Cases::new(&self.trained.model, self.dev, tasks);
-        cases.check(&open(&file)?.module, tasks, self.dtype)?;
+        cases.check(&exported::open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(
             folder.join(name).join("config.pbtxt"),
@@ -329,45 +317,9 @@ fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy
     out
 }
 
-/// An exported model, read back.
-pub struct Exported {
-    pub module: ScriptModule,
-    /// What `polytask.json` says.
-    pub about: Value,
-    /// The texts of [`FILES`].
-    pub files: Vec<String>,
-}
-
-/// Reads an exported model.
-///
-/// # Errors
-/// A file that is damaged, no model of polytask, or of another format.
-pub fn open(path: &Path) -> Result<Exported> {
-    let name = path.display();
-    let mut start = [0; 2];
-    let mut file = File::open(path).map_err(|error| invalid(format!("{name}: {error}")))?;
-    // TorchScript is a zip file.
-    if file.read_exact(&mut start).is_err() || start != *b"PK" {
-        let message = "is neither a run directory nor a model of `export --format torchscript`";
-        return Err(invalid(format!("{name} {message}")));
-    }
-    let (module, files) = ScriptModule::load(path, &FILES).map_err(|error| {
-        // The rest of libtorch's words guess at how that came.
-        let why = error.to_string();
-        invalid(format!("{name} is damaged ({})", why.split(". ").next().unwrap_or(&why)))
-    })?;
-    let about: Value = serde_json::from_str(&files[0])
-        .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
-    if about["format"] != FORMAT {
-        let (found, version) = (&about["format"], &about["polytask"]);
-        return Err(invalid(format!("{name} has format {found} (polytask {version}); this program reads {FORMAT}")));
-    }
-    Ok(Exported { module, about, files })
-}
-
 /// The check in a process of its own: prints the largest relative difference.
 pub fn verify(args: &VerifyArgs) -> Result<End> {
-    let exported = open(&args.model)?;
+    let exported = exported::open(&args.model)?;
     let tasks: Vec<Task> = serde_json::from_str(&exported.files[2])?;
     let dtype = Dtype::value_variants().iter().find(|dtype| exported.about["dtype"] == dtype.name());
     let dtype = dtype.with_context(|| format!("unknown dtype {}", exported.about["dtype"]))?;

@@ -6,6 +6,7 @@ pub mod cli;
 mod compare;
 mod evaluate;
 mod export;
+mod exported;
 mod find_lr;
 mod finished;
 mod kernels;

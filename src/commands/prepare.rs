@@ -153,7 +153,7 @@ fn experiment_of(yaml: &str, overrides: &[String]) -> Result<Experiment> {
 /// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
 /// on the CPU.
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
-    let exported = super::export::open(path)?;
+    let exported = super::exported::open(path)?;
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
         return Err(invalid(format!("{} lacks files", path.display())));
     };

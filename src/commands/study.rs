@@ -12,25 +12,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde::{Deserialize, Serialize};
 
 use super::cli::StudyArgs;
+use super::compare::{self, PLAN, Planned};
 use super::finished::{self, Finished};
-use super::{End, compare, prepare, table};
+use super::{End, prepare, table};
 use crate::config::{Experiment, PlannedRun};
 use crate::evaluate::TaskReport;
 use crate::libtorch;
 use crate::problem::invalid;
 use crate::run::{NewRun, RunDirectory, atomic};
-
-/// A study's list of its runs, [`Planned`] each.
-pub const PLAN: &str = "plan.json";
-
-#[derive(Serialize, Deserialize)]
-pub struct Planned {
-    pub name: String,
-    pub label: String,
-}
 
 /// One run of the plan on disk.
 struct Job {

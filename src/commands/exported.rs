@@ -1,0 +1,57 @@
+//! An exported model's file: what stands in it, and reading it back.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use crate::libtorch::ScriptModule;
+use crate::problem::invalid;
+
+/// A new number where an older program could not read the file.
+pub const FORMAT: u64 = 1;
+
+/// The files inside an exported model, in this order.
+///
+/// `labels.txt` (`task <tab> label` a line) and `vocabulary.txt` (a token a line, empty where tokens are pieces of words)
+/// are for programs without a JSON reader.
+pub const FILES: [&str; 7] =
+    ["polytask.json", "resolved.yaml", "labels.json", "tokenizer.json", "card.md", "labels.txt", "vocabulary.txt"];
+
+/// An exported model, read back.
+pub struct Exported {
+    pub module: ScriptModule,
+    /// What `polytask.json` says.
+    pub about: Value,
+    /// The texts of [`FILES`].
+    pub files: Vec<String>,
+}
+
+/// Reads an exported model.
+///
+/// # Errors
+/// A file that is damaged, no model of polytask, or of another format.
+pub fn open(path: &Path) -> Result<Exported> {
+    let name = path.display();
+    let mut start = [0; 2];
+    let mut file = File::open(path).map_err(|error| invalid(format!("{name}: {error}")))?;
+    // TorchScript is a zip file.
+    if file.read_exact(&mut start).is_err() || start != *b"PK" {
+        let message = "is neither a run directory nor a model of `export --format torchscript`";
+        return Err(invalid(format!("{name} {message}")));
+    }
+    let (module, files) = ScriptModule::load(path, &FILES).map_err(|error| {
+        // The rest of libtorch's words guess at how that came.
+        let why = error.to_string();
+        invalid(format!("{name} is damaged ({})", why.split(". ").next().unwrap_or(&why)))
+    })?;
+    let about: Value = serde_json::from_str(&files[0])
+        .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
+    if about["format"] != FORMAT {
+        let (found, version) = (&about["format"], &about["polytask"]);
+        return Err(invalid(format!("{name} has format {found} (polytask {version}); this program reads {FORMAT}")));
+    }
+    Ok(Exported { module, about, files })
+}
