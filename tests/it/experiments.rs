@@ -14,7 +14,7 @@ fn files() -> Vec<PathBuf> {
 
 #[test]
 fn every_experiment_is_sound_and_says_what_to_expect() {
-    assert_eq!(files().len(), 14);
+    assert_eq!(files().len(), 15);
     for path in files() {
         let text = std::fs::read_to_string(&path).unwrap();
         let header: String = text.lines().take_while(|line| line.starts_with('#')).collect::<Vec<_>>().join("\n");
