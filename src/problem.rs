@@ -68,18 +68,27 @@ pub struct InvalidInput(pub Vec<Problem>);
 /// So many problems of one kind are enough to see what is wrong.
 const SHOWN: usize = 20;
 
+impl InvalidInput {
+    /// The problems that are told one by one.
+    pub fn shown(&self) -> &[Problem] {
+        &self.0[..SHOWN.min(self.0.len())]
+    }
+
+    /// A word on the others, where there are some.
+    pub fn rest(&self) -> Option<String> {
+        (self.0.len() > SHOWN).then(|| format!("... and {} more", self.0.len() - SHOWN))
+    }
+}
+
 impl fmt::Display for InvalidInput {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        for (i, problem) in self.0.iter().take(SHOWN).enumerate() {
+        for (i, problem) in self.shown().iter().enumerate() {
             if i > 0 {
-                write!(f, "\nerror: ")?;
+                writeln!(f)?;
             }
             write!(f, "{problem}")?;
         }
-        if self.0.len() > SHOWN {
-            write!(f, "\n... and {} more", self.0.len() - SHOWN)?;
-        }
-        Ok(())
+        self.rest().map_or(Ok(()), |rest| write!(f, "\n{rest}"))
     }
 }
 

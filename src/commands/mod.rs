@@ -10,6 +10,7 @@ mod exported;
 mod find_lr;
 mod finished;
 mod kernels;
+mod oddities;
 mod options;
 mod predict;
 pub mod prepare;
@@ -81,7 +82,8 @@ pub fn main() -> ExitCode {
             }
             match error.chain().find_map(|cause| cause.downcast_ref::<InvalidInput>()) {
                 Some(invalid) => {
-                    eprintln!("error: {invalid}");
+                    invalid.shown().iter().for_each(|problem| eprintln!("error: {problem}"));
+                    invalid.rest().iter().for_each(|rest| eprintln!("{rest}"));
                     ExitCode::from(2)
                 }
                 None => {

@@ -135,8 +135,8 @@ impl Tagging {
     }
 
     /// The scores of training: that of `O` is higher by the cost wherever a span stands, so that the others must win by so
-    /// much. score'(y) = score(y) + cost(y, gold) makes log Z' - score(gold) the softmax-margin loss (Gimpel & Smith 2010,
-    /// eq. 6): gold itself costs nothing.
+    /// much. score'(y) = score(y) + cost(y, gold) makes log Z' - score(gold) the softmax-margin loss (Gimpel & Smith
+    /// 2010): gold itself costs nothing.
     fn margin(&self, logits: &Tensor, labels: &Tensor) -> Tensor {
         let Some(outside) = self.task.labels.iter().position(|tag| tag == "O") else { return logits.shallow_clone() };
         // [b, W]; words without a label count nowhere.

@@ -1,0 +1,159 @@
+//! What is odd in data that can be trained on.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::config::Experiment;
+use crate::data::{ABSENT, Corpus, Rows, Split};
+use crate::problem::{Place, Problem, Severity};
+use crate::task::{Tag, TaskId, TaskKind, spans_of};
+
+/// All of it.
+pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = odd_labels(experiment, corpus);
+    problems.extend(duplicates(corpus));
+    problems.extend(contradictions(experiment, corpus));
+    problems.extend(words_with_spaces(corpus));
+    problems
+}
+
+/// The labels of a column with the row of each: classes, tags, or of spans their types.
+pub fn occurrences(kind: TaskKind, rows: &Rows, column: usize) -> Vec<(&str, usize)> {
+    let labels = &rows.columns[column];
+    let spelled = |value: u32| (value != ABSENT).then(|| labels.strings.get(value));
+    let of_row = |row: usize| -> Vec<&str> {
+        match kind {
+            TaskKind::Classification => spelled(labels.values[row]).into_iter().collect(),
+            TaskKind::Tagging(scheme) => {
+                let tags = rows.tags_of(column, row).unwrap_or_default().iter().filter_map(|&tag| spelled(tag));
+                match kind.has_spans() {
+                    false => tags.collect(),
+                    true => spans_of(tags.map(|tag| scheme.parse(tag).unwrap_or(Tag::OUTSIDE)))
+                        .into_iter()
+                        .map(|span| span.kind)
+                        .collect(),
+                }
+            }
+        }
+    };
+    (0..rows.len()).flat_map(|row| of_row(row).into_iter().map(move |label| (label, row))).collect()
+}
+
+/// Labels that dev or test have and train has not, and tasks of which train or dev have too few.
+fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (i, (name, head)) in experiment.tasks.iter().enumerate() {
+        let used = |split: Split| {
+            let mut used: BTreeMap<&str, Place> = BTreeMap::new();
+            for (set, column) in corpus.columns_of(TaskId(i)) {
+                let rows = &set.splits[split as usize];
+                for (label, row) in occurrences(head.kind(), rows, column) {
+                    used.entry(label).or_insert_with(|| rows.place(row));
+                }
+            }
+            used
+        };
+        let [train, dev, test] = Split::ALL.map(used);
+        if corpus.columns_of(TaskId(i)).all(|(set, _)| set.splits[Split::Train as usize].is_empty()) {
+            continue; // Said as an error.
+        }
+        let odd = |message: String| Problem::general(Severity::Warning, message);
+        if train.is_empty() && head.kind().has_spans() {
+            problems.push(odd(format!("`{name}`: train has no span: there is nothing to find")));
+        }
+        let mut folded: BTreeMap<String, (&str, &Place)> = BTreeMap::new();
+        for (label, place) in &train {
+            let fold = label.to_lowercase().split_whitespace().collect();
+            if let Some((other, before)) = folded.insert(fold, (label, place)) {
+                let message = format!("`{name}`: labels `{other}` and `{label}` differ in case or white space alone");
+                problems.push(Problem::warning(before.max(place).clone(), message));
+            }
+        }
+        if train.len() == 1 && !head.kind().has_spans() {
+            problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
+        }
+        if dev.is_empty() && !train.is_empty() {
+            problems.push(odd(format!(
+                "`{name}`: dev has no label of it, so that it does not help to choose a checkpoint"
+            )));
+        }
+        for (split, used) in [(Split::Dev, dev), (Split::Test, test)] {
+            for (label, place) in used.into_iter().filter(|(label, _)| !train.contains_key(label)) {
+                let message = format!("`{name}`: label `{label}` is in {} but never in train", split.name());
+                problems.push(Problem::warning(place, message));
+            }
+        }
+    }
+    problems
+}
+
+/// Sentences of dev and test that stand in an earlier split of the same set too, or in train of another: there the trunk learns
+/// them with other labels.
+fn duplicates(corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let rows_of = |set: usize, split: Split| &corpus.sets[set].splits[split as usize];
+    // Where each sentence stands first, by set.
+    let mut seen: HashMap<String, Vec<(usize, Split, usize)>> = HashMap::new();
+    for split in Split::ALL {
+        for (set, loaded) in corpus.sets.iter().enumerate() {
+            let rows = rows_of(set, split);
+            for row in 0..rows.len() {
+                let known = seen.entry(rows.text_of(row)).or_default();
+                // What training sees is the worst, of this set or another.
+                let earlier = known.iter().filter(|(other, before, _)| *other == set || *before == Split::Train);
+                let worst = earlier.min_by_key(|(other, before, _)| (*before, *other != set));
+                if let Some(&(other, before, at)) = worst.filter(|(_, before, _)| *before != split) {
+                    let (split, place) = (split.name(), rows_of(other, before).place(at));
+                    let message = match other == set {
+                        true => format!("this sentence of {split} stands in {} too ({place})", before.name()),
+                        false => {
+                            let (name, other) = (&loaded.name, &corpus.sets[other].name);
+                            format!("this sentence of `{name}`'s {split} stands in train of `{other}` ({place})")
+                        }
+                    };
+                    problems.push(Problem::warning(rows.place(row), message));
+                }
+                if known.iter().all(|(other, ..)| *other != set) {
+                    known.push((set, split, row));
+                }
+            }
+        }
+    }
+    problems
+}
+
+/// Sentences that stand in train twice, with other labels.
+fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (i, name) in experiment.tasks.keys().enumerate() {
+        for (set, column) in corpus.columns_of(TaskId(i)) {
+            let rows = &set.splits[Split::Train as usize];
+            let mut seen: HashMap<&[u32], (usize, &[u32])> = HashMap::new();
+            for row in 0..rows.len() {
+                let Some(labels) = set.labels_of(rows, column, row) else { continue };
+                let (first, before) = *seen.entry(rows.words_of(row)).or_insert((row, labels));
+                if before != labels {
+                    let place = rows.place(first);
+                    let message = format!("`{name}`: this sentence has other labels than the same before ({place})");
+                    problems.push(Problem::warning(rows.place(row), message));
+                }
+            }
+        }
+    }
+    problems
+}
+
+/// Words that programs which cut text at white space, as those of exported models do, take for several.
+fn words_with_spaces(corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for rows in Split::ALL.iter().flat_map(|&split| corpus.rows(split)) {
+        let apart: Vec<bool> = rows.words.iter().map(|word| word.contains(char::is_whitespace)).collect();
+        for row in 0..rows.len() {
+            if let Some(&word) = rows.words_of(row).iter().find(|&&word| apart[word as usize]) {
+                let word = rows.words.get(word);
+                let message = format!("the word `{word}` has white space in it, where raw text is cut in use");
+                problems.push(Problem::warning(rows.place(row), message));
+            }
+        }
+    }
+    problems
+}
