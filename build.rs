@@ -9,6 +9,7 @@ fn main() {
     println!("cargo:rerun-if-changed=src/libtorch/jit.cpp");
     println!("cargo:rerun-if-changed=src/libtorch/guarded.h");
     println!("cargo:rerun-if-changed=src/libtorch/graph.cpp");
+    println!("cargo:rerun-if-changed=src/libtorch/kernels.cpp");
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
     let library = libtorch.join("lib/libtorch_cpu.so");
     // Behind links lies the folder whose neighbours hold everything else, CUDA included.
@@ -25,7 +26,7 @@ fn main() {
         .flag("-D_GLIBCXX_USE_CXX11_ABI=1")
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"));
-    build_graphs(&build, &libtorch.join("cuda-include"));
+    build_cuda(&build, &libtorch.join("cuda-include"));
     build.file("src/libtorch/shim.cpp").file("src/libtorch/jit.cpp").compile("polytask_shim");
     println!("cargo:rustc-link-search=native={}", libtorch.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");
@@ -36,16 +37,17 @@ fn main() {
 }
 
 /// The part that needs CUDA's headers, as a library of its own within the program; nothing of it where there are no headers.
-fn build_graphs(build: &cc::Build, headers: &std::path::Path) {
+fn build_cuda(build: &cc::Build, headers: &std::path::Path) {
     println!("cargo:rerun-if-changed={}", headers.display());
-    let library = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("libpolytask_graph.so");
+    let library = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("libpolytask_cuda.so");
     if !headers.join("cuda_runtime_api.h").exists() {
         fs::write(&library, []).expect("the folder of build outputs can be written to");
         return;
     }
     let mut command = build.clone().include(headers).get_compiler().to_command();
     // Only the functions that are called from Rust are seen from outside.
-    command.args(["-shared", "-fPIC", "-s", "-o"]).arg(&library).arg("src/libtorch/graph.cpp");
+    command.args(["-shared", "-fPIC", "-s", "-o"]).arg(&library);
+    command.args(["src/libtorch/graph.cpp", "src/libtorch/kernels.cpp"]);
     let status = command.status().expect("the C++ compiler runs");
-    assert!(status.success(), "src/libtorch/graph.cpp does not compile");
+    assert!(status.success(), "src/libtorch/graph.cpp and kernels.cpp do not compile");
 }

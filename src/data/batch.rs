@@ -4,12 +4,11 @@
 
 use std::ops::Range;
 
-use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::encoded::{EncodedSet, TargetValues};
 use super::labels::NO_LABEL;
-use crate::libtorch::upload;
+use crate::libtorch::{Kernel, Shape, upload};
 use crate::task::TaskId;
 
 /// Lengths of the rows of a batch, known to the host and on the device.
@@ -23,9 +22,13 @@ pub struct Lengths {
 
 impl Lengths {
     pub fn new(host: Vec<i64>, device: Device) -> Self {
-        let max = host.iter().copied().max().unwrap_or(0);
         let tensor = upload(&host, device);
-        Lengths { host, device: tensor, max }
+        Lengths::of(&host, tensor)
+    }
+
+    /// `device` `[B]` holds the same numbers.
+    fn of(host: &[i64], device: Tensor) -> Self {
+        Lengths { host: host.to_vec(), device, max: host.iter().copied().max().unwrap_or(0) }
     }
 
     /// The same lengths, the tensor shared.
@@ -42,11 +45,6 @@ impl Lengths {
     pub fn mask(&self) -> Tensor {
         let positions = Tensor::arange(self.max, (Kind::Int64, self.device.device()));
         positions.unsqueeze(0).lt_tensor(&self.device.unsqueeze(1)) // [B, max]
-    }
-
-    /// Whether none of these rows is padded.
-    pub fn even_at(&self, rows: &[usize]) -> bool {
-        rows.iter().all(|&row| self.host[row] == self.max)
     }
 
     pub fn select(&self, rows: &[usize], index: &Tensor) -> Lengths {
@@ -90,46 +88,6 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// All of it that is on the device, in an order that batches of one shape share.
-    fn tensors(&self) -> Vec<&Tensor> {
-        let mut all = vec![&self.token_ids, &self.lengths.device, &self.word_lengths.device];
-        all.extend(self.bytes.iter().chain(&self.first_tokens));
-        all.extend(self.targets.iter().flatten().flat_map(|targets| [&targets.index, &targets.labels]));
-        all
-    }
-
-    /// A batch with memory of its own.
-    pub fn copy(&self) -> Batch {
-        let lengths = |lengths: &Lengths| Lengths { device: lengths.device.copy(), ..lengths.share() };
-        let targets = |targets: &Targets| Targets {
-            rows: targets.rows.clone(),
-            first_row: targets.first_row,
-            index: targets.index.copy(),
-            labels: targets.labels.copy(),
-            n_decisions: targets.n_decisions,
-        };
-        Batch {
-            rows: self.rows.clone(),
-            first_row: self.first_row,
-            token_ids: self.token_ids.copy(),
-            lengths: lengths(&self.lengths),
-            bytes: self.bytes.as_ref().map(Tensor::copy),
-            first_tokens: self.first_tokens.as_ref().map(Tensor::copy),
-            word_lengths: lengths(&self.word_lengths),
-            targets: self.targets.iter().map(|task| task.as_ref().map(targets)).collect(),
-        }
-    }
-
-    /// Puts the numbers of another batch of the same shape into this one's memory.
-    pub fn take_from(&mut self, other: &Batch) -> Result<()> {
-        for (own, new) in self.tensors().into_iter().zip(other.tensors()) {
-            own.shallow_clone().f_copy_(new)?;
-        }
-        (self.rows, self.first_row) = (other.rows.clone(), other.first_row);
-        (self.lengths.host, self.word_lengths.host) = (other.lengths.host.clone(), other.word_lengths.host.clone());
-        Ok(())
-    }
-
     /// What an exported model reads: token ids [B, T], lengths `[B]`, for words with characters their bytes [B, T, L] and, for
     /// pieces of words, the position of each word's
     /// first token [B, W] and the number of words `[B]`.
@@ -144,6 +102,57 @@ impl Batch {
 
     pub fn n_tokens(&self) -> i64 {
         self.lengths.host.iter().sum()
+    }
+}
+
+/// A batch as the host knows it, before the device gathers it.
+pub struct Plan {
+    rows: Vec<usize>,
+    first_row: usize,
+    lengths: Vec<i64>,
+    words: Vec<i64>,
+    /// Bytes of a token's word in the batch; where the set keeps them.
+    n_bytes: Option<i64>,
+    targets: Vec<Option<PlannedTargets>>,
+}
+
+/// [`Targets`] before they are gathered.
+struct PlannedTargets {
+    rows: Vec<usize>,
+    first_row: usize,
+    n_decisions: i64,
+}
+
+impl Plan {
+    pub fn n_tokens(&self) -> i64 {
+        self.lengths.iter().sum()
+    }
+
+    /// Labels of a task.
+    pub fn n_decisions(&self, task: TaskId) -> i64 {
+        self.targets[task.0].as_ref().map_or(0, |targets| targets.n_decisions)
+    }
+
+    /// What two batches have in common for which the device does the same work.
+    pub fn shape(&self) -> Vec<i64> {
+        let mut shape = vec![self.rows.len() as i64, self.n_bytes.unwrap_or(0)];
+        let even = |lengths: &[i64], rows: &[usize]| {
+            let max = lengths.iter().max();
+            i64::from(rows.iter().all(|&row| lengths.get(row) == max))
+        };
+        let all: Vec<usize> = (0..self.rows.len()).collect();
+        for lengths in [&self.lengths, &self.words] {
+            shape.extend([lengths.iter().copied().max().unwrap_or(0), even(lengths, &all)]);
+        }
+        for targets in &self.targets {
+            shape.extend(targets.as_ref().map_or([0; 4], |targets| {
+                // Heads treat padded rows otherwise, and look at their own rows alone.
+                let [even_tokens, even_words] =
+                    [&self.lengths, &self.words].map(|lengths| even(lengths, &targets.rows));
+                [targets.rows.len() as i64, targets.n_decisions, even_tokens, even_words]
+            }));
+        }
+        shape
     }
 }
 
@@ -182,89 +191,138 @@ impl DeviceSet {
 
     /// Gathers `rows` (at least one) on the device.
     pub fn batch(&self, rows: &[usize]) -> Batch {
-        self.part(rows, 0..rows.len())
+        self.gathered(&self.plan(rows, 0..rows.len()))
     }
 
-    /// Gathers some of a batch's rows on the device.
-    pub fn part(&self, whole: &[usize], range: Range<usize>) -> Batch {
+    /// Some of a batch's rows, planned.
+    pub fn plan(&self, whole: &[usize], range: Range<usize>) -> Plan {
         let (first_row, rows) = (range.start, &whole[range]);
-        let lengths = Lengths::new(rows.iter().map(|&row| self.set.n_tokens(row)).collect(), self.device);
-        let words = Lengths::new(rows.iter().map(|&row| self.set.n_words(row)).collect(), self.device);
-        let token_starts = self.starts(&self.set.token_offsets, rows);
-        let word_starts = self.starts(&self.set.word_offsets, rows);
-        let targets = (0..self.targets.len()).map(|task| {
-            let task = TaskId(task);
-            let before = whole[..first_row].iter().filter(|&&row| self.set.labels(task, row).is_some());
-            self.targets(task, (rows, before.count()), &words, &word_starts)
-        });
-        Batch {
-            token_ids: gather(&self.token_ids, &token_starts, &lengths, self.padding),
-            bytes: self.bytes(rows, &token_starts, &lengths),
-            first_tokens: self.first_tokens.as_ref().map(|first| gather(first, &word_starts, &words, 0)),
-            targets: targets.collect(),
+        let words: Vec<i64> = rows.iter().map(|&row| self.set.n_words(row)).collect();
+        let targets = |task: usize| {
+            let labelled = |rows: &[usize]| -> Vec<usize> {
+                (0..rows.len()).filter(|&at| self.set.labels(TaskId(task), rows[at]).is_some()).collect()
+            };
+            let own = labelled(rows);
+            let n_decisions = match &self.set.targets[task] {
+                TargetValues::Classes(_) => own.len() as i64,
+                TargetValues::Tags(_) => own.iter().map(|&at| words[at]).sum(),
+            };
+            let first_row = labelled(&whole[..first_row]).len();
+            (!own.is_empty()).then_some(PlannedTargets { rows: own, first_row, n_decisions })
+        };
+        Plan {
+            lengths: rows.iter().map(|&row| self.set.n_tokens(row)).collect(),
+            n_bytes: self.n_bytes(rows),
+            targets: (0..self.targets.len()).map(targets).collect(),
             rows: rows.to_vec(),
             first_row,
-            lengths,
-            word_lengths: words,
+            words,
         }
     }
 
-    fn bytes(&self, rows: &[usize], token_starts: &Tensor, lengths: &Lengths) -> Option<Tensor> {
-        let ((forms, token_forms), spelling) = (self.spelling.as_ref()?, self.set.spelling.as_ref()?);
+    fn n_bytes(&self, rows: &[usize]) -> Option<i64> {
+        let spelling = self.set.spelling.as_ref()?;
         let tokens = rows.iter().flat_map(|&row| self.set.token_offsets[row]..self.set.token_offsets[row + 1]);
         let longest = tokens.map(|token| spelling.n_bytes(token as usize)).max().unwrap_or(0).max(1);
         // Few widths on CUDA, so that batches share the graph of a step.
-        let longest = match self.device {
+        Some(match self.device {
             Device::Cpu => longest,
             _ => longest.next_multiple_of(8).min(spelling.max_bytes),
+        } as i64)
+    }
+
+    /// All that the device has to be told to gather a batch, in the order in which [`Self::gather`] reads it.
+    pub fn numbers(&self, plan: &Plan) -> Vec<i64> {
+        let starts = |offsets: &[i64]| -> Vec<i64> { plan.rows.iter().map(|&row| offsets[row]).collect() };
+        let word_starts = starts(&self.set.word_offsets);
+        let mut numbers = starts(&self.set.token_offsets);
+        numbers.extend_from_slice(&plan.lengths);
+        numbers.extend_from_slice(&word_starts);
+        numbers.extend_from_slice(&plan.words);
+        for (targets, values) in plan.targets.iter().zip(&self.set.targets) {
+            let Some(targets) = targets else { continue };
+            let mut of = |value: &dyn Fn(usize) -> i64| numbers.extend(targets.rows.iter().map(|&at| value(at)));
+            of(&|at| at as i64);
+            match values {
+                TargetValues::Classes(_) => of(&|at| plan.rows[at] as i64),
+                TargetValues::Tags(_) => {
+                    of(&|at| word_starts[at]);
+                    of(&|at| plan.words[at]);
+                }
+            }
+        }
+        numbers
+    }
+
+    pub fn gathered(&self, plan: &Plan) -> Batch {
+        self.gather(plan, &upload(&self.numbers(plan), self.device))
+    }
+
+    /// Gathers a batch on the device, from its `numbers` there. The host reads of them what `plan` holds, and the device no more
+    /// of the plan than its shape.
+    pub fn gather(&self, plan: &Plan, numbers: &Tensor) -> Batch {
+        let mut at = 0;
+        let mut next = |n: usize| {
+            at += n as i64;
+            numbers.narrow(0, at - n as i64, n as i64)
         };
+        let n = plan.rows.len();
+        let token_starts = next(n);
+        let lengths = Lengths::of(&plan.lengths, next(n));
+        let word_starts = next(n);
+        let word_lengths = Lengths::of(&plan.words, next(n));
+        let targets = plan.targets.iter().enumerate().map(|(task, targets)| {
+            let PlannedTargets { rows, first_row, n_decisions } = targets.as_ref()?;
+            let (index, starts) = (next(rows.len()), next(rows.len()));
+            let values = &self.targets[task];
+            let labels = match &self.set.targets[task] {
+                TargetValues::Classes(_) => values.index_select(0, &starts).to_kind(Kind::Int64), // [b]
+                TargetValues::Tags(_) => {
+                    // The width stays that of the batch.
+                    let host = rows.iter().map(|&row| plan.words[row]).collect();
+                    let own = Lengths { host, device: next(rows.len()), max: word_lengths.max };
+                    gather(values, &starts, &own, NO_LABEL.into()) // [b, W]
+                }
+            };
+            let (rows, first_row, n_decisions) = (rows.clone(), *first_row, *n_decisions);
+            Some(Targets { rows, first_row, index, labels, n_decisions })
+        });
+        Batch {
+            targets: targets.collect(),
+            token_ids: gather(&self.token_ids, &token_starts, &lengths, self.padding),
+            bytes: self.bytes(plan, &token_starts, &lengths),
+            first_tokens: self.first_tokens.as_ref().map(|first| gather(first, &word_starts, &word_lengths, 0)),
+            rows: plan.rows.clone(),
+            first_row: plan.first_row,
+            lengths,
+            word_lengths,
+        }
+    }
+
+    fn bytes(&self, plan: &Plan, token_starts: &Tensor, lengths: &Lengths) -> Option<Tensor> {
+        let ((forms, token_forms), n_bytes) = (self.spelling.as_ref()?, plan.n_bytes?);
         let which = gather(token_forms, token_starts, lengths, 0); // [B, T]
-        let bytes = forms.narrow(1, 0, longest as i64).index_select(0, &which.flatten(0, 1)).to_kind(Kind::Int64);
-        let bytes = bytes.view([rows.len() as i64, lengths.max, longest as i64]);
+        let bytes = forms.narrow(1, 0, n_bytes).index_select(0, &which.flatten(0, 1)).to_kind(Kind::Int64);
+        let bytes = bytes.view([plan.rows.len() as i64, lengths.max, n_bytes]);
         Some(match lengths.even() {
             true => bytes,
             false => bytes.masked_fill(&lengths.mask().logical_not().unsqueeze(-1), 0),
         })
     }
-
-    fn starts(&self, offsets: &[i64], rows: &[usize]) -> Tensor {
-        let starts: Vec<i64> = rows.iter().map(|&row| offsets[row]).collect();
-        upload(&starts, self.device)
-    }
-
-    fn targets(
-        &self,
-        task: TaskId,
-        (rows, first_row): (&[usize], usize),
-        words: &Lengths,
-        word_starts: &Tensor,
-    ) -> Option<Targets> {
-        let labelled: Vec<usize> = (0..rows.len()).filter(|&at| self.set.labels(task, rows[at]).is_some()).collect();
-        if labelled.is_empty() {
-            return None;
-        }
-        let at: Vec<i64> = labelled.iter().map(|&at| at as i64).collect();
-        let index = upload(&at, self.device);
-        let values = &self.targets[task.0];
-        let (labels, n_decisions) = match &self.set.targets[task.0] {
-            TargetValues::Classes(_) => {
-                let at: Vec<i64> = labelled.iter().map(|&at| rows[at] as i64).collect();
-                let labels = values.index_select(0, &upload(&at, self.device));
-                (labels.to_kind(Kind::Int64), labelled.len() as i64) // [b]
-            }
-            TargetValues::Tags(_) => {
-                let lengths = words.select(&labelled, &index);
-                let starts = word_starts.index_select(0, &index);
-                let n_decisions = lengths.host.iter().sum();
-                (gather(values, &starts, &lengths, NO_LABEL.into()), n_decisions) // [b, W]
-            }
-        };
-        Some(Targets { rows: labelled, first_row, index, labels, n_decisions })
-    }
 }
+
+static GATHER: Kernel = Kernel::new(include_str!("../libtorch/gather.cu"), "gather_rows");
 
 /// `flat[starts[b] + t]` where `t` is within row `b`, else `fill`: [B, max] of 64-bit integers.
 fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tensor {
+    if GATHER.serves(flat.device()) {
+        let out = Tensor::empty([starts.size()[0], lengths.max], (Kind::Int64, flat.device()));
+        let shape = Shape { grid: [out.numel().div_ceil(256), 1], block: [256, 1], shared: 0 };
+        let numbers = [out.numel() as i64, lengths.max, fill];
+        let done = GATHER.launch(shape, &[flat, starts, &lengths.device, &out], &numbers);
+        done.expect("invariant: there is a row, and a kernel takes any number of them");
+        return out;
+    }
     let positions = Tensor::arange(lengths.max, (Kind::Int64, flat.device()));
     let index = starts.unsqueeze(1) + positions.unsqueeze(0); // [B, max]
     if lengths.even() {

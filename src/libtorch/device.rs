@@ -10,6 +10,7 @@ use super::checked;
 
 unsafe extern "C" {
     fn pt_upload(host: *mut C_tensor, device: i8, out: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_upload_into(host: *mut C_tensor, out: *mut C_tensor) -> *mut c_char;
     fn pt_use_cuda(device: i8) -> *mut c_char;
 }
 
@@ -69,6 +70,19 @@ pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
             .expect("invariant: the device was found when the program started");
         Tensor::from_ptr(out)
     }
+}
+
+/// Puts `values` into the memory of `out`, which has as many of them. Nobody waits for the copy.
+///
+/// # Errors
+/// Another number or kind of values.
+pub fn upload_into<T: tch::kind::Element>(values: &[T], out: &Tensor) -> Result<()> {
+    let host = Tensor::from_slice(values);
+    if out.device() == Device::Cpu {
+        return Ok(out.shallow_clone().f_copy_(&host)?);
+    }
+    // SAFETY: both tensors are live.
+    checked(unsafe { pt_upload_into(host.as_ptr().cast_mut(), out.as_ptr().cast_mut()) })
 }
 
 #[cfg(test)]

@@ -7,8 +7,16 @@
 
 #include <cstring>
 #include <exception>
+#include <vector>
 
 using Handle = at::Tensor*;
+
+inline std::vector<at::Tensor> list(const Handle* handles, size_t n) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(n);
+  for (size_t i = 0; i < n; i++) tensors.push_back(*handles[i]);
+  return tensors;
+}
 
 // Runs `f` without gradients. Null, or the text of the exception that was thrown, which the caller frees with pt_free.
 template <typename F>

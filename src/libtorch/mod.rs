@@ -1,8 +1,12 @@
 //! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, global
 //! switches, CUDA graphs, and CUDA libraries opened at run time. The only `unsafe` code of the project.
 
+mod autograd;
+mod cuda;
 mod device;
 mod graph;
+mod kernels;
+mod optimizers;
 mod script;
 
 use std::any::Any;
@@ -16,50 +20,19 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
-pub use device::{device, upload};
+pub use autograd::{backward, with_gradients};
+pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
+pub use kernels::{Kernel, Shape, embedding, peak_device_memory};
+pub use optimizers::{Adam, AdamLists, Intake, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd};
 pub use script::ScriptModule;
-
-#[repr(C)]
-struct AdamOptions {
-    learning_rate: f64,
-    beta1: f64,
-    beta2: f64,
-    weight_decay: f64,
-    epsilon: f64,
-}
 
 type List = *const *mut C_tensor;
 
 unsafe extern "C" {
     fn pt_free(text: *mut c_char);
-    fn pt_fused_adam(
-        decoupled: bool,
-        n: usize,
-        parameters: List,
-        gradients: List,
-        first: List,
-        second: List,
-        steps: List,
-        options: *const AdamOptions,
-        learning_rate: *mut C_tensor,
-        skip: *mut C_tensor,
-    ) -> *mut c_char;
-    fn pt_fused_sgd(
-        n: usize,
-        parameters: List,
-        gradients: List,
-        momenta: List,
-        learning_rate: f64,
-        momentum: f64,
-        weight_decay: f64,
-        first_step: bool,
-        rate_on_device: *mut C_tensor,
-        skip: *mut C_tensor,
-    ) -> *mut c_char;
-    fn pt_clip(n: usize, gradients: List, limit: f64, norm: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_copy(n: usize, into: List, from: List) -> *mut c_char;
     fn pt_add(n: usize, into: List, from: List) -> *mut c_char;
-    fn pt_count(n: usize, counters: List, skip: *mut C_tensor) -> *mut c_char;
     fn pt_bernoulli(out: *mut C_tensor, seed: u64, first_row: u64, p: f64) -> *mut c_char;
     fn pt_use_onednn(on: bool) -> *mut c_char;
     fn _exit(code: i32) -> !;
@@ -84,16 +57,6 @@ fn checked(text: *mut c_char) -> Result<()> {
 /// The handles of a list. tch hands out `*const`, yet its in-place operators write through the same pointer.
 fn handles(tensors: &[&Tensor]) -> Vec<*mut C_tensor> {
     tensors.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect()
-}
-
-/// The tensors of one fused Adam step, in one order; all of one device and kind (float32).
-pub struct AdamLists<'a> {
-    pub parameters: &'a [&'a Tensor],
-    pub gradients: &'a [&'a Tensor],
-    pub first_moments: &'a [&'a Tensor],
-    pub second_moments: &'a [&'a Tensor],
-    /// One scalar tensor each: how many steps the parameter has had, with this one.
-    pub steps: &'a [&'a Tensor],
 }
 
 /// A number that the host knows, or one on the device (a scalar of float32), which recorded work reads anew each time.
@@ -126,98 +89,12 @@ impl Number<'_> {
     }
 }
 
-/// Hyperparameters of Adam and AdamW, in PyTorch's meaning.
-#[derive(Clone, Copy, Debug)]
-pub struct Adam<'a> {
-    pub learning_rate: Number<'a>,
-    pub betas: (f64, f64),
-    pub epsilon: f64,
-    pub weight_decay: f64,
-    /// True for AdamW (decay apart from the gradient), false for Adam with an L2 term.
-    pub decoupled: bool,
-}
-
-/// One step of `torch._fused_adamw_` or `torch._fused_adam_`, in place. Where `skip` (one float) is 1, on the device,
-/// no parameter and no moment changes.
-pub fn fused_adam(lists: &AdamLists, adam: Adam, skip: &Tensor) -> Result<()> {
-    let n = lists.parameters.len();
-    for list in [lists.gradients, lists.first_moments, lists.second_moments, lists.steps] {
-        ensure!(list.len() == n, "lists of {n} and {} tensors in one optimizer step", list.len());
-    }
-    let (parameters, gradients) = (handles(lists.parameters), handles(lists.gradients));
-    let (first, second) = (handles(lists.first_moments), handles(lists.second_moments));
-    let steps = handles(lists.steps);
-    let (learning_rate, on_device) = adam.learning_rate.split();
-    let options = AdamOptions {
-        learning_rate,
-        beta1: adam.betas.0,
-        beta2: adam.betas.1,
-        weight_decay: adam.weight_decay,
-        epsilon: adam.epsilon,
-    };
-    // SAFETY: every list holds `n` live tensors, borrowed for the length of the call.
-    checked(unsafe {
-        pt_fused_adam(
-            adam.decoupled,
-            n,
-            parameters.as_ptr(),
-            gradients.as_ptr(),
-            first.as_ptr(),
-            second.as_ptr(),
-            steps.as_ptr(),
-            &options,
-            on_device,
-            skip.as_ptr().cast_mut(),
-        )
-    })
-}
-
-/// Hyperparameters of SGD with momentum, in PyTorch's meaning.
-#[derive(Clone, Copy, Debug)]
-pub struct Sgd<'a> {
-    pub learning_rate: Number<'a>,
-    pub momentum: f64,
-    pub weight_decay: f64,
-}
-
-/// One step of `torch._fused_sgd_`, in place. `first` fills the momentum buffers instead of reading them.
-pub fn fused_sgd(
-    (parameters, gradients, momenta): (&[&Tensor], &[&Tensor], &[&Tensor]),
-    sgd: Sgd,
-    first: bool,
-    skip: &Tensor,
-) -> Result<()> {
-    let n = parameters.len();
-    ensure!(gradients.len() == n && momenta.len() == n, "lists of different lengths in one optimizer step");
-    let (parameters, gradients, momenta) = (handles(parameters), handles(gradients), handles(momenta));
-    let (learning_rate, on_device) = sgd.learning_rate.split();
-    // SAFETY: as in `fused_adam`.
-    checked(unsafe {
-        pt_fused_sgd(
-            n,
-            parameters.as_ptr(),
-            gradients.as_ptr(),
-            momenta.as_ptr(),
-            learning_rate,
-            sgd.momentum,
-            sgd.weight_decay,
-            first,
-            on_device,
-            skip.as_ptr().cast_mut(),
-        )
-    })
-}
-
-/// Scales `gradients` in place so that their common 2-norm is at most `limit` (0: no limit), without a host
-/// synchronization. Returns the norm before scaling, a scalar on the device.
-pub fn clip_gradients(gradients: &[&Tensor], limit: f64) -> Result<Tensor> {
-    let list = handles(gradients);
-    let mut norm = std::ptr::null_mut();
-    // SAFETY: the list is live; on success the shim hands over one new tensor in `norm`.
-    unsafe {
-        checked(pt_clip(list.len(), list.as_ptr(), limit, &mut norm))?;
-        Ok(Tensor::from_ptr(norm))
-    }
+/// `into[i] = from[i]`, in place, of whatever kind.
+pub fn copy_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
+    ensure!(into.len() == from.len(), "lists of different lengths");
+    let (into, from) = (handles(into), handles(from));
+    // SAFETY: both lists are live and of one length.
+    checked(unsafe { pt_copy(into.len(), into.as_ptr(), from.as_ptr()) })
 }
 
 /// `into[i] += from[i]`, in place.
@@ -226,13 +103,6 @@ pub fn add_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
     let (into, from) = (handles(into), handles(from));
     // SAFETY: both lists are live and of one length.
     checked(unsafe { pt_add(into.len(), into.as_ptr(), from.as_ptr()) })
-}
-
-/// Adds 1 to each of `counters`, or 0 where `skip` (one float) is 1.
-pub fn count_up(counters: &[&Tensor], skip: &Tensor) -> Result<()> {
-    let list = handles(counters);
-    // SAFETY: the list and `skip` are live.
-    checked(unsafe { pt_count(list.len(), list.as_ptr(), skip.as_ptr().cast_mut()) })
 }
 
 /// The numbers of a float32 tensor on the CPU, in place.
@@ -257,7 +127,7 @@ pub struct Draws {
 /// batch draw the same however it is cut; on CUDA libtorch's generator draws.
 pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
     if device != Device::Cpu {
-        return Tensor::rand(size, (Kind::Float, device)).lt(p).to_kind(Kind::Float);
+        return Tensor::empty(size, (Kind::Float, device)).bernoulli_float_(p);
     }
     let out = Tensor::empty(size, (Kind::Float, device));
     // SAFETY: `out` is a live, contiguous float tensor on the CPU.
@@ -348,16 +218,6 @@ pub(crate) fn exit_at_once(code: i32) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn clipping_scales_to_the_limit_and_reports_the_norm() {
-        let (a, b) = (Tensor::from_slice(&[3.0f32, 0.0]), Tensor::from_slice(&[4.0f32]));
-        let norm = clip_gradients(&[&a, &b], 1.0).unwrap();
-        assert_eq!(norm.double_value(&[]), 5.0);
-        assert!((a.double_value(&[0]) - 0.6).abs() < 1e-6 && (b.double_value(&[0]) - 0.8).abs() < 1e-6);
-        let _ = clip_gradients(&[&a, &b], 0.0).unwrap();
-        assert!((b.double_value(&[0]) - 0.8).abs() < 1e-6, "a limit of 0 leaves gradients alone");
-    }
 
     #[test]
     fn an_exception_of_libtorch_becomes_an_error() {

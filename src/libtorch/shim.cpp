@@ -5,14 +5,20 @@
 #include <ATen/Context.h>
 #include <ATen/core/PhiloxRNGEngine.h>
 #include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/_fused_sgd.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <malloc.h>
 
@@ -23,11 +29,8 @@
 
 namespace {
 
-std::vector<at::Tensor> list(const Handle* handles, size_t n) {
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(n);
-  for (size_t i = 0; i < n; i++) tensors.push_back(*handles[i]);
-  return tensors;
+std::optional<at::Tensor> optional(Handle tensor) {
+  return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
 
 class Listener : public c10::WarningHandler {
@@ -38,6 +41,25 @@ class Listener : public c10::WarningHandler {
 
  private:
   void (*hear_)(const char*);
+};
+
+// A number whose gradients to four inputs are given. (libtorch sees inputs that are arguments by themselves, and none in a list.)
+struct Known : torch::autograd::Function<Known> {
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context, const at::Tensor& value, const at::Tensor& a, const at::Tensor& b,
+      const at::Tensor& c, const at::Tensor& d, const std::vector<at::Tensor>& gradients) {
+    context->save_for_backward(gradients);
+    return value.clone();
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& of_value) {
+    auto gradients = context->get_saved_variables();
+    torch::autograd::variable_list all{at::Tensor()};
+    for (auto& gradient : at::_foreach_mul(gradients, of_value[0])) all.push_back(gradient);
+    all.emplace_back();
+    return all;
+  }
 };
 
 }  // namespace
@@ -52,7 +74,7 @@ struct pt_adam {
 
 char* pt_fused_adam(
     bool decoupled, size_t n, const Handle* parameters, const Handle* gradients, const Handle* first,
-    const Handle* second, const Handle* steps, const pt_adam* options, Handle rate, Handle skip) {
+    const Handle* second, const Handle* steps, const pt_adam* options, Handle rate, Handle divisor, Handle skip) {
   return guarded([&] {
     auto p = list(parameters, n), g = list(gradients, n), m = list(first, n), v = list(second, n), s = list(steps, n);
     auto with = [&](auto learning_rate) {
@@ -60,7 +82,7 @@ char* pt_fused_adam(
         decoupled ? at::_fused_adamw_(p, g, m, v, {}, s, rest...) : at::_fused_adam_(p, g, m, v, {}, s, rest...);
       };
       update(learning_rate, options->beta1, options->beta2, options->weight_decay, options->epsilon, false, false,
-          std::optional<at::Tensor>(), std::optional<at::Tensor>(*skip));
+          optional(divisor), optional(skip));
     };
     rate ? with(*rate) : with(options->learning_rate);
   });
@@ -68,25 +90,63 @@ char* pt_fused_adam(
 
 char* pt_fused_sgd(
     size_t n, const Handle* parameters, const Handle* gradients, const Handle* momenta, double learning_rate,
-    double momentum, double weight_decay, bool first_step, Handle rate, Handle skip) {
+    double momentum, double weight_decay, bool first_step, Handle rate, Handle divisor, Handle skip) {
   return guarded([&] {
     // CUDA's kernel takes no momenta where the momentum is 0.
     auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, momentum > 0 ? n : 0);
     auto with = [&](auto rate) {
-      at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, first_step, std::nullopt, *skip);
+      at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, first_step, optional(divisor), *skip);
     };
     rate ? with(*rate) : with(learning_rate);
   });
 }
 
-// Scales the gradients in place so that their common norm is at most `limit`; the norm before that goes to `norm`.
-char* pt_clip(size_t n, const Handle* gradients, double limit, Handle* norm) {
+// The common norm of the gradients, which are `loss_scale` times too large unless it is null, and what an optimizer has to divide
+// them by, so that their norm is at most `limit` (0: no limit).
+char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
   return guarded([&] {
-    auto g = list(gradients, n);
-    auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(g, 2)), 2);
+    auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(list(gradients, n), 2)), 2);
+    if (loss_scale) total = total.div(*loss_scale);
+    auto by = limit > 0 ? total.add(1e-6).div(limit).clamp_min(1.0) : at::ones_like(total);
     *norm = new at::Tensor(total);
-    if (limit > 0) at::_foreach_mul_(g, total.add(1e-6).reciprocal().mul(limit).clamp_max(1.0));
+    *divisor = new at::Tensor(loss_scale ? by.mul(*loss_scale) : by);
   });
+}
+
+// gradients[i] /= divisor
+char* pt_divide(size_t n, const Handle* gradients, Handle divisor) {
+  return guarded([&] { at::_foreach_mul_(list(gradients, n), divisor->reciprocal()); });
+}
+
+// The gradients to `inputs` of sum over i of weights[i] . outputs[i], null where there is none. Those in 16 bits come as float32.
+char* pt_backward(
+    size_t n, const Handle* outputs, const Handle* weights, size_t m, const Handle* inputs, bool keep_graph, Handle* out) {
+  return guarded([&] {
+    auto gradients = torch::autograd::grad(
+        list(outputs, n), list(inputs, m), list(weights, n), keep_graph, false, true);
+    std::vector<at::Tensor> halves, floats;
+    for (auto& gradient : gradients) {
+      if (!gradient.defined() || gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble) continue;
+      halves.push_back(gradient);
+      floats.push_back(gradient = at::empty_like(gradient, gradient.options().dtype(at::kFloat)));
+    }
+    if (!halves.empty()) at::_foreach_copy_(floats, halves);
+    for (size_t i = 0; i < m; i++) out[i] = gradients[i].defined() ? new at::Tensor(gradients[i]) : nullptr;
+  });
+}
+
+// `value` as a number that has these gradients to `inputs`, four each.
+char* pt_with_gradients(Handle value, const Handle* inputs, const Handle* gradients, Handle* out) {
+  return guarded([&] {
+    c10::AutoGradMode with_gradients(true);
+    *out = new at::Tensor(
+        Known::apply(*value, *inputs[0], *inputs[1], *inputs[2], *inputs[3], list(gradients, 4)));
+  });
+}
+
+// into[i] = from[i], of whatever kind.
+char* pt_copy(size_t n, const Handle* into, const Handle* from) {
+  return guarded([&] { at::_foreach_copy_(list(into, n), list(from, n)); });
 }
 
 // into += from, element by element of the lists.
@@ -96,7 +156,7 @@ char* pt_add(size_t n, const Handle* into, const Handle* from) {
 
 // Adds 1 - skip to every tensor of the list.
 char* pt_count(size_t n, const Handle* counters, Handle skip) {
-  return guarded([&] { at::_foreach_add_(list(counters, n), skip->neg().add(1)); });
+  return guarded([&] { at::_foreach_add_(list(counters, n), at::rsub(*skip, 1)); });
 }
 
 // Fills `out` [rows, ...] (float, on the CPU) with 1 at probability p and else 0. Each row has a stream of its own, by seed and
@@ -121,6 +181,11 @@ char* pt_upload(Handle host, int8_t device, Handle* out) {
     auto pinned = host->pin_memory();
     *out = new at::Tensor(pinned.to(at::Device(at::kCUDA, device), pinned.scalar_type(), true));
   });
+}
+
+// Puts `host` into the memory of `out`, as pt_upload does.
+char* pt_upload_into(Handle host, Handle out) {
+  return guarded([&] { out->copy_(host->pin_memory(), true); });
 }
 
 // Makes a CUDA device this thread's own: streams, recordings and generators are those of the current one.

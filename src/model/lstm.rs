@@ -5,6 +5,7 @@
 //! A layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run it. Where a batch has padding,
 //! the reverse direction reads each row turned round within its own length, which equals what packing computes.
 
+use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::parameters::Scope;
@@ -95,10 +96,8 @@ impl Lstm {
         self.halves.as_ref()
     }
 
-    pub fn refresh_halves(&self) {
-        if let Some(halves) = &self.halves {
-            halves.refresh(&self.weights());
-        }
+    pub fn refresh_halves(&self) -> Result<()> {
+        self.halves.as_ref().map_or(Ok(()), |halves| halves.refresh(&self.weights()))
     }
 
     /// Features of a position in its output: D*H.

@@ -14,6 +14,8 @@ mod precision;
 mod trunk;
 mod view;
 
+use std::sync::Mutex;
+
 use anyhow::{Context, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -164,6 +166,9 @@ impl Model {
         vocabulary: &Vocabulary,
         (seed, device): (Seed, Device),
     ) -> Result<Model> {
+        // The generator is the process's: models are built one after the other.
+        static DRAWING: Mutex<()> = Mutex::new(());
+        let _drawing = DRAWING.lock();
         seed.seed_torch(Purpose::Initialization, 0);
         let mut parameters = Parameters::new(device);
         let mut root = parameters.root();
@@ -246,8 +251,8 @@ impl Model {
     }
 
     /// Brings what training reads in the place of weights up to date, before a step.
-    pub fn refresh(&self) {
-        self.trunk.refresh_halves();
+    pub fn refresh(&self) -> Result<()> {
+        self.trunk.refresh_halves()
     }
 
     /// The rows of the embedding tables that `token_ids` need.

@@ -3,9 +3,12 @@
 //! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.1. Differs from the paper in: the trunk's layers alone; what goes in
 //! and out of each is float32, and so are heads, losses and embedding.
 
+use anyhow::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
+
+use crate::libtorch::copy_lists;
 
 /// The numbers that training computes LSTM layers of the trunk in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -45,11 +48,7 @@ impl Halves {
     }
 
     /// Brings the copies up to date.
-    pub fn refresh(&self, weights: &[&Tensor]) {
-        tch::no_grad(|| {
-            for (copy, weight) in self.copies.iter().zip(weights) {
-                copy.shallow_clone().copy_(weight);
-            }
-        });
+    pub fn refresh(&self, weights: &[&Tensor]) -> Result<()> {
+        copy_lists(&self.copies.iter().collect::<Vec<_>>(), weights)
     }
 }

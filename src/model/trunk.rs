@@ -7,6 +7,7 @@
 //!
 //! B sentences, T tokens, E embedding, H hidden, D directions.
 
+use anyhow::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -122,8 +123,8 @@ impl Trunk {
         self.layers.iter().filter_map(Lstm::halves)
     }
 
-    pub fn refresh_halves(&self) {
-        self.layers.iter().for_each(Lstm::refresh_halves);
+    pub fn refresh_halves(&self) -> Result<()> {
+        self.layers.iter().try_for_each(Lstm::refresh_halves)
     }
 
     /// A layer's output with what leads past it.

@@ -14,10 +14,12 @@ use tch::{Kind, Tensor};
 pub use average::Average;
 use backlog::{Backlog, Numbers, Past};
 pub use config::{AdamConfig, OptimizerConfig, SgdConfig};
-pub use scale::LossScale;
+pub use scale::{LossScale, is_unsound};
 pub use schedule::{RangeConfig, ScheduleConfig};
 
-use crate::libtorch::{Adam, AdamLists, Number, Sgd, count_up, floats, fused_adam, fused_sgd, side_by_side, workers};
+use crate::libtorch::{
+    Adam, AdamLists, Intake, Number, Sgd, count_up, floats, fused_adam, fused_sgd, side_by_side, workers,
+};
 
 /// Biases, other vectors such as a CRF's first tags, and all of the embedding: their size says nothing of complexity.
 fn is_spared(name: &str, parameter: &Tensor) -> bool {
@@ -159,18 +161,17 @@ impl Optimizer {
     }
 
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
-    /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Where `skip`
-    /// (one float on the device) is 1, nothing changes. Then the weights go into their average, in which they count the number
+    /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Then the weights go into their average, in which they count the number
     /// beside it.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
         rows: Option<&Touched>,
         learning_rate: impl Into<Number<'a>>,
-        skip: &Tensor,
+        intake: impl Into<Intake<'a>>,
         mut average: Option<(&mut Average, Number)>,
     ) -> Result<()> {
-        let learning_rate = learning_rate.into();
+        let (learning_rate, intake) = (learning_rate.into(), intake.into());
         let waits = rows.filter(|_| !self.config.lazy_rows());
         let is_table = |rows: Option<&Touched>, number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));
         let mut pieces = Vec::new();
@@ -183,7 +184,7 @@ impl Optimizer {
             }
         }
         if !pieces.is_empty() {
-            self.update_all(&pieces, learning_rate, skip)?;
+            self.update_all(&pieces, learning_rate, intake)?;
         }
         for ((number, rows), piece) in present.into_iter().zip(&pieces) {
             if let Some(rows) = rows {
@@ -193,7 +194,7 @@ impl Optimizer {
         if let Some((average, share)) = &mut average {
             average.update(*share, waits.map_or(&[], |rows| &rows.tables))?;
         }
-        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, skip, average))
+        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, intake.skip, average))
     }
 
     /// The step of the tables' `rows`, which the others take later.
@@ -230,14 +231,14 @@ impl Optimizer {
         Ok(())
     }
 
-    fn update_all(&self, pieces: &[Piece], learning_rate: Number, skip: &Tensor) -> Result<()> {
-        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), skip)?;
+    fn update_all(&self, pieces: &[Piece], learning_rate: Number, intake: Intake) -> Result<()> {
+        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), intake.skip)?;
         let workers = workers();
         let update = |worker: usize| -> Result<()> {
             let own: Vec<Piece> = pieces.iter().filter_map(|piece| piece.block(worker, workers)).collect();
             for decays in [true, false] {
                 let some: Vec<&Piece> = own.iter().filter(|piece| piece.decays == decays).collect();
-                self.update(&some, learning_rate, skip, decays)?;
+                self.update(&some, learning_rate, intake, decays)?;
             }
             Ok(())
         };
@@ -245,7 +246,7 @@ impl Optimizer {
     }
 
     /// The update of parameters that all decay, or of which none does.
-    fn update(&self, pieces: &[&Piece], learning_rate: Number, skip: &Tensor, decays: bool) -> Result<()> {
+    fn update(&self, pieces: &[&Piece], learning_rate: Number, intake: Intake, decays: bool) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
@@ -269,12 +270,12 @@ impl Optimizer {
                     weight_decay: decay(config.weight_decay),
                     decoupled: matches!(self.config, OptimizerConfig::Adamw(_)),
                 };
-                fused_adam(&lists, adam, skip)
+                fused_adam(&lists, adam, intake)
             }
             OptimizerConfig::Sgd(config) => {
                 let sgd = Sgd { learning_rate, momentum: config.momentum, weight_decay: decay(config.weight_decay) };
                 // A zero buffer times momentum plus the gradient is what a first step puts there.
-                fused_sgd((&parameters, &gradients, &first), sgd, false, skip)
+                fused_sgd((&parameters, &gradients, &first), sgd, false, intake)
             }
         }
     }

@@ -1,7 +1,7 @@
 //! A loss scale, so that small gradients do not vanish in float16.
 //!
-//! Losses are multiplied by S before the backward pass and gradients divided by it. Where one is not finite the step is left out
-//! and S halved; after 2,000 steps without that S is doubled.
+//! Losses are multiplied by S before the backward pass and gradients divided by it in the update. Where their norm is not finite
+//! the step is left out and S halved; after 2,000 steps without that S is doubled.
 //!
 //! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.2; numbers as in PyTorch's GradScaler.
 
@@ -12,6 +12,12 @@ use tch::{Device, Kind, Tensor};
 
 const FIRST: f64 = 65536.0;
 const STEPS_TO_GROW: i64 = 2000;
+
+/// Whether a scalar is not finite: one on its device.
+pub fn is_unsound(value: &Tensor) -> Tensor {
+    // Infinity times 0 is no number, and no number is unlike 0.
+    (value * 0.0).ne(0.0)
+}
 
 pub struct LossScale {
     /// S, and the steps since it changed: one number each on the device.
@@ -31,13 +37,9 @@ impl LossScale {
         &self.scale
     }
 
-    /// Divides gradients by the scale, in place. Returns 1 where one was not finite, else 0, and adapts the scale to that.
-    pub fn unscale(&mut self, gradients: &[&Tensor]) -> Result<Tensor> {
-        let mut found = self.scale.zeros_like();
-        let inverse = self.scale.reciprocal();
-        for gradient in gradients {
-            gradient.shallow_clone().f_internal_amp_non_finite_check_and_unscale(&mut found, &inverse)?;
-        }
+    /// Returns 1 where the `norm` of a step's gradients is not finite, else 0, and adapts the scale to that.
+    pub fn adapt(&mut self, norm: &Tensor) -> Result<Tensor> {
+        let found = is_unsound(norm).to_kind(Kind::Float);
         let _ = self.scale.f_internal_amp_update_scale_(&self.steps, &found, 2.0, 0.5, STEPS_TO_GROW)?;
         Ok(found)
     }
@@ -62,23 +64,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gradients_are_unscaled_and_an_overflow_halves_the_scale() {
+    fn an_overflow_halves_the_scale_and_many_steps_without_one_double_it() {
         let mut scale = LossScale::new(Device::Cpu);
-        let gradient = Tensor::from_slice(&[65536.0f32, 131072.0]);
-        assert_eq!(scale.unscale(&[&gradient]).unwrap().double_value(&[]), 0.0);
-        assert_eq!(gradient, Tensor::from_slice(&[1.0f32, 2.0]));
-        let overflow = Tensor::from_slice(&[f32::INFINITY]);
-        assert_eq!(scale.unscale(&[&gradient, &overflow]).unwrap().double_value(&[]), 1.0);
-        assert_eq!(scale.value().double_value(&[]), 32768.0);
+        let fine = Tensor::from(131072f32);
+        assert_eq!(scale.adapt(&fine).unwrap().double_value(&[]), 0.0);
+        assert_eq!(scale.value().double_value(&[]), 65536.0);
+        for (overflow, left) in [(f32::INFINITY, 32768.0), (f32::NAN, 16384.0), (f32::NEG_INFINITY, 8192.0)] {
+            assert_eq!(scale.adapt(&Tensor::from(overflow)).unwrap().double_value(&[]), 1.0);
+            assert_eq!(scale.value().double_value(&[]), left);
+        }
         let mut other = LossScale::new(Device::Cpu);
         for _ in 0..STEPS_TO_GROW - 1 {
-            let _ = other.unscale(&[]).unwrap();
+            let _ = other.adapt(&fine).unwrap();
         }
         other.load(&mut scale.state().into_iter().collect()).unwrap();
-        assert_eq!(other.value().double_value(&[]), 32768.0);
+        assert_eq!(other.value().double_value(&[]), 8192.0);
         for _ in 0..STEPS_TO_GROW {
-            let _ = other.unscale(&[]).unwrap();
+            let _ = other.adapt(&fine).unwrap();
         }
-        assert_eq!(other.value().double_value(&[]), 65536.0);
+        assert_eq!(other.value().double_value(&[]), 16384.0);
     }
 }

@@ -8,8 +8,9 @@ use super::gradients::{Gradients, as_vector, at_last_layer};
 use super::laps::Part;
 use super::step::{Step, is_part};
 use crate::data::Batch;
-use crate::libtorch::{Draws, Number, clip_gradients, side_by_side};
+use crate::libtorch::{Draws, Intake, Number, clip_gradients, divide_list, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows};
+use crate::optim::{LossScale, is_unsound};
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
 
@@ -33,8 +34,6 @@ pub(super) struct Inputs<'a> {
 
 /// What a step leaves on the device.
 pub(super) struct Computed {
-    /// `[T]` float64, 0 for absent tasks.
-    pub losses: Tensor,
     /// The losses of the tasks present, in order, then the gradient norm.
     pub values: Tensor,
     pub weights: Tensor,
@@ -43,13 +42,19 @@ pub(super) struct Computed {
 }
 
 impl Computed {
-    /// The same numbers, which the next replay leaves alone.
-    pub fn copy(&self) -> Computed {
+    /// The losses, `[T]` float64, 0 for absent tasks.
+    pub fn losses(&self, present: &[bool]) -> Tensor {
+        let mut all = self.values.unbind(0).into_iter();
+        let losses = present.iter().map(|&present| present.then(|| all.next()).flatten()).collect::<Vec<_>>();
+        as_vector(&losses, self.values.device())
+    }
+
+    /// The same numbers, which the next replay leaves alone; `weights` where they were given.
+    pub fn copy(&self, weights: Option<&Tensor>) -> Computed {
         Computed {
-            losses: self.losses.copy(),
-            values: self.values.copy(),
-            weights: self.weights.copy(),
-            norms: self.norms.as_ref().map(Tensor::copy),
+            values: self.values.detach_copy(),
+            weights: weights.map_or_else(|| self.weights.detach_copy(), Tensor::shallow_clone),
+            norms: self.norms.as_ref().map(Tensor::detach_copy),
             gram: None,
         }
     }
@@ -64,7 +69,7 @@ impl Trainer<'_> {
         inputs: &Inputs,
     ) -> Result<Computed> {
         let device = self.model.parameters.device();
-        self.model.refresh();
+        self.model.refresh()?;
         let known: Option<Vec<Option<Tensor>>> = match inputs.wants {
             // A further pass without gradients: the step's losses are known only after its last batch.
             Wants::Losses if batches.len() > 1 => {
@@ -107,15 +112,14 @@ impl Trainer<'_> {
         let losses = losses.unwrap_or_default();
         self.freeze(step.number, &mut gradients.sum);
         let mut norms = gradients.norms(device);
-        let norm = self.update(&gradients.sum, &losses, &mut norms, inputs)?;
+        let values = self.update(&gradients.sum, &losses, &mut norms, inputs)?;
         self.laps.end(Part::Update);
-        let mut values: Vec<Tensor> = losses.iter().flatten().map(Tensor::shallow_clone).collect();
-        values.push(norm);
         let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));
-        Ok(Computed { losses: as_vector(&losses, device), values: Tensor::stack(&values, 0), weights, norms, gram })
+        Ok(Computed { values, weights, norms, gram })
     }
 
-    /// Clips, updates and averages the weights, unless something is not finite. Returns the gradient's norm before clipping.
+    /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks present, in order,
+    /// then the gradient's norm before clipping.
     fn update(
         &mut self,
         gradients: &[Tensor],
@@ -125,30 +129,38 @@ impl Trainer<'_> {
     ) -> Result<Tensor> {
         let device = self.model.parameters.device();
         let defined: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
-        let mut overflow = None;
-        if let Some(scale) = &mut self.loss_scale {
-            *norms = norms.take().map(|norms| norms / scale.value());
-            overflow = Some(scale.unscale(&defined)?);
-        }
         // All that this step has labels for may be frozen.
-        let mut norm = match defined.is_empty() {
-            true => Tensor::zeros([], (Kind::Float, device)),
-            false => clip_gradients(&defined, self.config.clip_norm)?,
-        };
-        if let Some(overflow) = &overflow {
-            // The step is left out, and nobody hears of its gradients.
-            let zero_if = |x: Tensor| x.masked_fill(&overflow.gt(0.5), 0.0);
-            (norm, *norms) = (zero_if(norm), norms.take().map(zero_if));
+        let (mut norm, mut divisor) = (Tensor::zeros([], (Kind::Float, device)), None);
+        if !defined.is_empty() {
+            let scale = self.loss_scale.as_ref().map(LossScale::value);
+            let (found, by) = clip_gradients(&defined, self.config.clip_norm, scale)?;
+            (norm, divisor) = (found, Some(by));
         }
-        let all: Vec<&Tensor> = losses.iter().flatten().chain([&norm]).collect();
-        let unsound = 1.0 - Tensor::stack(&all, 0).isfinite().all().to_kind(Kind::Float);
-        let halted = self.halted.maximum(&unsound);
+        let overflow = match &mut self.loss_scale {
+            Some(scale) => {
+                *norms = norms.take().map(|norms| norms / scale.value());
+                let overflow = scale.adapt(&norm)?;
+                // The step is left out, and nobody hears of its gradients.
+                let zero_if = |x: Tensor| x.masked_fill(&overflow.gt(0.5), 0.0);
+                (norm, *norms) = (zero_if(norm), norms.take().map(zero_if));
+                Some(overflow)
+            }
+            None => None,
+        };
+        let values = Tensor::stack(&losses.iter().flatten().chain([&norm]).collect::<Vec<_>>(), 0);
+        // A loss that is not finite has no finite gradient.
+        let halted = self.halted.maximum(&is_unsound(&norm));
         self.halted.f_copy_(&halted)?;
-        let skip = overflow.map_or_else(|| self.halted.shallow_clone(), |overflow| self.halted.maximum(&overflow));
+        let skip = overflow.map_or(halted.shallow_clone(), |overflow| halted.maximum(&overflow));
+        // On the CPU the rows of tables read their gradients by themselves.
+        if let Some(divisor) = divisor.take_if(|_| device == Device::Cpu) {
+            divide_list(&defined, &divisor)?;
+        }
+        let intake = Intake { divisor: divisor.as_ref(), skip: &skip };
         let rows = inputs.rows.map(|rows| &rows.touched);
         let average = self.average.as_mut().map(|average| (average, inputs.share));
-        self.optimizer.step(gradients, rows, inputs.learning_rate, &skip, average)?;
-        Ok(norm)
+        self.optimizer.step(gradients, rows, inputs.learning_rate, intake, average)?;
+        Ok(values)
     }
 
     /// Losses by task as the backward pass takes them.

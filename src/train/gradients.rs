@@ -5,7 +5,7 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::add_lists;
+use crate::libtorch::{add_lists, backward};
 use crate::model::{Model, Shared, TableRows};
 use crate::task::Task;
 use crate::weighting::Reference;
@@ -29,11 +29,18 @@ pub struct Sums {
     own: Vec<Vec<Tensor>>,
 }
 
+/// The losses of the tasks present, each with its number of `weights` `[T]`.
+fn with_weights<'a>(
+    losses: &'a [Option<Tensor>],
+    weights: &Tensor,
+) -> impl Iterator<Item = (&'a Tensor, Tensor)> + use<'a> {
+    let weights = weights.to_kind(Kind::Float);
+    losses.iter().enumerate().filter_map(move |(i, loss)| Some((loss.as_ref()?, weights.get(i as i64))))
+}
+
 /// sum_i w_i L_i over the tasks present; `weights` `[T]` float64.
 pub fn weighted_sum(losses: &[Option<Tensor>], weights: &Tensor) -> Option<Tensor> {
-    let weights = weights.to_kind(Kind::Float);
-    let terms = losses.iter().enumerate().filter_map(|(i, loss)| Some(loss.as_ref()? * weights.get(i as i64)));
-    terms.reduce(|a, b| a + b)
+    with_weights(losses, weights).map(|(loss, weight)| loss * weight).reduce(|a, b| a + b)
 }
 
 /// Losses as `[T]` float64 without gradient, 0 for absent tasks.
@@ -77,7 +84,10 @@ impl<'a> Gradients<'a> {
 
     /// One backward pass. The norms at the representation are read in passing, at the taps.
     fn at_once(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
-        let Some(total) = weighted_sum(losses, weights) else { return Ok(Vec::new()) };
+        let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) = with_weights(losses, weights).unzip();
+        if outputs.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut inputs = self.model.inputs(self.rows);
         let n = inputs.len();
         let tapped: Vec<usize> = match self.reference {
@@ -85,7 +95,7 @@ impl<'a> Gradients<'a> {
             None => Vec::new(),
         };
         inputs.extend(tapped.iter().flat_map(|&task| &shared.taps[task]).map(|(_, tap)| &tap.tokens));
-        let mut gradients = backward(&total, &inputs, false)?;
+        let mut gradients = backward(&outputs, &own.iter().collect::<Vec<_>>(), &inputs, false)?;
         let mut at_taps = gradients.split_off(n).into_iter();
         for task in tapped {
             let own: Vec<Tensor> = at_taps.by_ref().take(shared.taps[task].len()).collect();
@@ -111,11 +121,12 @@ impl<'a> Gradients<'a> {
         let cuts: Vec<&Tensor> = shared.cuts.iter().filter(|cut| cut.requires_grad()).collect();
         inputs.extend(&cuts);
         let weights = weights.to_kind(Kind::Float);
+        let one = weights.ones_like().get(0);
         let last = losses.iter().rposition(Option::is_some);
         let mut sum: Vec<Tensor> = Vec::new();
         for (task, loss) in losses.iter().enumerate() {
             let Some(loss) = loss else { continue };
-            let own = backward(loss, &inputs, Some(task) != last)?;
+            let own = backward(&[loss], &[&one], &inputs, Some(task) != last)?;
             self.ensure_path(task, &own[0])?;
             let weight = weights.get(task as i64);
             let weighted = own.iter().map(|g| if g.defined() { g * &weight } else { g.shallow_clone() }).collect();
@@ -126,11 +137,12 @@ impl<'a> Gradients<'a> {
             return Ok(Vec::new());
         }
         let at_cuts = sum.split_off(above.len());
-        let products = cuts.iter().zip(at_cuts).filter(|(_, gradient)| gradient.defined());
-        let Some(down) = products.map(|(cut, gradient)| (*cut * gradient).sum(Kind::Float)).reduce(|a, b| a + b) else {
+        let down: (Vec<&Tensor>, Vec<&Tensor>) =
+            cuts.iter().copied().zip(&at_cuts).filter(|(_, gradient)| gradient.defined()).unzip();
+        if down.0.is_empty() {
             return Ok(sum);
-        };
-        let mut gradients = backward(&down, below, false)?;
+        }
+        let mut gradients = backward(&down.0, &down.1, below, false)?;
         gradients.extend(sum);
         Ok(gradients)
     }
@@ -162,18 +174,11 @@ pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor>
     let parameters = &model.inputs(None)[model.last_layer.clone()];
     let mut rows = Vec::new();
     for loss in losses.iter().flatten() {
-        let gradients = backward(loss, parameters, true)?;
+        let gradients = backward(&[loss], &[&loss.ones_like()], parameters, true)?;
         let flat: Vec<Tensor> = gradients.iter().filter(|g| g.defined()).map(|g| g.flatten(0, -1)).collect();
         rows.push(Tensor::cat(&flat, 0));
     }
     Ok(Tensor::stack(&rows, 0))
-}
-
-/// The gradients of `total`, in float32 where `inputs` are 16-bit copies; undefined where it does not depend on them.
-fn backward(total: &Tensor, inputs: &[&Tensor], keep_graph: bool) -> Result<Vec<Tensor>> {
-    let gradients = Tensor::f_run_backward(&[total], inputs, keep_graph, false)?;
-    let float = |gradient: Tensor| if gradient.defined() { gradient.to_kind(Kind::Float) } else { gradient };
-    Ok(gradients.into_iter().map(float).collect())
 }
 
 /// Adds gradients; those of heads that a batch did not need are undefined.

@@ -1,8 +1,8 @@
-//! Steps as CUDA graphs: one for each shape of a batch, over forward, backward, clipping, update and average.
+//! Steps as CUDA graphs: one for each shape of a batch, over gathering it, forward, backward, clipping, update and average.
 //!
 //! A shape is recorded when it comes the second time. Before that, and where a step cannot be recorded, operators are called
-//! one by one: steps of several batches, steps whose weights follow from their losses, steps that compare the tasks' gradients,
-//! and `lazy_rows`.
+//! one by one: steps of several batches, steps whose weights follow from the losses of some of the tasks, steps that compare the
+//! tasks' gradients, and `lazy_rows`.
 
 use std::collections::HashMap;
 
@@ -13,8 +13,8 @@ use super::Trainer;
 use super::compute::{Computed, Inputs};
 use super::laps::Part;
 use super::step::Step;
-use crate::data::{Batch, Lengths};
-use crate::libtorch::{CudaGraph, GraphPool, Number};
+use crate::data::Plan;
+use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
 use crate::weighting::{Reference, Wants};
 
 /// Shapes that are recorded at most: a graph takes memory on host and device.
@@ -43,7 +43,8 @@ enum How {
 
 struct Recorded {
     graph: Option<CudaGraph>,
-    batch: Batch,
+    /// What the device is told of a batch.
+    numbers: Tensor,
     computed: Option<Computed>,
 }
 
@@ -58,7 +59,7 @@ impl Graphs {
             recording: false,
             learning_rate: number(),
             share: number(),
-            weights: Tensor::ones([n_tasks as i64], (Kind::Double, device)),
+            weights: Tensor::ones([n_tasks as i64], (Kind::Float, device)),
         }
     }
 
@@ -84,22 +85,19 @@ impl Graphs {
 
 impl Trainer<'_> {
     /// Takes a step as a graph; `None` where it has to be computed.
-    pub(super) fn recorded(
-        &mut self,
-        step: &Step,
-        batches: &[Vec<Batch>],
-        inputs: &Inputs,
-    ) -> Result<Option<Computed>> {
-        let (Some(weights), [parts]) = (inputs.weights, batches) else { return Ok(None) };
-        let [batch] = parts.as_slice() else { return Ok(None) };
-        if !self.graphs.on() || inputs.diagnose || inputs.rows.is_some() {
+    pub(super) fn recorded(&mut self, step: &Step, plans: &[Vec<Plan>], inputs: &Inputs) -> Result<Option<Computed>> {
+        let [parts] = plans else { return Ok(None) };
+        let [plan] = parts.as_slice() else { return Ok(None) };
+        // Which tasks are present is known to the host: weights that follow from the losses have no mask where all are.
+        let weighted = inputs.weights.is_some() || inputs.present.iter().all(|&present| present);
+        if !self.graphs.on() || inputs.diagnose || inputs.rows.is_some() || !weighted {
             return Ok(None);
         }
-        let key = self.shape(step, batch, inputs);
-        let mut recorded = match self.graphs.steps.remove(&key) {
+        let key = self.shape(step, plan, inputs);
+        let recorded = match self.graphs.steps.remove(&key) {
             Some(Some(recorded)) => recorded,
             Some(None) if self.graphs.n_recorded() == MOST => return Ok(None),
-            Some(None) => match self.record(step, batch, inputs) {
+            Some(None) => match self.record(step, plan, inputs) {
                 Ok(recorded) => recorded,
                 Err(error) => {
                     log::warn!("CUDA graphs are off, operators are called one by one: {error:#}");
@@ -113,7 +111,9 @@ impl Trainer<'_> {
                 return Ok(None);
             }
         };
-        self.graphs.weights.f_copy_(weights)?;
+        if let Some(weights) = inputs.weights {
+            self.graphs.weights.f_copy_(weights)?;
+        }
         for (slot, number) in
             [(&mut self.graphs.learning_rate, inputs.learning_rate), (&mut self.graphs.share, inputs.share)]
         {
@@ -122,10 +122,12 @@ impl Trainer<'_> {
             }
         }
         tch::manual_seed(self.dropout_seed(step, 0) as i64);
-        recorded.batch.take_from(batch)?;
+        upload_into(&self.train.numbers(plan), &recorded.numbers)?;
         let again = match &recorded.graph {
-            Some(graph) => graph.replay().map(|()| recorded.computed.as_ref().map(Computed::copy)),
-            None => self.compute_kept(step, &mut recorded.batch, inputs).map(Some),
+            Some(graph) => {
+                graph.replay().map(|()| recorded.computed.as_ref().map(|computed| computed.copy(inputs.weights)))
+            }
+            None => self.compute_kept(step, plan, &recorded.numbers, inputs).map(Some),
         };
         self.graphs.steps.insert(key, Some(recorded));
         self.laps.end(Part::Graph);
@@ -133,53 +135,45 @@ impl Trainer<'_> {
     }
 
     /// What two steps have in common that one graph can serve.
-    fn shape(&self, step: &Step, batch: &Batch, inputs: &Inputs) -> Vec<i64> {
-        let norms = match inputs.wants {
-            Wants::Norms(Reference::Representation) => 1,
-            Wants::Norms(Reference::LastLayer) => 2,
-            Wants::Nothing | Wants::Losses => 0,
+    fn shape(&self, step: &Step, plan: &Plan, inputs: &Inputs) -> Vec<i64> {
+        let wants = match inputs.wants {
+            Wants::Nothing => 0,
+            Wants::Losses => 1,
+            Wants::Norms(Reference::Representation) => 2,
+            Wants::Norms(Reference::LastLayer) => 3,
         };
-        let mut shape = vec![norms, self.n_frozen(step.number) as i64];
-        for lengths in [&batch.lengths, &batch.word_lengths] {
-            shape.extend([lengths.host.len() as i64, lengths.max, i64::from(lengths.even())]);
-        }
-        shape.push(batch.bytes.as_ref().map_or(0, |bytes| bytes.size()[2]));
-        for targets in &batch.targets {
-            shape.extend(targets.as_ref().map_or([0; 4], |targets| {
-                // Heads treat padded rows otherwise, and look at their own rows alone.
-                let even = |lengths: &Lengths| i64::from(lengths.even_at(&targets.rows));
-                [targets.rows.len() as i64, targets.n_decisions, even(&batch.lengths), even(&batch.word_lengths)]
-            }));
-        }
+        let mut shape = vec![wants, self.n_frozen(step.number) as i64];
+        shape.extend(plan.shape());
         shape
     }
 
-    fn record(&mut self, step: &Step, batch: &Batch, inputs: &Inputs) -> Result<Recorded> {
-        let mut kept = batch.copy();
+    fn record(&mut self, step: &Step, plan: &Plan, inputs: &Inputs) -> Result<Recorded> {
+        let numbers = upload(&self.train.numbers(plan), self.model.parameters.device());
         if let How::Computed = self.graphs.how {
-            return Ok(Recorded { graph: None, batch: kept, computed: None });
+            return Ok(Recorded { graph: None, numbers, computed: None });
         }
         // A lap would wait for the device.
         let laps = std::mem::take(&mut self.laps);
         let mut pool = std::mem::take(&mut self.graphs.pool);
         self.graphs.recording = true;
-        let recorded = CudaGraph::record(&mut pool, || self.compute_kept(step, &mut kept, inputs));
+        let recorded = CudaGraph::record(&mut pool, || self.compute_kept(step, plan, &numbers, inputs));
         self.graphs.recording = false;
         (self.graphs.pool, self.laps) = (pool, laps);
         let (graph, computed) = recorded?;
-        Ok(Recorded { graph: Some(graph), batch: kept, computed: Some(computed) })
+        Ok(Recorded { graph: Some(graph), numbers, computed: Some(computed) })
     }
 
     /// A step from what graphs read.
-    fn compute_kept(&mut self, step: &Step, batch: &mut Batch, inputs: &Inputs) -> Result<Computed> {
+    fn compute_kept(&mut self, step: &Step, plan: &Plan, numbers: &Tensor, inputs: &Inputs) -> Result<Computed> {
         let weights = self.graphs.weights.shallow_clone();
         let (rate, share) = (self.graphs.learning_rate.shallow_clone(), self.graphs.share.shallow_clone());
         let kept = Inputs {
-            weights: Some(&weights),
+            weights: inputs.weights.map(|_| &weights),
             learning_rate: Number::Device(&rate),
             share: Number::Device(&share),
             ..*inputs
         };
-        self.compute(step, std::slice::from_ref(&std::slice::from_ref(batch)), &kept)
+        let batch = self.train.gather(plan, numbers);
+        self.compute(step, &[[batch]], &kept)
     }
 }

@@ -6,9 +6,9 @@ use tch::{Device, Kind, Tensor};
 use super::compute::Inputs;
 use super::laps::Part;
 use super::{State, Trainer};
-use crate::data::Batch;
+use crate::data::{Batch, Plan};
 use crate::libtorch::{Number, workers};
-use crate::task::Task;
+use crate::task::{Task, TaskId};
 use crate::weighting::{Observed, Wants};
 
 /// Rows below which cutting a batch in parts costs more than it gains.
@@ -86,10 +86,9 @@ impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         self.laps.start();
-        let batches: Vec<Vec<Batch>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
-        let parts = || batches.iter().flatten();
-        let decisions =
-            |task: usize| -> i64 { parts().filter_map(|part| Some(part.targets[task].as_ref()?.n_decisions)).sum() };
+        let plans: Vec<Vec<Plan>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
+        let parts = || plans.iter().flatten();
+        let decisions = |task: usize| -> i64 { parts().map(|part| part.n_decisions(TaskId(task))).sum() };
         let n_decisions: Vec<i64> = (0..self.tasks.len()).map(decisions).collect();
         let present: Vec<bool> = n_decisions.iter().map(|&n| n > 0).collect();
         let touched = self.reads_rows().then(|| {
@@ -119,19 +118,26 @@ impl Trainer<'_> {
             share: Number::Host(self.average.as_ref().map_or(0.0, |average| average.share(step.number))),
             diagnose: step.diagnose && present.iter().filter(|&&present| present).count() > 1,
         };
-        let computed = match self.recorded(step, &batches, &inputs)? {
+        let computed = match self.recorded(step, &plans, &inputs)? {
             Some(computed) => computed,
-            None => self.compute(step, &batches, &inputs)?,
+            None => {
+                let gather = |parts: &Vec<Plan>| parts.iter().map(|part| self.train.gathered(part)).collect();
+                let batches: Vec<Vec<Batch>> = plans.iter().map(gather).collect();
+                self.laps.end(Part::Batch);
+                self.compute(step, &batches, &inputs)?
+            }
         };
-        let observed = Observed { losses: &computed.losses, present: &present, norms: computed.norms.as_ref() };
-        self.weighting.learn(&observed)?;
+        if self.weighting.learns() {
+            let losses = computed.losses(&present);
+            self.weighting.learn(&Observed { losses: &losses, present: &present, norms: computed.norms.as_ref() })?;
+        }
         if computed.gram.is_some() {
             pending.gram = computed.gram;
         }
         pending.weights = Some((computed.weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values: computed.values, present });
         self.laps.end(Part::Weighting);
-        Ok(parts().map(Batch::n_tokens).sum())
+        Ok(parts().map(Plan::n_tokens).sum())
     }
 
     /// Whether tables are read and trained by the rows of a step. On CUDA whole tables cost less than a host that waits to know
@@ -141,10 +147,10 @@ impl Trainer<'_> {
         on_cpu || self.optimizer.lazy_rows()
     }
 
-    /// A batch on the device, cut in as many parts as there are workers, unless it is small.
-    fn parts(&self, rows: &[usize]) -> Vec<Batch> {
+    /// A batch cut in as many parts as there are workers, unless it is small.
+    fn parts(&self, rows: &[usize]) -> Vec<Plan> {
         let n = workers().min(rows.len() / ROWS_A_WORKER).max(1);
-        (0..n).map(|i| self.train.part(rows, rows.len() * i / n..rows.len() * (i + 1) / n)).collect()
+        (0..n).map(|i| self.train.plan(rows, rows.len() * i / n..rows.len() * (i + 1) / n)).collect()
     }
 }
 

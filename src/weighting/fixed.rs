@@ -21,6 +21,10 @@ impl Fixed {
 }
 
 impl LossWeighting for Fixed {
+    fn learns(&self) -> bool {
+        false
+    }
+
     fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
         self.0.shallow_clone()
     }

@@ -111,6 +111,11 @@ pub trait LossWeighting {
     /// The weights of step `step`, `[T]`; `losses` `[T]` where they were wanted. Those of absent tasks have no meaning.
     fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor;
 
+    /// Whether it has something to learn from steps.
+    fn learns(&self) -> bool {
+        true
+    }
+
     /// Learns from the step that was just taken.
     fn learn(&mut self, _step: &Observed) -> Result<()> {
         Ok(())
@@ -151,6 +156,8 @@ pub struct WeightedTask {
 pub struct Weighting {
     strategy: Box<dyn LossWeighting>,
     priorities: Tensor,
+    /// Whether all priorities are 1.
+    plain: bool,
 }
 
 /// Weights for people: scaled so that those of the tasks present sum to their number where priorities are 1.
@@ -167,6 +174,7 @@ impl Weighting {
     pub fn new(config: &WeightingConfig, tasks: &[WeightedTask], seed: Seed, device: Device) -> Self {
         let n = tasks.len();
         let priorities = tasks.iter().map(|task| task.priority).collect::<Vec<_>>();
+        let plain = priorities.iter().all(|&priority| priority == 1.0);
         let priorities = vector(&priorities, device);
         let strategy: Box<dyn LossWeighting> = match config {
             WeightingConfig::Equal(_) => Box::new(fixed::Fixed::equal(n, device)),
@@ -179,7 +187,7 @@ impl Weighting {
             WeightingConfig::Dwa(config) => Box::new(dwa::Dwa::new(config, n, device)),
             WeightingConfig::Random(_) => Box::new(random::Random { seed, device, n }),
         };
-        Weighting { strategy, priorities }
+        Weighting { strategy, priorities, plain }
     }
 
     pub fn wants(&self, step: usize) -> Wants {
@@ -188,7 +196,12 @@ impl Weighting {
 
     /// p_i w_i, `[T]`.
     pub fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
-        self.strategy.weights(step, present, losses) * &self.priorities
+        let weights = self.strategy.weights(step, present, losses);
+        if self.plain { weights } else { weights * &self.priorities }
+    }
+
+    pub fn learns(&self) -> bool {
+        self.strategy.learns()
     }
 
     pub fn learn(&mut self, step: &Observed) -> Result<()> {

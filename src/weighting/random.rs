@@ -16,6 +16,10 @@ pub struct Random {
 }
 
 impl LossWeighting for Random {
+    fn learns(&self) -> bool {
+        false
+    }
+
     fn weights(&self, step: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
         let mut generator = self.seed.generator(Purpose::Weighting, step as u64);
         let draws: Vec<f64> = (0..self.n).map(|_| StandardNormal.sample(&mut generator)).collect();

@@ -35,10 +35,17 @@ impl LossWeighting for UncertaintySoftmax {
         Wants::Losses
     }
 
+    fn learns(&self) -> bool {
+        false
+    }
+
     fn weights(&self, _: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
         let losses = losses.expect("invariant: the caller gives what is wanted");
-        let absent = mask(present, losses.device()).eq(0.0);
-        let logits = losses.clamp_min(SMALLEST_LOSS).reciprocal() / self.temperature;
-        logits.masked_fill(&absent, f64::NEG_INFINITY).softmax(0, Kind::Double) * count(present) as f64
+        let mut logits = losses.clamp_min(SMALLEST_LOSS).reciprocal() / self.temperature;
+        if present.contains(&false) {
+            let absent = mask(present, losses.device()).eq(0.0);
+            logits = logits.masked_fill(&absent, f64::NEG_INFINITY);
+        }
+        logits.softmax(0, Kind::Double) * count(present) as f64
     }
 }

@@ -167,7 +167,7 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     let mode = Mode::Train(Draws { seed: 9, first_row: 0 });
     let exact = gradients(&model, &s, false, mode);
     model.set_precision(Precision::Bfloat16);
-    model.refresh();
+    model.refresh().unwrap();
     let found: Vec<Tensor> = gradients(&model, &s, false, mode).iter().map(|g| g.to_kind(Kind::Float)).collect();
     let flat = |all: &[Tensor]| Tensor::cat(&all.iter().map(|x| x.flatten(0, -1)).collect::<Vec<_>>(), 0);
     let (exact, found) = (flat(&exact), flat(&found));

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::util::DRAWS;
 use polytask::data::{DeviceSet, EncodedSet, TargetValues};
-use polytask::libtorch::clip_gradients;
+use polytask::libtorch::{Intake, clip_gradients};
 use polytask::model::{EmbeddingConfig, HeadConfig, Mode, Model, ModelConfig, TrunkConfig, Vocabulary};
 use polytask::optim::{Optimizer, OptimizerConfig};
 use polytask::rng::Seed;
@@ -87,14 +87,15 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         let encoded = model.encode(&batch, &batch.token_ids, None, Mode::Train(DRAWS));
         let losses: Vec<Tensor> = model.losses(&encoded, &batch, Mode::Train(DRAWS)).into_iter().flatten().collect();
         let gradients = Tensor::run_backward(&[&losses[0] + &losses[1]], &model.parameters.tensors(), false, false);
-        let norm = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 1.0).unwrap();
+        let (norm, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 1.0, None).unwrap();
         if step == 0 {
             let theirs = of("gradient.");
             for ((name, _), gradient) in model.parameters.iter().zip(&gradients) {
-                close(name, gradient, &theirs[name]);
+                close(name, &(gradient / &divisor), &theirs[name]);
             }
         }
-        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32), None).unwrap();
+        let intake = Intake { divisor: Some(&divisor), skip: &Tensor::from(0.0f32) };
+        optimizer.step(&gradients, None, 1e-2, intake, None).unwrap();
         let ours = Tensor::stack(&[losses[0].detach(), losses[1].detach(), norm], 0);
         close(&format!("losses and gradient norm of step {step}"), &ours, &fixture["losses"].get(step));
     }

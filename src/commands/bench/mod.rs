@@ -21,7 +21,7 @@ use super::{End, prepare, say, table};
 use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
-use crate::libtorch::{configure, workers};
+use crate::libtorch::{configure, peak_device_memory, workers};
 use crate::problem::invalid;
 use crate::train::laps::{Laps, Part};
 use crate::train::{Pending, Step, Trainer};
@@ -123,7 +123,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         names.zip(&seconds).map(|(name, own)| summarize(name, own, &seconds[0], &size)).collect();
     let parts_ms = parts(&mut trainers[0], &steps, device)?;
     // Before the bound is measured, on arrays larger than all of this.
-    let peak_memory_bytes = peak_memory();
+    let peak_memory_bytes = peak_memory(device);
     let bound = bound(&rehearsal, &steps);
     let findings = Findings {
         experiment: &experiment.name,
@@ -238,7 +238,7 @@ fn print(findings: &Findings) -> Result<()> {
         findings.time_over_bound,
     ))?;
     if let Some(bytes) = findings.peak_memory_bytes {
-        say(format!("peak memory of the process: {} MiB", table::count(bytes >> 20)))?;
+        say(format!("peak memory: {} MiB", table::count(bytes >> 20)))?;
     }
     Ok(())
 }
@@ -264,7 +264,7 @@ fn labelling(args: &BenchArgs) -> Result<End> {
     if args.json {
         let content = json!({
             "experiment": trained.experiment.name, "device": prepare::device_name(device), "threads": threads,
-            "rounds": args.rounds, "peak_memory_bytes": peak_memory(), "sentences_per_sec": sentences,
+            "rounds": args.rounds, "peak_memory_bytes": peak_memory(device), "sentences_per_sec": sentences,
             "tokens_per_sec": tokens,
         });
         say(serde_json::to_string_pretty(&content)?)?;
@@ -303,8 +303,11 @@ fn median(values: &[f64]) -> f64 {
     (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
 }
 
-/// Bytes that the process held at most, where Linux tells.
-fn peak_memory() -> Option<usize> {
+/// Bytes that were held at most: of the GPU, or by the process on the CPU, where Linux tells.
+fn peak_memory(device: Device) -> Option<usize> {
+    if device != Device::Cpu {
+        return peak_device_memory().ok();
+    }
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
     line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib << 10)

@@ -4,16 +4,19 @@
 //! loss = sum over sentences of log Z(x) - score(y | x), log Z by the forward algorithm.
 //!
 //! The gradient is written down, not traced: d loss / d x[t, c] = p(y_t = c) - [y_t = c], and likewise for pairs, from one
-//! forward-backward pass without autograd, in float64 with a running maximum so that exp never overflows.
+//! forward-backward pass without autograd, in float64 with a running maximum so that exp never overflows: by operators, word by
+//! word, or on a GPU by the kernels of `src/libtorch/crf.cu`.
 //!
 //! b sentences, W words, C tags.
 
 mod decode;
 mod export;
+mod kernels;
 
 use tch::{Kind, Tensor};
 
 use crate::data::labels::NO_LABEL;
+use crate::libtorch::with_gradients;
 use crate::model::parameters::Scope;
 
 /// The score of what must not be: exp of it is 0.
@@ -33,6 +36,15 @@ struct Inference {
     log_z: Tensor,
     marginals: Tensor,
     pairs: Tensor,
+}
+
+/// The summed negative log-likelihood of a batch and its gradients, in the kinds of what they belong to.
+struct Loss {
+    value: Tensor,
+    to_x: Tensor,
+    to_transitions: Tensor,
+    to_start: Tensor,
+    to_end: Tensor,
 }
 
 /// alpha'_j = log sum_i exp(alpha_i + log step_ij): [b, C].
@@ -122,44 +134,53 @@ impl Crf {
     /// The summed negative log-likelihood of `labels` [b, W] (-1 beyond a sentence's end) under `x` [b, W, C], in nats:
     /// a scalar with gradients to `x` and to the CRF's parameters.
     pub fn negative_log_likelihood(&self, x: &Tensor, labels: &Tensor) -> Tensor {
-        let (value, to_x, to_transitions, to_start, to_end) = tch::no_grad(|| {
-            let mask = labels.not_equal(NO_LABEL as i64);
-            let inference = self.infer(x, &mask);
-            let n_tags = x.size()[2];
-            let on = mask.to_kind(Kind::Double);
-            let gold = labels.clamp_min(0).one_hot(n_tags).to_kind(Kind::Double) * on.unsqueeze(-1); // [b, W, C]
-            let after = |x: &Tensor| x.narrow(1, 1, x.size()[1] - 1).flatten(0, 1); // [b*(W-1), C]
-            let before = |x: &Tensor| x.narrow(1, 0, x.size()[1] - 1).flatten(0, 1);
-            let gold_pairs = before(&gold).tr().matmul(&after(&gold)); // [C, C]
-
-            // The last word of each row: on here, off at the next one.
-            let next = Tensor::cat(&[on.narrow(1, 1, on.size()[1] - 1), on.narrow(1, 0, 1).zeros_like()], 1);
-            let last = (&on - next).unsqueeze(-1); // [b, W, 1]
-            let sum = |x: &Tensor| x.sum_dim_intlist([0, 1].as_slice(), false, Kind::Double); // [C]
-            let first_of = |x: &Tensor| x.select(1, 0).sum_dim_intlist([0].as_slice(), false, Kind::Double);
-            let (gold_first, gold_last) = (first_of(&gold), sum(&(&gold * &last)));
-
-            let (transitions, start, end) = self.scores();
-            let score = (x.detach().to_kind(Kind::Double) * &gold).sum(Kind::Double)
-                + (&transitions * &gold_pairs).sum(Kind::Double)
-                + (start * &gold_first).sum(Kind::Double)
-                + (end * &gold_last).sum(Kind::Double);
-            let value = inference.log_z.sum(Kind::Double) - score;
-            let float = |x: Tensor| x.to_kind(self.transitions.kind());
-            (
-                float(value),
-                (&inference.marginals - gold).to_kind(x.kind()),
-                float(inference.pairs - gold_pairs),
-                float(first_of(&inference.marginals) - gold_first),
-                float(sum(&(&inference.marginals * last)) - gold_last),
-            )
+        let loss = tch::no_grad(|| match kernels::serve(x) {
+            true => self.loss_by_kernels(x, labels),
+            false => Ok(self.loss_by_operators(x, labels)),
         });
-        // A function with these gradients, shifted to the right value.
-        let linear = (x * to_x).sum(Kind::Float)
-            + (&self.transitions * to_transitions).sum(Kind::Float)
-            + (&self.start * to_start).sum(Kind::Float)
-            + (&self.end * to_end).sum(Kind::Float);
-        &linear + (value - linear.detach())
+        let known = |loss: Loss| {
+            let known = [
+                (x, &loss.to_x),
+                (&self.transitions, &loss.to_transitions),
+                (&self.start, &loss.to_start),
+                (&self.end, &loss.to_end),
+            ];
+            with_gradients(&loss.value, known)
+        };
+        loss.and_then(known).expect("invariant: the shapes are those of the head")
+    }
+
+    fn loss_by_operators(&self, x: &Tensor, labels: &Tensor) -> Loss {
+        let mask = labels.not_equal(NO_LABEL as i64);
+        let inference = self.infer(x, &mask);
+        let n_tags = x.size()[2];
+        let on = mask.to_kind(Kind::Double);
+        let gold = labels.clamp_min(0).one_hot(n_tags).to_kind(Kind::Double) * on.unsqueeze(-1); // [b, W, C]
+        let after = |x: &Tensor| x.narrow(1, 1, x.size()[1] - 1).flatten(0, 1); // [b*(W-1), C]
+        let before = |x: &Tensor| x.narrow(1, 0, x.size()[1] - 1).flatten(0, 1);
+        let gold_pairs = before(&gold).tr().matmul(&after(&gold)); // [C, C]
+
+        // The last word of each row: on here, off at the next one.
+        let next = Tensor::cat(&[on.narrow(1, 1, on.size()[1] - 1), on.narrow(1, 0, 1).zeros_like()], 1);
+        let last = (&on - next).unsqueeze(-1); // [b, W, 1]
+        let sum = |x: &Tensor| x.sum_dim_intlist([0, 1].as_slice(), false, Kind::Double); // [C]
+        let first_of = |x: &Tensor| x.select(1, 0).sum_dim_intlist([0].as_slice(), false, Kind::Double);
+        let (gold_first, gold_last) = (first_of(&gold), sum(&(&gold * &last)));
+
+        let (transitions, start, end) = self.scores();
+        let score = (x.detach().to_kind(Kind::Double) * &gold).sum(Kind::Double)
+            + (&transitions * &gold_pairs).sum(Kind::Double)
+            + (start * &gold_first).sum(Kind::Double)
+            + (end * &gold_last).sum(Kind::Double);
+        let value = inference.log_z.sum(Kind::Double) - score;
+        let float = |x: Tensor| x.to_kind(self.transitions.kind());
+        Loss {
+            value: float(value),
+            to_x: (&inference.marginals - gold).to_kind(x.kind()),
+            to_transitions: float(inference.pairs - gold_pairs),
+            to_start: float(first_of(&inference.marginals) - gold_first),
+            to_end: float(sum(&(&inference.marginals * last)) - gold_last),
+        }
     }
 }
 

@@ -116,7 +116,9 @@ impl HeadConfig {
 /// (1 - e) (-log p_y) + e / C sum_c (-log p_c)
 fn cross_entropy(logits: &Tensor, labels: &Tensor, n_decisions: i64, (smoothing, mode): (f64, Mode)) -> Tensor {
     let (none, ignored) = (None::<&Tensor>, NO_LABEL.into());
-    let plain = logits.cross_entropy_loss(labels, none, Reduction::Mean, ignored, 0.0);
+    // Each row by itself, then their sum: CUDA takes the mean in one block of threads.
+    let plain = logits.cross_entropy_loss(labels, none, Reduction::None, ignored, 0.0);
+    let plain = plain.sum(logits.kind()) / n_decisions as f64;
     if smoothing == 0.0 || !mode.training() {
         return plain;
     }

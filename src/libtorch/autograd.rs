@@ -1,0 +1,77 @@
+//! Gradients as libtorch's autograd takes them, where tch asks for less.
+
+use std::ffi::c_char;
+
+use anyhow::{Result, ensure};
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use super::{List, checked, handles};
+
+unsafe extern "C" {
+    fn pt_backward(
+        n: usize,
+        outputs: List,
+        weights: List,
+        m: usize,
+        inputs: List,
+        keep_graph: bool,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn pt_with_gradients(value: *mut C_tensor, inputs: List, gradients: List, out: *mut *mut C_tensor) -> *mut c_char;
+}
+
+/// The gradients to `inputs` of sum_i weights_i . outputs_i, each weight of its output's shape; undefined where nothing depends on
+/// an input, and float32 where that is in 16 bits.
+pub fn backward(outputs: &[&Tensor], weights: &[&Tensor], inputs: &[&Tensor], keep_graph: bool) -> Result<Vec<Tensor>> {
+    ensure!(outputs.len() == weights.len(), "every output needs a weight");
+    let (outputs, weights, inputs) = (handles(outputs), handles(weights), handles(inputs));
+    let mut out = vec![std::ptr::null_mut(); inputs.len()];
+    // SAFETY: all lists are live; on success the shim fills `out` with new tensors and nulls.
+    unsafe {
+        checked(pt_backward(
+            outputs.len(),
+            outputs.as_ptr(),
+            weights.as_ptr(),
+            inputs.len(),
+            inputs.as_ptr(),
+            keep_graph,
+            out.as_mut_ptr(),
+        ))?;
+        let tensor = |handle: *mut C_tensor| if handle.is_null() { Tensor::new() } else { Tensor::from_ptr(handle) };
+        Ok(out.into_iter().map(tensor).collect())
+    }
+}
+
+/// `value` (a scalar without a gradient) as one whose gradients are known: of each input, the tensor beside it.
+pub fn with_gradients(value: &Tensor, known: [(&Tensor, &Tensor); 4]) -> Result<Tensor> {
+    let (inputs, gradients): (Vec<&Tensor>, Vec<&Tensor>) = known.into_iter().unzip();
+    let (inputs, gradients) = (handles(&inputs), handles(&gradients));
+    let mut out = std::ptr::null_mut();
+    // SAFETY: value and lists, of four each, are live; on success `out` is one new tensor.
+    unsafe {
+        checked(pt_with_gradients(value.as_ptr().cast_mut(), inputs.as_ptr(), gradients.as_ptr(), &mut out))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_gradients_are_those_of_the_value_and_weights_count() {
+        let x = Tensor::from_slice(&[1.0f32, 2.0]).set_requires_grad(true);
+        let y = Tensor::from_slice(&[5.0f32]).set_requires_grad(true);
+        let value = Tensor::from(7f32);
+        let zero = Tensor::from(0f32);
+        let known = [(&x, &Tensor::from_slice(&[0.5f32, -1.0])), (&zero, &zero), (&zero, &zero), (&zero, &zero)];
+        let known = with_gradients(&value, known).unwrap();
+        assert_eq!(known.double_value(&[]), 7.0);
+        let other = x.sum(tch::Kind::Float);
+        let (two, three) = (Tensor::from(2f32), Tensor::from(3f32));
+        let gradients = backward(&[&known, &other], &[&two, &three], &[&x, &y], true).unwrap();
+        assert_eq!(gradients[0], Tensor::from_slice(&[4.0f32, 1.0]));
+        assert!(!gradients[1].defined());
+    }
+}

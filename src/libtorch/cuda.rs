@@ -1,0 +1,71 @@
+//! The library that needs CUDA: C++ files of this folder, within the program, opened once a GPU is used.
+
+use std::ffi::{c_char, c_void};
+use std::io::Write;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, ensure};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
+use torch_sys::C_tensor;
+
+/// `graph.cpp` and `kernels.cpp` as a shared library; empty where the program was built without CUDA's headers.
+static LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libpolytask_cuda.so"));
+
+#[repr(C)]
+pub struct Recording {
+    _opaque: [u8; 0],
+}
+
+type Launch = unsafe extern "C" fn(
+    *mut c_void,
+    *const u32,
+    *const u32,
+    u32,
+    usize,
+    *const *mut C_tensor,
+    usize,
+    *const i32,
+) -> *mut c_char;
+
+/// What the library offers, with the types that its C++ files give it.
+pub struct Functions {
+    pub graph_begin: Symbol<unsafe extern "C" fn(*mut u64, *mut *mut Recording) -> *mut c_char>,
+    pub graph_end: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
+    pub graph_replay: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
+    pub graph_free: Symbol<unsafe extern "C" fn(*mut Recording)>,
+    pub kernel_find: Symbol<unsafe extern "C" fn(*const c_char, *const c_char, *mut *mut c_void) -> *mut c_char>,
+    pub kernel_launch: Symbol<Launch>,
+    pub embedding:
+        Symbol<unsafe extern "C" fn(*mut c_void, *mut C_tensor, *mut C_tensor, i64, *mut *mut C_tensor) -> *mut c_char>,
+    pub peak_memory: Symbol<unsafe extern "C" fn(*mut i64) -> *mut c_char>,
+}
+
+static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
+
+/// Opens the library; libtorch's CUDA library has to be open already.
+pub fn functions() -> Result<&'static Functions> {
+    if let Some(functions) = FUNCTIONS.get() {
+        return Ok(functions);
+    }
+    ensure!(!LIBRARY.is_empty(), "this program was built without CUDA's headers; scripts/setup fetches them");
+    let mut file = tempfile::NamedTempFile::new().context("no temporary file")?;
+    file.write_all(LIBRARY)?;
+    // SAFETY: the library is ours; it has no initializers of its own. The functions have these types.
+    let functions = unsafe {
+        let library = Library::open(Some(file.path()), RTLD_NOW | RTLD_GLOBAL)?;
+        let functions = Functions {
+            graph_begin: library.get(b"pt_graph_begin")?,
+            graph_end: library.get(b"pt_graph_end")?,
+            graph_replay: library.get(b"pt_graph_replay")?,
+            graph_free: library.get(b"pt_graph_free")?,
+            kernel_find: library.get(b"pt_kernel_find")?,
+            kernel_launch: library.get(b"pt_kernel_launch")?,
+            embedding: library.get(b"pt_embedding")?,
+            peak_memory: library.get(b"pt_peak_memory")?,
+        };
+        // The functions are used for the life of the process.
+        std::mem::forget(library);
+        functions
+    };
+    Ok(FUNCTIONS.get_or_init(|| functions))
+}

@@ -1,0 +1,109 @@
+//! Kernels of our own: what libtorch does in many small steps on a GPU, in one.
+
+use std::ffi::{CString, c_void};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind, Tensor};
+
+use super::cuda::functions;
+use super::{checked, handles};
+
+struct Found(*mut c_void);
+
+// SAFETY: a kernel that was found is read alone, from any thread.
+unsafe impl Send for Found {}
+// SAFETY: likewise.
+unsafe impl Sync for Found {}
+
+/// A kernel of a CUDA source, compiled when it is first asked for.
+pub struct Kernel {
+    source: &'static str,
+    name: &'static str,
+    found: OnceLock<Option<Found>>,
+}
+
+/// Blocks across and down, threads of a block across and down, and the bytes that these share.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub grid: [usize; 2],
+    pub block: [usize; 2],
+    pub shared: usize,
+}
+
+impl Kernel {
+    pub const fn new(source: &'static str, name: &'static str) -> Kernel {
+        Kernel { source, name, found: OnceLock::new() }
+    }
+
+    /// Whether it can be had on `device`; where it cannot, operators do its work, and a warning says why.
+    pub fn serves(&self, device: Device) -> bool {
+        device != Device::Cpu && self.get().is_some()
+    }
+
+    fn get(&self) -> Option<&Found> {
+        let find = || -> Result<Found> {
+            let (source, name) = (CString::new(self.source)?, CString::new(self.name)?);
+            let mut kernel = std::ptr::null_mut();
+            // SAFETY: both texts live for the call, which fills `kernel` where it returns null.
+            checked(unsafe { (functions()?.kernel_find)(source.as_ptr(), name.as_ptr(), &mut kernel) })?;
+            Ok(Found(kernel))
+        };
+        let told = |error: anyhow::Error| log::warn!("operators do the work of kernel {}: {error:#}", self.name);
+        self.found.get_or_init(|| find().map_err(told).ok()).as_ref()
+    }
+
+    /// Its arguments are the tensors' memory, then the numbers as `int`.
+    ///
+    /// # Errors
+    /// Tensors that are not contiguous on the GPU; a shape that the GPU refuses.
+    pub fn launch(&self, shape: Shape, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
+        let kernel = self.get().context("the kernel is not to be had")?;
+        let narrow = |pair: [usize; 2]| -> Result<[u32; 2]> { Ok([pair[0].try_into()?, pair[1].try_into()?]) };
+        let (grid, block) = (narrow(shape.grid)?, narrow(shape.block)?);
+        let numbers = numbers.iter().map(|&number| Ok(number.try_into()?)).collect::<Result<Vec<i32>>>()?;
+        let (tensors, shared) = (handles(tensors), shape.shared.try_into()?);
+        // SAFETY: tensors and numbers live for the call; the kernel is one of this project's, called with what it declares.
+        checked(unsafe {
+            (functions()?.kernel_launch)(
+                kernel.0,
+                grid.as_ptr(),
+                block.as_ptr(),
+                shared,
+                tensors.len(),
+                tensors.as_ptr(),
+                numbers.len(),
+                numbers.as_ptr(),
+            )
+        })
+    }
+}
+
+static EMBEDDING: Kernel = Kernel::new(include_str!("embedding.cu"), "embedding_gradient");
+
+/// Rows `ids` [...] of `table` [V, E]: [..., E]. What is read of row `padding` has no gradient; -1 is none.
+pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Tensor {
+    let kernel = match table.kind() == Kind::Float && table.requires_grad() && EMBEDDING.serves(table.device()) {
+        true => EMBEDDING.get(),
+        false => None,
+    };
+    let (Some(kernel), Ok(functions)) = (kernel, functions()) else {
+        return Tensor::embedding(table, ids, padding, false, false);
+    };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: kernel and tensors are live; on success `out` is one new tensor.
+    unsafe {
+        let done =
+            (functions.embedding)(kernel.0, table.as_ptr().cast_mut(), ids.as_ptr().cast_mut(), padding, &mut out);
+        checked(done).expect("invariant: ids are those of rows");
+        Tensor::from_ptr(out)
+    }
+}
+
+/// The most bytes that libtorch has taken of the GPU at once.
+pub fn peak_device_memory() -> Result<usize> {
+    let mut bytes = 0;
+    // SAFETY: fills one number.
+    checked(unsafe { (functions()?.peak_memory)(&mut bytes) })?;
+    Ok(usize::try_from(bytes)?)
+}
