@@ -24,7 +24,9 @@ pub use autograd::{backward, with_gradients};
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
 pub use kernels::{Kernel, Shape, embedding, peak_device_memory};
-pub use optimizers::{Adam, AdamLists, Intake, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd};
+pub use optimizers::{
+    Adam, AdamLists, Intake, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
+};
 pub use script::ScriptModule;
 
 type List = *const *mut C_tensor;

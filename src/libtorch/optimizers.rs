@@ -52,6 +52,7 @@ unsafe extern "C" {
         norm: *mut *mut C_tensor,
         divisor: *mut *mut C_tensor,
     ) -> *mut c_char;
+    fn pt_norms(n: usize, gradients: List, out: *mut *mut C_tensor) -> *mut c_char;
     fn pt_divide(n: usize, gradients: List, divisor: *mut C_tensor) -> *mut c_char;
     fn pt_count(n: usize, counters: List, skip: *mut C_tensor) -> *mut c_char;
 }
@@ -186,6 +187,17 @@ pub fn clip_gradients(gradients: &[&Tensor], limit: f64, loss_scale: Option<&Ten
     unsafe {
         checked(pt_clip(list.len(), list.as_ptr(), limit, or_null(loss_scale), &mut norm, &mut divisor))?;
         Ok((Tensor::from_ptr(norm), Tensor::from_ptr(divisor)))
+    }
+}
+
+/// The 2-norm of each of `gradients`, `[n]`.
+pub fn norms_of(gradients: &[&Tensor]) -> Result<Tensor> {
+    let list = handles(gradients);
+    let mut norms = std::ptr::null_mut();
+    // SAFETY: the list is live; on success the shim hands over one new tensor.
+    unsafe {
+        checked(pt_norms(list.len(), list.as_ptr(), &mut norms))?;
+        Ok(Tensor::from_ptr(norms))
     }
 }
 

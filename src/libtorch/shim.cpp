@@ -113,6 +113,11 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale
   });
 }
 
+// The 2-norms of the gradients, [n].
+char* pt_norms(size_t n, const Handle* gradients, Handle* out) {
+  return guarded([&] { *out = new at::Tensor(at::stack(at::_foreach_norm(list(gradients, n), 2))); });
+}
+
 // gradients[i] /= divisor
 char* pt_divide(size_t n, const Handle* gradients, Handle divisor) {
   return guarded([&] { at::_foreach_mul_(list(gradients, n), divisor->reciprocal()); });

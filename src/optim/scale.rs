@@ -37,10 +37,11 @@ impl LossScale {
         &self.scale
     }
 
-    /// Returns 1 where the `norm` of a step's gradients is not finite, else 0, and adapts the scale to that.
+    /// Whether the `norm` of a step's gradients is not finite, to which the scale is adapted.
     pub fn adapt(&mut self, norm: &Tensor) -> Result<Tensor> {
-        let found = is_unsound(norm).to_kind(Kind::Float);
-        let _ = self.scale.f_internal_amp_update_scale_(&self.steps, &found, 2.0, 0.5, STEPS_TO_GROW)?;
+        let found = is_unsound(norm);
+        let as_float = found.to_kind(Kind::Float);
+        let _ = self.scale.f_internal_amp_update_scale_(&self.steps, &as_float, 2.0, 0.5, STEPS_TO_GROW)?;
         Ok(found)
     }
 

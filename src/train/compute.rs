@@ -101,7 +101,8 @@ impl Trainer<'_> {
             let backward = |part: usize| {
                 let mut own = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
                 let (shared, losses) = &passes[part];
-                own.add(shared, &self.scaled(losses), weights).map(|()| own.into_sums())
+                own.loss_scale = self.loss_scale.as_ref().map(|scale| scale.value().shallow_clone());
+                own.add(shared, losses, weights).map(|()| own.into_sums())
             };
             for sums in side_by_side(parts.len(), &backward) {
                 gradients.merge(sums?)?;
@@ -141,7 +142,7 @@ impl Trainer<'_> {
                 *norms = norms.take().map(|norms| norms / scale.value());
                 let overflow = scale.adapt(&norm)?;
                 // The step is left out, and nobody hears of its gradients.
-                let zero_if = |x: Tensor| x.masked_fill(&overflow.gt(0.5), 0.0);
+                let zero_if = |x: Tensor| x.masked_fill(&overflow, 0.0);
                 (norm, *norms) = (zero_if(norm), norms.take().map(zero_if));
                 Some(overflow)
             }
@@ -161,15 +162,6 @@ impl Trainer<'_> {
         let average = self.average.as_mut().map(|average| (average, inputs.share));
         self.optimizer.step(gradients, rows, inputs.learning_rate, intake, average)?;
         Ok(values)
-    }
-
-    /// Losses by task as the backward pass takes them.
-    fn scaled(&self, losses: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
-        let scaled = |loss: &Option<Tensor>| {
-            let loss = loss.as_ref()?;
-            Some(self.loss_scale.as_ref().map_or_else(|| loss.shallow_clone(), |scale| loss * scale.value()))
-        };
-        losses.iter().map(scaled).collect()
     }
 
     /// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64; where all

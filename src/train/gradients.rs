@@ -5,7 +5,7 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::{add_lists, backward};
+use crate::libtorch::{add_lists, backward, norms_of};
 use crate::model::{Model, Shared, TableRows};
 use crate::task::Task;
 use crate::weighting::Reference;
@@ -16,6 +16,8 @@ pub struct Gradients<'a> {
     tasks: &'a [Task],
     reference: Option<Reference>,
     rows: Option<&'a TableRows>,
+    /// What all losses are multiplied by, so that small gradients do not vanish in float16.
+    pub loss_scale: Option<Tensor>,
     /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`TableRows`].
     pub sum: Vec<Tensor>,
     /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
@@ -54,7 +56,7 @@ pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
 impl<'a> Gradients<'a> {
     pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>, rows: Option<&'a TableRows>) -> Self {
         let own = tasks.iter().map(|_| Vec::new()).collect();
-        Gradients { model, tasks, reference, rows, sum: Vec::new(), own }
+        Gradients { model, tasks, reference, rows, loss_scale: None, sum: Vec::new(), own }
     }
 
     /// What has been added up, for [`Self::merge`].
@@ -84,7 +86,9 @@ impl<'a> Gradients<'a> {
 
     /// One backward pass. The norms at the representation are read in passing, at the taps.
     fn at_once(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
-        let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) = with_weights(losses, weights).unzip();
+        let scaled = self.loss_scale.as_ref().map(|scale| weights * scale);
+        let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) =
+            with_weights(losses, scaled.as_ref().unwrap_or(weights)).unzip();
         if outputs.is_empty() {
             return Ok(Vec::new());
         }
@@ -96,13 +100,23 @@ impl<'a> Gradients<'a> {
         };
         inputs.extend(tapped.iter().flat_map(|&task| &shared.taps[task]).map(|(_, tap)| &tap.tokens));
         let mut gradients = backward(&outputs, &own.iter().collect::<Vec<_>>(), &inputs, false)?;
-        let mut at_taps = gradients.split_off(n).into_iter();
-        for task in tapped {
-            let own: Vec<Tensor> = at_taps.by_ref().take(shared.taps[task].len()).collect();
-            self.ensure_path(task, &own[0])?;
-            // The taps have the gradient of w_i L_i.
-            let norms = own.iter().map(|gradient| gradient.norm().to_kind(Kind::Double)).collect::<Vec<_>>();
-            let square = (Tensor::stack(&norms, 0).norm() / weights.get(task as i64)).square();
+        let at_taps = gradients.split_off(n);
+        if at_taps.is_empty() {
+            return Ok(gradients);
+        }
+        let mut starts = vec![0];
+        for &task in &tapped {
+            let start = starts[starts.len() - 1];
+            self.ensure_path(task, &at_taps[start])?;
+            starts.push(start + shared.taps[task].len());
+        }
+        let squares = norms_of(&at_taps.iter().collect::<Vec<_>>())?.to_kind(Kind::Double).square();
+        // The taps have the gradient of w_i L_i.
+        let by = weights.square();
+        for (range, &task) in starts.windows(2).zip(&tapped) {
+            let own = squares.narrow(0, range[0] as i64, (range[1] - range[0]) as i64);
+            let own = if range[1] - range[0] == 1 { own.get(0) } else { own.sum(Kind::Double) };
+            let square = own / by.get(task as i64);
             match self.own[task].first_mut() {
                 Some(sum) => *sum = &*sum + square,
                 None => self.own[task].push(square),
@@ -121,7 +135,7 @@ impl<'a> Gradients<'a> {
         let cuts: Vec<&Tensor> = shared.cuts.iter().filter(|cut| cut.requires_grad()).collect();
         inputs.extend(&cuts);
         let weights = weights.to_kind(Kind::Float);
-        let one = weights.ones_like().get(0);
+        let one = self.loss_scale.as_ref().map_or_else(|| weights.ones_like().get(0), Tensor::shallow_clone);
         let last = losses.iter().rposition(Option::is_some);
         let mut sum: Vec<Tensor> = Vec::new();
         for (task, loss) in losses.iter().enumerate() {
@@ -156,15 +170,15 @@ impl<'a> Gradients<'a> {
     /// 2-norms of the tasks' unweighted gradients at the reference, `[T]` float64, 0 for absent tasks; where wanted.
     pub fn norms(&self, device: Device) -> Option<Tensor> {
         let reference = self.reference?;
-        let norm = |own: &Vec<Tensor>| match (own.is_empty(), reference) {
+        let square = |own: &Vec<Tensor>| match (own.is_empty(), reference) {
             (true, _) => Tensor::zeros([], (Kind::Double, device)),
-            (_, Reference::Representation) => own[0].sqrt(),
+            (_, Reference::Representation) => own[0].shallow_clone(),
             (_, Reference::LastLayer) => {
                 let squares = own.iter().map(|g| g.norm().to_kind(Kind::Double).square());
-                squares.reduce(|a, b| a + b).map_or_else(|| Tensor::zeros([], (Kind::Double, device)), |x| x.sqrt())
+                squares.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (Kind::Double, device)))
             }
         };
-        Some(Tensor::stack(&self.own.iter().map(norm).collect::<Vec<_>>(), 0))
+        Some(Tensor::stack(&self.own.iter().map(square).collect::<Vec<_>>(), 0).sqrt())
     }
 }
 

@@ -42,21 +42,35 @@ impl Adapter {
         let moved = match self.by {
             AdaptBy::Sgd => values - gradient * self.learning_rate,
             AdaptBy::Adam => {
-                for (steps, &present) in self.steps.iter_mut().zip(present) {
-                    *steps += i32::from(present);
-                }
+                self.count(present);
                 let first = &self.first * BETAS.0 + gradient * (1.0 - BETAS.0);
                 let second = &self.second * BETAS.1 + gradient.square() * (1.0 - BETAS.1);
                 self.first = first.where_self(&here, &self.first);
                 self.second = second.where_self(&here, &self.second);
-                let corrections = |beta: f64| -> Tensor {
-                    vector(&self.steps.iter().map(|&n| 1.0 - beta.powi(n.max(1))).collect::<Vec<_>>(), device)
-                };
-                let (mean, variance) = (&self.first / corrections(BETAS.0), &self.second / corrections(BETAS.1));
+                let [of_first, of_second] = self.corrections().map(|values| vector(&values, device));
+                let (mean, variance) = (&self.first / of_first, &self.second / of_second);
                 values - mean / (variance.sqrt() + EPSILON) * self.learning_rate
             }
         };
         moved.where_self(&here, values)
+    }
+
+    /// Notes a step of the tasks present.
+    fn count(&mut self, present: &[bool]) {
+        for (steps, &present) in self.steps.iter_mut().zip(present) {
+            *steps += i32::from(present);
+        }
+    }
+
+    /// What Adam's moments are divided by, by task.
+    fn corrections(&self) -> [Vec<f64>; 2] {
+        [BETAS.0, BETAS.1].map(|beta| self.steps.iter().map(|&n| 1.0 - beta.powi(n.max(1))).collect())
+    }
+
+    /// For a step that a kernel takes, which changes the moments in place: their corrections, then the moments.
+    pub fn lend(&mut self, present: &[bool]) -> ([Vec<f64>; 2], [&Tensor; 2]) {
+        self.count(present);
+        (self.corrections(), [&self.first, &self.second])
     }
 
     pub fn save(&self) -> Value {

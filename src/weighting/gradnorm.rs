@@ -17,6 +17,7 @@ use super::adapt::Adapter;
 use super::{
     AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, count, from_json, mask, numbers, to_json, vector,
 };
+use crate::libtorch::{Kernel, Shape};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -153,6 +154,41 @@ impl Gradnorm {
     }
 }
 
+static KERNEL: Kernel = Kernel::new(include_str!("../libtorch/gradnorm.cu"), "gradnorm");
+
+impl Gradnorm {
+    fn learn_by_kernel(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
+        let (n, device) = (step.present.len(), norms.device());
+        let adam = self.config.optimizer == AdaptBy::Adam;
+        let ([of_first, of_second], [first, second]) = self.adapter.lend(step.present);
+        let mut given = vec![self.config.alpha, self.config.floor, self.config.learning_rate, SMALLEST_LOSS];
+        given.extend(&self.priorities);
+        given.extend(step.present.iter().map(|&present| f64::from(present)));
+        given.extend(of_first);
+        given.extend(of_second);
+        let (moved, seen) = (self.weights.empty_like(), Tensor::empty([3, n as i64], (Kind::Double, device)));
+        KERNEL.launch(
+            Shape { grid: [1, 1], block: [1, 1], shared: 0 },
+            &[
+                step.losses,
+                norms,
+                &self.initial,
+                &vector(&given, device),
+                &self.weights,
+                &moved,
+                first,
+                second,
+                &self.floored,
+                &seen,
+            ],
+            &[n as i64, i64::from(adam)],
+        )?;
+        self.weights = moved;
+        self.seen = Some([0, 1, 2].map(|row| seen.get(row)));
+        Ok(())
+    }
+}
+
 impl LossWeighting for Gradnorm {
     fn wants(&self, step: usize) -> Wants {
         let default = match self.config.reference {
@@ -175,6 +211,9 @@ impl LossWeighting for Gradnorm {
         // A task alone has nothing to be balanced against.
         if count(step.present) < 2 {
             return Ok(());
+        }
+        if KERNEL.serves(norms.device()) {
+            return self.learn_by_kernel(step, norms);
         }
         let closed = self.closed_form(step.losses, step.present, norms);
         let here = mask(step.present, norms.device());
