@@ -14,7 +14,7 @@ __device__ double largest(const double* values, int n) {
 // transposed, [C, C]; alphas, left and right [b, W, C] are filled, left and right with the factors of a transition's expected
 // number: of the tag before word t, and of the tag of word t. to_x [b, W, C] is the gradient. By word, pairs has the gold
 // transition into it, or -1. By sentence: the last word, and the negative log-likelihood.
-extern "C" __global__ void crf_sentences(
+extern "C" __global__ void __launch_bounds__(1024) crf_sentences(
     const float* x, const long long* labels, const double* transitions, const double* step, const double* step_back,
     const double* start, const double* end, double* alphas, double* left, double* right, float* to_x, int* pairs, int* lasts,
     double* losses, int n_words, int n_tags) {
@@ -105,7 +105,7 @@ extern "C" __global__ void crf_sentences(
 
 // Sums over the batch. A block for each tag before a transition, then one each for first tags, last tags and the loss; its threads
 // are tags across, and rows apart down.
-extern "C" __global__ void crf_batch(
+extern "C" __global__ void __launch_bounds__(1024) crf_batch(
     const double* left, const double* right, const double* step, const int* pairs, const float* to_x, const int* lasts,
     const double* losses, float* to_transitions, float* to_start, float* to_end, float* loss, int n_rows, int n_words,
     int n_tags) {

@@ -25,6 +25,11 @@ fn open_cuda() -> Result<()> {
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
     // Its kernels are registered for the life of the process: it must never be closed.
     std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda fetches it")?);
+    // NVRTC, for kernels of our own, is found from here and not from the library that asks for it; without it operators serve.
+    // SAFETY: as above.
+    if let Ok(library) = unsafe { Library::open(Some("libcaffe2_nvrtc.so"), RTLD_NOW | RTLD_GLOBAL) } {
+        std::mem::forget(library);
+    }
     Ok(())
 }
 

@@ -1,5 +1,5 @@
-// CUDA graphs. A library of its own, which the program opens after libtorch_cuda.so: it finds there what it needs, and a program
-// on the CPU does without it.
+// CUDA graphs. With kernels.cpp a library of its own, which the program opens after libtorch_cuda.so: it finds there what it needs,
+// and a program on the CPU does without it.
 #include "guarded.h"
 
 #include <ATen/core/CachingHostAllocator.h>

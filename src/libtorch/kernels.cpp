@@ -29,7 +29,7 @@ struct Nvrtc {
   int (*destroy)(Program*);
 
   Nvrtc() {
-    // It lies beside libtorch's other libraries and knows where NVRTC is.
+    // The program has opened it, which lies beside libtorch's other libraries and knows where NVRTC is.
     auto* library = dlopen("libcaffe2_nvrtc.so", RTLD_NOW | RTLD_GLOBAL);
     TORCH_CHECK(library, "NVRTC cannot be opened: ", dlerror());
     auto find = [&](auto& function, const char* name) {
@@ -113,11 +113,15 @@ extern "C" {
 // Compiles `source` and finds the kernel `name` in it, for the life of the process.
 char* pt_kernel_find(const char* source, const char* name, void** out) {
   return guarded([&] {
+    // CUDA 12 does not have them in all its versions, and graphs need none of this.
+    auto* load = reinterpret_cast<decltype(&cudaLibraryLoadData)>(dlsym(RTLD_DEFAULT, "cudaLibraryLoadData"));
+    auto* get = reinterpret_cast<decltype(&cudaLibraryGetKernel)>(dlsym(RTLD_DEFAULT, "cudaLibraryGetKernel"));
+    TORCH_CHECK(load && get, "this CUDA runtime loads no kernels");
     auto code = compiled(source);
     cudaLibrary_t library;
     cudaKernel_t kernel;
-    C10_CUDA_CHECK(cudaLibraryLoadData(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
-    C10_CUDA_CHECK(cudaLibraryGetKernel(&kernel, library, name));
+    C10_CUDA_CHECK(load(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
+    C10_CUDA_CHECK(get(&kernel, library, name));
     *out = kernel;
   });
 }
@@ -134,8 +138,10 @@ char* pt_kernel_launch(
 
 // torch.embedding(table, ids) without a gradient for row `padding`; `kernel` is that of embedding.cu.
 char* pt_embedding(void* kernel, Handle table, Handle ids, int64_t padding, Handle* out) {
+  auto tracing = c10::GradMode::is_enabled();
   return guarded([&] {
-    c10::AutoGradMode with_gradients(true);
+    TORCH_CHECK(ids->scalar_type() == at::kLong, "ids are 64-bit integers");
+    c10::AutoGradMode as_before(tracing);
     *out = new at::Tensor(LookUp::apply(*table, *ids, padding, reinterpret_cast<int64_t>(kernel)));
   });
 }

@@ -9,6 +9,10 @@ use tch::{Device, Kind, Tensor};
 use super::cuda::functions;
 use super::{checked, handles};
 
+unsafe extern "C" {
+    fn pt_tracing() -> bool;
+}
+
 struct Found(*mut c_void);
 
 // SAFETY: a kernel that was found is read alone, from any thread.
@@ -53,11 +57,11 @@ impl Kernel {
         self.found.get_or_init(|| find().map_err(told).ok()).as_ref()
     }
 
-    /// Its arguments are the tensors' memory, then the numbers as `int`.
+    /// Its arguments are the tensors' memory, then the numbers as `int`; kinds and sizes have to be those that its source names.
     ///
     /// # Errors
     /// Tensors that are not contiguous on the GPU; a shape that the GPU refuses.
-    pub fn launch(&self, shape: Shape, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
+    pub(crate) fn launch(&self, shape: Shape, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
         let kernel = self.get().context("the kernel is not to be had")?;
         let narrow = |pair: [usize; 2]| -> Result<[u32; 2]> { Ok([pair[0].try_into()?, pair[1].try_into()?]) };
         let (grid, block) = (narrow(shape.grid)?, narrow(shape.block)?);
@@ -81,9 +85,15 @@ impl Kernel {
 
 static EMBEDDING: Kernel = Kernel::new(include_str!("embedding.cu"), "embedding_gradient");
 
+/// Places that the kernel is for: it compares each with those before it. libtorch sorts where there are more.
+const MOST_PLACES: usize = 4096;
+
 /// Rows `ids` [...] of `table` [V, E]: [..., E]. What is read of row `padding` has no gradient; -1 is none.
 pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Tensor {
-    let kernel = match table.kind() == Kind::Float && table.requires_grad() && EMBEDDING.serves(table.device()) {
+    // SAFETY: reads a switch of this thread.
+    let tracing = table.requires_grad() && unsafe { pt_tracing() };
+    let fits = tracing && table.kind() == Kind::Float && ids.numel() <= MOST_PLACES;
+    let kernel = match fits && EMBEDDING.serves(table.device()) {
         true => EMBEDDING.get(),
         false => None,
     };

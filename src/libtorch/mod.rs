@@ -1,5 +1,6 @@
-//! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, global
-//! switches, CUDA graphs, and CUDA libraries opened at run time. The only `unsafe` code of the project.
+//! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, weighted backward
+//! passes, global switches, CUDA graphs, kernels of our own, and CUDA libraries opened at run time. The only `unsafe` code of the
+//! project.
 
 mod autograd;
 mod cuda;

@@ -177,16 +177,21 @@ pub fn fused_sgd(
     })
 }
 
-/// The common 2-norm of `gradients`, and what divides them so that it is at most `limit` (0: no limit): two scalars on the device,
-/// for which the host does not wait. With `loss_scale`, the gradients are that much too large: the norm is that of the right ones,
+/// The common 2-norm of `gradients`, and what divides them so that it is at most `limit` (0: no limit), if anything: scalars on the
+/// device, for which the host does not wait. With `loss_scale`, the gradients are that much too large: the norm is that of the right ones,
 /// and the divisor puts them right.
-pub fn clip_gradients(gradients: &[&Tensor], limit: f64, loss_scale: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+pub fn clip_gradients(
+    gradients: &[&Tensor],
+    limit: f64,
+    loss_scale: Option<&Tensor>,
+) -> Result<(Tensor, Option<Tensor>)> {
     let list = handles(gradients);
     let (mut norm, mut divisor) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the list is live; on success the shim hands over two new tensors.
+    // SAFETY: the list is live; on success the shim hands over new tensors, the second of which may be none.
     unsafe {
         checked(pt_clip(list.len(), list.as_ptr(), limit, or_null(loss_scale), &mut norm, &mut divisor))?;
-        Ok((Tensor::from_ptr(norm), Tensor::from_ptr(divisor)))
+        let divisor = (!divisor.is_null()).then(|| Tensor::from_ptr(divisor));
+        Ok((Tensor::from_ptr(norm), divisor))
     }
 }
 
@@ -224,11 +229,13 @@ mod tests {
         let (a, b) = (Tensor::from_slice(&[3.0f32, 0.0]), Tensor::from_slice(&[4.0f32]));
         let (norm, divisor) = clip_gradients(&[&a, &b], 1.0, None).unwrap();
         assert_eq!(norm.double_value(&[]), 5.0);
-        divide_list(&[&a, &b], &divisor).unwrap();
+        divide_list(&[&a, &b], &divisor.unwrap()).unwrap();
         assert!((a.double_value(&[0]) - 0.6).abs() < 1e-6 && (b.double_value(&[0]) - 0.8).abs() < 1e-6);
         let (_, none) = clip_gradients(&[&a, &b], 0.0, None).unwrap();
-        assert_eq!(none.double_value(&[]), 1.0, "a limit of 0 leaves gradients alone");
+        assert!(none.is_none(), "a limit of 0 leaves gradients alone");
         let (norm, divisor) = clip_gradients(&[&a, &b], 0.1, Some(&Tensor::from(4f32))).unwrap();
-        assert!((norm.double_value(&[]) - 0.25).abs() < 1e-6 && (divisor.double_value(&[]) - 10.0).abs() < 1e-4);
+        assert!(
+            (norm.double_value(&[]) - 0.25).abs() < 1e-6 && (divisor.unwrap().double_value(&[]) - 10.0).abs() < 1e-4
+        );
     }
 }

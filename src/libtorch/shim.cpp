@@ -13,7 +13,6 @@
 #include <ATen/ops/_fused_sgd.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -102,14 +101,19 @@ char* pt_fused_sgd(
 }
 
 // The common norm of the gradients, which are `loss_scale` times too large unless it is null, and what an optimizer has to divide
-// them by, so that their norm is at most `limit` (0: no limit).
+// them by, so that their norm is at most `limit` (0: no limit); null for nothing.
 char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
   return guarded([&] {
     auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(list(gradients, n), 2)), 2);
     if (loss_scale) total = total.div(*loss_scale);
-    auto by = limit > 0 ? total.add(1e-6).div(limit).clamp_min(1.0) : at::ones_like(total);
     *norm = new at::Tensor(total);
-    *divisor = new at::Tensor(loss_scale ? by.mul(*loss_scale) : by);
+    *divisor = nullptr;
+    if (limit > 0) {
+      auto by = total.add(1e-6).div(limit).clamp_min(1.0);
+      *divisor = new at::Tensor(loss_scale ? by.mul(*loss_scale) : by);
+    } else if (loss_scale) {
+      *divisor = new at::Tensor(loss_scale->clone());
+    }
   });
 }
 
@@ -142,8 +146,9 @@ char* pt_backward(
 
 // `value` as a number that has these gradients to `inputs`, four each.
 char* pt_with_gradients(Handle value, const Handle* inputs, const Handle* gradients, Handle* out) {
+  auto tracing = c10::GradMode::is_enabled();
   return guarded([&] {
-    c10::AutoGradMode with_gradients(true);
+    c10::AutoGradMode as_before(tracing);
     *out = new at::Tensor(
         Known::apply(*value, *inputs[0], *inputs[1], *inputs[2], *inputs[3], list(gradients, 4)));
   });
@@ -190,8 +195,14 @@ char* pt_upload(Handle host, int8_t device, Handle* out) {
 
 // Puts `host` into the memory of `out`, as pt_upload does.
 char* pt_upload_into(Handle host, Handle out) {
-  return guarded([&] { out->copy_(host->pin_memory(), true); });
+  return guarded([&] {
+    TORCH_CHECK(host->sizes() == out->sizes() && host->dtype() == out->dtype(), "other numbers than those that were there");
+    out->copy_(host->pin_memory(), true);
+  });
 }
+
+// Whether what is computed now can have gradients.
+bool pt_tracing() { return c10::GradMode::is_enabled(); }
 
 // Makes a CUDA device this thread's own: streams, recordings and generators are those of the current one.
 char* pt_use_cuda(int8_t device) {

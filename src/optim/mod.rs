@@ -161,8 +161,9 @@ impl Optimizer {
     }
 
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
-    /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Then the weights go into their average, in which they count the number
-    /// beside it.
+    /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Gradients
+    /// are divided as `intake` says, on CUDA in place, and where it says so nothing changes. Then the weights go into their average,
+    /// in which they count the number beside it.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],

@@ -135,7 +135,7 @@ impl Trainer<'_> {
         if !defined.is_empty() {
             let scale = self.loss_scale.as_ref().map(LossScale::value);
             let (found, by) = clip_gradients(&defined, self.config.clip_norm, scale)?;
-            (norm, divisor) = (found, Some(by));
+            (norm, divisor) = (found, by);
         }
         let overflow = match &mut self.loss_scale {
             Some(scale) => {
@@ -149,8 +149,7 @@ impl Trainer<'_> {
             None => None,
         };
         let values = Tensor::stack(&losses.iter().flatten().chain([&norm]).collect::<Vec<_>>(), 0);
-        // A loss that is not finite has no finite gradient.
-        let halted = self.halted.maximum(&is_unsound(&norm));
+        let halted = self.halted.maximum(&is_unsound(&values.sum(Kind::Float)));
         self.halted.f_copy_(&halted)?;
         let skip = overflow.map_or(halted.shallow_clone(), |overflow| halted.maximum(&overflow));
         // On the CPU the rows of tables read their gradients by themselves.

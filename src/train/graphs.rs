@@ -127,7 +127,10 @@ impl Trainer<'_> {
             Some(graph) => {
                 graph.replay().map(|()| recorded.computed.as_ref().map(|computed| computed.copy(inputs.weights)))
             }
-            None => self.compute_kept(step, plan, &recorded.numbers, inputs).map(Some),
+            None => {
+                let computed = self.compute_kept(step, plan, &recorded.numbers, inputs);
+                computed.map(|computed| Some(computed.copy(inputs.weights)))
+            }
         };
         self.graphs.steps.insert(key, Some(recorded));
         self.laps.end(Part::Graph);

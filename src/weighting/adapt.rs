@@ -29,6 +29,15 @@ pub struct Adapter {
     steps: Vec<i32>,
 }
 
+/// What a kernel needs of an [`Adapter`].
+pub struct Lent<'a> {
+    /// Learning rate, both betas, epsilon.
+    pub numbers: [f64; 4],
+    /// What the moments are divided by, by task.
+    pub corrections: [Vec<f64>; 2],
+    pub moments: [&'a Tensor; 2],
+}
+
 impl Adapter {
     pub fn new(by: AdaptBy, learning_rate: f64, n: usize, device: Device) -> Self {
         let zeros = || Tensor::zeros([n as i64], (Kind::Double, device));
@@ -67,10 +76,16 @@ impl Adapter {
         [BETAS.0, BETAS.1].map(|beta| self.steps.iter().map(|&n| 1.0 - beta.powi(n.max(1))).collect())
     }
 
-    /// For a step that a kernel takes, which changes the moments in place: their corrections, then the moments.
-    pub fn lend(&mut self, present: &[bool]) -> ([Vec<f64>; 2], [&Tensor; 2]) {
-        self.count(present);
-        (self.corrections(), [&self.first, &self.second])
+    /// For a step that a kernel takes, which changes the moments in place.
+    pub fn lend(&mut self, present: &[bool]) -> Lent<'_> {
+        if self.by == AdaptBy::Adam {
+            self.count(present);
+        }
+        Lent {
+            numbers: [self.learning_rate, BETAS.0, BETAS.1, EPSILON],
+            corrections: self.corrections(),
+            moments: [&self.first, &self.second],
+        }
     }
 
     pub fn save(&self) -> Value {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::adapt::Adapter;
+use super::adapt::{Adapter, Lent};
 use super::{
     AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, count, from_json, mask, numbers, to_json, vector,
 };
@@ -160,8 +160,10 @@ impl Gradnorm {
     fn learn_by_kernel(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
         let (n, device) = (step.present.len(), norms.device());
         let adam = self.config.optimizer == AdaptBy::Adam;
-        let ([of_first, of_second], [first, second]) = self.adapter.lend(step.present);
-        let mut given = vec![self.config.alpha, self.config.floor, self.config.learning_rate, SMALLEST_LOSS];
+        let Lent { numbers, corrections: [of_first, of_second], moments: [first, second] } =
+            self.adapter.lend(step.present);
+        let mut given = vec![self.config.alpha, self.config.floor, SMALLEST_LOSS];
+        given.extend(numbers);
         given.extend(&self.priorities);
         given.extend(step.present.iter().map(|&present| f64::from(present)));
         given.extend(of_first);
