@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::encoded::{EncodedSet, TargetValues};
 use super::labels::NO_LABEL;
-use crate::libtorch::{Kernel, Shape, upload};
+use crate::libtorch::{Kernel, LaunchConfig, upload};
 use crate::task::TaskId;
 
 /// Lengths of the rows of a batch, known to the host and on the device.
@@ -106,7 +106,7 @@ impl Batch {
 }
 
 /// A batch as the host knows it, before the device gathers it.
-pub struct Plan {
+pub struct BatchPlan {
     rows: Vec<usize>,
     first_row: usize,
     lengths: Vec<i64>,
@@ -123,7 +123,7 @@ struct PlannedTargets {
     n_decisions: i64,
 }
 
-impl Plan {
+impl BatchPlan {
     pub fn n_tokens(&self) -> i64 {
         self.lengths.iter().sum()
     }
@@ -195,7 +195,7 @@ impl DeviceSet {
     }
 
     /// Some of a batch's rows, planned.
-    pub fn plan(&self, whole: &[usize], range: Range<usize>) -> Plan {
+    pub fn plan(&self, whole: &[usize], range: Range<usize>) -> BatchPlan {
         let (first_row, rows) = (range.start, &whole[range]);
         let words: Vec<i64> = rows.iter().map(|&row| self.set.n_words(row)).collect();
         let targets = |task: usize| {
@@ -210,7 +210,7 @@ impl DeviceSet {
             let first_row = labelled(&whole[..first_row]).len();
             (!own.is_empty()).then_some(PlannedTargets { rows: own, first_row, n_decisions })
         };
-        Plan {
+        BatchPlan {
             lengths: rows.iter().map(|&row| self.set.n_tokens(row)).collect(),
             n_bytes: self.n_bytes(rows),
             targets: (0..self.targets.len()).map(targets).collect(),
@@ -232,7 +232,7 @@ impl DeviceSet {
     }
 
     /// All that the device has to be told to gather a batch, in the order in which [`Self::gather`] reads it.
-    pub fn numbers(&self, plan: &Plan) -> Vec<i64> {
+    pub fn numbers(&self, plan: &BatchPlan) -> Vec<i64> {
         let starts = |offsets: &[i64]| -> Vec<i64> { plan.rows.iter().map(|&row| offsets[row]).collect() };
         let word_starts = starts(&self.set.word_offsets);
         let mut numbers = starts(&self.set.token_offsets);
@@ -254,13 +254,13 @@ impl DeviceSet {
         numbers
     }
 
-    pub fn gathered(&self, plan: &Plan) -> Batch {
+    pub fn gathered(&self, plan: &BatchPlan) -> Batch {
         self.gather(plan, &upload(&self.numbers(plan), self.device))
     }
 
     /// Gathers a batch on the device, from its `numbers` there. The host reads of them what `plan` holds, and the device no more
     /// of the plan than its shape.
-    pub fn gather(&self, plan: &Plan, numbers: &Tensor) -> Batch {
+    pub fn gather(&self, plan: &BatchPlan, numbers: &Tensor) -> Batch {
         let mut at = 0;
         let mut next = |n: usize| {
             at += n as i64;
@@ -299,7 +299,7 @@ impl DeviceSet {
         }
     }
 
-    fn bytes(&self, plan: &Plan, token_starts: &Tensor, lengths: &Lengths) -> Option<Tensor> {
+    fn bytes(&self, plan: &BatchPlan, token_starts: &Tensor, lengths: &Lengths) -> Option<Tensor> {
         let ((forms, token_forms), n_bytes) = (self.spelling.as_ref()?, plan.n_bytes?);
         let which = gather(token_forms, token_starts, lengths, 0); // [B, T]
         let bytes = forms.narrow(1, 0, n_bytes).index_select(0, &which.flatten(0, 1)).to_kind(Kind::Int64);
@@ -315,9 +315,9 @@ static GATHER: Kernel = Kernel::new(include_str!("../libtorch/gather.cu"), "gath
 
 /// `flat[starts[b] + t]` where `t` is within row `b`, else `fill`: [B, max] of 64-bit integers.
 fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tensor {
-    if GATHER.serves(flat.device()) {
+    if lengths.max > 0 && GATHER.serves(flat.device()) {
         let out = Tensor::empty([starts.size()[0], lengths.max], (Kind::Int64, flat.device()));
-        let shape = Shape { grid: [out.numel().div_ceil(256), 1], block: [256, 1], shared: 0 };
+        let shape = LaunchConfig { grid: [out.numel().div_ceil(256), 1], block: [256, 1], shared: 0 };
         let numbers = [out.numel() as i64, lengths.max, fill];
         let done = GATHER.launch(shape, &[flat, starts, &lengths.device, &out], &numbers);
         done.expect("invariant: there is a row, and a kernel takes any number of them");

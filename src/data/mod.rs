@@ -14,7 +14,7 @@ mod tokenizer;
 pub mod vectors;
 pub mod words;
 
-pub use batch::{Batch, DeviceSet, Lengths, Plan, Targets};
+pub use batch::{Batch, BatchPlan, DeviceSet, Lengths, Targets};
 pub use corpus::{Corpus, LoadedSet, load};
 pub use encoded::{EncodedSet, TargetValues};
 pub use formats::Format;

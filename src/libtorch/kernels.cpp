@@ -138,10 +138,10 @@ char* pt_kernel_launch(
 
 // torch.embedding(table, ids) without a gradient for row `padding`; `kernel` is that of embedding.cu.
 char* pt_embedding(void* kernel, Handle table, Handle ids, int64_t padding, Handle* out) {
-  auto tracing = c10::GradMode::is_enabled();
+  auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
     TORCH_CHECK(ids->scalar_type() == at::kLong, "ids are 64-bit integers");
-    c10::AutoGradMode as_before(tracing);
+    c10::AutoGradMode as_before(grad_mode);
     *out = new at::Tensor(LookUp::apply(*table, *ids, padding, reinterpret_cast<int64_t>(kernel)));
   });
 }

@@ -10,7 +10,7 @@ use super::cuda::functions;
 use super::{checked, handles};
 
 unsafe extern "C" {
-    fn pt_tracing() -> bool;
+    fn pt_grad_mode() -> bool;
 }
 
 struct Found(*mut c_void);
@@ -29,7 +29,7 @@ pub struct Kernel {
 
 /// Blocks across and down, threads of a block across and down, and the bytes that these share.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct LaunchConfig {
     pub grid: [usize; 2],
     pub block: [usize; 2],
     pub shared: usize,
@@ -61,7 +61,7 @@ impl Kernel {
     ///
     /// # Errors
     /// Tensors that are not contiguous on the GPU; a shape that the GPU refuses.
-    pub(crate) fn launch(&self, shape: Shape, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
+    pub(crate) fn launch(&self, shape: LaunchConfig, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
         let kernel = self.get().context("the kernel is not to be had")?;
         let narrow = |pair: [usize; 2]| -> Result<[u32; 2]> { Ok([pair[0].try_into()?, pair[1].try_into()?]) };
         let (grid, block) = (narrow(shape.grid)?, narrow(shape.block)?);
@@ -91,12 +91,9 @@ const MOST_PLACES: usize = 4096;
 /// Rows `ids` [...] of `table` [V, E]: [..., E]. What is read of row `padding` has no gradient; -1 is none.
 pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Tensor {
     // SAFETY: reads a switch of this thread.
-    let tracing = table.requires_grad() && unsafe { pt_tracing() };
-    let fits = tracing && table.kind() == Kind::Float && ids.numel() <= MOST_PLACES;
-    let kernel = match fits && EMBEDDING.serves(table.device()) {
-        true => EMBEDDING.get(),
-        false => None,
-    };
+    let grad_mode = table.requires_grad() && unsafe { pt_grad_mode() };
+    let fits = grad_mode && table.kind() == Kind::Float && ids.numel() <= MOST_PLACES;
+    let kernel = (fits && table.device() != Device::Cpu).then(|| EMBEDDING.get()).flatten();
     let (Some(kernel), Ok(functions)) = (kernel, functions()) else {
         return Tensor::embedding(table, ids, padding, false, false);
     };

@@ -24,9 +24,9 @@ use torch_sys::C_tensor;
 pub use autograd::{backward, with_gradients};
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
-pub use kernels::{Kernel, Shape, embedding, peak_device_memory};
+pub use kernels::{Kernel, LaunchConfig, embedding, peak_device_memory};
 pub use optimizers::{
-    Adam, AdamLists, Intake, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
+    Adam, AdamLists, GradScale, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
 };
 pub use script::ScriptModule;
 

@@ -80,20 +80,20 @@ pub struct Adam<'a> {
 
 /// How an optimizer takes the gradients of a step; one float each, on the device.
 #[derive(Clone, Copy, Debug)]
-pub struct Intake<'a> {
+pub struct GradScale<'a> {
     /// What gradients are divided by, in passing.
     pub divisor: Option<&'a Tensor>,
     /// 1 where no parameter and no moment changes.
     pub skip: &'a Tensor,
 }
 
-impl<'a> From<&'a Tensor> for Intake<'a> {
+impl<'a> From<&'a Tensor> for GradScale<'a> {
     fn from(skip: &'a Tensor) -> Self {
-        Intake { divisor: None, skip }
+        GradScale { divisor: None, skip }
     }
 }
 
-impl Intake<'_> {
+impl GradScale<'_> {
     fn handles(self) -> [*mut C_tensor; 2] {
         [or_null(self.divisor), self.skip.as_ptr().cast_mut()]
     }
@@ -104,7 +104,7 @@ fn or_null(tensor: Option<&Tensor>) -> *mut C_tensor {
 }
 
 /// One step of `torch._fused_adamw_` or `torch._fused_adam_`, in place.
-pub fn fused_adam(lists: &AdamLists, adam: Adam, intake: Intake) -> Result<()> {
+pub fn fused_adam(lists: &AdamLists, adam: Adam, grad_scale: GradScale) -> Result<()> {
     let n = lists.parameters.len();
     for list in [lists.gradients, lists.first_moments, lists.second_moments, lists.steps] {
         ensure!(list.len() == n, "lists of {n} and {} tensors in one optimizer step", list.len());
@@ -120,7 +120,7 @@ pub fn fused_adam(lists: &AdamLists, adam: Adam, intake: Intake) -> Result<()> {
         weight_decay: adam.weight_decay,
         epsilon: adam.epsilon,
     };
-    let [divisor, skip] = intake.handles();
+    let [divisor, skip] = grad_scale.handles();
     // SAFETY: every list holds `n` live tensors, borrowed for the length of the call.
     checked(unsafe {
         pt_fused_adam(
@@ -152,13 +152,13 @@ pub fn fused_sgd(
     (parameters, gradients, momenta): (&[&Tensor], &[&Tensor], &[&Tensor]),
     sgd: Sgd,
     first: bool,
-    intake: Intake,
+    grad_scale: GradScale,
 ) -> Result<()> {
     let n = parameters.len();
     ensure!(gradients.len() == n && momenta.len() == n, "lists of different lengths in one optimizer step");
     let (parameters, gradients, momenta) = (handles(parameters), handles(gradients), handles(momenta));
     let (learning_rate, on_device) = sgd.learning_rate.split();
-    let [divisor, skip] = intake.handles();
+    let [divisor, skip] = grad_scale.handles();
     // SAFETY: as in `fused_adam`.
     checked(unsafe {
         pt_fused_sgd(

@@ -32,6 +32,9 @@ std::optional<at::Tensor> optional(Handle tensor) {
   return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
 
+// The 2-norm of each tensor, [n].
+at::Tensor norms(const Handle* tensors, size_t n) { return at::stack(at::_foreach_norm(list(tensors, n), 2)); }
+
 class Listener : public c10::WarningHandler {
  public:
   explicit Listener(void (*hear)(const char*)) : hear_(hear) {}
@@ -104,7 +107,7 @@ char* pt_fused_sgd(
 // them by, so that their norm is at most `limit` (0: no limit); null for nothing.
 char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
   return guarded([&] {
-    auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(list(gradients, n), 2)), 2);
+    auto total = at::linalg_vector_norm(norms(gradients, n), 2);
     if (loss_scale) total = total.div(*loss_scale);
     *norm = new at::Tensor(total);
     *divisor = nullptr;
@@ -119,7 +122,7 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale
 
 // The 2-norms of the gradients, [n].
 char* pt_norms(size_t n, const Handle* gradients, Handle* out) {
-  return guarded([&] { *out = new at::Tensor(at::stack(at::_foreach_norm(list(gradients, n), 2))); });
+  return guarded([&] { *out = new at::Tensor(norms(gradients, n)); });
 }
 
 // gradients[i] /= divisor
@@ -146,9 +149,9 @@ char* pt_backward(
 
 // `value` as a number that has these gradients to `inputs`, four each.
 char* pt_with_gradients(Handle value, const Handle* inputs, const Handle* gradients, Handle* out) {
-  auto tracing = c10::GradMode::is_enabled();
+  auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
-    c10::AutoGradMode as_before(tracing);
+    c10::AutoGradMode as_before(grad_mode);
     *out = new at::Tensor(
         Known::apply(*value, *inputs[0], *inputs[1], *inputs[2], *inputs[3], list(gradients, 4)));
   });
@@ -202,7 +205,7 @@ char* pt_upload_into(Handle host, Handle out) {
 }
 
 // Whether what is computed now can have gradients.
-bool pt_tracing() { return c10::GradMode::is_enabled(); }
+bool pt_grad_mode() { return c10::GradMode::is_enabled(); }
 
 // Makes a CUDA device this thread's own: streams, recordings and generators are those of the current one.
 char* pt_use_cuda(int8_t device) {

@@ -18,7 +18,7 @@ pub use scale::{LossScale, is_unsound};
 pub use schedule::{RangeConfig, ScheduleConfig};
 
 use crate::libtorch::{
-    Adam, AdamLists, Intake, Number, Sgd, count_up, floats, fused_adam, fused_sgd, side_by_side, workers,
+    Adam, AdamLists, GradScale, Number, Sgd, count_up, floats, fused_adam, fused_sgd, side_by_side, workers,
 };
 
 /// Biases, other vectors such as a CRF's first tags, and all of the embedding: their size says nothing of complexity.
@@ -162,17 +162,17 @@ impl Optimizer {
 
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
     /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Gradients
-    /// are divided as `intake` says, on CUDA in place, and where it says so nothing changes. Then the weights go into their average,
-    /// in which they count the number beside it.
+    /// are divided as `grad_scale` says, on CUDA in place, and where it says so nothing changes. Then the weights go into their
+    /// average, in which they count the number beside it.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
         rows: Option<&Touched>,
         learning_rate: impl Into<Number<'a>>,
-        intake: impl Into<Intake<'a>>,
+        grad_scale: impl Into<GradScale<'a>>,
         mut average: Option<(&mut Average, Number)>,
     ) -> Result<()> {
-        let (learning_rate, intake) = (learning_rate.into(), intake.into());
+        let (learning_rate, grad_scale) = (learning_rate.into(), grad_scale.into());
         let waits = rows.filter(|_| !self.config.lazy_rows());
         let is_table = |rows: Option<&Touched>, number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));
         let mut pieces = Vec::new();
@@ -185,7 +185,7 @@ impl Optimizer {
             }
         }
         if !pieces.is_empty() {
-            self.update_all(&pieces, learning_rate, intake)?;
+            self.update_all(&pieces, learning_rate, grad_scale)?;
         }
         for ((number, rows), piece) in present.into_iter().zip(&pieces) {
             if let Some(rows) = rows {
@@ -195,7 +195,7 @@ impl Optimizer {
         if let Some((average, share)) = &mut average {
             average.update(*share, waits.map_or(&[], |rows| &rows.tables))?;
         }
-        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, intake.skip, average))
+        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, grad_scale.skip, average))
     }
 
     /// The step of the tables' `rows`, which the others take later.
@@ -232,14 +232,14 @@ impl Optimizer {
         Ok(())
     }
 
-    fn update_all(&self, pieces: &[Piece], learning_rate: Number, intake: Intake) -> Result<()> {
-        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), intake.skip)?;
+    fn update_all(&self, pieces: &[Piece], learning_rate: Number, grad_scale: GradScale) -> Result<()> {
+        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), grad_scale.skip)?;
         let workers = workers();
         let update = |worker: usize| -> Result<()> {
             let own: Vec<Piece> = pieces.iter().filter_map(|piece| piece.block(worker, workers)).collect();
             for decays in [true, false] {
                 let some: Vec<&Piece> = own.iter().filter(|piece| piece.decays == decays).collect();
-                self.update(&some, learning_rate, intake, decays)?;
+                self.update(&some, learning_rate, grad_scale, decays)?;
             }
             Ok(())
         };
@@ -247,7 +247,7 @@ impl Optimizer {
     }
 
     /// The update of parameters that all decay, or of which none does.
-    fn update(&self, pieces: &[&Piece], learning_rate: Number, intake: Intake, decays: bool) -> Result<()> {
+    fn update(&self, pieces: &[&Piece], learning_rate: Number, grad_scale: GradScale, decays: bool) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
@@ -271,12 +271,12 @@ impl Optimizer {
                     weight_decay: decay(config.weight_decay),
                     decoupled: matches!(self.config, OptimizerConfig::Adamw(_)),
                 };
-                fused_adam(&lists, adam, intake)
+                fused_adam(&lists, adam, grad_scale)
             }
             OptimizerConfig::Sgd(config) => {
                 let sgd = Sgd { learning_rate, momentum: config.momentum, weight_decay: decay(config.weight_decay) };
                 // A zero buffer times momentum plus the gradient is what a first step puts there.
-                fused_sgd((&parameters, &gradients, &first), sgd, false, intake)
+                fused_sgd((&parameters, &gradients, &first), sgd, false, grad_scale)
             }
         }
     }

@@ -8,7 +8,7 @@ use super::gradients::{Gradients, as_vector, at_last_layer};
 use super::laps::Part;
 use super::step::{Step, is_part};
 use crate::data::Batch;
-use crate::libtorch::{Draws, Intake, Number, clip_gradients, divide_list, side_by_side};
+use crate::libtorch::{Draws, GradScale, Number, clip_gradients, divide_list, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows};
 use crate::optim::{LossScale, is_unsound};
 use crate::rng::Purpose;
@@ -156,10 +156,10 @@ impl Trainer<'_> {
         if let Some(divisor) = divisor.take_if(|_| device == Device::Cpu) {
             divide_list(&defined, &divisor)?;
         }
-        let intake = Intake { divisor: divisor.as_ref(), skip: &skip };
+        let grad_scale = GradScale { divisor: divisor.as_ref(), skip: &skip };
         let rows = inputs.rows.map(|rows| &rows.touched);
         let average = self.average.as_mut().map(|average| (average, inputs.share));
-        self.optimizer.step(gradients, rows, inputs.learning_rate, intake, average)?;
+        self.optimizer.step(gradients, rows, inputs.learning_rate, grad_scale, average)?;
         Ok(values)
     }
 

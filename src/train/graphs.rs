@@ -13,7 +13,7 @@ use super::Trainer;
 use super::compute::{Computed, Inputs};
 use super::laps::Part;
 use super::step::Step;
-use crate::data::Plan;
+use crate::data::BatchPlan;
 use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
 use crate::weighting::{Reference, Wants};
 
@@ -85,7 +85,12 @@ impl Graphs {
 
 impl Trainer<'_> {
     /// Takes a step as a graph; `None` where it has to be computed.
-    pub(super) fn recorded(&mut self, step: &Step, plans: &[Vec<Plan>], inputs: &Inputs) -> Result<Option<Computed>> {
+    pub(super) fn recorded(
+        &mut self,
+        step: &Step,
+        plans: &[Vec<BatchPlan>],
+        inputs: &Inputs,
+    ) -> Result<Option<Computed>> {
         let [parts] = plans else { return Ok(None) };
         let [plan] = parts.as_slice() else { return Ok(None) };
         // Which tasks are present is known to the host: weights that follow from the losses have no mask where all are.
@@ -138,7 +143,7 @@ impl Trainer<'_> {
     }
 
     /// What two steps have in common that one graph can serve.
-    fn shape(&self, step: &Step, plan: &Plan, inputs: &Inputs) -> Vec<i64> {
+    fn shape(&self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
         let wants = match inputs.wants {
             Wants::Nothing => 0,
             Wants::Losses => 1,
@@ -150,7 +155,7 @@ impl Trainer<'_> {
         shape
     }
 
-    fn record(&mut self, step: &Step, plan: &Plan, inputs: &Inputs) -> Result<Recorded> {
+    fn record(&mut self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Result<Recorded> {
         let numbers = upload(&self.train.numbers(plan), self.model.parameters.device());
         if let How::Computed = self.graphs.how {
             return Ok(Recorded { graph: None, numbers, computed: None });
@@ -167,7 +172,7 @@ impl Trainer<'_> {
     }
 
     /// A step from what graphs read.
-    fn compute_kept(&mut self, step: &Step, plan: &Plan, numbers: &Tensor, inputs: &Inputs) -> Result<Computed> {
+    fn compute_kept(&mut self, step: &Step, plan: &BatchPlan, numbers: &Tensor, inputs: &Inputs) -> Result<Computed> {
         let weights = self.graphs.weights.shallow_clone();
         let (rate, share) = (self.graphs.learning_rate.shallow_clone(), self.graphs.share.shallow_clone());
         let kept = Inputs {

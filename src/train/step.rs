@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::compute::Inputs;
 use super::laps::Part;
 use super::{State, Trainer};
-use crate::data::{Batch, Plan};
+use crate::data::{Batch, BatchPlan};
 use crate::libtorch::{Number, workers};
 use crate::task::{Task, TaskId};
 use crate::weighting::{Observed, Wants};
@@ -86,7 +86,7 @@ impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         self.laps.start();
-        let plans: Vec<Vec<Plan>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
+        let plans: Vec<Vec<BatchPlan>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
         let parts = || plans.iter().flatten();
         let decisions = |task: usize| -> i64 { parts().map(|part| part.n_decisions(TaskId(task))).sum() };
         let n_decisions: Vec<i64> = (0..self.tasks.len()).map(decisions).collect();
@@ -121,7 +121,7 @@ impl Trainer<'_> {
         let computed = match self.recorded(step, &plans, &inputs)? {
             Some(computed) => computed,
             None => {
-                let gather = |parts: &Vec<Plan>| parts.iter().map(|part| self.train.gathered(part)).collect();
+                let gather = |parts: &Vec<BatchPlan>| parts.iter().map(|part| self.train.gathered(part)).collect();
                 let batches: Vec<Vec<Batch>> = plans.iter().map(gather).collect();
                 self.laps.end(Part::Batch);
                 self.compute(step, &batches, &inputs)?
@@ -137,7 +137,7 @@ impl Trainer<'_> {
         pending.weights = Some((computed.weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values: computed.values, present });
         self.laps.end(Part::Weighting);
-        Ok(parts().map(Plan::n_tokens).sum())
+        Ok(parts().map(BatchPlan::n_tokens).sum())
     }
 
     /// Whether tables are read and trained by the rows of a step. On CUDA whole tables cost less than a host that waits to know
@@ -148,7 +148,7 @@ impl Trainer<'_> {
     }
 
     /// A batch cut in as many parts as there are workers, unless it is small.
-    fn parts(&self, rows: &[usize]) -> Vec<Plan> {
+    fn parts(&self, rows: &[usize]) -> Vec<BatchPlan> {
         let n = workers().min(rows.len() / ROWS_A_WORKER).max(1);
         (0..n).map(|i| self.train.plan(rows, rows.len() * i / n..rows.len() * (i + 1) / n)).collect()
     }

@@ -30,7 +30,7 @@ pub struct Adapter {
 }
 
 /// What a kernel needs of an [`Adapter`].
-pub struct Lent<'a> {
+pub struct KernelInputs<'a> {
     /// Learning rate, both betas, epsilon.
     pub numbers: [f64; 4],
     /// What the moments are divided by, by task.
@@ -77,11 +77,11 @@ impl Adapter {
     }
 
     /// For a step that a kernel takes, which changes the moments in place.
-    pub fn lend(&mut self, present: &[bool]) -> Lent<'_> {
+    pub fn for_kernel(&mut self, present: &[bool]) -> KernelInputs<'_> {
         if self.by == AdaptBy::Adam {
             self.count(present);
         }
-        Lent {
+        KernelInputs {
             numbers: [self.learning_rate, BETAS.0, BETAS.1, EPSILON],
             corrections: self.corrections(),
             moments: [&self.first, &self.second],

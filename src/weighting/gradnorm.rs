@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::adapt::{Adapter, Lent};
+use super::adapt::{Adapter, KernelInputs};
 use super::{
     AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, count, from_json, mask, numbers, to_json, vector,
 };
-use crate::libtorch::{Kernel, Shape};
+use crate::libtorch::{Kernel, LaunchConfig};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -160,8 +160,8 @@ impl Gradnorm {
     fn learn_by_kernel(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
         let (n, device) = (step.present.len(), norms.device());
         let adam = self.config.optimizer == AdaptBy::Adam;
-        let Lent { numbers, corrections: [of_first, of_second], moments: [first, second] } =
-            self.adapter.lend(step.present);
+        let KernelInputs { numbers, corrections: [of_first, of_second], moments: [first, second] } =
+            self.adapter.for_kernel(step.present);
         let mut given = vec![self.config.alpha, self.config.floor, SMALLEST_LOSS];
         given.extend(numbers);
         given.extend(&self.priorities);
@@ -170,7 +170,7 @@ impl Gradnorm {
         given.extend(of_second);
         let (moved, seen) = (self.weights.empty_like(), Tensor::empty([3, n as i64], (Kind::Double, device)));
         KERNEL.launch(
-            Shape { grid: [1, 1], block: [1, 1], shared: 0 },
+            LaunchConfig { grid: [1, 1], block: [1, 1], shared: 0 },
             &[
                 step.losses,
                 norms,

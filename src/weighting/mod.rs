@@ -11,12 +11,13 @@ mod gradnorm;
 mod random;
 mod uncertainty;
 mod uncertainty_softmax;
+mod vectors;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 pub use adapt::AdaptBy;
@@ -25,8 +26,8 @@ pub use gradnorm::{GradnormConfig, InitialLoss};
 pub use uncertainty::UncertaintyConfig;
 pub use uncertainty_softmax::UncertaintySoftmaxConfig;
 
-use crate::libtorch::upload;
 use crate::rng::Seed;
+use vectors::{count, from_json, mask, numbers, to_json, vector};
 
 /// The weight of each task's loss.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -229,38 +230,6 @@ impl Weighting {
     pub fn load(&mut self, state: &Value) -> Result<()> {
         self.strategy.load(state).context("the state of the loss weighting does not fit")
     }
-}
-
-/// `[T]` of float64.
-fn vector(values: &[f64], device: Device) -> Tensor {
-    upload(values, device)
-}
-
-/// 1 for present tasks, 0 for absent ones, `[T]`.
-fn mask(present: &[bool], device: Device) -> Tensor {
-    vector(&present.iter().map(|&present| f64::from(present)).collect::<Vec<_>>(), device)
-}
-
-/// How many tasks are present.
-fn count(present: &[bool]) -> usize {
-    present.iter().filter(|&&present| present).count()
-}
-
-/// The numbers of a vector, read from the device.
-fn numbers(tensor: &Tensor) -> Vec<f64> {
-    Vec::try_from(tensor).expect("invariant: a flat list of float64")
-}
-
-/// For a checkpoint: JSON keeps every float64 as it is; null stands for what is not finite.
-fn to_json(tensor: &Tensor) -> Value {
-    json!(numbers(tensor))
-}
-
-fn from_json(state: &Value, name: &str, n: usize, device: Device) -> Result<Tensor> {
-    let values: Vec<Option<f64>> =
-        serde_json::from_value(state[name].clone()).with_context(|| format!("`{name}` is missing or damaged"))?;
-    ensure!(values.len() == n, "`{name}` has {} values for {n} tasks", values.len());
-    Ok(vector(&values.into_iter().map(|value| value.unwrap_or(f64::NAN)).collect::<Vec<_>>(), device))
 }
 
 #[cfg(test)]

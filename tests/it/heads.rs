@@ -6,7 +6,7 @@ use polytask::commands::prepare;
 use polytask::config::Experiment;
 use polytask::data::{DeviceSet, Split, Tokenizer, load};
 use polytask::evaluate::evaluate;
-use polytask::libtorch::{Intake, clip_gradients};
+use polytask::libtorch::{GradScale, clip_gradients};
 use polytask::model::{Mode, Model};
 use polytask::optim::Optimizer;
 use polytask::run::checkpoint;
@@ -70,8 +70,8 @@ fn ensure_trains_saves_and_loads(overrides: &[&str]) {
             }
         }
         let (_, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 5.0, None).unwrap();
-        let intake = Intake { divisor: divisor.as_ref(), skip: &never };
-        optimizer.step(&gradients, None, 1e-2, intake, None).unwrap();
+        let grad_scale = GradScale { divisor: divisor.as_ref(), skip: &never };
+        optimizer.step(&gradients, None, 1e-2, grad_scale, None).unwrap();
         losses.push(total.double_value(&[]));
     }
     assert!(losses[59] < 0.35 * losses[0], "{overrides:?}: loss {} to {}", losses[0], losses[59]);

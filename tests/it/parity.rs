@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::util::DRAWS;
 use polytask::data::{DeviceSet, EncodedSet, TargetValues};
-use polytask::libtorch::{Intake, clip_gradients};
+use polytask::libtorch::{GradScale, clip_gradients};
 use polytask::model::{EmbeddingConfig, HeadConfig, Mode, Model, ModelConfig, TrunkConfig, Vocabulary};
 use polytask::optim::{Optimizer, OptimizerConfig};
 use polytask::rng::Seed;
@@ -95,8 +95,8 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
                 close(name, &(gradient / &divisor), &theirs[name]);
             }
         }
-        let intake = Intake { divisor: Some(&divisor), skip: &Tensor::from(0.0f32) };
-        optimizer.step(&gradients, None, 1e-2, intake, None).unwrap();
+        let grad_scale = GradScale { divisor: Some(&divisor), skip: &Tensor::from(0.0f32) };
+        optimizer.step(&gradients, None, 1e-2, grad_scale, None).unwrap();
         let ours = Tensor::stack(&[losses[0].detach(), losses[1].detach(), norm], 0);
         close(&format!("losses and gradient norm of step {step}"), &ours, &fixture["losses"].get(step));
     }

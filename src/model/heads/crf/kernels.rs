@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::{Crf, Loss};
-use crate::libtorch::{Kernel, Shape};
+use crate::libtorch::{Kernel, LaunchConfig};
 
 const SOURCE: &str = include_str!("../../../libtorch/crf.cu");
 static SENTENCES: Kernel = Kernel::new(SOURCE, "crf_sentences");
@@ -38,7 +38,7 @@ impl Crf {
 
         let across = n_tags.next_multiple_of(32);
         SENTENCES.launch(
-            Shape { grid: [n_rows, 1], block: [across, 1], shared: 3 * across * size_of::<f64>() },
+            LaunchConfig { grid: [n_rows, 1], block: [across, 1], shared: 3 * across * size_of::<f64>() },
             &[
                 &x,
                 &labels,
@@ -59,7 +59,7 @@ impl Crf {
         )?;
         let down = (MOST / across).min(16);
         BATCH.launch(
-            Shape { grid: [n_tags + 3, 1], block: [across, down], shared: across * down * size_of::<f64>() },
+            LaunchConfig { grid: [n_tags + 3, 1], block: [across, down], shared: across * down * size_of::<f64>() },
             &[&left, &right, &step, &pairs, &to_x, &lasts, &losses, &to_transitions, &to_start, &to_end, &value],
             &[rows, words, tags],
         )?;
