@@ -316,12 +316,7 @@ static GATHER: Kernel = Kernel::new(include_str!("../libtorch/gather.cu"), "gath
 /// `flat[starts[b] + t]` where `t` is within row `b`, else `fill`: [B, max] of 64-bit integers.
 fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tensor {
     if lengths.max > 0 && GATHER.serves(flat.device()) {
-        let out = Tensor::empty([starts.size()[0], lengths.max], (Kind::Int64, flat.device()));
-        let shape = LaunchConfig { grid: [out.numel().div_ceil(256), 1], block: [256, 1], shared: 0 };
-        let numbers = [out.numel() as i64, lengths.max, fill];
-        let done = GATHER.launch(shape, &[flat, starts, &lengths.device, &out], &numbers);
-        done.expect("invariant: there is a row, and a kernel takes any number of them");
-        return out;
+        return gather_by_kernel(flat, starts, lengths, fill);
     }
     let positions = Tensor::arange(lengths.max, (Kind::Int64, flat.device()));
     let index = starts.unsqueeze(1) + positions.unsqueeze(0); // [B, max]
@@ -333,11 +328,31 @@ fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tenso
     values.masked_fill(&lengths.mask().logical_not(), fill)
 }
 
+fn gather_by_kernel(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tensor {
+    let out = Tensor::empty([starts.size()[0], lengths.max], (Kind::Int64, flat.device()));
+    let shape = LaunchConfig { grid: [out.numel().div_ceil(256), 1], block: [256, 1], shared: 0 };
+    let numbers = [out.numel() as i64, lengths.max, fill];
+    let done = GATHER.launch(shape, &[flat, starts, &lengths.device, &out], &numbers);
+    done.expect("invariant: there is a row, and a kernel takes any number of them");
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::data::Tokenizer;
     use crate::task::{Scheme, Task, TaskKind};
+
+    #[test]
+    fn the_kernel_gathers_what_operators_do() {
+        let flat = Tensor::from_slice(&(0..500).collect::<Vec<i32>>());
+        for lengths in [vec![3i64, 130, 1, 0], vec![1, 1, 1, 1]] {
+            let starts = Tensor::from_slice(&[490i64, 7, 499, 0]);
+            let lengths = Lengths::new(lengths, Device::Cpu);
+            let ours = gather_by_kernel(&flat, &starts, &lengths, -1);
+            assert_eq!(ours, gather(&flat, &starts, &lengths, -1));
+        }
+    }
 
     fn set() -> EncodedSet {
         EncodedSet {

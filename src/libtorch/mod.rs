@@ -5,6 +5,8 @@
 mod autograd;
 mod cuda;
 mod device;
+#[cfg(test)]
+mod emulated;
 mod graph;
 mod kernels;
 mod optimizers;

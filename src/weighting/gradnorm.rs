@@ -278,3 +278,39 @@ impl LossWeighting for Gradnorm {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_computes_what_operators_do() {
+        for optimizer in [AdaptBy::Adam, AdaptBy::Sgd] {
+            // A rate at which the floor is met.
+            let config = GradnormConfig { optimizer, learning_rate: 0.3, floor: 0.7, ..GradnormConfig::default() };
+            let tasks: Vec<WeightedTask> = (0..3)
+                .map(|i| WeightedTask { name: format!("t{i}"), priority: 1.0 + f64::from(i), n_labels: 4 })
+                .collect();
+            let both = [0, 1].map(|_| Gradnorm::new(&config, &tasks, Device::Cpu));
+            let [mut ours, mut theirs] = both;
+            tch::manual_seed(5);
+            for step in 0..12 {
+                let present = [true, step % 3 != 1, step % 4 != 2];
+                let random = || Tensor::rand([3], (Kind::Double, Device::Cpu)) + 0.1;
+                let (losses, norms) = (random() * mask(&present, Device::Cpu), random());
+                let seen = Observed { losses: &losses, present: &present, norms: Some(&norms) };
+                ours.note_initial(&seen);
+                if count(&present) > 1 {
+                    ours.learn_by_kernel(&seen, &norms).unwrap();
+                }
+                theirs.learn(&seen).unwrap();
+                let details = |strategy: &Gradnorm| strategy.details().into_iter().map(|(_, x)| x).collect::<Vec<_>>();
+                for (a, b) in details(&ours).iter().zip(&details(&theirs)).chain([(&ours.weights, &theirs.weights)]) {
+                    assert!(a.allclose(b, 1e-12, 1e-12, true), "step {step}: {:?} {:?}", numbers(a), numbers(b));
+                }
+            }
+            assert_eq!(ours.floored.double_value(&[]), theirs.floored.double_value(&[]));
+            assert!(theirs.floored.double_value(&[]) > 0.0);
+        }
+    }
+}

@@ -281,6 +281,36 @@ mod tests {
     }
 
     #[test]
+    fn kernels_compute_what_operators_do() {
+        for (labels, constrained) in [(vec!["O", "B-a", "I-a", "B-b", "I-b"], true), (vec!["a"; 35], false)] {
+            let (crf, _) = crf(&labels, constrained);
+            let n_tags = labels.len() as i64;
+            let lengths = Tensor::from_slice(&[6i64, 1, 0, 4]).unsqueeze(1);
+            let on = Tensor::arange(6, (Kind::Int64, Device::Cpu)).unsqueeze(0).less_tensor(&lengths);
+            let gold = Tensor::randint(n_tags, [4, 6], (Kind::Int64, Device::Cpu));
+            let gold = gold.where_self(&on, &gold.full_like(i64::from(NO_LABEL)));
+            for scale in [1.0, 30.0] {
+                let x = Tensor::randn([4, 6, n_tags], (Kind::Float, Device::Cpu)) * scale;
+                let (ours, theirs) = tch::no_grad(|| {
+                    // Operators have no row without a word.
+                    let rows = Tensor::from_slice(&[0i64, 1, 3]);
+                    let some = |x: &Tensor| x.index_select(0, &rows);
+                    (crf.loss_by_kernels(&x, &gold).unwrap(), crf.loss_by_operators(&some(&x), &some(&gold)))
+                });
+                let check = |name: &str, a: &Tensor, b: &Tensor| {
+                    assert!(a.allclose(b, 1e-5, 1e-5, false), "{name} of {n_tags} tags at {scale}");
+                };
+                check("loss", &ours.value, &theirs.value);
+                check("emissions", &ours.to_x.index_select(0, &Tensor::from_slice(&[0i64, 1, 3])), &theirs.to_x);
+                check("no word", &ours.to_x.get(2), &ours.to_x.get(2).zeros_like());
+                check("transitions", &ours.to_transitions, &theirs.to_transitions);
+                check("start", &ours.to_start, &theirs.to_start);
+                check("end", &ours.to_end, &theirs.to_end);
+            }
+        }
+    }
+
+    #[test]
     fn constraints_hold_whatever_the_logits_say() {
         let (crf, _) = crf(&["O", "B-a", "I-a", "B-b", "I-b"], true);
         let x = Tensor::randn([20, 6, 5], (Kind::Float, Device::Cpu)) * 20.0;

@@ -1,0 +1,78 @@
+// What kernels of this folder need of CUDA, on the CPU: a thread of a block is a thread, and blocks come one after the other.
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__ static
+#define __shared__
+#define __launch_bounds__(threads)
+
+struct Place {
+  unsigned x, y;
+};
+static thread_local Place threadIdx, blockIdx;
+static Place blockDim;
+static std::unique_ptr<std::barrier<>> block_barrier;
+static std::vector<unsigned char> votes;  // by thread of the block
+// The kernels' own name and type for it may differ.
+alignas(16) unsigned char block_memory[1 << 16] __asm__("shared");
+
+static unsigned thread_number() { return threadIdx.y * blockDim.x + threadIdx.x; }
+static void __syncthreads() { block_barrier->arrive_and_wait(); }
+
+static unsigned votes_among(bool vote, unsigned first, unsigned n) {
+  votes[thread_number()] = vote;
+  __syncthreads();
+  unsigned bits = 0;
+  for (unsigned i = 0; i < n && first + i < votes.size(); i++) bits |= votes[first + i] << (i % 32);
+  __syncthreads();
+  return bits;
+}
+
+// Whole blocks vote, so that all warps of a block have to come here together.
+static unsigned __ballot_sync(unsigned, bool vote) { return votes_among(vote, thread_number() / 32 * 32, 32); }
+static int __syncthreads_or(int vote) { return votes_among(vote != 0, 0, votes.size()) != 0; }
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+static double __longlong_as_double(long long bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void* const* arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<A*>(arguments[I])...);
+}
+
+template <class... A>
+void emulate(void (*kernel)(A...), const uint32_t* grid, const uint32_t* block, void* const* arguments) {
+  blockDim = {block[0], block[1]};
+  auto n = block[0] * block[1];
+  auto next_block = [n]() noexcept {
+    // Nothing may be read that was not written before.
+    std::memset(block_memory, 0xff, sizeof block_memory);
+    votes.assign(n, 0);
+    block_barrier = std::make_unique<std::barrier<>>(n);
+  };
+  next_block();
+  std::barrier everyone(n, next_block);
+  auto thread = [&](unsigned number) {
+    threadIdx = {number % block[0], number / block[0]};
+    for (unsigned i = 0; i < grid[0] * grid[1]; i++) {
+      blockIdx = {i % grid[0], i / grid[0]};
+      call(kernel, arguments, std::index_sequence_for<A...>());
+      block_barrier->arrive_and_drop();
+      everyone.arrive_and_wait();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned number = 0; number < n; number++) threads.emplace_back(thread, number);
+  for (auto& one : threads) one.join();
+}

@@ -1,0 +1,61 @@
+//! Kernels on the CPU, for tests on machines without a GPU: their source as C++, under a header that stands for CUDA.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
+use tch::Tensor;
+
+use super::LaunchConfig;
+
+/// Grid, block and the addresses of the arguments.
+type Run = unsafe extern "C" fn(*const u32, *const u32, *const *mut c_void);
+
+/// What was compiled, by name.
+static KERNELS: Mutex<BTreeMap<&str, Symbol<Run>>> = Mutex::new(BTreeMap::new());
+
+fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
+    let folder = tempfile::tempdir()?;
+    let (code, library) = (folder.path().join("kernel.cpp"), folder.path().join("kernel.so"));
+    let header = include_str!("emulated.h");
+    let run = "extern \"C\" void run(const uint32_t* grid, const uint32_t* block, void* const* arguments)";
+    std::fs::write(&code, format!("{header}\n{source}\n{run} {{ emulate({name}, grid, block, arguments); }}\n"))?;
+    let compiler = std::env::var("CXX").unwrap_or("c++".to_owned());
+    let mut command = Command::new(&compiler);
+    command.args(["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-o"]).arg(&library).arg(&code);
+    ensure!(command.status().context(compiler)?.success(), "kernel {name} does not compile");
+    // SAFETY: the library was made here, and its function has this type.
+    unsafe {
+        let library = Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL)?;
+        let run = library.get(b"run")?;
+        std::mem::forget(library);
+        Ok(run)
+    }
+}
+
+/// As [`super::Kernel::launch`], with tensors on the CPU. One launch at a time: a kernel's block has one memory.
+pub fn launch(
+    (source, name): (&str, &'static str),
+    shape: LaunchConfig,
+    tensors: &[&Tensor],
+    numbers: &[i64],
+) -> Result<()> {
+    ensure!(tensors.iter().all(|tensor| tensor.is_contiguous()), "a kernel needs contiguous tensors");
+    ensure!(shape.shared <= 1 << 16, "a block has no {} bytes here", shape.shared);
+    let mut kernels = KERNELS.lock().unwrap_or_else(PoisonError::into_inner);
+    if !kernels.contains_key(name) {
+        kernels.insert(name, compile(source, name)?);
+    }
+    let [grid, block] = [shape.grid, shape.block].map(|pair| pair.map(|n| n as u32));
+    let mut pointers: Vec<*mut c_void> = tensors.iter().map(|tensor| tensor.data_ptr()).collect();
+    let mut numbers: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
+    let of_tensors = pointers.iter_mut().map(|pointer| std::ptr::from_mut(pointer).cast());
+    let arguments: Vec<*mut c_void> =
+        of_tensors.chain(numbers.iter_mut().map(|number| std::ptr::from_mut(number).cast())).collect();
+    // SAFETY: everything lives for the call; the kernel is one of this project's, called with what it declares.
+    unsafe { kernels[name](grid.as_ptr(), block.as_ptr(), arguments.as_ptr()) };
+    Ok(())
+}
