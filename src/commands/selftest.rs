@@ -130,7 +130,7 @@ impl Setting {
     fn watched(&self, reference: Reference) -> Result<(Vec<Tensor>, Tensor)> {
         let (shared, losses) = self.forward();
         let mut gradients = Gradients::new(&self.model, &self.tasks, Some(reference), None);
-        gradients.add(&shared, &losses, &self.weights())?;
+        gradients.add(&shared, &losses, &self.weights(), None)?;
         let norms = gradients.norms(self.device()).context("no norms")?;
         Ok((gradients.sum, norms))
     }

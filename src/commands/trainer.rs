@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::{kernels, prepare};
 use crate::config::Experiment;
 use crate::data::{DeviceSet, Sampler, Tokenizer};
-use crate::model::{HeadConfig, Model, Precision};
+use crate::model::{HeadConfig, Model, Precision, is_part};
 use crate::optim::{Average, LossScale, Optimizer};
 use crate::problem::invalid;
 use crate::rng::Seed;
@@ -14,7 +14,7 @@ use crate::run::RunDirectory;
 use crate::task::Task;
 use crate::train::graphs::Graphs;
 use crate::train::laps::Laps;
-use crate::train::{Trainer, TrainingConfig, UnknownWords, is_part};
+use crate::train::{Trainer, TrainingConfig, UnknownWords};
 use crate::weighting::{WeightedTask, Weighting, WeightingConfig};
 
 /// # Errors

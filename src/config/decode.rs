@@ -83,13 +83,17 @@ pub fn decode<T: DeserializeOwned + Serialize>(
         report(layer, problems, &path, format!("{path}: missing key `{tag}`: one of {kinds}"));
         removed.push(path);
     }
+    let list = |path: &str| format!("{path}: expected a mapping of keys to values, found a list");
+    for path in lists_for_mappings(&value, defaults, "") {
+        report(layer, problems, &path, list(&path));
+        remove(&mut value, &path.split('.').map(str::to_owned).collect::<Vec<_>>());
+    }
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
             Ok(decoded) => {
                 let understood = serde_json::to_value(&decoded).unwrap_or_default();
                 for path in lists_for_mappings(&value, &understood, "") {
-                    let message = format!("{path}: expected a mapping of keys to values, found a list");
-                    report(layer, problems, &path, message);
+                    report(layer, problems, &path, list(&path));
                 }
                 return Some(decoded);
             }
@@ -163,7 +167,7 @@ pub fn decode<T: DeserializeOwned + Serialize>(
     }
 }
 
-/// Where a list stands that serde took for a mapping's values in order.
+/// Where a list stands for a mapping: serde takes it for the mapping's values in order.
 fn lists_for_mappings(found: &Value, understood: &Value, path: &str) -> Vec<String> {
     match (found, understood) {
         (Value::Array(_), Value::Object(_)) => vec![path.to_owned()],

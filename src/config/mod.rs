@@ -265,6 +265,7 @@ training:
                 with("study: {seeds: [1], strategies: {a: {strategy: dwa, temperature: {}}}}"),
                 "temperature: expected a number".into(),
             ),
+            (with("model: {trunk: [lstm, 2]}"), format!("e.yaml:14: model.trunk: {list}")),
             (with("model: {trunk: []}"), format!("e.yaml:14: model.trunk: {list}")),
             (with("weighting: [a]"), "e.yaml:14: weighting: expected a name or a mapping, found a list".into()),
             (with("name: b"), "e.yaml:14: name stands in line 1 already".into()),

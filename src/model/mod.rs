@@ -26,7 +26,7 @@ pub use embedding::{EmbeddingConfig, TableRows};
 use heads::HeadSize;
 pub use heads::{Decoded, Head, HeadConfig};
 pub use mode::{Mode, Site};
-pub use parameters::{Linear, Parameters, Scope};
+pub use parameters::{Linear, Parameters, Scope, is_part};
 pub use precision::Precision;
 pub use trunk::TrunkConfig;
 use view::View;

@@ -3,13 +3,12 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::Trainer;
-use super::gradients::{Gradients, as_vector, at_last_layer};
+use super::gradients::{Gradients, Sums, as_vector, at_last_layer};
 use super::laps::Part;
-use super::step::{Step, is_part};
+use super::{Step, Trainer};
 use crate::data::Batch;
 use crate::libtorch::{Draws, GradScale, Number, clip_gradients, divide_list, side_by_side};
-use crate::model::{Mode, Shared, Site, TableRows};
+use crate::model::{Mode, Shared, Site, TableRows, is_part};
 use crate::optim::{LossScale, is_unsound};
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
@@ -98,11 +97,11 @@ impl Trainer<'_> {
                 gram = self.gram(&passes)?;
             }
             self.laps.end(Part::Weighting);
-            let backward = |part: usize| {
+            let backward = |part: usize| -> Result<Sums> {
                 let mut own = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
                 let (shared, losses) = &passes[part];
-                own.loss_scale = self.loss_scale.as_ref().map(|scale| scale.value().shallow_clone());
-                own.add(shared, losses, weights).map(|()| own.into_sums())
+                own.add(shared, losses, weights, self.loss_scale.as_ref().map(LossScale::value))?;
+                Ok(own.into_sums())
             };
             for sums in side_by_side(parts.len(), &backward) {
                 gradients.merge(sums?)?;

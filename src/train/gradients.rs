@@ -16,8 +16,6 @@ pub struct Gradients<'a> {
     tasks: &'a [Task],
     reference: Option<Reference>,
     rows: Option<&'a TableRows>,
-    /// What all losses are multiplied by, so that small gradients do not vanish in float16.
-    pub loss_scale: Option<Tensor>,
     /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`TableRows`].
     pub sum: Vec<Tensor>,
     /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
@@ -56,7 +54,7 @@ pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
 impl<'a> Gradients<'a> {
     pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>, rows: Option<&'a TableRows>) -> Self {
         let own = tasks.iter().map(|_| Vec::new()).collect();
-        Gradients { model, tasks, reference, rows, loss_scale: None, sum: Vec::new(), own }
+        Gradients { model, tasks, reference, rows, sum: Vec::new(), own }
     }
 
     /// What has been added up, for [`Self::merge`].
@@ -72,21 +70,34 @@ impl<'a> Gradients<'a> {
         accumulate(&mut self.sum, other.sum)
     }
 
-    /// Adds the gradients of one batch; `losses` by task, `weights` `[T]`.
+    /// Adds the gradients of one batch; `losses` by task, `weights` `[T]`. All of them, norms too, are those of the losses times
+    /// `scale`, where there is one: small ones do not vanish in float16.
     ///
     /// # Errors
     /// A task whose loss does not depend on the reference of its norm.
-    pub fn add(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<()> {
+    pub fn add(
+        &mut self,
+        shared: &Shared,
+        losses: &[Option<Tensor>],
+        weights: &Tensor,
+        scale: Option<&Tensor>,
+    ) -> Result<()> {
         let more = match self.reference {
-            Some(Reference::LastLayer) => self.by_task(shared, losses, weights)?,
-            _ => self.at_once(shared, losses, weights)?,
+            Some(Reference::LastLayer) => self.by_task(shared, losses, weights, scale)?,
+            _ => self.at_once(shared, losses, weights, scale)?,
         };
         accumulate(&mut self.sum, more)
     }
 
     /// One backward pass. The norms at the representation are read in passing, at the taps.
-    fn at_once(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
-        let scaled = self.loss_scale.as_ref().map(|scale| weights * scale);
+    fn at_once(
+        &mut self,
+        shared: &Shared,
+        losses: &[Option<Tensor>],
+        weights: &Tensor,
+        scale: Option<&Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let scaled = scale.map(|scale| weights * scale);
         let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) =
             with_weights(losses, scaled.as_ref().unwrap_or(weights)).unzip();
         if outputs.is_empty() {
@@ -127,7 +138,13 @@ impl<'a> Gradients<'a> {
 
     /// A backward pass for each task down to the input of the last shared layer, and one for all below it. Their weighted sum is
     /// the step's gradient, so that nothing is computed twice.
-    fn by_task(&mut self, shared: &Shared, losses: &[Option<Tensor>], weights: &Tensor) -> Result<Vec<Tensor>> {
+    fn by_task(
+        &mut self,
+        shared: &Shared,
+        losses: &[Option<Tensor>],
+        weights: &Tensor,
+        scale: Option<&Tensor>,
+    ) -> Result<Vec<Tensor>> {
         let (parameters, range) = (self.model.inputs(self.rows), self.model.last_layer.clone());
         let (below, above) = parameters.split_at(range.start);
         let mut inputs = above.to_vec();
@@ -135,7 +152,7 @@ impl<'a> Gradients<'a> {
         let cuts: Vec<&Tensor> = shared.cuts.iter().filter(|cut| cut.requires_grad()).collect();
         inputs.extend(&cuts);
         let weights = weights.to_kind(Kind::Float);
-        let one = self.loss_scale.as_ref().map_or_else(|| weights.ones_like().get(0), Tensor::shallow_clone);
+        let one = scale.map_or_else(|| weights.ones_like().get(0), Tensor::shallow_clone);
         let last = losses.iter().rposition(Option::is_some);
         let mut sum: Vec<Tensor> = Vec::new();
         for (task, loss) in losses.iter().enumerate() {

@@ -9,10 +9,9 @@ use std::collections::HashMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::Trainer;
 use super::compute::{Computed, Inputs};
 use super::laps::Part;
-use super::step::Step;
+use super::{Step, Trainer};
 use crate::data::BatchPlan;
 use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
 use crate::weighting::{Reference, Wants};

@@ -30,7 +30,7 @@ use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
 use crate::task::Task;
 use crate::weighting::Weighting;
-pub use step::{Pending, Step, is_part};
+pub use step::Pending;
 
 /// Everything that training works on.
 pub struct Trainer<'a> {
@@ -53,6 +53,17 @@ pub struct Trainer<'a> {
     /// 1 on the device since a loss or a gradient was not finite: from then on no update happens.
     pub halted: Tensor,
     pub run: &'a RunDirectory,
+}
+
+/// Which step to take.
+pub struct Step<'a> {
+    /// From 0.
+    pub number: usize,
+    pub n_steps: usize,
+    /// Row numbers of its batches.
+    pub batches: &'a [Vec<usize>],
+    /// Compare the tasks' gradients too.
+    pub diagnose: bool,
 }
 
 /// What the loop tells whoever watches.

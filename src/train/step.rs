@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::compute::Inputs;
 use super::laps::Part;
-use super::{State, Trainer};
+use super::{State, Step, Trainer};
 use crate::data::{Batch, BatchPlan};
 use crate::libtorch::{Number, workers};
 use crate::task::{Task, TaskId};
@@ -13,17 +13,6 @@ use crate::weighting::{Observed, Wants};
 
 /// Rows below which cutting a batch in parts costs more than it gains.
 const ROWS_A_WORKER: usize = 4;
-
-/// Which step to take.
-pub struct Step<'a> {
-    /// From 0.
-    pub number: usize,
-    pub n_steps: usize,
-    /// Row numbers of its batches.
-    pub batches: &'a [Vec<usize>],
-    /// Compare the tasks' gradients too.
-    pub diagnose: bool,
-}
 
 /// What steps left on the device, waiting to be read.
 pub struct Pending {
@@ -151,31 +140,5 @@ impl Trainer<'_> {
     fn parts(&self, rows: &[usize]) -> Vec<BatchPlan> {
         let n = workers().min(rows.len() / ROWS_A_WORKER).max(1);
         (0..n).map(|i| self.train.plan(rows, rows.len() * i / n..rows.len() * (i + 1) / n)).collect()
-    }
-}
-
-/// Whether parameter `name` belongs to `part`: `trunk.weight_ih_l0` to `trunk` and to its layer `trunk.l0`, but `trunks.x`
-/// does not.
-pub fn is_part(name: &str, part: &str) -> bool {
-    if let Some(layer) = part.strip_prefix("trunk.l").filter(|number| number.parse::<usize>().is_ok()) {
-        let of = |name: &str| name.strip_suffix("_reverse").unwrap_or(name).ends_with(&format!("_l{layer}"));
-        return name.strip_prefix("trunk.").and_then(|rest| rest.split('.').next()).is_some_and(of);
-    }
-    name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_part;
-
-    #[test]
-    fn parts_are_known_by_name_and_layers_by_number() {
-        let check = |name: &str, part: &str, expected: bool| assert_eq!(is_part(name, part), expected, "{name} {part}");
-        check("trunk.weight_ih_l1_reverse", "trunk.l1", true);
-        check("trunk.gate_l1.weight", "trunk.l1", true);
-        check("trunk.weight_ih_l11", "trunk.l1", false);
-        check("heads.topic.output.bias", "heads.topic", true);
-        check("heads.topics.output.bias", "heads.topic", false);
-        check("embedding.vectors_0", "embedding.vectors_0", true);
     }
 }
