@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -12,7 +12,7 @@ use super::cli::CompareArgs;
 use super::finished::{self, Finished};
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
-use crate::compare::{Comparison, Run, RunTask, compare};
+use crate::compare::{Comparison, Group, Run, RunTask, compare};
 use crate::config::Experiment;
 use crate::problem::invalid;
 use crate::run::RunDirectory;
@@ -75,6 +75,11 @@ fn name_of(path: &Path) -> String {
 /// The finished runs in run directories and studies.
 fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     let mut found = Vec::new();
+    // A study goes by its folder's name, unless another one has that too.
+    let known_as = |path: &PathBuf| match paths.iter().filter(|other| name_of(other) == name_of(path)).count() {
+        1 => name_of(path),
+        _ => path.display().to_string(),
+    };
     for path in paths {
         let plan = path.join(PLAN);
         if !plan.is_file() {
@@ -92,8 +97,10 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         for entry in &plan {
             let run = path.join("runs").join(&entry.name);
             if run.join(finished::FILE).is_file() {
-                let source = name_of(path);
-                found.push(Found { source, ..read(&RunDirectory::open(&run)?, Some(&entry.label))? });
+                let mut of_study = read(&RunDirectory::open(&run)?, Some(&entry.label))?;
+                of_study.source = known_as(path);
+                of_study.run.study = Some(known_as(path));
+                found.push(of_study);
             } else {
                 n_open += 1;
             }
@@ -129,7 +136,7 @@ fn warn_of_other_data(found: &[Found]) {
 }
 
 /// Strategies of experiments with different names, of different studies, or of one seed twice, are not one strategy: their
-/// labels get the source, or the run, in front. Tasks alone keep theirs, so that they stay the twins of all.
+/// labels get the source, or the run, in front. Tasks alone keep theirs: they are told apart by their study.
 fn tell_apart(found: &mut [Found]) {
     let several = found.windows(2).any(|pair| pair[0].source != pair[1].source);
     let key = |run: &Run| (run.label.clone(), run.seed, run.fraction.to_bits(), run.learning_rate.to_bits());
@@ -146,31 +153,33 @@ fn tell_apart(found: &mut [Found]) {
 fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
     let finished = Finished::read(directory)?;
-    let task = |(i, name): (usize, &String)| {
-        // A task without rows in test is compared on dev, in its twin as here.
-        let score = finished.best_known(i)?;
-        Some(RunTask {
-            name: name.clone(),
-            metric: score.name.clone(),
-            higher_is_better: score.higher_is_better,
-            value: score.value,
-            dev: finished.score("dev", i)?.value,
-        })
-    };
-    let tasks: Option<Vec<RunTask>> = experiment.tasks.keys().enumerate().map(task).collect();
-    let tasks = tasks.with_context(|| format!("{} lacks a task", directory.file(finished::FILE).display()))?;
-    let strategy = serde_json::to_value(&experiment.weighting)?;
-    let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
-    let own = match tasks.as_slice() {
-        [only] => format!("only-{}", only.name),
-        _ => strategy,
-    };
     let scored_on = |i: usize| {
         let split = if finished.score("test", i).is_some() { "test" } else { "dev" };
         finished.rows.get(split)?.get(i).cloned()
     };
+    let task = |(i, name): (usize, &String)| {
+        // A task without rows in test is compared on dev, in its twin as here; one without any is not.
+        let score = finished.best_known(i)?;
+        let task = RunTask {
+            name: name.clone(),
+            metric: score.name.clone(),
+            higher_is_better: score.higher_is_better,
+            value: score.value,
+            dev: finished.score("dev", i).map(|score| score.value),
+        };
+        Some((task, scored_on(i)))
+    };
+    let (tasks, scored_on): (Vec<RunTask>, Vec<_>) = experiment.tasks.keys().enumerate().filter_map(task).unzip();
+    ensure!(!tasks.is_empty(), "{} has no score", directory.file(finished::FILE).display());
+    let strategy = serde_json::to_value(&experiment.weighting)?;
+    let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
+    let own = match experiment.tasks.keys().collect::<Vec<_>>()[..] {
+        [only] => format!("only-{only}"),
+        _ => strategy,
+    };
     let run = Run {
         label: label.map_or(own, str::to_owned),
+        study: None,
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),
         fraction: experiment.data.train_fraction,
@@ -178,12 +187,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         training_secs: finished.training_secs,
         n_parameters: finished.parameters,
     };
-    Ok(Found {
-        run,
-        scored_on: (0..experiment.tasks.len()).map(scored_on).collect(),
-        path: directory.path.clone(),
-        source: experiment.name,
-    })
+    Ok(Found { run, scored_on, path: directory.path.clone(), source: experiment.name })
 }
 
 /// Sums and counts by step.
@@ -193,20 +197,27 @@ type Sums = BTreeMap<u64, (f64, u32)>;
 fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     let groups = || comparison.groups.iter().chain(&comparison.twins);
     let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
+    let several = comparison.twins.iter().any(|twin| twin.study != comparison.twins[0].study);
+    let named = |group: &Group| match &group.study {
+        Some(study) if several && !group.label.starts_with(study) => format!("{study}: {}", group.label),
+        _ => group.label.clone(),
+    };
     // By title and label.
     let mut curves: Vec<(String, String, Sums)> = Vec::new();
     for group in groups().filter(|group| group.fraction == largest) {
         let chosen = found.iter().filter(|found| {
             let run = &found.run;
-            run.label == group.label && run.fraction == largest && run.learning_rate == group.learning_rate
+            (&run.label, &run.study) == (&group.label, &group.study)
+                && run.fraction == largest
+                && run.learning_rate == group.learning_rate
         });
+        let label = named(group);
         for found in chosen {
             let text = RunDirectory { path: found.path.clone() }.read("metrics.jsonl")?;
             for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
                 let step = record["step"].as_u64().unwrap_or(0);
                 for (title, value) in points(&record, &found.run.tasks) {
-                    let label = &group.label;
-                    let at = match curves.iter().position(|(t, l, _)| *t == title && l == label) {
+                    let at = match curves.iter().position(|(t, l, _)| *t == title && *l == label) {
                         Some(at) => at,
                         None => {
                             curves.push((title, label.clone(), BTreeMap::new()));

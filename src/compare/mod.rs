@@ -15,6 +15,8 @@ use stats::{Estimate, Needed, delta_m, deviation, estimate, mean, share_that_rea
 pub struct Run {
     /// The strategy, or `only-TASK`.
     pub label: String,
+    /// The study that it is of, if any: twins are those of the same study.
+    pub study: Option<String>,
     pub seed: u64,
     pub learning_rate: f64,
     /// Share of the training rows.
@@ -32,7 +34,8 @@ pub struct RunTask {
     pub higher_is_better: bool,
     /// On the split that is compared: test, or dev where there is no test.
     pub value: f64,
-    pub dev: f64,
+    /// Where dev has labels for it.
+    pub dev: Option<f64>,
 }
 
 impl Run {
@@ -83,6 +86,7 @@ pub struct TaskResult {
 #[derive(Clone, Debug, Serialize)]
 pub struct Group {
     pub label: String,
+    pub study: Option<String>,
     pub fraction: f64,
     /// The one that dev chose.
     pub learning_rate: f64,
@@ -114,14 +118,15 @@ pub struct Comparison {
 
 /// Groups runs by label and share of the data; of several learning rates dev's best is kept.
 pub fn compare(runs: &[Run]) -> Comparison {
-    let mut keys: Vec<(f64, &str)> = Vec::new();
+    let mut keys: Vec<(f64, &Option<String>, &str)> = Vec::new();
     for run in runs {
-        if !keys.contains(&(run.fraction, &run.label)) {
-            keys.push((run.fraction, &run.label));
+        if !keys.contains(&(run.fraction, &run.study, &run.label)) {
+            keys.push((run.fraction, &run.study, &run.label));
         }
     }
     keys.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let chosen: Vec<Vec<&Run>> = keys.iter().map(|&(fraction, label)| choose(runs, fraction, label)).collect();
+    let of = |key| runs.iter().filter(|run| (run.fraction, &run.study, run.label.as_str()) == key).collect();
+    let chosen: Vec<Vec<&Run>> = keys.into_iter().map(|key| choose(of(key))).collect();
     let (twins, multi): (Vec<&Vec<&Run>>, Vec<&Vec<&Run>>) = chosen.iter().partition(|group| group[0].is_twin());
     let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &twins)).collect();
     let twins: Vec<Group> = twins.iter().map(|group| summarize(group, &[])).collect();
@@ -129,32 +134,32 @@ pub fn compare(runs: &[Run]) -> Comparison {
     Comparison { groups, twins, savings }
 }
 
-/// The runs of a label at the learning rate with the best mean score on dev, by seed.
-fn choose<'a>(runs: &'a [Run], fraction: f64, label: &str) -> Vec<&'a Run> {
-    let of_label: Vec<&Run> = runs.iter().filter(|run| run.fraction == fraction && run.label == label).collect();
-    let mut rates: Vec<f64> = of_label.iter().map(|run| run.learning_rate).collect();
+/// Those of a label's runs at the learning rate with the best mean score on dev, by seed.
+fn choose(runs: Vec<&Run>) -> Vec<&Run> {
+    let mut rates: Vec<f64> = runs.iter().map(|run| run.learning_rate).collect();
     rates.sort_by(f64::total_cmp);
     rates.dedup();
     let dev = |rate: f64| -> f64 {
-        let scores = of_label.iter().filter(|run| run.learning_rate == rate).map(|run| {
-            let signed = |task: &RunTask| if task.higher_is_better { task.dev } else { -task.dev };
-            mean(&run.tasks.iter().map(signed).collect::<Vec<_>>())
+        let scores = runs.iter().filter(|run| run.learning_rate == rate).map(|run| {
+            let signed = |task: &RunTask| Some(if task.higher_is_better { task.dev? } else { -task.dev? });
+            mean(&run.tasks.iter().filter_map(signed).collect::<Vec<_>>())
         });
         mean(&scores.collect::<Vec<_>>())
     };
     let best = rates.into_iter().max_by(|a, b| dev(*a).total_cmp(&dev(*b)));
-    let mut group: Vec<&Run> = of_label.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
+    let mut group: Vec<&Run> = runs.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
     group.sort_by_key(|run| run.seed);
     group
 }
 
 fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
     let first = group[0];
-    // The twin of a task with the same seed and share.
+    // The twin of a task with the same seed and share: of the same study, or of any where that has none of the task.
     let twin = |run: &Run, task: &str| -> Option<RunTask> {
-        let mut alone = twins.iter().flat_map(|twins| twins.iter());
-        let same = |twin: &&&Run| twin.seed == run.seed && twin.fraction == run.fraction && twin.task(task).is_some();
-        alone.find(same)?.task(task).cloned()
+        let alone = || twins.iter().flat_map(|twins| twins.iter()).filter(|twin| twin.task(task).is_some());
+        let own = alone().any(|twin| twin.study == run.study);
+        let same = |twin: &&&Run| twin.seed == run.seed && twin.fraction == run.fraction;
+        alone().filter(same).find(|twin| !own || twin.study == run.study)?.task(task).cloned()
     };
     let result = |task: &RunTask| {
         let values: Vec<f64> = group.iter().filter_map(|run| Some(run.task(&task.name)?.value)).collect();
@@ -183,6 +188,7 @@ fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
         .collect();
     Group {
         label: first.label.clone(),
+        study: first.study.clone(),
         fraction: first.fraction,
         learning_rate: first.learning_rate,
         seeds: group.iter().map(|run| run.seed).collect(),
@@ -207,7 +213,9 @@ fn savings(groups: &[Group], twins: &[Group]) -> Vec<Saving> {
     let mut savings = Vec::new();
     for group in groups {
         for task in &group.tasks {
-            let alone = twins.iter().filter_map(|twin| {
+            let of_task = |twin: &&Group| twin.tasks.iter().any(|own| own.name == task.name);
+            let own = twins.iter().filter(of_task).any(|twin| twin.study == group.study);
+            let alone = twins.iter().filter(|twin| !own || twin.study == group.study).filter_map(|twin| {
                 let own = twin.tasks.iter().find(|own| own.name == task.name)?;
                 Some((twin.fraction, own.mean))
             });
@@ -236,10 +244,20 @@ mod tests {
             metric: "f1".into(),
             higher_is_better: true,
             value,
-            dev: value,
+            dev: Some(value),
         };
         let tasks = scores.iter().map(task).collect();
-        Run { label: label.into(), seed, learning_rate, fraction: 1.0, tasks, training_secs: 10.0, n_parameters: 5 }
+        let study = None;
+        Run {
+            label: label.into(),
+            study,
+            seed,
+            learning_rate,
+            fraction: 1.0,
+            tasks,
+            training_secs: 10.0,
+            n_parameters: 5,
+        }
     }
 
     #[test]
@@ -262,6 +280,28 @@ mod tests {
         assert!(group.delta_m.as_ref().unwrap().mean > 0.0);
         let text: Vec<String> = comparison.sheets().iter().flat_map(|sheet| sheet.rows.concat()).collect();
         assert!(text.contains(&"each task alone".to_owned()) && text.contains(&"helped".to_owned()), "{text:?}");
+    }
+
+    #[test]
+    fn twins_are_those_of_the_same_study() {
+        let of = |study: &str, run: Run| Run { study: Some(study.into()), ..run };
+        let runs = [
+            of("one", run("one: equal", 1, 0.1, &[("a", 0.5)])),
+            of("one", run("only-a", 1, 0.1, &[("a", 0.4)])),
+            of("two", run("two: equal", 1, 0.1, &[("a", 0.9)])),
+            of("two", run("only-a", 1, 0.1, &[("a", 0.7)])),
+            of("three", run("three: equal", 1, 0.1, &[("a", 0.5)])),
+        ];
+        let comparison = compare(&runs);
+        let differences: Vec<f64> =
+            comparison.groups.iter().map(|group| group.tasks[0].difference.as_ref().unwrap().mean).collect();
+        // A study without twins is held to those that there are.
+        for (found, expected) in differences.iter().zip([0.1, 0.2, 0.1]) {
+            assert!((found - expected).abs() < 1e-12, "{differences:?}");
+        }
+        let text: Vec<String> = comparison.sheets().iter().flat_map(|sheet| sheet.rows.concat()).collect();
+        assert!(text.contains(&"one: each task alone".to_owned()), "{text:?}");
+        assert!(text.contains(&"two: each task alone".to_owned()), "{text:?}");
     }
 
     #[test]

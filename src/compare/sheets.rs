@@ -1,5 +1,7 @@
 //! A comparison as tables, for the terminal and for the page.
 
+use std::collections::BTreeSet;
+
 use super::stats::{Estimate, Needed};
 use super::{Comparison, Group, Saving, TaskResult};
 
@@ -58,6 +60,7 @@ impl Comparison {
         let mut fractions: Vec<f64> = self.groups.iter().chain(&self.twins).map(|group| group.fraction).collect();
         fractions.sort_by(f64::total_cmp);
         fractions.dedup();
+        let studies: BTreeSet<Option<&str>> = self.twins.iter().map(|group| group.study.as_deref()).collect();
         for fraction in fractions {
             for group in self.groups.iter().filter(|group| group.fraction == fraction) {
                 let tasks: Vec<&TaskResult> = group.tasks.iter().collect();
@@ -68,18 +71,22 @@ impl Comparison {
                 row.push(thousands(group.n_parameters));
                 rows.push(row);
             }
-            let twins: Vec<&Group> = self.twins.iter().filter(|group| group.fraction == fraction).collect();
-            if twins.is_empty() {
-                continue;
+            for study in &studies {
+                let here = |group: &&Group| group.fraction == fraction && group.study.as_deref() == *study;
+                let twins: Vec<&Group> = self.twins.iter().filter(here).collect();
+                if twins.is_empty() {
+                    continue;
+                }
+                let tasks: Vec<&TaskResult> = twins.iter().flat_map(|group| &group.tasks).collect();
+                let n_seeds = twins.iter().map(|group| group.seeds.len()).min().unwrap_or(0);
+                let of = study.filter(|_| studies.len() > 1).map_or(String::new(), |study| format!("{study}: "));
+                let mut row = vec![percent_of_data(fraction), of + "each task alone", n_seeds.to_string()];
+                row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+                row.push(String::new());
+                row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));
+                row.push(thousands(twins.iter().map(|group| group.n_parameters).sum()));
+                rows.push(row);
             }
-            let tasks: Vec<&TaskResult> = twins.iter().flat_map(|group| &group.tasks).collect();
-            let n_seeds = twins.iter().map(|group| group.seeds.len()).min().unwrap_or(0);
-            let mut row = vec![percent_of_data(fraction), "each task alone".to_owned(), n_seeds.to_string()];
-            row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
-            row.push(String::new());
-            row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));
-            row.push(thousands(twins.iter().map(|group| group.n_parameters).sum()));
-            rows.push(row);
         }
         Sheet { title: "Scores in percent, mean ± standard deviation over seeds".to_owned(), header, n_names: 2, rows }
     }
