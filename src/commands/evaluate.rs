@@ -20,6 +20,7 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
         let what = if given { "usable row in" } else { "split" };
         return Err(invalid(format!("the experiment has no {what} {}", split.name())));
     }
+    prepare::warn_of_unseen(&data, split, &trained.tasks);
     let report = evaluate(&trained.model, &data, &trained.tasks)?;
     for task in report.tasks.iter().filter(|task| task.n_sentences == 0) {
         log::warn!("`{}`: no row of {} has a label, so there is no score", task.name, split.name());

@@ -107,11 +107,11 @@ const MARKER: &str = "polytask.json";
 fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<()> {
     let name = || format!("{} could not be written", out.display());
     if !out.is_dir() {
-        return std::fs::rename(built, out).with_context(name);
+        return atomic::rename(built, out).with_context(name);
     }
     let old = partial.path().join("old");
     std::fs::rename(out, &old).with_context(name)?;
-    if let Err(error) = std::fs::rename(built, out) {
+    if let Err(error) = atomic::rename(built, out) {
         if std::fs::rename(&old, out).is_err() {
             let kept = partial.keep().join("old");
             bail!("{} could not be written ({error}); what was there is in {}", out.display(), kept.display());

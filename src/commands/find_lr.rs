@@ -96,6 +96,10 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
             *average = 0.9 * *average + 0.1 * loss;
             *n += 1;
         }
+        // The sum is of one kind from where every task has come.
+        if averages.iter().any(|(_, n)| *n == 0) {
+            continue;
+        }
         let smoothed: f64 = averages.iter().map(|(average, n)| average / (1.0 - 0.9f64.powi(*n)).max(0.1)).sum();
         points.push((args.from * config.schedule.factor(number, n_steps), smoothed));
         best = best.min(smoothed);

@@ -78,7 +78,10 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
         }
         for (split, used) in [(Split::Dev, dev), (Split::Test, test)] {
             for (label, place) in used.into_iter().filter(|(label, _)| !train.contains_key(label)) {
-                let message = format!("`{name}`: label `{label}` is in {} but never in train", split.name());
+                let message = format!(
+                    "`{name}`: label `{label}` is in {} but never in train: it can only be missed",
+                    split.name()
+                );
                 problems.push(Problem::warning(place, message));
             }
         }

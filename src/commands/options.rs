@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::cli::OptionsArgs;
 use super::{End, say};
-use crate::config::schema::schema;
+use crate::config::{join, schema::schema};
 use crate::problem::invalid;
 
 pub fn run(args: &OptionsArgs) -> Result<End> {
@@ -63,7 +63,7 @@ impl Row {
 /// What a value may be: the keys of a mapping with all below them, the items of a list, kinds, words.
 fn list(schema: &Value, path: &str, depth: usize, rows: &mut Vec<Row>) {
     for (key, inner) in keys(schema) {
-        let path = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+        let path = join(path, key);
         rows.push(Row::new(&path, depth, format!("{key}:"), inner));
         list(inner, &path, depth + 1, rows);
     }

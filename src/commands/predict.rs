@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -48,7 +48,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     let target = args.output.as_deref().unwrap_or(Path::new("standard output"));
-    {
+    let n_done = {
         let mut out: BufWriter<Box<dyn Write>> = BufWriter::new(match &mut file {
             Some(file) => Box::new(file),
             None => Box::new(std::io::stdout().lock()),
@@ -69,8 +69,14 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             }
             n_done += window.len();
         }
-    }
-    if stop.load(Ordering::Relaxed) {
+        let ended = matches!(lines.try_recv(), Err(TryRecvError::Disconnected));
+        (!ended).then_some(n_done)
+    };
+    if let Some(n_done) = n_done {
+        match &args.output {
+            None => log::info!("stopped after {n_done} lines"),
+            Some(path) => log::info!("stopped after {n_done} lines; {} is not written", path.display()),
+        }
         return Ok(End::Interrupted);
     }
     file.map_or(Ok(()), Partial::keep)?;
@@ -93,8 +99,10 @@ fn read_lines(source: Box<dyn Read + Send>) -> Receiver<std::io::Result<Vec<u8>>
 /// The lines at hand, at least one; `None` at the end, or when it is time to stop.
 fn next_window(lines: &Receiver<std::io::Result<Vec<u8>>>, stop: &AtomicBool) -> Result<Option<Vec<Vec<u8>>>> {
     let first = loop {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         match lines.recv_timeout(Duration::from_millis(100)) {
-            _ if stop.load(Ordering::Relaxed) => return Ok(None),
             Ok(line) => break line?,
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return Ok(None),

@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use tch::{Device, Tensor};
 
 use super::cli::Machine;
+use super::table;
 use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
-use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, labels};
+use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, Unseen, labels};
 use crate::libtorch;
 use crate::model::{HeadConfig, Model, Vocabulary};
 use crate::problem::{Problem, fail_on_errors, invalid};
@@ -57,12 +58,12 @@ fn read(experiment: &Experiment, splits: &[Split]) -> Result<(Corpus, Vec<Proble
     corpus
 }
 
-/// The task table: labels are those of all splits.
+/// The task table: labels are those of the training rows.
 pub fn tasks(experiment: &Experiment, corpus: &Corpus) -> Vec<Task> {
     let task = |(i, (name, head)): (usize, (&String, &HeadConfig))| {
         let columns: Vec<_> = corpus
             .columns_of(TaskId(i))
-            .flat_map(|(set, column)| set.splits.iter().map(move |rows| &rows.columns[column]))
+            .map(|(set, column)| &set.splits[Split::Train as usize].columns[column])
             .collect();
         Task { name: name.clone(), kind: head.kind(), labels: labels::collect(head.kind(), &columns) }
     };
@@ -77,6 +78,25 @@ pub fn encoded(
     device: Device,
 ) -> Result<DeviceSet> {
     Ok(DeviceSet::new(EncodedSet::build(corpus, split, tokenizer, tasks)?, tokenizer.padding, device))
+}
+
+/// Tells of labels of a split that the model cannot give.
+pub fn warn_of_unseen(data: &DeviceSet, split: Split, tasks: &[Task]) {
+    for (id, Unseen { labels, rows }) in &data.set.unseen {
+        let spans = tasks[id.0].kind.has_spans();
+        let names: Vec<&str> = match spans {
+            true => labels.iter().filter_map(|label| label.strip_prefix("B-")).collect(),
+            false => labels.iter().map(String::as_str).collect(),
+        };
+        let shown = names.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let more = if names.len() > 5 { format!(" and {} more", names.len() - 5) } else { String::new() };
+        log::warn!(
+            "`{}`: {} has labels that training does not, and which count as missed: {shown}{more} ({} rows)",
+            tasks[id.0].name,
+            split.name(),
+            table::count(rows.len())
+        );
+    }
 }
 
 pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<Model> {
@@ -114,10 +134,10 @@ pub fn coverage_line(coverage: &Coverage) -> String {
     format!(
         "{}: {} words of {} numbers, which know {} of {} training words ({:.1} % of the text){case}",
         coverage.file.display(),
-        super::table::count(coverage.n_words),
+        table::count(coverage.n_words),
         coverage.dim,
-        super::table::count(known),
-        super::table::count(types),
+        table::count(known),
+        table::count(types),
         100.0 * known_tokens as f64 / tokens.max(1) as f64
     )
 }

@@ -1,5 +1,7 @@
 //! An experiment ready to take training steps that no run keeps: for measuring.
 
+use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -23,8 +25,6 @@ pub struct Rehearsal {
     pub train: DeviceSet,
     pub device: Device,
     tokenizer: Tokenizer,
-    /// Nowhere, unless one is given.
-    pub run: RunDirectory,
 }
 
 impl Rehearsal {
@@ -42,8 +42,7 @@ impl Rehearsal {
         let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
         let (n, seconds) = (super::table::count(train.set.len()), started.elapsed().as_secs_f64());
         log::info!("{n} training sentences read and encoded in {seconds:.1} s");
-        let run = RunDirectory { path: std::path::PathBuf::new() };
-        Ok(Rehearsal { experiment, tasks, model, train, device, tokenizer, run })
+        Ok(Rehearsal { experiment, tasks, model, train, device, tokenizer })
     }
 
     pub fn sampler(&self) -> Sampler {
@@ -51,8 +50,19 @@ impl Rehearsal {
         Sampler::new(&self.train.set, &training.sampling, training.batch_size, Seed(self.experiment.seed))
     }
 
-    /// A trainer with optimizer and strategy as at the start.
+    /// A trainer with optimizer and strategy as at the start, whose steps alone are wanted.
     pub fn trainer<'a>(&'a self, config: &'a TrainingConfig, weighting: &'a WeightingConfig) -> Trainer<'a> {
+        static NOWHERE: LazyLock<RunDirectory> = LazyLock::new(|| RunDirectory { path: PathBuf::new() });
+        self.trainer_in(&NOWHERE, config, weighting)
+    }
+
+    /// The same, which writes into `run`.
+    pub fn trainer_in<'a>(
+        &'a self,
+        run: &'a RunDirectory,
+        config: &'a TrainingConfig,
+        weighting: &'a WeightingConfig,
+    ) -> Trainer<'a> {
         trainer::Parts {
             experiment: &self.experiment,
             config,
@@ -62,7 +72,7 @@ impl Rehearsal {
             model: &self.model,
             train: &self.train,
             dev: &self.train,
-            run: &self.run,
+            run,
         }
         .trainer()
     }

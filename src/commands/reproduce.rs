@@ -67,10 +67,9 @@ impl Course {
         let last = run.checkpoint("last");
         let goes_on = last.exists();
         std::fs::create_dir_all(run.file("checkpoints"))?;
-        self.rehearsal.run = run;
         let first = self.first.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         self.rehearsal.model.parameters.load(first.collect())?;
-        let mut trainer = self.rehearsal.trainer(&self.config, &self.rehearsal.experiment.weighting);
+        let mut trainer = self.rehearsal.trainer_in(&run, &self.config, &self.rehearsal.experiment.weighting);
         let state = if goes_on { trainer.resume()? } else { State::new(self.rehearsal.tasks.len()) };
         let (stop, goal) = (AtomicBool::new(n_steps == 1), state.step + n_steps);
         let outcome = trainer.train(state, &mut StopAfter { n_left: n_steps, stop: &stop }, &stop)?;

@@ -77,6 +77,7 @@ impl Setting {
                 TargetValues::Tags(vec![-1, -1, -1, -1, -1, 1, 2, 0, 0, 0, 1, 2, 2]),
                 TargetValues::Tags(vec![1, 0, 2, 2, 0, -1, -1, -1, 1, -1, -1, -1, -1]),
             ],
+            unseen: Default::default(),
             set_starts: vec![0, 4],
             places: vec![],
         };

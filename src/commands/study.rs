@@ -53,6 +53,8 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     if !out.join(PLAN).is_file() {
         NewRun::fail_if_occupied(&out)?;
     }
+    std::fs::create_dir_all(&out).map_err(|error| invalid(format!("{} cannot be made: {error}", out.display())))?;
+    let _lock = RunDirectory { path: out.clone() }.lock()?;
     let jobs = write_plan(&out, &runs)?;
     let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(finished::FILE).is_file());
     let n_side_by_side = usize::from(args.jobs).max(args.devices.len()).min(open.len().max(1));
@@ -171,7 +173,8 @@ fn train(program: &Path, job: &Job, device: &str, threads: usize, stop: &AtomicB
     if job.run.join("checkpoints/last.safetensors").is_file() {
         command.arg("--resume");
     } else if job.run.exists() {
-        // Killed before its first checkpoint.
+        // Killed before its first checkpoint, unless somebody is at it.
+        let _lock = RunDirectory { path: job.run.clone() }.lock()?;
         std::fs::remove_dir_all(&job.run).with_context(|| format!("{} cannot be removed", job.run.display()))?;
     }
     let log = File::create(&job.log).with_context(|| format!("{} cannot be written", job.log.display()))?;

@@ -2,11 +2,8 @@
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 
+pub use crate::compare::percent;
 use crate::evaluate::Report;
-
-pub fn percent(value: f64) -> String {
-    format!("{:.2}", 100.0 * value)
-}
 
 /// Thousands apart by commas.
 pub fn count(n: usize) -> String {

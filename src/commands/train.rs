@@ -134,6 +134,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
     let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
+    prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
     fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
     log::info!(
         "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
@@ -253,6 +254,9 @@ fn report(
     let (mut splits, mut rows) = (IndexMap::new(), IndexMap::new());
     for split in [Split::Dev, Split::Test] {
         let data = prepare::encoded(corpus, split, tokenizer, tasks, device)?;
+        if split == Split::Test {
+            prepare::warn_of_unseen(&data, split, tasks);
+        }
         if !data.set.is_empty() {
             splits.insert(split.name().to_owned(), evaluate(model, &data, tasks)?);
             let known_by = (0..tasks.len()).map(|i| corpus.fingerprint(TaskId(i), split)).collect();

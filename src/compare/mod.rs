@@ -6,7 +6,7 @@ pub mod stats;
 
 use serde::Serialize;
 
-pub use sheets::Sheet;
+pub use sheets::{Sheet, percent};
 
 use stats::{Estimate, Needed, delta_m, deviation, estimate, mean, share_that_reaches};
 

@@ -17,7 +17,7 @@ fn thousands(n: u64) -> String {
     format!("{:.1} k", n as f64 / 1000.0)
 }
 
-fn percent(value: f64) -> String {
+pub fn percent(value: f64) -> String {
     format!("{:.2}", 100.0 * value)
 }
 

@@ -13,6 +13,9 @@ use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 /// Keys beside the tasks' names in predictions and records.
 const WRITTEN: [&str; 6] = ["text", "words", "kind", "step", "epoch", "sentence_accuracy"];
 
+/// What a TorchScript module has of itself.
+const SCRIPT: [&str; 2] = ["training", "forward"];
+
 /// Python's keywords.
 const PYTHON: [&str; 32] = [
     "and", "as", "assert", "async", "await", "break", "class", "continue", "def", "del", "elif", "else", "except",
@@ -135,7 +138,12 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
     c.require(&path, name != "mean", "`mean` stands for the mean of the tasks");
     c.require(&path, name != "trunk", "`trunk` stands for the shared trunk");
     c.require(&path, !WRITTEN.contains(&name), "stands for something else in what is written beside a task's results");
-    c.require(&path, !PYTHON.contains(&name), "is a word of Python, in which exported models are written");
+    let words = PYTHON.iter().chain(&SCRIPT);
+    c.require(
+        &path,
+        !words.into_iter().any(|word| *word == name),
+        "is a word of TorchScript, in which models are exported",
+    );
     // As written: a set that was taken out for its own errors is still known.
     let written = c.layer.value.pointer("/data/sets").and_then(|sets| sets.as_object());
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());

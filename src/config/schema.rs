@@ -4,7 +4,7 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use super::Experiment;
-use super::keys::tag_key;
+use super::keys::{join, tag_key};
 
 /// The JSON Schema (draft 7, which editors read) of experiment files. It has no subschemas by reference.
 ///
@@ -36,12 +36,11 @@ fn to_written(schema: &mut Value, path: &str) {
         object.insert("anyOf".to_owned(), kinds.into());
         return;
     }
-    let join = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
     if let Some(Value::Object(properties)) = object.get_mut("properties") {
-        properties.iter_mut().for_each(|(key, inner)| to_written(inner, &join(key)));
+        properties.iter_mut().for_each(|(key, inner)| to_written(inner, &join(path, key)));
     }
     if let Some(inner) = object.get_mut("additionalProperties") {
-        to_written(inner, &join("*"));
+        to_written(inner, &join(path, "*"));
     }
     if let Some(inner) = object.get_mut("items") {
         to_written(inner, path);

@@ -365,6 +365,7 @@ mod tests {
                 TargetValues::Classes(vec![1, NO_LABEL, 0]),
                 TargetValues::Tags(vec![NO_LABEL, NO_LABEL, 2, 3, 1]),
             ],
+            unseen: Default::default(),
             set_starts: vec![0, 3],
             places: vec![],
         }

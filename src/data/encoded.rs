@@ -1,13 +1,16 @@
 //! One split of all sets, encoded: flat arrays of token ids and label ids, built once.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use anyhow::Result;
 
 use super::corpus::Corpus;
-use super::labels::{Labels, NO_LABEL};
+use super::labels::{self, Labels, NO_LABEL};
 use super::rows::Strings;
 use super::set::Split;
 use super::tokenizer::{Pieces, Tokenizer};
-use crate::problem::{InvalidInput, Place};
+use crate::problem::Place;
 use crate::task::{Task, TaskId};
 
 /// The labels of one task over all rows of a split.
@@ -51,6 +54,15 @@ impl Spelling {
     }
 }
 
+/// Labels of a task that it does not know, and so can only miss.
+#[derive(Default)]
+pub struct Unseen {
+    /// Their ids come after the task's own.
+    pub labels: Vec<String>,
+    /// The labels of the rows that have such. In the targets these have none: no loss can be told for them.
+    pub rows: BTreeMap<usize, Vec<i32>>,
+}
+
 /// One split of all sets, one set after the other. Row `r` has the tokens `token_offsets[r]..token_offsets[r + 1]` and the
 /// words `word_offsets[r]..word_offsets[r + 1]`.
 pub struct EncodedSet {
@@ -63,6 +75,8 @@ pub struct EncodedSet {
     pub spelling: Option<Spelling>,
     /// By [`TaskId`].
     pub targets: Vec<TargetValues>,
+    /// By task, of those with such labels.
+    pub unseen: BTreeMap<TaskId, Unseen>,
     /// First row of each set, and the number of rows at the end.
     pub set_starts: Vec<usize>,
     /// Where each row stands, for error messages; empty for text that comes from no file.
@@ -85,18 +99,19 @@ impl EncodedSet {
                 let (TargetValues::Classes(values) | TargetValues::Tags(values)) = target;
                 add(&mut values.iter().map(|&id| id.into()));
             }
+            for (row, labels) in set.unseen.values().flat_map(|unseen| &unseen.rows) {
+                add(&mut std::iter::once(*row as i64).chain(labels.iter().map(|&id| id.into())));
+            }
         }
         hasher.finalize().to_string()
     }
 
     /// Encodes `split` of every set.
-    ///
-    /// # Errors
-    /// [`InvalidInput`] with labels that are none of the tasks'.
     pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
         let mut set = EncodedSet::empty(tasks, tokenizer);
         let mut pieces_differ = false;
-        let mut problems = Vec::new();
+        let unseen: Vec<Vec<String>> =
+            (0..tasks.len()).map(|id| unseen(corpus, split, TaskId(id), &tasks[id])).collect();
         for loaded in &corpus.sets {
             let rows = &loaded.splits[split as usize];
             let pieces = tokenizer.encode_words(&rows.words)?;
@@ -108,9 +123,7 @@ impl EncodedSet {
             pieces_differ |= pieces.ids.len() + 1 != pieces.offsets.len();
             for (id, task) in tasks.iter().enumerate() {
                 let column = loaded.tasks.iter().position(|&known| known == TaskId(id));
-                let labels = Labels::new(task);
-                problems.extend(column.iter().flat_map(|&column| labels.unknown(rows, column)));
-                let values = column.map(|column| labels.encode(rows, column));
+                let values = column.map(|column| Labels::new(task, &unseen[id]).encode(rows, column));
                 match &mut set.targets[id] {
                     TargetValues::Classes(all) => all.extend(values.unwrap_or(vec![NO_LABEL; rows.len()])),
                     TargetValues::Tags(all) => all.extend(values.unwrap_or(vec![NO_LABEL; rows.word_ids.len()])),
@@ -118,11 +131,26 @@ impl EncodedSet {
             }
             set.set_starts.push(set.len());
         }
-        if !problems.is_empty() {
-            return Err(InvalidInput(problems).into());
+        for (id, labels) in unseen.into_iter().enumerate().filter(|(_, labels)| !labels.is_empty()) {
+            let rows = set.take_rows_above(TaskId(id), tasks[id].labels.len() as i32);
+            set.unseen.insert(TaskId(id), Unseen { labels, rows });
         }
         set.first_tokens = set.first_tokens.filter(|_| pieces_differ);
         Ok(set)
+    }
+
+    /// Takes the labels of rows with an id of `n_known` or more out of the targets.
+    fn take_rows_above(&mut self, task: TaskId, n_known: i32) -> BTreeMap<usize, Vec<i32>> {
+        let mut taken = BTreeMap::new();
+        for row in 0..self.len() {
+            if self.labels(task, row).is_some_and(|labels| labels.iter().any(|&id| id >= n_known)) {
+                let range = self.range(task, row);
+                let (TargetValues::Classes(values) | TargetValues::Tags(values)) = &mut self.targets[task.0];
+                taken.insert(row, values[range.clone()].to_vec());
+                values[range].fill(NO_LABEL);
+            }
+        }
+        taken
     }
 
     /// Encodes sentences that carry no labels.
@@ -184,6 +212,7 @@ impl EncodedSet {
             first_tokens: Some(Vec::new()),
             spelling: tokenizer.max_bytes.map(Spelling::new),
             targets: tasks.iter().map(target).collect(),
+            unseen: BTreeMap::new(),
             set_starts: vec![0],
             places: Vec::new(),
         }
@@ -209,14 +238,35 @@ impl EncodedSet {
         self.word_offsets[row + 1] - self.word_offsets[row]
     }
 
-    /// The labels of a row: one for a class, one a word for tags; `None` where it has none.
+    /// Where the labels of a row stand among a task's targets.
+    fn range(&self, task: TaskId, row: usize) -> Range<usize> {
+        match &self.targets[task.0] {
+            TargetValues::Classes(_) => row..row + 1,
+            TargetValues::Tags(_) => self.word_offsets[row] as usize..self.word_offsets[row + 1] as usize,
+        }
+    }
+
+    /// The labels of a row: one for a class, one a word for tags; `None` where it has none, or one that the task does not
+    /// know.
     pub fn labels(&self, task: TaskId, row: usize) -> Option<&[i32]> {
-        let labels = match &self.targets[task.0] {
-            TargetValues::Classes(values) => &values[row..row + 1],
-            TargetValues::Tags(values) => &values[self.word_offsets[row] as usize..self.word_offsets[row + 1] as usize],
-        };
+        let (TargetValues::Classes(values) | TargetValues::Tags(values)) = &self.targets[task.0];
+        let labels = &values[self.range(task, row)];
         (labels.first() != Some(&NO_LABEL)).then_some(labels)
     }
+
+    /// The same with labels that the task does not know, as ids after its own.
+    pub fn gold(&self, task: TaskId, row: usize) -> Option<&[i32]> {
+        let unseen = self.unseen.get(&task).and_then(|unseen| unseen.rows.get(&row));
+        unseen.map(Vec::as_slice).or_else(|| self.labels(task, row))
+    }
+}
+
+/// The labels of a split that a task does not know.
+fn unseen(corpus: &Corpus, split: Split, id: TaskId, task: &Task) -> Vec<String> {
+    let columns = corpus.columns_of(id).map(|(set, column)| &set.splits[split as usize].columns[column]);
+    let mut labels = labels::collect(task.kind, &columns.collect::<Vec<_>>());
+    labels.retain(|label| !task.labels.contains(label));
+    labels
 }
 
 #[cfg(test)]

@@ -9,10 +9,10 @@ use crate::task::{Scheme, Span, Tag, Task, TaskKind, from_bio, spans_of};
 /// Marks a decision without a label in encoded targets.
 pub const NO_LABEL: i32 = -1;
 
-/// The labels of one task over all the columns that carry it: classes and plain tags sorted, BIO as `O`, then `B-` and
-/// `I-` of each type, sorted.
+/// The labels of one task that stand in the columns that carry it: classes and plain tags sorted, BIO as `O`, then `B-`
+/// and `I-` of each type, sorted.
 pub fn collect(kind: TaskKind, columns: &[&Column]) -> Vec<String> {
-    let written = || columns.iter().flat_map(|column| column.strings.iter());
+    let written = || columns.iter().flat_map(|column| column.used());
     match kind {
         TaskKind::Classification | TaskKind::Tagging(Scheme::Plain) => {
             written().map(str::to_owned).collect::<BTreeSet<_>>().into_iter().collect()
@@ -31,45 +31,22 @@ pub fn collect(kind: TaskKind, columns: &[&Column]) -> Vec<String> {
 
 /// Label ids by name.
 pub struct Labels<'a> {
-    task: &'a Task,
+    kind: TaskKind,
     ids: BTreeMap<&'a str, i32>,
 }
 
 impl<'a> Labels<'a> {
-    pub fn new(task: &'a Task) -> Self {
-        let ids = task.labels.iter().enumerate().map(|(id, label)| (label.as_str(), id as i32)).collect();
-        Labels { task, ids }
-    }
-
-    /// Labels of a column that are none of the task's, each where it stands first.
-    pub fn unknown(&self, rows: &Rows, column: usize) -> Vec<Problem> {
-        let Column { strings, values } = &rows.columns[column];
-        let known = |label: &str| match self.task.kind {
-            TaskKind::Tagging(scheme) if scheme != Scheme::Plain => {
-                let types = scheme.parse(label).map(|tag| format!("B-{}", tag.kind));
-                types.is_none_or(|first| first == "B-" || self.ids.contains_key(first.as_str()))
-            }
-            _ => self.ids.contains_key(label),
-        };
-        let problem = |(id, label): (usize, &str)| {
-            let at = values.iter().position(|&value| value as usize == id)?;
-            let row = match self.task.kind {
-                TaskKind::Classification => at,
-                TaskKind::Tagging(_) => rows.offsets.partition_point(|&offset| offset <= at) - 1,
-            };
-            let name = &self.task.name;
-            let message =
-                format!("`{name}`: the model was not trained with label `{label}`; without it the row can be used");
-            Some(Problem::error(rows.place(row), message))
-        };
-        strings.iter().enumerate().filter(|(_, label)| !known(label)).filter_map(problem).collect()
+    /// Those of the task, then `more`, which it does not know.
+    pub fn new(task: &'a Task, more: &'a [String]) -> Self {
+        let all = task.labels.iter().chain(more).enumerate();
+        Labels { kind: task.kind, ids: all.map(|(id, label)| (label.as_str(), id as i32)).collect() }
     }
 
     /// The label ids of a whole column: one a row for classes, one a word for tags, [`NO_LABEL`] where absent.
     pub fn encode(&self, rows: &Rows, column: usize) -> Vec<i32> {
         let strings = &rows.columns[column].strings;
         let values = &rows.columns[column].values;
-        match self.task.kind {
+        match self.kind {
             TaskKind::Tagging(scheme) if scheme != Scheme::Plain => self.encode_spans(scheme, rows, column),
             _ => {
                 let ids: Vec<i32> = strings.iter().map(|label| self.id(label)).collect();
@@ -82,9 +59,8 @@ impl<'a> Labels<'a> {
         let parsed = parse_all(scheme, &rows.columns[column]);
         // (first, inside) label of each type.
         let types: BTreeMap<&str, (i32, i32)> = self
-            .task
-            .labels
-            .iter()
+            .ids
+            .keys()
             .filter_map(|label| label.strip_prefix("B-"))
             .map(|kind| (kind, (self.id(&format!("B-{kind}")), self.id(&format!("I-{kind}")))))
             .collect();
@@ -183,7 +159,7 @@ mod tests {
         let kind = TaskKind::Tagging(Scheme::Bioes);
         let task = Task { name: "ner".into(), kind, labels: collect(kind, &[&rows.columns[0]]) };
         assert_eq!(task.labels, ["O", "B-x", "I-x", "B-y", "I-y"]);
-        assert_eq!(Labels::new(&task).encode(&rows, 0), [1, 2, 3, NO_LABEL, 1, 0]);
+        assert_eq!(Labels::new(&task, &[]).encode(&rows, 0), [1, 2, 3, NO_LABEL, 1, 0]);
         let (tags, spans) = written(&task, &[1, 2, 3]);
         assert_eq!(tags, ["B-x", "E-x", "S-y"]);
         assert_eq!(spans[0], Span { start: 0, end: 2, kind: "x".to_owned() });

@@ -16,7 +16,7 @@ pub mod words;
 
 pub use batch::{Batch, BatchPlan, DeviceSet, Lengths, Targets};
 pub use corpus::{Corpus, LoadedSet, load};
-pub use encoded::{EncodedSet, TargetValues};
+pub use encoded::{EncodedSet, TargetValues, Unseen};
 pub use formats::Format;
 pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted, WantedKind};
 pub use sampler::{Sampler, SamplingConfig};

@@ -67,6 +67,17 @@ pub struct Column {
     pub values: Vec<u32>,
 }
 
+impl Column {
+    /// The strings that are values; others were those of rows that have gone elsewhere.
+    pub fn used(&self) -> impl Iterator<Item = &str> {
+        let mut used = vec![false; self.strings.len()];
+        for &value in self.values.iter().filter(|&&value| value != ABSENT) {
+            used[value as usize] = true;
+        }
+        self.strings.iter().zip(used).filter_map(|(text, used)| used.then_some(text))
+    }
+}
+
 /// What a reader found in one row for one wanted column.
 #[derive(Clone, Debug)]
 pub enum Field<'a> {

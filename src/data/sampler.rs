@@ -192,6 +192,7 @@ mod tests {
             first_tokens: None,
             spelling: None,
             targets: vec![],
+            unseen: Default::default(),
             set_starts: starts,
             places: vec![],
         };

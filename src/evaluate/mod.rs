@@ -4,9 +4,9 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::data::{Batch, DeviceSet};
+use crate::data::DeviceSet;
 use crate::libtorch::{side_by_side, workers};
-use crate::metrics::{LabelScore, Score};
+use crate::metrics::{LabelScore, Metric, Score};
 use crate::model::{Decoded, Mode, Model};
 use crate::task::{Task, TaskId};
 
@@ -14,9 +14,9 @@ use crate::task::{Task, TaskId};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskReport {
     pub name: String,
-    /// Rows with a label for the task. Without any there is no loss and no score.
+    /// Rows with a label for the task. Without any there is no score.
     pub n_sentences: usize,
-    /// Mean loss in nats a labelled decision (sentence or word).
+    /// Mean loss in nats a labelled decision (sentence or word), over the rows whose labels the task knows.
     pub loss: Option<f64>,
     /// The first chooses checkpoints.
     pub scores: Vec<Score>,
@@ -77,12 +77,12 @@ fn batches(data: &DeviceSet) -> Vec<Vec<usize>> {
 /// # Errors
 /// Those of an exported module that computes in the model's place.
 pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Report> {
-    let mut metrics: Vec<_> = (0..tasks.len()).map(|task| model.head(TaskId(task)).metric()).collect();
+    let mut metrics = metrics(model, data, tasks.len());
     let mut losses = vec![(0.0, 0i64); tasks.len()];
     let mut n_sentences = vec![0; tasks.len()];
     let (mut n_joint, mut n_joint_right) = (0, 0);
     let batches = batches(data);
-    let scored = |i: usize| score_batch(model, &data.batch(&batches[i]));
+    let scored = |i: usize| score_batch(model, data, &batches[i]);
     for (rows, tasks) in batches.iter().zip(in_turn(batches.len(), &scored)) {
         // By row of the batch: labels of so many tasks, and whether all are right.
         let mut joint = vec![(0, true); rows.len()];
@@ -91,7 +91,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
             losses[task].0 += scored.loss * scored.n_decisions as f64;
             losses[task].1 += scored.n_decisions;
             for (&at, decoded) in scored.rows.iter().zip(scored.decoded) {
-                let Some(gold) = data.set.labels(TaskId(task), rows[at]) else { continue };
+                let Some(gold) = data.set.gold(TaskId(task), rows[at]) else { continue };
                 metrics[task].update(gold, &decoded.labels);
                 n_sentences[task] += 1;
                 joint[at].0 += 1;
@@ -105,7 +105,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
     let task = |i: usize| TaskReport {
         name: tasks[i].name.clone(),
         n_sentences: n_sentences[i],
-        loss: (n_sentences[i] > 0).then(|| losses[i].0 / losses[i].1 as f64),
+        loss: (losses[i].1 > 0).then(|| losses[i].0 / losses[i].1 as f64),
         scores: if n_sentences[i] > 0 { metrics[i].scores() } else { Vec::new() },
         labels: metrics[i].by_label(),
     };
@@ -116,9 +116,15 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
     })
 }
 
+/// A metric a task.
+pub fn metrics(model: &Model, data: &DeviceSet, n_tasks: usize) -> Vec<Box<dyn Metric>> {
+    let more = |task: TaskId| data.set.unseen.get(&task).map_or(&[][..], |unseen| &unseen.labels);
+    (0..n_tasks).map(TaskId).map(|task| model.head(task).metric(more(task))).collect()
+}
+
 /// One task's part of a batch.
 struct Scored {
-    /// Mean over the labelled decisions, and their number.
+    /// Mean over the decisions whose labels the task knows, and their number.
     loss: f64,
     n_decisions: i64,
     /// The rows of the batch that carry a label, and what the head says of them.
@@ -127,20 +133,26 @@ struct Scored {
 }
 
 /// By [`TaskId`]; `None` for a task without labels in the batch.
-fn score_batch(model: &Model, batch: &Batch) -> Result<Vec<Option<Scored>>> {
+fn score_batch(model: &Model, data: &DeviceSet, rows: &[usize]) -> Result<Vec<Option<Scored>>> {
+    let batch = data.batch(rows);
     let score = |(task, logits): (usize, &Tensor)| {
-        let targets = batch.targets[task].as_ref()?;
-        let head = model.head(TaskId(task));
-        let logits = logits.index_select(0, &targets.index);
-        let n_words: Vec<i64> = targets.rows.iter().map(|&at| batch.word_lengths.host[at]).collect();
-        Some(Scored {
-            loss: head.loss(&logits, targets, Mode::Eval).double_value(&[]),
-            n_decisions: targets.n_decisions,
-            rows: targets.rows.clone(),
+        let (task, head) = (TaskId(task), model.head(TaskId(task)));
+        let labelled: Vec<usize> = (0..rows.len()).filter(|&at| data.set.gold(task, rows[at]).is_some()).collect();
+        let (loss, n_decisions) = batch.targets[task.0].as_ref().map_or((0.0, 0), |targets| {
+            let loss = head.loss(&logits.index_select(0, &targets.index), targets, Mode::Eval);
+            (loss.double_value(&[]), targets.n_decisions)
+        });
+        let n_words: Vec<i64> = labelled.iter().map(|&at| batch.word_lengths.host[at]).collect();
+        let index: Vec<i64> = labelled.iter().map(|&at| at as i64).collect();
+        let logits = logits.index_select(0, &Tensor::from_slice(&index).to_device(logits.device()));
+        (!labelled.is_empty()).then(|| Scored {
+            loss,
+            n_decisions,
             decoded: head.decode(&logits, &n_words),
+            rows: labelled,
         })
     };
-    Ok(model.logits(batch)?.iter().enumerate().map(score).collect())
+    Ok(model.logits(&batch)?.iter().enumerate().map(score).collect())
 }
 
 /// What every task's head says of each row, in row order: by row, then by [`TaskId`].

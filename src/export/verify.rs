@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Dtype, output_names};
 use crate::data::{Batch, DeviceSet};
+use crate::evaluate::metrics;
 use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
 use crate::model::{Mode, Model};
@@ -150,7 +151,7 @@ impl Case {
 
 /// Scores of every task over `data` by the labels that the module itself gives.
 pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Vec<Vec<Score>>> {
-    let mut metrics: Vec<_> = (0..tasks.len()).map(|task| model.head(TaskId(task)).metric()).collect();
+    let mut metrics = metrics(model, data, tasks.len());
     let mut rows: Vec<usize> = (0..data.set.len()).collect();
     rows.sort_by_key(|&row| data.set.n_tokens(row));
     for rows in rows.chunks(128) {
@@ -160,7 +161,7 @@ pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSet, tasks: &[T
             let labels = &found.iter().find(|(name, _)| *name == format!("{}.labels", tasks[i].name));
             let labels = &labels.with_context(|| format!("no labels of task `{}`", tasks[i].name))?.1;
             for (b, &row) in rows.iter().enumerate() {
-                let Some(gold) = data.set.labels(TaskId(i), row) else { continue };
+                let Some(gold) = data.set.gold(TaskId(i), row) else { continue };
                 let predicted: Vec<i64> =
                     Vec::try_from(labels.get(b as i64).view([-1]).narrow(0, 0, gold.len() as i64))?;
                 metric.update(gold, &predicted.into_iter().map(|label| label as usize).collect::<Vec<_>>());

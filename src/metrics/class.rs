@@ -12,8 +12,8 @@ pub struct ClassMetric {
 }
 
 impl ClassMetric {
-    pub fn new(labels: &[String]) -> Self {
-        ClassMetric { labels: labels.to_vec(), counts: vec![Counts::default(); labels.len()] }
+    pub fn new(labels: Vec<String>) -> Self {
+        ClassMetric { counts: vec![Counts::default(); labels.len()], labels }
     }
 }
 
@@ -46,7 +46,7 @@ mod tests {
     #[test]
     fn accuracy_and_macro_f1() {
         let labels = ["a", "b", "c", "d"].map(str::to_owned);
-        let mut metric = ClassMetric::new(&labels);
+        let mut metric = ClassMetric::new(labels.to_vec());
         metric.update(&[0, 0, 1, 2], &[0, 1, 1, 0]);
         let scores = metric.scores();
         // F1: label 0 is 1/2, label 1 is 2/3, label 2 is 0; label 3 never occurs.
@@ -55,6 +55,6 @@ mod tests {
         let each = metric.by_label();
         assert_eq!(each.iter().map(|label| label.label.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!((each[1].precision, each[1].recall, each[1].n), (0.5, 1.0, 1));
-        assert_eq!(ClassMetric::new(&labels).scores()[0].value, 0.0);
+        assert_eq!(ClassMetric::new(labels.to_vec()).scores()[0].value, 0.0);
     }
 }

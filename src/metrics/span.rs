@@ -61,14 +61,8 @@ impl SpanMetric {
     }
 
     /// `labels` are BIO tags by label id; `rule` is the one whose F1 comes first.
-    pub fn new(labels: &[String], rule: SpanRule) -> Self {
-        SpanMetric {
-            labels: labels.to_vec(),
-            rule,
-            lenient: ByType::default(),
-            strict: ByType::default(),
-            words: Counts::default(),
-        }
+    pub fn new(labels: Vec<String>, rule: SpanRule) -> Self {
+        SpanMetric { labels, rule, lenient: ByType::default(), strict: ByType::default(), words: Counts::default() }
     }
 }
 
@@ -128,7 +122,7 @@ mod tests {
     #[test]
     fn types_are_scored_apart() {
         let labels = ["O", "B-x", "I-x", "B-y", "I-y"].map(str::to_owned);
-        let mut metric = SpanMetric::new(&labels, SpanRule::Conlleval);
+        let mut metric = SpanMetric::new(labels.to_vec(), SpanRule::Conlleval);
         metric.update(&[1, 2, 0, 3], &[1, 2, 3, 3]);
         metric.update(&[1, 0], &[2, 1]);
         let found: Vec<_> = metric.by_label().into_iter().map(|of| (of.label, of.precision, of.recall, of.n)).collect();

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 pub enum ScheduleConfig {
     /// The same for every step after the warm-up.
     Constant(WarmupConfig),
-    /// Down to 0 at the last step.
+    /// Down in a line, to 0 after the last step.
     Linear(WarmupConfig),
-    /// Down to 0 at the last step, along half a cosine (Loshchilov & Hutter 2017).
+    /// Down along half a cosine, to 0 after the last step (Loshchilov & Hutter 2017).
     Cosine(WarmupConfig),
     /// By the same factor at every step, up or down.
     Range(RangeConfig),
@@ -36,7 +36,7 @@ pub struct WarmupConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RangeConfig {
-    /// The factor that the last step comes to, more than 0.
+    /// The factor after the last step, more than 0.
     pub final_factor: f64,
 }
 

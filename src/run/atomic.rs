@@ -83,6 +83,22 @@ pub fn write(path: &Path, content: &[u8]) -> Result<()> {
     filled().with_context(|| format!("{} could not be written", path.display()))?.keep()
 }
 
+/// Renames a file or a folder of files, so that after a loss of power it stands at `to` whole or not at all.
+pub fn rename(from: &Path, to: &Path) -> IoResult<()> {
+    sync(from)?;
+    std::fs::rename(from, to)?;
+    File::open(folder_of(to))?.sync_all()
+}
+
+fn sync(path: &Path) -> IoResult<()> {
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            sync(&entry?.path())?;
+        }
+    }
+    File::open(path)?.sync_all()
+}
+
 /// The folder that `path` stands in.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))

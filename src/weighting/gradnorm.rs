@@ -38,7 +38,7 @@ pub struct GradnormConfig {
     /// What L_i(0) is: `first_batch`, `{mean_of_first: K}` steps (weights rest until then), or `log_classes`, the loss of
     /// guessing. Default `first_batch`.
     pub initial_loss: InitialLoss,
-    /// The smallest weight. Default 1e-3, more than 0.
+    /// The smallest weight, before the weights are scaled back to their sum. Default 1e-3, more than 0.
     pub floor: f64,
 }
 

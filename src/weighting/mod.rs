@@ -373,7 +373,9 @@ mod tests {
         let (losses, norms) = (vector(&[1.0; 3], Device::Cpu), vector(&[9.0, 1.0, 1.0], Device::Cpu));
         weighting.learn(&Observed { losses: &losses, present: &[true; 3], norms: Some(&norms) }).unwrap();
         let weights = weighting.weights(1, &[true; 3], None);
-        assert!(numbers(&weights).iter().all(|&w| w > 0.0));
+        // The first goes down to the floor and the others up to 6; then all are scaled to a sum of 3.
+        let expected = [0.001, 6.0, 6.0].map(|weight| weight * 3.0 / 12.001);
+        assert!(numbers(&weights).iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{weights:?}");
         assert!(weighting.report(&weights, &[true; 3]).warning.is_some_and(|text| text.contains("floor of 0.001")));
         assert!(weighting.report(&weights, &[true; 3]).warning.is_none());
     }

@@ -14,7 +14,7 @@ fn spans_are_counted_as_seqeval_and_conlleval_count_them() {
         let predicted: Vec<Vec<usize>> = serde_json::from_value(case["predicted"].clone()).unwrap();
         let expected: Vec<f64> = serde_json::from_value(case["scores"].clone()).unwrap();
         for (rule, expected) in [(SpanRule::Conlleval, &expected[..3]), (SpanRule::Strict, &expected[3..])] {
-            let mut metric = SpanMetric::new(&labels, rule);
+            let mut metric = SpanMetric::new(labels.clone(), rule);
             for (gold, predicted) in gold.iter().zip(&predicted) {
                 metric.update(gold, predicted);
             }

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::Stdio;
 
+use serde_json::Value;
+
 use crate::util::{Folder, SMALL, small};
 
 fn failed(folder: &Folder, arguments: &[&str], code: i32) -> String {
@@ -166,7 +168,7 @@ fn comparisons_count_a_run_once_and_studies_take_no_folder_of_others() {
     let folder = small();
     trained(&folder, "run");
     let output = folder.polytask(&["compare", "run", "./run/", "--json"]).assert().code(0).get_output().clone();
-    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["groups"][0]["seeds"], serde_json::json!([3]));
     folder.file("study.yaml", format!("{SMALL}study:\n  strategies: {{equal: {{}}}}\n  seeds: [1]\n"));
     assert!(failed(&folder, &["study", "study.yaml", "--out", "run"], 2).contains("run is not empty"));
@@ -182,7 +184,7 @@ fn a_trained_run_needs_the_data_alone_that_it_is_scored_on() {
     std::fs::remove_file(folder.path().join("train.jsonl")).unwrap();
     let scores = |arguments: &[&str]| {
         let output = folder.polytask(&[&["evaluate", "run", "--json"], arguments].concat()).assert().code(0);
-        let json: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+        let json: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
         json["report"].clone()
     };
     let test = scores(&[]);
@@ -230,12 +232,29 @@ fn data_that_changed_under_a_run_is_told() {
     trained(&folder, "run");
     let row =
         "{\"tokens\": [\"play\", \"the\", \"rock\"], \"topic\": \"sports\", \"slots\": [\"O\", \"O\", \"B-team\"]}\n";
+    let scores = || -> Value {
+        let output = folder.polytask(&["evaluate", "run", "--json"]).assert().code(0).get_output().clone();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["report"].take()
+    };
+    let before = scores();
     let dev = folder.read("dev.jsonl");
     folder.file("dev.jsonl", format!("{dev}{row}"));
-    let text = failed(&folder, &["evaluate", "run"], 2);
-    for label in ["sports", "B-team"] {
-        assert!(text.contains("dev.jsonl:31: ") && text.contains(&format!("not trained with label `{label}`")));
+    // Labels that the model cannot give count as missed, and say nothing of its loss.
+    let (text, after) = (failed(&folder, &["evaluate", "run"], 0), scores());
+    for label in ["`topic`: test has labels", "`sports` (1 rows)", "`slots`: test has labels", "`team` (1 rows)"] {
+        assert!(text.contains(label), "{text}");
     }
+    let (old, new) = (&before["tasks"], &after["tasks"]);
+    let accuracy = |of: &Value| of[0]["scores"][0]["value"].as_f64().unwrap();
+    let n = |of: &Value| of[0]["n_sentences"].as_f64().unwrap();
+    assert!((accuracy(new) - accuracy(old) * n(old) / (n(old) + 1.0)).abs() < 1e-12, "{new}");
+    let recall = |of: &Value| of[1]["scores"][2]["value"].as_f64().unwrap();
+    assert!(recall(new) < recall(old), "{new}");
+    for task in [0, 1] {
+        assert_eq!(old[task]["loss"], new[task]["loss"]);
+    }
+    let missed = new[1]["labels"].as_array().unwrap().iter().find(|label| label["label"] == "team").unwrap();
+    assert_eq!((missed["recall"].as_f64(), missed["n"].as_u64()), (Some(0.0), Some(1)));
     folder.file("dev.jsonl", dev + &row.replace("sports", "music").replace("team", "thing"));
     let text = failed(&folder, &["train", "run/resolved.yaml", "--out", "run", "--resume"], 2);
     assert!(text.contains("its data has changed"), "{text}");

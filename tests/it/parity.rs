@@ -49,6 +49,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         first_tokens: None,
         spelling: None,
         targets: vec![TargetValues::Classes(classes), TargetValues::Tags(flat("input.tags"))],
+        unseen: Default::default(),
         set_starts: vec![0, 4],
         places: vec![],
     };

@@ -183,13 +183,15 @@ impl Tokenizer {
         // Padding is masked wherever it could count, so that any id serves where a tokenizer has none of its own.
         let padding = find(&[PADDING, "<pad>", "<PAD>"]);
         let (padding, pads) = (padding.unwrap_or(0), padding.is_some());
-        let n_trained = engine.get_vocab_size(true);
-        Ok(Tokenizer { engine, splitter, padding, pads, unknown, max_bytes: None, n_trained, vectors: Vec::new() })
+        let mut tokenizer =
+            Tokenizer { engine, splitter, padding, pads, unknown, max_bytes: None, n_trained: 0, vectors: Vec::new() };
+        tokenizer.n_trained = tokenizer.size();
+        Ok(tokenizer)
     }
 
-    /// The number of token ids.
+    /// The number of token ids; some of a `tokenizer.json` may have no token.
     pub fn size(&self) -> usize {
-        self.engine.get_vocab_size(true)
+        self.engine.get_vocab(true).into_values().max().map_or(0, |last| last as usize + 1)
     }
 
     /// All tokens, in the order of their ids.

@@ -154,8 +154,8 @@ impl Head for Classification {
         labels.into_iter().zip(scores).map(one).collect()
     }
 
-    fn metric(&self) -> Box<dyn Metric> {
-        Box::new(ClassMetric::new(&self.labels))
+    fn metric(&self, more: &[String]) -> Box<dyn Metric> {
+        Box::new(ClassMetric::new([&self.labels, more].concat()))
     }
 
     fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value) {

@@ -168,7 +168,8 @@ pub trait Head {
     /// The best labels of each row with their probabilities. `n_words` of each row; classes do not need it.
     fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded>;
 
-    fn metric(&self) -> Box<dyn Metric>;
+    /// Over the task's labels, and `more` after them, which the data has and the head does not know.
+    fn metric(&self, more: &[String]) -> Box<dyn Metric>;
 
     /// Methods `forward(tokens, lengths, words, beside)`, which gives logits, and `decode(logits, n_words)`, which gives the ids of
     /// the best labels: `[B]` for classes, [B, W] for tags with -1 beyond a sentence's end. Shapes are those of

@@ -216,15 +216,16 @@ def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
         script
     }
 
-    fn metric(&self) -> Box<dyn Metric> {
+    fn metric(&self, more: &[String]) -> Box<dyn Metric> {
+        let labels = [&self.task.labels, more].concat();
         if self.task.kind.has_spans() {
             let rule = match self.scoring {
                 Scoring::Conlleval => SpanRule::Conlleval,
                 Scoring::Strict => SpanRule::Strict,
             };
-            Box::new(SpanMetric::new(&self.task.labels, rule))
+            Box::new(SpanMetric::new(labels, rule))
         } else {
-            Box::new(ClassMetric::new(&self.task.labels))
+            Box::new(ClassMetric::new(labels))
         }
     }
 }
