@@ -95,9 +95,12 @@ pub struct EvaluateArgs {
     /// Change where the data lies, as in --set data.sets.chats.test=/data/new.jsonl
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Print the scores of every class, tag or type of span too
+    /// Print the scores of every class, tag or type of span too, and what it is most often taken for
     #[arg(long)]
     pub by_label: bool,
+    /// Write what is right and what the model says of every sentence, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
     #[command(flatten)]
     pub machine: Machine,
 }

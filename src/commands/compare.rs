@@ -153,10 +153,8 @@ fn tell_apart(found: &mut [Found]) {
 fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
     let finished = Finished::read(directory)?;
-    let scored_on = |i: usize| {
-        let split = if finished.score("test", i).is_some() { "test" } else { "dev" };
-        finished.rows.get(split)?.get(i).cloned()
-    };
+    let split_of = |i: usize| if finished.score("test", i).is_some() { "test" } else { "dev" };
+    let scored_on = |i: usize| finished.rows.get(split_of(i))?.get(i).cloned();
     let task = |(i, name): (usize, &String)| {
         // A task without rows in test is compared on dev, in its twin as here; one without any is not.
         let score = finished.best_known(i)?;
@@ -164,6 +162,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
             name: name.clone(),
             metric: score.name.clone(),
             higher_is_better: score.higher_is_better,
+            split: split_of(i).to_owned(),
             value: score.value,
             dev: finished.score("dev", i).map(|score| score.value),
         };

@@ -1,18 +1,23 @@
 //! `polytask evaluate`: scores of a checkpoint on dev or test.
 
+use std::io::{BufWriter, Write};
+
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::cli::EvaluateArgs;
-use super::{End, prepare, say, table};
-use crate::data::Split;
-use crate::evaluate::evaluate;
+use super::prepare::Trained;
+use super::{End, output, prepare, say, table};
+use crate::data::{Corpus, DeviceSet, Split, labels};
+use crate::evaluate::{evaluate, predict};
 use crate::problem::invalid;
+use crate::task::{Task, TaskId, TaskKind};
 
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
     let trained = prepare::trained_on(&args.run, &args.checkpoint, device, &args.overrides)?;
     let split: Split = args.split.into();
+    let predictions = args.predictions.as_deref().map(|path| output(path, &[&args.run])).transpose()?;
     let corpus = prepare::corpus_of(&trained.experiment, split)?;
     let data = prepare::encoded(&corpus, split, &trained.tokenizer, &trained.tasks, device)?;
     if data.set.is_empty() {
@@ -24,6 +29,10 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     let report = evaluate(&trained.model, &data, &trained.tasks)?;
     for task in report.tasks.iter().filter(|task| task.n_sentences == 0) {
         log::warn!("`{}`: no row of {} has a label, so there is no score", task.name, split.name());
+    }
+    if let Some(mut file) = predictions {
+        write_predictions(&mut BufWriter::new(&mut file), &trained, (&corpus, split), &data)?;
+        file.keep()?;
     }
     if args.json {
         let content = json!({
@@ -41,4 +50,48 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
         }
     }
     Ok(End::Done)
+}
+
+/// A JSON object a sentence, in the data's order: where it stands, its words, and by task what is right, where the data says so,
+/// and what the model says.
+fn write_predictions(
+    out: &mut impl Write,
+    trained: &Trained,
+    (corpus, split): (&Corpus, Split),
+    data: &DeviceSet,
+) -> Result<()> {
+    // Labels that the model does not know have a name all the same.
+    let named = |(i, task): (usize, &Task)| {
+        let more = data.set.unseen.get(&TaskId(i)).map_or(&[][..], |unseen| &unseen.labels);
+        Task { labels: [&task.labels, more].concat(), ..task.clone() }
+    };
+    let tasks: Vec<Task> = trained.tasks.iter().enumerate().map(named).collect();
+    let rows = corpus.rows(split).into_iter().flat_map(|rows| (0..rows.len()).map(move |row| (rows, row)));
+    for ((number, (rows, row)), decoded) in rows.enumerate().zip(predict(&trained.model, data)?) {
+        let words: Vec<&str> = rows.words_of(row).iter().map(|&word| rows.words.get(word)).collect();
+        let mut object = Map::from_iter([
+            ("place".to_owned(), json!(rows.place(row).to_string())),
+            ("words".to_owned(), json!(words)),
+        ]);
+        for (i, (task, decoded)) in tasks.iter().zip(decoded).enumerate() {
+            let written = |ids: &[usize]| -> Value {
+                let (mut labels, _) = labels::written(task, ids);
+                match task.kind {
+                    TaskKind::Classification => json!(labels.pop()),
+                    TaskKind::Tagging(_) => json!(labels),
+                }
+            };
+            let mut entry = Map::new();
+            if let Some(gold) = data.set.gold(TaskId(i), number) {
+                let gold: Vec<usize> = gold.iter().map(|&id| id as usize).collect();
+                entry.insert("gold".to_owned(), written(&gold));
+                entry.insert("right".to_owned(), json!(gold == decoded.labels));
+            }
+            entry.insert("predicted".to_owned(), written(&decoded.labels));
+            entry.insert("scores".to_owned(), json!(decoded.scores));
+            object.insert(task.name.clone(), entry.into());
+        }
+        writeln!(out, "{}", Value::Object(object))?;
+    }
+    Ok(out.flush()?)
 }

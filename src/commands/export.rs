@@ -12,7 +12,7 @@ use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
 use super::exported::{self, FILES, FORMAT};
 use super::prepare::{self, Trained};
 use super::{End, say, table};
-use crate::data::{DeviceSet, Split, TokenizerConfig};
+use crate::data::{DeviceSet, EncodedSet, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
 use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
 use crate::metrics::Score;
@@ -43,14 +43,19 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",
         ));
     }
-    let corpus = prepare::corpus_of(&trained.experiment, Split::Dev)?;
-    let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
-    let report = evaluate(&trained.model, &dev, &trained.tasks)?;
+    let dev = dev(&trained)?;
+    let sentences = dev.is_none().then(|| made_up(&trained)).transpose()?;
+    let report = match &dev {
+        Some(dev) => Some(evaluate(&trained.model, dev, &trained.tasks)?),
+        None => serde_json::from_value(trained.about["dev"].clone()).ok(),
+    };
+    let (dev, report) = (dev.as_ref(), report.as_ref());
     // Built under another name beside its place; dropped, and so removed, when anything fails.
     let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
     let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
     let built = partial.path().join("new");
-    let content = Content { args, trained: &trained, dev: &dev, report: &report, dtype };
+    let Some(sentences) = dev.or(sentences.as_ref()) else { bail!("there is nothing to check the export by") };
+    let content = Content { args, trained: &trained, dev, sentences, report, dtype };
     let found = match args.format {
         ExportFormat::Torchscript => Some(content.torchscript(&built)?),
         ExportFormat::Triton => Some(content.triton(&built)?),
@@ -69,7 +74,9 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             "{}: agrees with the live model to {off:.1e} of the largest logit, in a process of its own",
             out.display()
         );
-        say(scores_table(&report, &scores, dtype))?;
+        if let (Some(scores), Some(report)) = (scores, report) {
+            say(scores_table(report, &scores, dtype))?;
+        }
     } else {
         match args.format {
             ExportFormat::Onnx => log::info!("{}: written; it was not run here: that takes onnxruntime", out.display()),
@@ -121,11 +128,37 @@ fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<
     Ok(())
 }
 
+/// The dev data, which tells scores; an export does without.
+fn dev(trained: &Trained) -> Result<Option<DeviceSet>> {
+    match prepare::corpus_of(&trained.experiment, Split::Dev) {
+        Ok(corpus) => {
+            let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
+            Ok((!dev.set.is_empty()).then_some(dev))
+        }
+        Err(error) => {
+            log::warn!("dev cannot be read, so that the exported model is checked and not scored: {error:#}");
+            Ok(None)
+        }
+    }
+}
+
+/// Sentences of 1 to 48 of the model's own tokens, to check an export by.
+fn made_up(trained: &Trained) -> Result<DeviceSet> {
+    let vocabulary = trained.tokenizer.vocabulary();
+    let words = |n: usize| (0..n).map(|i| vocabulary[(i * i + 7 * n) % vocabulary.len()].as_str()).collect();
+    let sentences: Vec<Vec<&str>> = (1..=48).map(words).collect();
+    let set = EncodedSet::of_words(&sentences, &trained.tokenizer, &trained.tasks)?;
+    Ok(DeviceSet::new(set, trained.tokenizer.padding, Device::Cpu))
+}
+
 struct Content<'a> {
     args: &'a ExportArgs,
     trained: &'a Trained,
-    dev: &'a DeviceSet,
-    report: &'a Report,
+    dev: Option<&'a DeviceSet>,
+    /// Those of dev, if there are some.
+    sentences: &'a DeviceSet,
+    /// On dev: now, or when the checkpoint was kept.
+    report: Option<&'a Report>,
     dtype: Dtype,
 }
 
@@ -154,7 +187,7 @@ impl Content<'_> {
                 dtype: self.dtype.name(),
                 n_parameters: trained.model.parameters.count(),
                 sources: sources.collect(),
-                dev: Some(self.report),
+                dev: self.report,
             },
             &trained.tasks,
         );
@@ -178,12 +211,12 @@ impl Content<'_> {
         Ok(FILES.into_iter().zip(texts).collect())
     }
 
-    /// Writes one file, has it checked by a process of its own, and scores it on dev.
-    fn torchscript(&self, file: &Path) -> Result<(f64, Vec<Vec<Score>>)> {
+    /// Writes one file, has it checked by a process of its own, and scores it on dev where that is at hand.
+    fn torchscript(&self, file: &Path) -> Result<(f64, Option<Vec<Vec<Score>>>)> {
         let (model, tasks) = (&self.trained.model, &self.trained.tasks);
         let module = export::build(model, tasks, self.dtype, Output::Dictionary)?;
         module.save(file, &self.files()?)?;
-        let cases = Cases::new(model, self.dev, tasks);
+        let cases = Cases::new(model, self.sentences, tasks);
         let list = file.with_extension("cases");
         cases.write(&list)?;
         let program = std::env::current_exe().context("the program's own path is unknown")?;
@@ -196,13 +229,14 @@ impl Content<'_> {
             bail!("the exported model was checked and dropped: {}", why.trim_start_matches("error: "));
         }
         let off = said.parse().with_context(|| format!("the check said `{said}`"))?;
-        Ok((off, export::scores(&module, model, self.dev, tasks)?))
+        let scores = self.dev.map(|dev| export::scores(&module, model, dev, tasks)).transpose()?;
+        Ok((off, scores))
     }
 
     /// One ONNX file with the texts of [`FILES`] among its metadata.
     fn onnx(&self, file: &Path) -> Result<()> {
         let trained = self.trained;
-        let graph = trained.model.onnx(&trained.tasks, self.dev.set.first_tokens.is_some());
+        let graph = trained.model.onnx(&trained.tasks, self.sentences.set.first_tokens.is_some());
         atomic::write(file, &graph.into_bytes(&self.files()?))
     }
 
@@ -241,7 +275,7 @@ impl Content<'_> {
     }
 
     /// A model repository for Triton's PyTorch backend, with the checked file in its tuple form.
-    fn triton(&self, folder: &Path) -> Result<(f64, Vec<Vec<Score>>)> {
+    fn triton(&self, folder: &Path) -> Result<(f64, Option<Vec<Vec<Score>>>)> {
         let tasks = &self.trained.tasks;
         let name = &self.trained.experiment.name;
         let version = folder.join(name).join("1");
@@ -254,7 +288,7 @@ impl Content<'_> {
         let file = version.join("model.pt");
         module.save(&file, &self.files()?)?;
         // The server's form, read back and run.
-        let cases = Cases::new(&self.trained.model, self.dev, tasks);
+        let cases = Cases::new(&self.trained.model, self.sentences, tasks);
         cases.check(&exported::open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::table::percent;
+use super::table::{decimals, percent};
 use crate::evaluate::Report;
 use crate::task::Task;
 use crate::train::Observer;
@@ -57,7 +57,10 @@ impl<'a> TrainingProgress<'a> {
 
     fn named(&self, losses: &[Option<f64>]) -> String {
         let pairs = self.tasks.iter().zip(losses);
-        pairs.filter_map(|(task, loss)| Some(format!("{} {:.3}", task.name, (*loss)?))).collect::<Vec<_>>().join("  ")
+        pairs
+            .filter_map(|(task, loss)| Some(format!("{} {}", task.name, decimals((*loss)?, 3))))
+            .collect::<Vec<_>>()
+            .join("  ")
     }
 
     /// What the steps to come take, evaluations included, if they go on as those before; nothing before there are some.
@@ -69,6 +72,11 @@ impl<'a> TrainingProgress<'a> {
             }
             _ => String::new(),
         }
+    }
+
+    /// Whether there were steps to come when the training ended.
+    pub fn stopped_early(&self) -> bool {
+        self.step < self.n_steps
     }
 
     fn tokens_per_sec(&self) -> f64 {

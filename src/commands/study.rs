@@ -208,7 +208,8 @@ fn interrupt(child: &Child) {
 
 fn last_line(log: &Path) -> Option<String> {
     let text = std::fs::read_to_string(log).ok()?;
-    text.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned)
+    let last = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    Some(last.trim_start_matches("error: ").to_owned())
 }
 
 /// The main test scores of a finished run, in a line.

@@ -5,6 +5,13 @@ use comfy_table::{CellAlignment, Table, TableComponent, presets};
 pub use crate::compare::percent;
 use crate::evaluate::Report;
 
+/// A number with so many decimals, and no sign where nothing is left of it.
+pub fn decimals(value: f64, n: usize) -> String {
+    let text = format!("{value:.n$}");
+    let nothing = text.strip_prefix('-').filter(|digits| digits.chars().all(|c| c == '0' || c == '.'));
+    nothing.map_or(text.clone(), str::to_owned)
+}
+
 /// Thousands apart by commas.
 pub fn count(n: usize) -> String {
     let digits = n.to_string();
@@ -49,7 +56,7 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
             let value = |report: &Report| report.tasks[i].scores.get(j).map(|score| percent(score.value));
             add(std::mem::take(&mut name), &score.name, &value);
         }
-        add(name, "loss (nats)", &|report| report.tasks[i].loss.map(|loss| format!("{loss:.4}")));
+        add(name, "loss (nats)", &|report| report.tasks[i].loss.map(|loss| decimals(loss, 4)));
     }
     if splits.iter().any(|(_, report)| report.sentence_accuracy.is_some()) {
         add("all", "sentence accuracy", &|report| report.sentence_accuracy.map(percent));
@@ -64,13 +71,14 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
 
 /// Scores of every label of every task.
 pub fn by_label(report: &Report) -> Table {
-    let mut table = table(&["task", "label", "precision", "recall", "f1", "n"], 2);
+    let mut table = table(&["task", "label", "precision", "recall", "f1", "n", "most taken for"], 2);
     for task in &report.tasks {
         let mut name = task.name.as_str();
         for of in &task.labels {
             let numbers = [of.precision, of.recall, of.f1].map(percent);
             let mut row = vec![std::mem::take(&mut name).to_owned(), of.label.clone()];
-            row.extend(numbers.into_iter().chain([count(of.n)]));
+            let taken_for = of.taken_for.as_ref().map(|(label, n)| format!("{label} ({})", count(*n)));
+            row.extend(numbers.into_iter().chain([count(of.n), taken_for.unwrap_or_default()]));
             table.add_row(row);
         }
     }
@@ -82,5 +90,6 @@ mod tests {
     #[test]
     fn counts_have_commas() {
         assert_eq!([0, 999, 1000, 1234567].map(super::count), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([-1e-9, -0.0016, 2.0].map(|x| super::decimals(x, 3)), ["0.000", "-0.002", "2.000"]);
     }
 }

@@ -187,17 +187,26 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
             Ok(End::Interrupted)
         }
         Outcome::Finished => {
+            if progress.stopped_early() {
+                let patience = experiment.training.early_stopping.patience_epochs.unwrap_or_default();
+                log::info!("stopped: no gain in {patience} epochs");
+            }
             report(run, &tasks, &model, (corpus, &tokenizer, device), seconds)?;
             Ok(End::Done)
         }
     }
 }
 
-/// Dev chooses the best checkpoint, by labels of `metric`: a task, or the mean of all.
+/// Dev chooses the best checkpoint, for which it needs labels.
 fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
-    let labelled = |(i, _): &(usize, &Task)| (0..dev.set.len()).any(|row| dev.set.labels(TaskId(*i), row).is_some());
-    let mut chosen = tasks.iter().enumerate().filter(|(_, task)| metric == "mean" || task.name == metric);
-    match chosen.any(|task| labelled(&task)) {
+    let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
+    let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
+    let tells = |row: usize| match of_task {
+        Some(i) => dev.set.gold(TaskId(i), row).is_some(),
+        None if metric == "sentence_accuracy" => n_labelled(row) > 1,
+        None => n_labelled(row) > 0,
+    };
+    match (0..dev.set.len()).any(tells) {
         true => Ok(()),
         false => Err(invalid(format!("early_stopping.metric: {metric}: dev has no label to choose a checkpoint by"))),
     }

@@ -71,7 +71,12 @@ pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier:
         values.insert(name.to_owned(), value.ok_or_else(wrong)?);
     }
     let mut taken = Vec::new();
-    for task in tasks.iter().filter(|task| earlier.tasks.contains(task)) {
+    for task in tasks {
+        let Some(theirs) = earlier.tasks.iter().find(|theirs| theirs.name == task.name) else { continue };
+        if let Some(reason) = difference(theirs, task) {
+            log::warn!("init_from: the head of `{}` begins anew: {reason}", task.name);
+            continue;
+        }
         let prefix = format!("heads.{}.", task.name);
         let own: Vec<_> = model.parameters.iter().filter(|(name, _)| name.starts_with(&prefix)).collect();
         let n_theirs = weights.keys().filter(|name| name.starts_with(&prefix)).count();
@@ -79,6 +84,8 @@ pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier:
         if own.len() == n_theirs && own.iter().all(fits) {
             values.extend(own.iter().map(|(name, _)| ((*name).to_owned(), weights[name].copy())));
             taken.push(task.name.as_str());
+        } else {
+            log::warn!("init_from: the head of `{}` begins anew: its parts are others there", task.name);
         }
     }
     model.parameters.load_some(values)?;
@@ -90,6 +97,21 @@ pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier:
         earlier.experiment.name
     );
     Ok(())
+}
+
+/// Why a head cannot be taken over, if so.
+fn difference(theirs: &Task, ours: &Task) -> Option<String> {
+    if theirs.kind != ours.kind {
+        return Some("it is of another kind there".to_owned());
+    }
+    let only = |some: &Task, other: &Task, where_: &str| {
+        let mut labels = some.labels.iter().filter(|label| !other.labels.contains(label));
+        let first = labels.next()?;
+        let more = labels.count();
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        Some(format!("label `{first}`{more} is {where_} alone"))
+    };
+    only(ours, theirs, "here").or_else(|| only(theirs, ours, "there"))
 }
 
 /// Where tokens stood in the earlier table, and where they stand now.

@@ -32,7 +32,8 @@ pub struct RunTask {
     pub name: String,
     pub metric: String,
     pub higher_is_better: bool,
-    /// On the split that is compared: test, or dev where there is no test.
+    /// The split that is compared: test, or dev where test has no label for it.
+    pub split: String,
     pub value: f64,
     /// Where dev has labels for it.
     pub dev: Option<f64>,
@@ -56,7 +57,7 @@ pub enum Verdict {
     Helped,
     Hurt,
     WithinNoise,
-    /// One seed shows nothing.
+    /// One seed shows nothing, nor do several that agree to the last digit.
     Unknown,
 }
 
@@ -66,7 +67,7 @@ impl Verdict {
             Verdict::Helped => "helped",
             Verdict::Hurt => "hurt",
             Verdict::WithinNoise => "within noise",
-            Verdict::Unknown => "one seed: unknown",
+            Verdict::Unknown => "unknown: too few seeds",
         }
     }
 }
@@ -75,6 +76,8 @@ impl Verdict {
 pub struct TaskResult {
     pub name: String,
     pub metric: String,
+    /// The split of the scores.
+    pub split: String,
     pub mean: f64,
     pub deviation: Option<f64>,
     /// Against the twin of the same seed; there where twins are.
@@ -88,8 +91,9 @@ pub struct Group {
     pub label: String,
     pub study: Option<String>,
     pub fraction: f64,
-    /// The one that dev chose.
+    /// The one that dev chose, of so many.
     pub learning_rate: f64,
+    pub n_learning_rates: usize,
     pub seeds: Vec<u64>,
     pub tasks: Vec<TaskResult>,
     pub delta_m: Option<Estimate>,
@@ -126,16 +130,22 @@ pub fn compare(runs: &[Run]) -> Comparison {
     }
     keys.sort_by(|a, b| a.0.total_cmp(&b.0));
     let of = |key| runs.iter().filter(|run| (run.fraction, &run.study, run.label.as_str()) == key).collect();
-    let chosen: Vec<Vec<&Run>> = keys.into_iter().map(|key| choose(of(key))).collect();
-    let (twins, multi): (Vec<&Vec<&Run>>, Vec<&Vec<&Run>>) = chosen.iter().partition(|group| group[0].is_twin());
+    let chosen: Vec<Chosen> = keys.into_iter().map(|key| choose(of(key))).collect();
+    let (twins, multi): (Vec<&Chosen>, Vec<&Chosen>) = chosen.iter().partition(|group| group.runs[0].is_twin());
     let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &twins)).collect();
     let twins: Vec<Group> = twins.iter().map(|group| summarize(group, &[])).collect();
     let savings = savings(&groups, &twins);
     Comparison { groups, twins, savings }
 }
 
-/// Those of a label's runs at the learning rate with the best mean score on dev, by seed.
-fn choose(runs: Vec<&Run>) -> Vec<&Run> {
+/// The runs of a label at one learning rate, by seed, and of how many rates that is.
+struct Chosen<'a> {
+    runs: Vec<&'a Run>,
+    n_rates: usize,
+}
+
+/// Those at the learning rate with the best mean score on dev.
+fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     let mut rates: Vec<f64> = runs.iter().map(|run| run.learning_rate).collect();
     rates.sort_by(f64::total_cmp);
     rates.dedup();
@@ -146,17 +156,18 @@ fn choose(runs: Vec<&Run>) -> Vec<&Run> {
         });
         mean(&scores.collect::<Vec<_>>())
     };
+    let n_rates = rates.len();
     let best = rates.into_iter().max_by(|a, b| dev(*a).total_cmp(&dev(*b)));
-    let mut group: Vec<&Run> = runs.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
-    group.sort_by_key(|run| run.seed);
-    group
+    let mut runs: Vec<&Run> = runs.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
+    runs.sort_by_key(|run| run.seed);
+    Chosen { runs, n_rates }
 }
 
-fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
-    let first = group[0];
+fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
+    let (group, first) = (&chosen.runs, chosen.runs[0]);
     // The twin of a task with the same seed and share: of the same study, or of any where that has none of the task.
     let twin = |run: &Run, task: &str| -> Option<RunTask> {
-        let alone = || twins.iter().flat_map(|twins| twins.iter()).filter(|twin| twin.task(task).is_some());
+        let alone = || twins.iter().flat_map(|twins| &twins.runs).filter(|twin| twin.task(task).is_some());
         let own = alone().any(|twin| twin.study == run.study);
         let same = |twin: &&&Run| twin.seed == run.seed && twin.fraction == run.fraction;
         alone().filter(same).find(|twin| !own || twin.study == run.study)?.task(task).cloned()
@@ -169,6 +180,7 @@ fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
         TaskResult {
             name: task.name.clone(),
             metric: task.metric.clone(),
+            split: task.split.clone(),
             mean: mean(&values),
             deviation: deviation(&values),
             verdict: difference.as_ref().map(|difference| verdict(difference, task.higher_is_better)),
@@ -191,6 +203,7 @@ fn summarize(group: &[&Run], twins: &[&Vec<&Run>]) -> Group {
         study: first.study.clone(),
         fraction: first.fraction,
         learning_rate: first.learning_rate,
+        n_learning_rates: chosen.n_rates,
         seeds: group.iter().map(|run| run.seed).collect(),
         tasks: first.tasks.iter().map(result).collect(),
         delta_m: changes.map(|changes| estimate(&changes)),
@@ -243,6 +256,7 @@ mod tests {
             name: name.into(),
             metric: "f1".into(),
             higher_is_better: true,
+            split: "test".into(),
             value,
             dev: Some(value),
         };

@@ -42,14 +42,19 @@ impl Comparison {
     }
 
     fn results(&self) -> Sheet {
+        let groups = || self.groups.iter().chain(&self.twins);
         let mut names: Vec<(String, String)> = Vec::new();
-        for task in self.groups.iter().chain(&self.twins).flat_map(|group| &group.tasks) {
-            if !names.iter().any(|(name, _)| *name == task.name) {
-                names.push((task.name.clone(), task.metric.clone()));
+        for TaskResult { name, metric, split, .. } in groups().flat_map(|group| &group.tasks) {
+            if !names.iter().any(|(known, _)| known == name) {
+                names.push((name.clone(), format!("{name} {metric} ({split})")));
             }
         }
-        let mut header = vec!["data".to_owned(), "strategy".to_owned(), "seeds".to_owned()];
-        header.extend(names.iter().map(|(name, metric)| format!("{name} {metric}")));
+        // The rate that dev chose is told where there was a choice.
+        let rates = groups().any(|group| group.n_learning_rates > 1);
+        let mut header = vec!["data".to_owned(), "strategy".to_owned()];
+        header.extend(rates.then(|| "rate".to_owned()));
+        header.push("seeds".to_owned());
+        header.extend(names.iter().map(|(_, title)| title.clone()));
         header.extend(["delta-m".to_owned(), "secs".to_owned(), "parameters".to_owned()]);
         let score = |tasks: &[&TaskResult], name: &str| -> String {
             let Some(task) = tasks.iter().find(|task| task.name == name) else { return "-".to_owned() };
@@ -57,14 +62,16 @@ impl Comparison {
             percent(task.mean) + &spread
         };
         let mut rows = Vec::new();
-        let mut fractions: Vec<f64> = self.groups.iter().chain(&self.twins).map(|group| group.fraction).collect();
+        let mut fractions: Vec<f64> = groups().map(|group| group.fraction).collect();
         fractions.sort_by(f64::total_cmp);
         fractions.dedup();
         let studies: BTreeSet<Option<&str>> = self.twins.iter().map(|group| group.study.as_deref()).collect();
         for fraction in fractions {
             for group in self.groups.iter().filter(|group| group.fraction == fraction) {
                 let tasks: Vec<&TaskResult> = group.tasks.iter().collect();
-                let mut row = vec![percent_of_data(fraction), group.label.clone(), group.seeds.len().to_string()];
+                let mut row = vec![percent_of_data(fraction), group.label.clone()];
+                row.extend(rates.then(|| format!("{:e}", group.learning_rate)));
+                row.push(group.seeds.len().to_string());
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
                 row.push(group.delta_m.as_ref().map_or("-".to_owned(), interval));
                 row.push(format!("{:.0}", group.training_secs));
@@ -80,7 +87,10 @@ impl Comparison {
                 let tasks: Vec<&TaskResult> = twins.iter().flat_map(|group| &group.tasks).collect();
                 let n_seeds = twins.iter().map(|group| group.seeds.len()).min().unwrap_or(0);
                 let of = study.filter(|_| studies.len() > 1).map_or(String::new(), |study| format!("{study}: "));
-                let mut row = vec![percent_of_data(fraction), of + "each task alone", n_seeds.to_string()];
+                let mut row = vec![percent_of_data(fraction), of + "each task alone"];
+                let own = twins.iter().map(|group| format!("{:e}", group.learning_rate)).collect::<BTreeSet<_>>();
+                row.extend(rates.then(|| own.into_iter().collect::<Vec<_>>().join(", ")));
+                row.push(n_seeds.to_string());
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
                 row.push(String::new());
                 row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));

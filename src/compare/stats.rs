@@ -3,7 +3,7 @@
 use serde::Serialize;
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-/// A mean with the 95 % confidence interval of Student's t; no interval with fewer than two values.
+/// A mean with the 95 % confidence interval of Student's t; no interval with fewer than two different values.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     pub mean: f64,
@@ -27,7 +27,8 @@ pub fn estimate(values: &[f64]) -> Estimate {
     let half = deviation(values).and_then(|sd| {
         let n = values.len() as f64;
         let t = StudentsT::new(0.0, 1.0, n - 1.0).ok()?.inverse_cdf(0.975);
-        Some(t * sd / n.sqrt())
+        // Few seeds may agree by chance: that says nothing of how others would spread.
+        (sd > 0.0).then(|| t * sd / n.sqrt())
     });
     Estimate { mean: center, low: half.map(|half| center - half), high: half.map(|half| center + half) }
 }

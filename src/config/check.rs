@@ -11,7 +11,7 @@ use crate::problem::{Problem, Severity};
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
 /// Keys beside the tasks' names in predictions and records.
-const WRITTEN: [&str; 6] = ["text", "words", "kind", "step", "epoch", "sentence_accuracy"];
+const WRITTEN: [&str; 7] = ["text", "words", "place", "kind", "step", "epoch", "sentence_accuracy"];
 
 /// What a TorchScript module has of itself.
 const SCRIPT: [&str; 2] = ["training", "forward"];
@@ -386,15 +386,35 @@ fn check_training(c: &mut Checker, experiment: &Experiment) {
     if let SamplingConfig::Temperature(config) = &training.sampling {
         c.positive("training.sampling.temperature", config.temperature);
     }
-    let metric = &training.early_stopping.metric;
-    let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
-    names.push("mean");
-    if !names.contains(&metric.as_str()) {
-        c.error("training.early_stopping.metric", format!("no task `{metric}`{}", suggestion(metric, &names)));
-    }
+    check_metric(c, experiment);
     c.require(
         "training.early_stopping.patience_epochs",
         training.early_stopping.patience_epochs != Some(0),
         "must be at least 1",
     );
+}
+
+/// What chooses checkpoints has to be a score that there is.
+fn check_metric(c: &mut Checker, experiment: &Experiment) {
+    let (path, metric) = ("training.early_stopping.metric", &experiment.training.early_stopping.metric);
+    let (task, score) = metric.split_once('.').map_or((metric.as_str(), None), |(task, score)| (task, Some(score)));
+    match (experiment.tasks.get(task), score) {
+        (Some(head), Some(score)) => {
+            let scores = head.scores();
+            let scores: Vec<&str> = scores.iter().map(String::as_str).collect();
+            if !scores.contains(&score) {
+                c.error(path, format!("`{task}` has no score `{score}`{}", suggestion(score, &scores)));
+            }
+        }
+        (Some(_), None) => {}
+        (None, None) if task == "mean" => {}
+        (None, None) if task == "sentence_accuracy" => {
+            c.require(path, experiment.tasks.len() > 1, "sentence_accuracy is of sentences with labels of two tasks");
+        }
+        _ => {
+            let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+            names.extend(["mean", "sentence_accuracy"]);
+            c.error(path, format!("no task `{task}`{}", suggestion(task, &names)));
+        }
+    }
 }

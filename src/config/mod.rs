@@ -245,6 +245,15 @@ training:
                 "model.embedding.characters.width: must be an odd number from 1",
             ],
         );
+        for (metric, expected) in [
+            ("intnt", "no task `intnt`; did you mean `intent`?"),
+            ("slots.macro_f1", "`slots` has no score `macro_f1`; one of f1, precision"),
+            ("mean.loss", "no task `mean`"),
+        ] {
+            let path = "training.early_stopping.metric";
+            let text = format!("{GOOD}  early_stopping: {{metric: {metric}}}\n");
+            check_error(&text, &[&format!("e.yaml:14: {path}: {expected}")]);
+        }
         check_error("name: [", &["e.yaml:2: did not find expected node content"]);
     }
 

@@ -100,6 +100,13 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
     }
     let strings = &rows.columns[column].strings;
     let parsed = parse_all(scheme, &rows.columns[column]);
+    // The wrong scheme is told as such, not by a word.
+    let fits = |other: &Scheme| strings.iter().all(|tag| other.parse(tag).is_some());
+    let hint = match parsed.contains(&None) {
+        true => [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou].into_iter().find(fits),
+        false => None,
+    };
+    let hint = hint.map_or(String::new(), |other| format!("; all tags here are of `scheme: {}`", name_of(other)));
     let mut add = |severity, (row, word), message: String| {
         problems.push(Problem { severity, place: Some(rows.place_of_word(row, word)), message });
     };
@@ -109,8 +116,9 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
         for (i, &value) in values.iter().enumerate() {
             let written = strings.get(value);
             let Some(tag) = parsed[value as usize] else {
-                let scheme = format!("{scheme:?}").to_lowercase();
-                add(Severity::Error, (row, i), format!("`{name}`, word {}: `{written}` is no {scheme} tag", i + 1));
+                let scheme = name_of(scheme);
+                let message = format!("`{name}`, word {}: `{written}` is no {scheme} tag{hint}", i + 1);
+                add(Severity::Error, (row, i), message);
                 previous = None;
                 continue;
             };
@@ -121,10 +129,14 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
             previous = Some(tag);
         }
         if previous.is_some_and(|tag| scheme.left_open(tag)) {
-            add(Severity::Warning, (row, values.len() - 1), format!("`{name}`: the last span is not closed with E-"));
+            add(Severity::Warning, (row, values.len() - 1), format!("`{name}`: the last span is not closed"));
         }
     }
     problems
+}
+
+fn name_of(scheme: Scheme) -> String {
+    format!("{scheme:?}").to_lowercase()
 }
 
 /// Label ids of a sentence as the data would write them, with the spans that they hold.
@@ -168,6 +180,6 @@ mod tests {
         assert_eq!(written(&task, &[0, 2]).1[0].start, 1);
         let problems = check_tags(Scheme::Bioes, "ner", &rows, 0);
         assert_eq!(problems.len(), 1);
-        assert_eq!(problems[0].to_string(), "f:3: `ner`, word 2 `f`: `O`: the span before it was not closed with E-");
+        assert_eq!(problems[0].to_string(), "f:3: `ner`, word 2 `f`: `O`: the span before it is not closed");
     }
 }

@@ -50,6 +50,23 @@ impl Report {
         let scores: Vec<f64> = self.tasks.iter().filter_map(|task| Some(task.main_score()?.value)).collect();
         scores.iter().sum::<f64>() / scores.len().max(1) as f64
     }
+
+    /// What chooses checkpoints, where more is better: `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss, whose sign
+    /// is turned. `None` where the split cannot tell.
+    pub fn choice(&self, metric: &str) -> Option<f64> {
+        match metric {
+            "mean" => return self.tasks.iter().any(|task| task.n_sentences > 0).then(|| self.mean()),
+            "sentence_accuracy" => return self.sentence_accuracy,
+            _ => {}
+        }
+        let (name, score) = metric.split_once('.').map_or((metric, None), |(name, score)| (name, Some(score)));
+        let task = self.tasks.iter().find(|task| task.name == name)?;
+        match score {
+            None => task.main_score().map(|score| score.value),
+            Some("loss") => task.loss.map(|loss| -loss),
+            Some(wanted) => task.scores.iter().find(|score| score.name == wanted).map(|score| score.value),
+        }
+    }
 }
 
 /// Sentences that go through the model at once outside training, at most, and their tokens with padding.

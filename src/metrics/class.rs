@@ -3,17 +3,18 @@
 //! accuracy = correct / decisions; macro-F1 = mean over the labels that occur in gold or prediction of
 //! 2 TP / (2 TP + FP + FN), as scikit-learn's `f1_score(average="macro")`.
 
-use super::{Counts, LabelScore, Metric, Score, ratio};
+use super::{Confusions, Counts, LabelScore, Metric, Score, ratio};
 
 pub struct ClassMetric {
     labels: Vec<String>,
     /// By label id.
     counts: Vec<Counts>,
+    confusions: Confusions,
 }
 
 impl ClassMetric {
     pub fn new(labels: Vec<String>) -> Self {
-        ClassMetric { counts: vec![Counts::default(); labels.len()], labels }
+        ClassMetric { counts: vec![Counts::default(); labels.len()], labels, confusions: Confusions::default() }
     }
 }
 
@@ -22,7 +23,11 @@ impl Metric for ClassMetric {
         for (&gold, &predicted) in gold.iter().zip(predicted) {
             self.counts[gold as usize].gold += 1;
             self.counts[predicted].predicted += 1;
-            self.counts[predicted].correct += usize::from(gold as usize == predicted);
+            if gold as usize == predicted {
+                self.counts[predicted].correct += 1;
+            } else {
+                self.confusions.add(&self.labels[gold as usize], &self.labels[predicted]);
+            }
         }
     }
 
@@ -35,7 +40,7 @@ impl Metric for ClassMetric {
     }
 
     fn by_label(&self) -> Vec<LabelScore> {
-        self.labels.iter().zip(&self.counts).filter_map(|(label, counts)| counts.of(label)).collect()
+        self.labels.iter().zip(&self.counts).filter_map(|(label, counts)| counts.of(label, &self.confusions)).collect()
     }
 }
 
@@ -55,6 +60,7 @@ mod tests {
         let each = metric.by_label();
         assert_eq!(each.iter().map(|label| label.label.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!((each[1].precision, each[1].recall, each[1].n), (0.5, 1.0, 1));
+        assert_eq!([0, 1].map(|i: usize| each[i].taken_for.clone()), [Some(("b".to_owned(), 1)), None]);
         assert_eq!(ClassMetric::new(labels.to_vec()).scores()[0].value, 0.0);
     }
 }

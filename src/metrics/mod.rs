@@ -6,6 +6,8 @@ mod span;
 pub use class::ClassMetric;
 pub use span::{SpanMetric, SpanRule};
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// One number of a metric, a fraction between 0 and 1.
@@ -31,6 +33,25 @@ pub struct LabelScore {
     pub f1: f64,
     /// How often it stands in the data.
     pub n: usize,
+    /// What it is most often taken for, and how often; spans with the same words alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_for: Option<(String, usize)>,
+}
+
+/// How often one label was taken for another.
+#[derive(Default)]
+struct Confusions(BTreeMap<(String, String), usize>);
+
+impl Confusions {
+    fn add(&mut self, gold: &str, predicted: &str) {
+        *self.0.entry((gold.to_owned(), predicted.to_owned())).or_default() += 1;
+    }
+
+    /// What `gold` was most often taken for.
+    fn of(&self, gold: &str) -> Option<(String, usize)> {
+        let others = self.0.iter().filter(|((label, _), _)| label == gold);
+        others.max_by_key(|(_, n)| **n).map(|((_, predicted), n)| (predicted.clone(), *n))
+    }
 }
 
 /// What precision, recall and F1 are made of.
@@ -56,9 +77,15 @@ impl Counts {
     }
 
     /// `None` for what stands neither in the data nor in the predictions.
-    fn of(self, label: &str) -> Option<LabelScore> {
-        let (label, n) = (label.to_owned(), self.gold);
-        let score = LabelScore { label, precision: self.precision(), recall: self.recall(), f1: self.f1(), n };
+    fn of(self, label: &str, confusions: &Confusions) -> Option<LabelScore> {
+        let score = LabelScore {
+            label: label.to_owned(),
+            precision: self.precision(),
+            recall: self.recall(),
+            f1: self.f1(),
+            n: self.gold,
+            taken_for: confusions.of(label),
+        };
         (self.gold + self.predicted > 0).then_some(score)
     }
 }

@@ -3,9 +3,9 @@
 //! Two rules for sequences that break BIO: conlleval's (also seqeval's default) reads an I- tag without a span before it
 //! as the start of one; strict (seqeval `mode="strict", scheme=IOB2`) counts only spans that start with B-.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use super::{Counts, LabelScore, Metric, Score, ratio};
+use super::{Confusions, Counts, LabelScore, Metric, Score, ratio};
 use crate::task::{Scheme, Span, Tag, spans_of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,27 +16,35 @@ pub enum SpanRule {
 
 /// Counts of spans by their type.
 #[derive(Default)]
-struct ByType(BTreeMap<String, Counts>);
+struct ByType {
+    counts: BTreeMap<String, Counts>,
+    /// Of spans with the right words.
+    confusions: Confusions,
+}
 
 impl ByType {
     fn add(&mut self, gold: Vec<Span<&str>>, predicted: Vec<Span<&str>>) {
         for span in &gold {
             self.of(span.kind).gold += 1;
         }
-        let gold: BTreeSet<_> = gold.into_iter().collect();
+        let gold: BTreeMap<_, _> = gold.into_iter().map(|span| ((span.start, span.end), span.kind)).collect();
         for span in predicted {
+            let here = gold.get(&(span.start, span.end));
             let counts = self.of(span.kind);
             counts.predicted += 1;
-            counts.correct += usize::from(gold.contains(&span));
+            counts.correct += usize::from(here == Some(&span.kind));
+            if let Some(other) = here.filter(|kind| **kind != span.kind) {
+                self.confusions.add(other, span.kind);
+            }
         }
     }
 
     fn of(&mut self, kind: &str) -> &mut Counts {
-        self.0.entry(kind.to_owned()).or_default()
+        self.counts.entry(kind.to_owned()).or_default()
     }
 
     fn sum(&self) -> Counts {
-        self.0.values().fold(Counts::default(), |sum, counts| Counts {
+        self.counts.values().fold(Counts::default(), |sum, counts| Counts {
             correct: sum.correct + counts.correct,
             predicted: sum.predicted + counts.predicted,
             gold: sum.gold + counts.gold,
@@ -111,7 +119,8 @@ impl Metric for SpanMetric {
     }
 
     fn by_label(&self) -> Vec<LabelScore> {
-        self.main().0.iter().filter_map(|(kind, counts)| counts.of(kind)).collect()
+        let ByType { counts, confusions } = self.main();
+        counts.iter().filter_map(|(kind, counts)| counts.of(kind, confusions)).collect()
     }
 }
 
@@ -125,7 +134,9 @@ mod tests {
         let mut metric = SpanMetric::new(labels.to_vec(), SpanRule::Conlleval);
         metric.update(&[1, 2, 0, 3], &[1, 2, 3, 3]);
         metric.update(&[1, 0], &[2, 1]);
+        metric.update(&[3, 4, 0], &[1, 2, 0]);
         let found: Vec<_> = metric.by_label().into_iter().map(|of| (of.label, of.precision, of.recall, of.n)).collect();
-        assert_eq!(found, [("x".to_owned(), 2.0 / 3.0, 1.0, 2), ("y".to_owned(), 0.5, 1.0, 1)]);
+        assert_eq!(found, [("x".to_owned(), 0.5, 1.0, 2), ("y".to_owned(), 0.5, 0.5, 2)]);
+        assert_eq!(metric.by_label()[1].taken_for, Some(("x".to_owned(), 1)));
     }
 }

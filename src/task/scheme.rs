@@ -19,6 +19,8 @@ pub enum Scheme {
     Bioes,
     /// `B- M- E-`, and `S-` for spans of one word.
     Bmes,
+    /// `B- I- L-`, and `U-` for spans of one word.
+    Bilou,
     /// Tags of their own, no spans: parts of speech.
     Plain,
 }
@@ -56,7 +58,18 @@ impl Scheme {
             Scheme::Bio | Scheme::Iob1 => "BIO",
             Scheme::Bioes => "BIOES",
             Scheme::Bmes => "BMOES",
+            Scheme::Bilou => "BILOU",
             Scheme::Plain => "",
+        }
+    }
+
+    /// The letters within a span, at its last word and at its only one, where the last word has one of its own.
+    fn closed(self) -> Option<(u8, u8, u8)> {
+        match self {
+            Scheme::Bioes => Some((b'I', b'E', b'S')),
+            Scheme::Bmes => Some((b'M', b'E', b'S')),
+            Scheme::Bilou => Some((b'I', b'L', b'U')),
+            Scheme::Bio | Scheme::Iob1 | Scheme::Plain => None,
         }
     }
 
@@ -78,33 +91,32 @@ impl Scheme {
             (before.prefix == b'B' || before.prefix == letter) && before.kind == tag.kind && !before.is_outside()
         };
         let open = |letter: u8| before.prefix == b'B' || before.prefix == letter;
+        if let Some((inside, last, _)) = self.closed() {
+            return match tag.prefix == inside || tag.prefix == last {
+                true => (!continues(inside)).then_some("no span of its type is open before it"),
+                false => open(inside).then_some("the span before it is not closed"),
+            };
+        }
         match (self, tag.prefix) {
-            (Scheme::Plain, _) => None,
-            (Scheme::Bio, b'I') => (!continues(b'I')).then_some("no span of its type is open before it"),
+            (Scheme::Bio, b'I') => {
+                (!continues(b'I')).then_some("no span of its type is open before it, as `scheme: iob1` allows")
+            }
             (Scheme::Iob1, b'B') => {
                 (!continues(b'I')).then_some("IOB1 has B- only right after a span of the same type")
             }
-            (Scheme::Bio | Scheme::Iob1, _) => None,
-            (Scheme::Bioes | Scheme::Bmes, letter) => {
-                let inside = if self == Scheme::Bmes { b'M' } else { b'I' };
-                if letter == inside || letter == b'E' {
-                    (!continues(inside)).then_some("no span of its type is open before it")
-                } else {
-                    open(inside).then_some("the span before it was not closed with E-")
-                }
-            }
+            _ => None,
         }
     }
 
     /// Whether a sentence may not end in `tag`.
     pub fn left_open(self, tag: Tag) -> bool {
-        matches!((self, tag.prefix), (Scheme::Bioes, b'B' | b'I') | (Scheme::Bmes, b'B' | b'M'))
+        self.closed().is_some_and(|(inside, ..)| tag.prefix == b'B' || tag.prefix == inside)
     }
 }
 
 /// The spans that conlleval counts in a sequence of tags of any scheme.
 ///
-/// Source: `endOfChunk` and `startOfChunk` of the CoNLL-2000 evaluation script, as facts.
+/// Source: `endOfChunk` and `startOfChunk` of the CoNLL-2000 evaluation script, as facts; L- and U- are E- and S-.
 pub fn spans_of<'a>(tags: impl IntoIterator<Item = Tag<'a>>) -> Vec<Span<&'a str>> {
     let mut spans = Vec::new();
     let mut open: Option<(usize, &str)> = None;
@@ -112,8 +124,8 @@ pub fn spans_of<'a>(tags: impl IntoIterator<Item = Tag<'a>>) -> Vec<Span<&'a str
     let mut n = 0;
     for (i, tag) in tags.into_iter().enumerate() {
         n = i + 1;
-        let ended = matches!(previous.prefix, b'E' | b'S')
-            || matches!(tag.prefix, b'B' | b'S' | b'O')
+        let ended = matches!(previous.prefix, b'E' | b'S' | b'L' | b'U')
+            || matches!(tag.prefix, b'B' | b'S' | b'U' | b'O')
             || previous.kind != tag.kind;
         if let (true, Some((start, kind))) = (ended, open) {
             spans.push(Span { start, end: i, kind });
@@ -138,13 +150,13 @@ fn tags_of<'a>(scheme: Scheme, spans: &[Span<&'a str>], n: usize) -> Vec<Tag<'a>
         let touches = previous.is_some_and(|p| p.end == span.start && p.kind == span.kind);
         for (i, tag) in tags.iter_mut().enumerate().take(span.end).skip(span.start) {
             let (first, last) = (i == span.start, i + 1 == span.end);
-            let letter = match (scheme, first, last) {
-                (Scheme::Bioes | Scheme::Bmes, true, true) => b'S',
-                (Scheme::Bioes | Scheme::Bmes, false, true) => b'E',
-                (Scheme::Bmes, false, false) => b'M',
-                (Scheme::Iob1, true, _) if !touches => b'I',
+            let letter = match (scheme.closed(), first, last) {
+                (Some((_, _, only)), true, true) => only,
+                (Some((_, close, _)), false, true) => close,
+                (Some((inside, ..)), false, false) => inside,
+                (None, true, _) if scheme == Scheme::Iob1 && !touches => b'I',
                 (_, true, _) => b'B',
-                (_, false, _) => b'I',
+                (None, false, _) => b'I',
             };
             *tag = Tag::new(letter, span.kind);
         }
@@ -184,6 +196,7 @@ mod tests {
         check(Scheme::Iob1, "I-a I-a O I-b B-b I-a", "B-a I-a O B-b B-b B-a");
         check(Scheme::Bioes, "B-a E-a O S-b S-b B-a I-a E-a", "B-a I-a O B-b B-b B-a I-a I-a");
         check(Scheme::Bmes, "B-a M-a E-a S-b O", "B-a I-a I-a B-b O");
+        check(Scheme::Bilou, "B-a I-a L-a U-b U-b O B-a L-a", "B-a I-a I-a B-b B-b O B-a I-a");
     }
 
     #[test]
@@ -209,6 +222,8 @@ mod tests {
             (Scheme::Bioes, "S-a", "I-a", true),
             (Scheme::Bmes, "M-a", "E-a", false),
             (Scheme::Bmes, "M-a", "B-a", true),
+            (Scheme::Bilou, "B-a", "L-a", false),
+            (Scheme::Bilou, "U-a", "L-a", true),
         ] {
             assert_eq!(broken(scheme, a, b), expected, "{scheme:?} {a} {b}");
         }

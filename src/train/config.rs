@@ -72,7 +72,8 @@ impl Default for TrainingConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EarlyStopping {
-    /// A task, whose main score on dev counts (accuracy, or F1 of spans), or `mean` over all tasks. Default `mean`.
+    /// What is best on dev: a task, whose main score counts (accuracy, or F1 of spans); another of its scores, as in
+    /// `intent.macro_f1` or `slots.loss`; `mean`, that of the tasks' main scores; or `sentence_accuracy`. Default `mean`.
     pub metric: String,
     /// Epochs without a better score after which training ends. Default: never.
     pub patience_epochs: Option<usize>,

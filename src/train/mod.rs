@@ -242,11 +242,7 @@ impl Trainer<'_> {
             let about = json!({"step": state.step, "epoch": epoch + 1, "dev": report});
             checkpoint::save(&self.run.checkpoint(name), &weights, &[], &about)
         };
-        let metric = &self.config.early_stopping.metric;
-        let chosen = match self.tasks.iter().position(|task| task.name == *metric) {
-            Some(task) => report.tasks[task].main_score().map_or(0.0, |score| score.value),
-            None => report.mean(),
-        };
+        let chosen = report.choice(&self.config.early_stopping.metric).unwrap_or(f64::MIN);
         let improved = state.best.is_none_or(|best| chosen > best);
         if improved {
             keep("best")?;

@@ -60,6 +60,24 @@ fn a_run_trains_evaluates_and_predicts() {
     for part in ["precision", "food", "travel", "thing"] {
         assert!(table.contains(part), "{part} is not in\n{table}");
     }
+    // Every sentence with what is right beside what the model says.
+    let command = ["evaluate", "runs/small", "--predictions", "said.jsonl"];
+    folder.polytask(&command).assert().success();
+    let said = folder.read("said.jsonl");
+    let said: Vec<serde_json::Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let first: serde_json::Value = serde_json::from_str(folder.read("dev.jsonl").lines().next().unwrap()).unwrap();
+    assert_eq!((&said[0]["words"], &said[0]["slots"]["gold"]), (&first["tokens"], &first["slots"]));
+    assert!(said[0]["place"].as_str().unwrap().ends_with("dev.jsonl:1"));
+    for task in ["topic", "slots"] {
+        let labelled: Vec<_> = said.iter().map(|row| &row[task]).filter(|of| !of["gold"].is_null()).collect();
+        let right = labelled.iter().filter(|of| of["gold"] == of["predicted"]).count();
+        assert_eq!(labelled.iter().filter(|of| of["right"] == true).count(), right);
+        let n = report["splits"]["test"]["tasks"].as_array().unwrap().iter().find(|of| of["name"] == task).unwrap();
+        assert_eq!(labelled.len() as u64, n["n_sentences"].as_u64().unwrap());
+        if task == "topic" {
+            assert_eq!(right as f64 / labelled.len() as f64, n["scores"][0]["value"].as_f64().unwrap());
+        }
+    }
 
     // Text, tokens and text as JSON; an empty line keeps its place, other fields stay; offsets count characters.
     let input = "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"], \"id\": 7, \"topic\": 1}\n\n\
@@ -230,6 +248,16 @@ fn a_learning_rate_is_found() {
     assert!(String::from_utf8_lossy(&output.get_output().stdout).contains("the loss falls fastest at"));
     assert!(folder.read("lr.html").contains("<polyline"));
     folder.polytask(&["find-lr", "small.yaml", "--from", "1"]).assert().code(2);
+    // Tasks that come in turn: the curve begins where both have come.
+    let two = SMALL
+        .replace("tasks:", "    other: {format: jsonl, tokens: tokens, train: train.jsonl, dev: dev.jsonl}\ntasks:")
+        .replace("slots: {type: tagging, set: toy", "slots: {type: tagging, set: other");
+    folder.file("two.yaml", two);
+    let command = ["find-lr", "two.yaml", "--steps", "20", "--to", "1e-6", "--from", "1e-7", "--json"];
+    let command = [&command[..], &["--set", "training.sampling=round_robin"]].concat();
+    let output = folder.polytask(&command).assert().success().get_output().clone();
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["points"].as_array().unwrap().len(), 19, "{found}");
 }
 
 #[test]

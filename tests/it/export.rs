@@ -235,6 +235,14 @@ fn checks_of_a_word_model(folder: &Folder) {
     };
     assert_eq!(scores("run"), scores("model.pt"));
 
+    // Without its data it is checked all the same.
+    let dev = folder.read("dev.jsonl");
+    std::fs::remove_file(folder.path().join("dev.jsonl")).unwrap();
+    let said = export(folder, &["--force"], 0);
+    assert!(said.contains("checked and not scored") && said.contains("agrees with the live model"), "{said}");
+    folder.file("dev.jsonl", dev);
+    assert_eq!(scores("run"), scores("model.pt"));
+
     let before = std::fs::read(folder.path().join("model.pt")).unwrap();
     assert!(export(folder, &[], 2).contains("model.pt exists; --force replaces it"));
     for (format, out, why) in [

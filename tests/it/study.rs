@@ -59,7 +59,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     // Runs that belong to no study, and what is no run.
     let path = |name: &str| format!("runs/small-study/runs/{name}");
     let (table, _) = said(&folder, &["compare", &path("equal-f1-s1"), &path("only-topic-f1-s1")], 0);
-    assert!(table.contains("one seed: unknown"), "{table}");
+    assert!(table.contains("unknown: too few seeds"), "{table}");
     let (_, error) = said(&folder, &["compare", "study.yaml"], 2);
     assert!(error.contains("is no run directory"), "{error}");
     folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));
@@ -110,6 +110,13 @@ fn a_task_without_test_rows_is_compared_on_dev() {
 #[test]
 fn a_single_task_has_no_twin() {
     let folder = study("  strategies: {equal: {}}\n");
+    // Nobody else is at work in its folder.
+    let held = folder.path().join("runs/small-study");
+    std::fs::create_dir_all(&held).unwrap();
+    let lock = polytask::run::RunDirectory { path: held }.lock().unwrap();
+    let (_, error) = said(&folder, &["study", "study.yaml"], 2);
+    assert!(error.contains("is in use"), "{error}");
+    drop(lock);
     let (table, _) = said(&folder, &["study", "study.yaml", "--set", "tasks.topic=null"], 0);
     assert!(table.contains("equal") && !table.contains("alone"), "{table}");
     assert_eq!(std::fs::read_dir(folder.path().join("runs/small-study/runs")).unwrap().count(), 2);

@@ -67,6 +67,24 @@ fn the_best_checkpoints_are_those_of_the_highest_scores_on_dev() {
 }
 
 #[test]
+fn any_score_on_dev_can_choose_the_checkpoint() {
+    let folder = small();
+    let more = ["training.ema_decay=0.5", "training.optimizer.learning_rate=0.05", "training.schedule=constant"];
+    let number = |value: &Value| value.as_f64().unwrap();
+    let choices: [(&str, &dyn Fn(&Value) -> f64); 3] = [
+        ("slots.loss", &|record| -number(&record["slots"]["loss"])),
+        ("topic.macro_f1", &|record| number(&record["topic"]["macro_f1"])),
+        ("sentence_accuracy", &|record| number(&record["sentence_accuracy"])),
+    ];
+    for (metric, score) in choices {
+        let metric_is = format!("training.early_stopping.metric={metric}");
+        let records = records(&folder, metric, &[&more[..], &[metric_is.as_str()]].concat());
+        let report: Value = serde_json::from_str(&folder.read(&format!("{metric}/report.json"))).unwrap();
+        assert_eq!(report["step"], best(&records, score).1["step"], "{metric}");
+    }
+}
+
+#[test]
 fn training_ends_after_epochs_without_a_better_score() {
     let folder = small();
     let still = ["training.early_stopping={patience_epochs: 2}", "training.optimizer.learning_rate=1e-30"];

@@ -8,6 +8,9 @@ use crate::problem::{Place, Problem, counted};
 
 const CONLLU: [&str; 10] = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"];
 
+/// Columns of CoNLL-U in which `_` stands for an empty list: feats, deps, misc.
+const UNDERSCORE_IS_A_VALUE: [usize; 3] = [5, 8, 9];
+
 /// Where a wanted column stands: in each word's line, or in a comment of the sentence.
 enum Source<'a> {
     Column(usize),
@@ -155,7 +158,10 @@ impl<'a> Sentence<'a> {
         }
         let mut fields = Vec::with_capacity(plan.sources.len());
         for (source, tags) in plan.sources.iter().zip(sentence.tags) {
-            let missing = |tag: &&str| tag.is_empty() || (plan.conllu && *tag == "_");
+            // No feature is a value of its own; no part of speech is none.
+            let unset =
+                plan.conllu && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
+            let missing = |tag: &&str| tag.is_empty() || (unset && *tag == "_");
             let n_missing = tags.iter().filter(|tag| missing(tag)).count();
             fields.push(match source {
                 Source::Comment(name) => match sentence.comments.iter().find(|(known, _)| known == name) {

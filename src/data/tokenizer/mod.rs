@@ -287,6 +287,9 @@ mod tests {
         let tokenizer = Tokenizer::build(&TokenizerConfig::Word(config), Path::new(""), &[&rows]).unwrap();
         // [PAD] [UNK] the(3) 00(2) play(2)
         assert_eq!(tokenizer.size(), 5);
+        let gaps = tokenizer.to_json().unwrap().replace(": 4", ": 9").replace(":4", ":9");
+        let gaps = Tokenizer::from_json(gaps.as_bytes(), Splitter::Whitespace).unwrap();
+        assert_eq!((gaps.size(), gaps.vocabulary()[5].as_str()), (10, ""), "every id has a place");
         assert_eq!(
             (ids(&tokenizer, "THE"), ids(&tokenizer, "99"), ids(&tokenizer, "Play")),
             (vec![2], vec![3], vec![4])

@@ -13,7 +13,7 @@ use super::view::Reads;
 use super::{Encoded, Mode, Script};
 use crate::data::Targets;
 use crate::data::labels::NO_LABEL;
-use crate::metrics::Metric;
+use crate::metrics::{ClassMetric, Metric};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Task, TaskId, TaskKind};
 
@@ -57,6 +57,15 @@ impl HeadConfig {
             HeadConfig::Classification(config) => config.priority,
             HeadConfig::Tagging(config) => config.priority,
         }
+    }
+
+    /// The names of its scores, the loss among them.
+    pub fn scores(&self) -> Vec<String> {
+        let metric: Box<dyn Metric> = match self {
+            HeadConfig::Classification(_) => Box::new(ClassMetric::new(Vec::new())),
+            HeadConfig::Tagging(config) => tagging::metric(self.kind(), config.scoring, Vec::new()),
+        };
+        metric.scores().into_iter().map(|score| score.name).chain(["loss".to_owned()]).collect()
     }
 
     fn inputs(&self) -> &[String] {

@@ -17,7 +17,7 @@ use crate::model::dropout::{Masks, dropout};
 use crate::model::parameters::{Linear, Scope};
 use crate::model::{Encoded, Mode, Script, Site};
 use crate::onnx::{Attribute, Graph, Value};
-use crate::task::{Scheme, Task};
+use crate::task::{Scheme, Task, TaskKind};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -26,7 +26,7 @@ pub struct TaggingConfig {
     pub set: Paths,
     /// The column or field with the tags.
     pub column: String,
-    /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`; or `plain` for tags without spans. Default `bio`.
+    /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without spans. Default `bio`.
     #[serde(default = "default_scheme")]
     pub scheme: Scheme,
     /// `softmax` (each word alone) or `crf` (the best sequence). Default: `crf` over spans, `softmax` over plain tags.
@@ -146,6 +146,18 @@ impl Tagging {
     }
 }
 
+/// Of `labels` by label id.
+pub(super) fn metric(kind: TaskKind, scoring: Scoring, labels: Vec<String>) -> Box<dyn Metric> {
+    let rule = match scoring {
+        Scoring::Conlleval => SpanRule::Conlleval,
+        Scoring::Strict => SpanRule::Strict,
+    };
+    match kind.has_spans() {
+        true => Box::new(SpanMetric::new(labels, rule)),
+        false => Box::new(ClassMetric::new(labels)),
+    }
+}
+
 impl Head for Tagging {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
         let words = encoded.with_beside(encoded.words()); // [b, W, F]
@@ -217,16 +229,7 @@ def decode(self, logits: Tensor, n_words: Tensor) -> Tensor:
     }
 
     fn metric(&self, more: &[String]) -> Box<dyn Metric> {
-        let labels = [&self.task.labels, more].concat();
-        if self.task.kind.has_spans() {
-            let rule = match self.scoring {
-                Scoring::Conlleval => SpanRule::Conlleval,
-                Scoring::Strict => SpanRule::Strict,
-            };
-            Box::new(SpanMetric::new(labels, rule))
-        } else {
-            Box::new(ClassMetric::new(labels))
-        }
+        metric(self.task.kind, self.scoring, [&self.task.labels, more].concat())
     }
 }
 
