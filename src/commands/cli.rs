@@ -127,14 +127,30 @@ pub struct PredictArgs {
     /// A sentence a line, or JSON lines with `text` or `tokens` [default: standard input]
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
-    /// Where the JSON lines go [default: standard output]
+    /// Where the labels go [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// What comes in and goes out
+    #[arg(long, value_enum, default_value = "auto")]
+    pub format: PredictFormat,
+    /// Tell the K most probable classes too
+    #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
+    pub top: u16,
     /// Which checkpoint: best, last or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     #[command(flatten)]
     pub machine: Machine,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PredictFormat {
+    /// A sentence a line, or JSON lines with `text` or `tokens`; JSON lines out
+    Auto,
+    /// A sentence a line, whatever it begins with; JSON lines out
+    Text,
+    /// A word a line; the same lines out, with a column a tagging task and a comment a class
+    Conll,
 }
 
 #[derive(Args)]

@@ -4,6 +4,7 @@ mod bench;
 mod check;
 pub mod cli;
 mod compare;
+mod conll;
 mod evaluate;
 mod export;
 mod exported;

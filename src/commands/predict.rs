@@ -1,4 +1,4 @@
-//! `polytask predict`: sentences in, JSON lines out, in order, as they come.
+//! `polytask predict`: sentences in, labels out, in order, as they come.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
@@ -11,9 +11,9 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tch::Device;
 
-use super::cli::PredictArgs;
+use super::cli::{PredictArgs, PredictFormat};
 use super::prepare::{self, Trained};
-use super::{End, output, stop_flag};
+use super::{End, conll, output, stop_flag};
 use crate::data::words::character_ranges;
 use crate::data::{DeviceSet, EncodedSet, labels};
 use crate::evaluate::predict;
@@ -25,14 +25,19 @@ use crate::task::{Task, TaskKind};
 /// Lines that are labelled together at most: enough to batch by length, few enough to keep a pipe flowing.
 const WINDOW: usize = 2048;
 
-/// One line of input.
+/// One sentence of the input.
 struct Sentence {
     text: String,
     /// Byte ranges of its words.
     words: Vec<(usize, usize)>,
     /// What else its JSON line holds, which is handed on.
     rest: Map<String, Value>,
+    /// Of a CoNLL file, its lines, each with its word's number if it has one.
+    lines: Vec<(String, Option<usize>)>,
 }
+
+/// What is read at once, with the number of its first line: a line, or in a CoNLL file those of a sentence.
+type Unit = (usize, Vec<u8>);
 
 pub fn run(args: &PredictArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
@@ -53,29 +58,33 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             Some(file) => Box::new(file),
             None => Box::new(std::io::stdout().lock()),
         });
-        let lines = read_lines(source);
+        let units = read_units(source, args.format == PredictFormat::Conll);
         let mut n_done = 0;
-        while let Some(window) = next_window(&lines, &stop)? {
+        while let Some(window) = next_window(&units, &stop)? {
             // What stands before a broken line is told all the same.
             let mut broken = None;
-            let sentences = window.iter().enumerate().map(|(i, line)| sentence(line, &trained, (name, n_done + i + 1)));
+            let sentences = window.iter().map(|unit| sentence(unit, args.format, &trained, name));
             let sentences: Vec<Sentence> =
                 sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
-            let lines = label(&sentences, &trained, device)?;
-            let written = lines.iter().try_for_each(|line| writeln!(out, "{line}")).and_then(|()| out.flush());
+            let labelled = label(&sentences, &trained, device)?;
+            let shown = sentences.iter().zip(&labelled).map(|(sentence, decoded)| match args.format {
+                PredictFormat::Conll => conll::written(&sentence.lines, decoded.as_deref(), &trained.tasks),
+                _ => object(sentence, decoded.as_deref(), &trained.tasks, usize::from(args.top)).to_string(),
+            });
+            let written = shown.into_iter().try_for_each(|text| writeln!(out, "{text}")).and_then(|()| out.flush());
             written.with_context(|| target.display().to_string())?;
             if let Some(why) = broken {
                 return Err(why);
             }
             n_done += window.len();
         }
-        let ended = matches!(lines.try_recv(), Err(TryRecvError::Disconnected));
+        let ended = matches!(units.try_recv(), Err(TryRecvError::Disconnected));
         (!ended).then_some(n_done)
     };
     if let Some(n_done) = n_done {
         match &args.output {
-            None => log::info!("stopped after {n_done} lines"),
-            Some(path) => log::info!("stopped after {n_done} lines; {} is not written", path.display()),
+            None => log::info!("stopped after {n_done} sentences"),
+            Some(path) => log::info!("stopped after {n_done} sentences; {} is not written", path.display()),
         }
         return Ok(End::Interrupted);
     }
@@ -83,51 +92,80 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Reads lines in a thread of its own, so that what has come can be labelled while the rest is on its way.
-fn read_lines(source: Box<dyn Read + Send>) -> Receiver<std::io::Result<Vec<u8>>> {
+/// Reads in a thread of its own, so that what has come can be labelled while the rest is on its way.
+fn read_units(source: Box<dyn Read + Send>, conll: bool) -> Receiver<std::io::Result<Unit>> {
     let (sender, receiver) = sync_channel(2 * WINDOW);
     std::thread::spawn(move || {
-        for line in BufReader::new(source).split(b'\n') {
-            if sender.send(line).is_err() {
-                break;
+        let mut block: Unit = (1, Vec::new());
+        for (i, line) in BufReader::new(source).split(b'\n').enumerate() {
+            let next = match line {
+                Ok(line) if conll && !line.trim_ascii().is_empty() => {
+                    block.1.extend(line);
+                    block.1.push(b'\n');
+                    continue;
+                }
+                Ok(_) if conll => std::mem::replace(&mut block, (i + 2, Vec::new())),
+                Ok(line) => (i + 1, line),
+                Err(error) => {
+                    // Nobody may be there to hear it.
+                    let _ = sender.send(Err(error));
+                    return;
+                }
+            };
+            // Several empty lines part sentences as one does.
+            let empty = conll && next.1.is_empty();
+            if !empty && sender.send(Ok(next)).is_err() {
+                return;
             }
+        }
+        if !block.1.is_empty() {
+            let _ = sender.send(Ok(block));
         }
     });
     receiver
 }
 
-/// The lines at hand, at least one; `None` at the end, or when it is time to stop.
-fn next_window(lines: &Receiver<std::io::Result<Vec<u8>>>, stop: &AtomicBool) -> Result<Option<Vec<Vec<u8>>>> {
+/// The sentences at hand, at least one; `None` at the end, or when it is time to stop.
+fn next_window(units: &Receiver<std::io::Result<Unit>>, stop: &AtomicBool) -> Result<Option<Vec<Unit>>> {
     let first = loop {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        match lines.recv_timeout(Duration::from_millis(100)) {
-            Ok(line) => break line?,
+        match units.recv_timeout(Duration::from_millis(100)) {
+            Ok(unit) => break unit?,
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return Ok(None),
         }
     };
     let mut window = vec![first];
     while window.len() < WINDOW {
-        match lines.try_recv() {
-            Ok(line) => window.push(line?),
+        match units.try_recv() {
+            Ok(unit) => window.push(unit?),
             Err(_) => break,
         }
     }
     Ok(Some(window))
 }
 
-fn sentence(line: &[u8], trained: &Trained, (file, number): (&Path, usize)) -> Result<Sentence> {
+fn sentence((number, line): &Unit, format: PredictFormat, trained: &Trained, file: &Path) -> Result<Sentence> {
+    let number = *number;
     let wrong = |message: String| InvalidInput(vec![Problem::error(Place::new(file, number), message)]);
     let line = std::str::from_utf8(line).map_err(|_| wrong("invalid UTF-8".to_owned()))?;
     let line = line.strip_suffix('\r').unwrap_or(line);
     let line = line.strip_prefix('\u{feff}').filter(|_| number == 1).unwrap_or(line);
-    if !line.trim_start().starts_with('{') {
+    if format == PredictFormat::Conll {
+        let lines = conll::lines(line);
+        let (text, words) = joined(lines.iter().filter_map(|(_, word)| *word));
+        let mut numbers = 0..;
+        let lines =
+            lines.into_iter().map(|(line, word)| (line.to_owned(), word.and_then(|_| numbers.next()))).collect();
+        return Ok(Sentence { text, words, rest: Map::new(), lines });
+    }
+    if format == PredictFormat::Text || !line.trim_start().starts_with('{') {
         return Ok(split(line.to_owned(), trained));
     }
-    let mut row: Map<String, Value> =
-        serde_json::from_str(line).map_err(|error| wrong(format!("not JSON: {error}")))?;
+    let mut row: Map<String, Value> = serde_json::from_str(line)
+        .map_err(|error| wrong(format!("not JSON: {error}; --format text takes lines as they are")))?;
     let (text, tokens) = (row.shift_remove("text"), row.shift_remove("tokens"));
     row.shift_remove("words");
     if let Some(tokens) = &tokens {
@@ -137,16 +175,12 @@ fn sentence(line: &[u8], trained: &Trained, (file, number): (&Path, usize)) -> R
             _ => None,
         };
         let tokens = tokens.ok_or_else(|| wrong("`tokens` is no list of texts".to_owned()))?;
-        let mut text = String::new();
-        let mut words = Vec::new();
-        for token in tokens {
-            if !text.is_empty() {
-                text.push(' ');
-            }
-            words.push((text.len(), text.len() + token.len()));
-            text += token;
-        }
-        return Ok(Sentence { text, words, rest: row });
+        let own = match &text {
+            Some(Value::String(text)) => ranges_in(text, &tokens).map(|words| (text.clone(), words)),
+            _ => None,
+        };
+        let (text, words) = own.unwrap_or_else(|| joined(tokens.into_iter()));
+        return Ok(Sentence { text, words, rest: row, lines: Vec::new() });
     }
     match text {
         Some(Value::String(text)) => Ok(Sentence { rest: row, ..split(text, trained) }),
@@ -156,11 +190,35 @@ fn sentence(line: &[u8], trained: &Trained, (file, number): (&Path, usize)) -> R
 
 fn split(text: String, trained: &Trained) -> Sentence {
     let words = trained.tokenizer.splitter.split(&text);
-    Sentence { text, words, rest: Map::new() }
+    Sentence { text, words, rest: Map::new(), lines: Vec::new() }
 }
 
-/// One JSON object a sentence.
-fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Vec<Value>> {
+/// Words with a space between, and their byte ranges.
+fn joined<'a>(tokens: impl Iterator<Item = &'a str>) -> (String, Vec<(usize, usize)>) {
+    let (mut text, mut words) = (String::new(), Vec::new());
+    for token in tokens {
+        if !text.is_empty() {
+            text.push(' ');
+        }
+        words.push((text.len(), text.len() + token.len()));
+        text += token;
+    }
+    (text, words)
+}
+
+/// Where words stand in a text, one after the other; `None` where they do not.
+fn ranges_in(text: &str, tokens: &[&str]) -> Option<Vec<(usize, usize)>> {
+    let mut at = 0;
+    let range = |token: &&str| {
+        let start = at + text[at..].find(token)?;
+        at = start + token.len();
+        Some((start, at))
+    };
+    tokens.iter().map(range).collect()
+}
+
+/// What every task says of each sentence; nothing where there is no word.
+fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Vec<Option<Vec<Decoded>>>> {
     let filled: Vec<usize> = (0..sentences.len()).filter(|&i| !sentences[i].words.is_empty()).collect();
     let words: Vec<Vec<&str>> = filled
         .iter()
@@ -174,15 +232,15 @@ fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Ve
             predict(&trained.model, &data)?
         }
     };
-    let mut all: Vec<Value> = sentences.iter().map(|sentence| object(sentence, None, &trained.tasks)).collect();
-    for (&i, decoded) in filled.iter().zip(&decoded) {
-        all[i] = object(&sentences[i], Some(decoded), &trained.tasks);
+    let mut all: Vec<Option<Vec<Decoded>>> = sentences.iter().map(|_| None).collect();
+    for (i, decoded) in filled.into_iter().zip(decoded) {
+        all[i] = Some(decoded);
     }
     Ok(all)
 }
 
-/// A sentence without words has null for every task.
-fn object(sentence: &Sentence, decoded: Option<&Vec<Decoded>>, tasks: &[Task]) -> Value {
+/// A JSON object of a sentence, with the `top` most probable classes if any are wished. Without words it has null for every task.
+fn object(sentence: &Sentence, decoded: Option<&[Decoded]>, tasks: &[Task], top: usize) -> Value {
     let ranges = character_ranges(&sentence.text, &sentence.words);
     let words: Vec<&str> = sentence.words.iter().map(|&(start, end)| &sentence.text[start..end]).collect();
     let mut out = Map::from_iter([("text".to_owned(), json!(sentence.text)), ("words".to_owned(), json!(words))]);
@@ -194,6 +252,12 @@ fn object(sentence: &Sentence, decoded: Option<&Vec<Decoded>>, tasks: &[Task]) -
         };
         let (written, spans) = labels::written(task, &decoded.labels);
         let value = match task.kind {
+            TaskKind::Classification if top > 0 => {
+                let mut classes: Vec<(&String, f32)> = task.labels.iter().zip(decoded.distribution.clone()).collect();
+                classes.sort_by(|a, b| b.1.total_cmp(&a.1));
+                let shown = classes.iter().take(top).map(|(label, score)| json!({"label": label, "score": score}));
+                json!({"label": written[0], "score": decoded.scores[0], "top": shown.collect::<Vec<_>>()})
+            }
             TaskKind::Classification => json!({"label": written[0], "score": decoded.scores[0]}),
             TaskKind::Tagging(_) if !task.kind.has_spans() => json!({"tags": written, "scores": decoded.scores}),
             TaskKind::Tagging(_) => {

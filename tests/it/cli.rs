@@ -79,6 +79,28 @@ fn a_run_trains_evaluates_and_predicts() {
         }
     }
 
+    // CoNLL in and out: comments stay, several empty lines are one.
+    let input = "# id = 1\nplay\tx\nthe\ty\nrock\tz\n\n\ncook\nsoup";
+    let command = ["predict", "runs/small", "--format", "conll"];
+    let output = folder.polytask(&command).write_stdin(input).assert().success().get_output().clone();
+    let conll = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(
+        conll,
+        "# topic = music\n# id = 1\nplay\tx\tO\nthe\ty\tO\nrock\tz\tB-thing\n\n# topic = food\ncook\tO\nsoup\tB-thing\n\n"
+    );
+    // Tokens that stand in the text keep its offsets; what looks like JSON may be text.
+    let input = "{\"tokens\": [\"play\", \"rock\"], \"text\": \"play  rock\"}\n";
+    let read = |more: &[&str]| -> serde_json::Value {
+        let command = [&["predict", "runs/small"], more].concat();
+        let output = folder.polytask(&command).write_stdin(input).assert().success().get_output().clone();
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let found = read(&["--top", "2"]);
+    assert_eq!((&found["text"], &found["slots"]["spans"][0]["start"]), (&"play  rock".into(), &6.into()));
+    let top = found["topic"]["top"].as_array().unwrap();
+    assert_eq!((top.len(), &top[0]["label"]), (2, &found["topic"]["label"]));
+    assert_eq!(read(&["--format", "text"])["words"][0], "{\"tokens\":");
+
     // Text, tokens and text as JSON; an empty line keeps its place, other fields stay; offsets count characters.
     let input = "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"], \"id\": 7, \"topic\": 1}\n\n\
                  {\"text\": \"  visit   the oslo\"}\n";

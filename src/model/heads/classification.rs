@@ -147,11 +147,14 @@ impl Head for Classification {
     }
 
     fn decode(&self, logits: &Tensor, _: &[i64]) -> Vec<Decoded> {
-        let (scores, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false);
-        let scores: Vec<f32> = Vec::try_from(scores).expect("invariant: one float a row");
-        let labels: Vec<i64> = Vec::try_from(labels).expect("invariant: one label a row");
-        let one = |(label, score)| Decoded { labels: vec![label as usize], scores: vec![score] };
-        labels.into_iter().zip(scores).map(one).collect()
+        let distributions = logits.softmax(-1, Kind::Float);
+        let labels: Vec<i64> = Vec::try_from(distributions.argmax(-1, false)).expect("invariant: one label a row");
+        let all: Vec<f32> = Vec::try_from(distributions.flatten(0, -1)).expect("invariant: C floats a row");
+        let one = |(label, distribution): (i64, &[f32])| {
+            let label = label as usize;
+            Decoded { labels: vec![label], scores: vec![distribution[label]], distribution: distribution.to_vec() }
+        };
+        labels.into_iter().zip(all.chunks(self.labels.len())).map(one).collect()
     }
 
     fn metric(&self, more: &[String]) -> Box<dyn Metric> {

@@ -164,6 +164,8 @@ pub struct HeadSize {
 pub struct Decoded {
     pub labels: Vec<usize>,
     pub scores: Vec<f32>,
+    /// The probability of every class; empty for tags.
+    pub distribution: Vec<f32>,
 }
 
 /// A task's part of the model. Logits are [b, C] for classes and [b, W, C] for tags.

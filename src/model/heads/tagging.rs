@@ -187,7 +187,7 @@ impl Head for Tagging {
         let row = |(b, &n): (usize, &i64)| {
             let range = b * width..b * width + n as usize;
             let labels = labels[range.clone()].iter().map(|&label| label as usize).collect();
-            Decoded { labels, scores: scores[range].to_vec() }
+            Decoded { labels, scores: scores[range].to_vec(), distribution: Vec::new() }
         };
         n_words.iter().enumerate().map(row).collect()
     }

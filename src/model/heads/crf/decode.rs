@@ -43,7 +43,7 @@ impl Crf {
             let x = &x[b * width * n_tags..][..n as usize * n_tags];
             let labels = viterbi(x, &scores);
             let scores = marginals(x, &labels, &scores);
-            Decoded { labels, scores }
+            Decoded { labels, scores, distribution: Vec::new() }
         };
         lengths.host.par_iter().enumerate().map(row).collect()
     }
