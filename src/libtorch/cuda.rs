@@ -33,6 +33,7 @@ pub struct Functions {
     pub graph_end: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
     pub graph_replay: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
     pub graph_free: Symbol<unsafe extern "C" fn(*mut Recording)>,
+    pub release_memory: Symbol<unsafe extern "C" fn() -> *mut c_char>,
     pub kernel_find: Symbol<unsafe extern "C" fn(*const c_char, *const c_char, *mut *mut c_void) -> *mut c_char>,
     pub kernel_launch: Symbol<Launch>,
     pub embedding:
@@ -58,6 +59,7 @@ pub fn functions() -> Result<&'static Functions> {
             graph_end: library.get(b"pt_graph_end")?,
             graph_replay: library.get(b"pt_graph_replay")?,
             graph_free: library.get(b"pt_graph_free")?,
+            release_memory: library.get(b"pt_release_memory")?,
             kernel_find: library.get(b"pt_kernel_find")?,
             kernel_launch: library.get(b"pt_kernel_launch")?,
             embedding: library.get(b"pt_embedding")?,

@@ -207,9 +207,17 @@ char* pt_upload_into(Handle host, Handle out) {
 // Whether what is computed now can have gradients.
 bool pt_grad_mode() { return c10::GradMode::is_enabled(); }
 
-// Makes a CUDA device this thread's own: streams, recordings and generators are those of the current one.
-char* pt_use_cuda(int8_t device) {
-  return guarded([&] { c10::impl::getDeviceGuardImpl(at::kCUDA)->setDevice(at::Device(at::kCUDA, device)); });
+// Makes a CUDA device this thread's own: recordings and generators are those of the current one. All that the thread asks of it
+// goes to one stream, which can be recorded, as the default one cannot; backward passes follow it. cuBLAS has a workspace a stream.
+char* pt_use_cuda(int8_t index) {
+  return guarded([&] {
+    auto* guard = c10::impl::getDeviceGuardImpl(at::kCUDA);
+    at::Device device(at::kCUDA, index);
+    guard->setDevice(device);
+    if (guard->getStream(device) == guard->getDefaultStream(device)) {
+      guard->exchangeStream(guard->getStreamFromGlobalPool(device));
+    }
+  });
 }
 
 char* pt_use_onednn(bool on) {
