@@ -129,13 +129,14 @@ impl Trainer<'_> {
     ) -> Result<Tensor> {
         let device = self.model.parameters.device();
         let defined: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
-        // All that this step has labels for may be frozen.
-        let (mut norm, mut divisor) = (Tensor::zeros([], (Kind::Float, device)), None);
-        if !defined.is_empty() {
-            let scale = self.loss_scale.as_ref().map(LossScale::value);
-            let (found, by) = clip_gradients(&defined, self.config.clip_norm, scale)?;
-            (norm, divisor) = (found, by);
-        }
+        let (mut norm, mut divisor) = match defined.is_empty() {
+            // All that this step has labels for is frozen.
+            true => (Tensor::zeros([], (Kind::Float, device)), None),
+            false => {
+                let scale = self.loss_scale.as_ref().map(LossScale::value);
+                clip_gradients(&defined, self.config.clip_norm, scale)?
+            }
+        };
         let overflow = match &mut self.loss_scale {
             Some(scale) => {
                 *norms = norms.take().map(|norms| norms / scale.value());
