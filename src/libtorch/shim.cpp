@@ -45,13 +45,15 @@ class Listener : public c10::WarningHandler {
   void (*hear_)(const char*);
 };
 
-// A number whose gradients to four inputs are given. (libtorch sees inputs that are arguments by themselves, and none in a list.)
+// A number whose gradients to four inputs are given, or to fewer of them. (libtorch sees inputs that are arguments by themselves,
+// and none in a list.)
 struct Known : torch::autograd::Function<Known> {
   static at::Tensor forward(
       torch::autograd::AutogradContext* context, const at::Tensor& value, const at::Tensor& a, const at::Tensor& b,
       const at::Tensor& c, const at::Tensor& d, const std::vector<at::Tensor>& gradients) {
     context->save_for_backward(gradients);
-    return value.clone();
+    // The same memory; the argument itself would come back as a view.
+    return value.detach();
   }
 
   static torch::autograd::variable_list backward(
@@ -59,7 +61,7 @@ struct Known : torch::autograd::Function<Known> {
     auto gradients = context->get_saved_variables();
     torch::autograd::variable_list all{at::Tensor()};
     for (auto& gradient : at::_foreach_mul(gradients, of_value[0])) all.push_back(gradient);
-    all.emplace_back();
+    all.resize(6);
     return all;
   }
 };
@@ -147,13 +149,15 @@ char* pt_backward(
   });
 }
 
-// `value` as a number that has these gradients to `inputs`, four each.
-char* pt_with_gradients(Handle value, const Handle* inputs, const Handle* gradients, Handle* out) {
+// `value` as a number that has these gradients to `inputs`, n each, four at most.
+char* pt_with_gradients(Handle value, size_t n, const Handle* inputs, const Handle* gradients, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
     c10::AutoGradMode as_before(grad_mode);
-    *out = new at::Tensor(
-        Known::apply(*value, *inputs[0], *inputs[1], *inputs[2], *inputs[3], list(gradients, 4)));
+    // An input must be there; the value has no gradient to take.
+    at::Tensor to[] = {*value, *value, *value, *value};
+    for (size_t i = 0; i < n; i++) to[i] = *inputs[i];
+    *out = new at::Tensor(Known::apply(*value, to[0], to[1], to[2], to[3], list(gradients, n)));
   });
 }
 
