@@ -32,8 +32,12 @@ std::optional<at::Tensor> optional(Handle tensor) {
   return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
 
-// The 2-norm of each tensor, [n].
-at::Tensor norms(const Handle* tensors, size_t n) { return at::stack(at::_foreach_norm(list(tensors, n), 2)); }
+// The 2-norm of each tensor, then the numbers `beside`: [n + m].
+at::Tensor norms(const Handle* tensors, size_t n, const Handle* beside = nullptr, size_t m = 0) {
+  auto all = at::_foreach_norm(list(tensors, n), 2);
+  for (size_t i = 0; i < m; i++) all.push_back(*beside[i]);
+  return at::stack(all);
+}
 
 class Listener : public c10::WarningHandler {
  public:
@@ -122,9 +126,9 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale
   });
 }
 
-// The 2-norms of the gradients, [n].
-char* pt_norms(size_t n, const Handle* gradients, Handle* out) {
-  return guarded([&] { *out = new at::Tensor(norms(gradients, n)); });
+// The 2-norms of the gradients and, after them, the numbers `beside`: [n + m].
+char* pt_norms(size_t n, const Handle* gradients, size_t m, const Handle* beside, Handle* out) {
+  return guarded([&] { *out = new at::Tensor(norms(gradients, n, beside, m)); });
 }
 
 // gradients[i] /= divisor
@@ -171,9 +175,9 @@ char* pt_add(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_add_(list(into, n), list(from, n), 1); });
 }
 
-// Adds 1 - skip to every tensor of the list.
-char* pt_count(size_t n, const Handle* counters, Handle skip) {
-  return guarded([&] { at::_foreach_add_(list(counters, n), at::rsub(*skip, 1)); });
+// Adds 1 - skip to every tensor of the list; `taken` is that number, or null.
+char* pt_count(size_t n, const Handle* counters, Handle skip, Handle taken) {
+  return guarded([&] { at::_foreach_add_(list(counters, n), taken ? *taken : at::rsub(*skip, 1)); });
 }
 
 // Fills `out` [rows, ...] (float, on the CPU) with 1 at probability p and else 0. Each row has a stream of its own, by seed and
