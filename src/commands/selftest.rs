@@ -62,31 +62,74 @@ struct Setting {
     batch: Batch,
 }
 
-impl Setting {
-    fn new(device: Device, dropout: f64) -> Result<Setting> {
-        // Four sentences of 5, 3, 1 and 4 words; -1 where a row has no label.
-        let offsets = vec![0, 5, 8, 9, 13];
-        let set = EncodedSet {
-            token_ids: vec![2, 3, 4, 5, 6, 7, 8, 2, 3, 9, 4, 4, 6],
+/// How much of everything a setting has.
+#[derive(Clone, Copy, Debug)]
+enum Size {
+    Small,
+    /// Wider than a kernel's block of threads, with more words than it has threads, and a dozen tags.
+    Large,
+}
+
+impl Size {
+    fn set(self) -> EncodedSet {
+        // -1 where a row has no label.
+        let (lengths, token_ids, classes, slots, pos) = match self {
+            Size::Small => (
+                vec![5, 3, 1, 4],
+                vec![2, 3, 4, 5, 6, 7, 8, 2, 3, 9, 4, 4, 6],
+                vec![0, 2, -1, -1],
+                vec![-1, -1, -1, -1, -1, 1, 2, 0, 0, 0, 1, 2, 2],
+                vec![1, 0, 2, 2, 0, -1, -1, -1, 1, -1, -1, -1, -1],
+            ),
+            Size::Large => {
+                let lengths: Vec<i64> = (0..40).map(|row| 7 + row % 9).collect();
+                let words = || (0..40).flat_map(|row| (0..7 + row % 9).map(move |word| (row, word)));
+                // Tag 2 would continue a span that is not there.
+                let tag = |row: i32, word: i32| match (3 * row + 5 * word) % 12 {
+                    2 => 0,
+                    tag => tag,
+                };
+                (
+                    lengths,
+                    words().map(|(row, word)| 2 + (row * word + row / 3) % 58).collect(),
+                    (0..40).map(|row| if row % 5 == 0 { -1 } else { row % 3 }).collect(),
+                    words().map(|(row, word)| if row % 3 == 0 { -1 } else { tag(row, word) }).collect(),
+                    words().map(|(row, word)| if row % 4 == 1 { -1 } else { tag(word, row) }).collect(),
+                )
+            }
+        };
+        let offsets: Vec<i64> = (0..=lengths.len()).map(|row| lengths[..row].iter().sum()).collect();
+        EncodedSet {
+            token_ids,
             token_offsets: offsets.clone(),
             word_offsets: offsets,
             first_tokens: None,
             spelling: None,
-            targets: vec![
-                TargetValues::Classes(vec![0, 2, -1, -1]),
-                TargetValues::Tags(vec![-1, -1, -1, -1, -1, 1, 2, 0, 0, 0, 1, 2, 2]),
-                TargetValues::Tags(vec![1, 0, 2, 2, 0, -1, -1, -1, 1, -1, -1, -1, -1]),
-            ],
+            targets: vec![TargetValues::Classes(classes), TargetValues::Tags(slots), TargetValues::Tags(pos)],
             unseen: Default::default(),
-            set_starts: vec![0, 4],
+            set_starts: vec![0, lengths.len()],
             places: vec![],
+        }
+    }
+}
+
+impl Setting {
+    fn new(device: Device, dropout: f64, size: Size) -> Result<Setting> {
+        let set = size.set();
+        let (n_tags, dim, n_trained) = match size {
+            Size::Small => (3, 12, 10),
+            Size::Large => (12, 300, 60),
         };
-        let labels = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let named = |names: &[&str]| -> Vec<String> {
+            let more = (names.len()..n_tags).map(|tag| format!("B-{tag}"));
+            names.iter().map(|name| (*name).to_owned()).chain(more).collect()
+        };
         let spans = TaskKind::Tagging(Scheme::Bio);
+        let classes = ["a", "b", "c"].map(str::to_owned).into();
         let tasks = vec![
-            Task { name: "topic".into(), kind: TaskKind::Classification, labels: labels(&["a", "b", "c"]) },
-            Task { name: "slots".into(), kind: spans, labels: labels(&["O", "B-x", "I-x"]) },
-            Task { name: "pos".into(), kind: TaskKind::Tagging(Scheme::Plain), labels: labels(&["x", "y", "z"]) },
+            Task { name: "topic".into(), kind: TaskKind::Classification, labels: classes },
+            Task { name: "slots".into(), kind: spans, labels: named(&["O", "B-x", "I-x"]) },
+            Task { name: "pos".into(), kind: TaskKind::Tagging(Scheme::Plain), labels: named(&["x", "y", "z"]) },
         ];
         let heads = [
             json!({"classification": {"set": "s", "column": "a", "pooling": "attention"}}),
@@ -95,12 +138,13 @@ impl Setting {
         ];
         let heads = heads.into_iter().map(serde_json::from_value).collect::<Result<Vec<HeadConfig>, _>>()?;
         let config: ModelConfig = serde_json::from_value(json!({
-            "embedding": {"dim": 12, "characters": {"none": {}}, "dropout": dropout},
+            "embedding": {"dim": dim, "characters": {"none": {}}, "dropout": dropout},
             "trunk": {"hidden": 16, "layers": 2, "dropout": dropout},
         }))?;
-        let vocabulary = Vocabulary { n_trained: 10, padding: 0, pads: true, unknown: 1, vectors: &[] };
+        let vocabulary = Vocabulary { n_trained, padding: 0, pads: true, unknown: 1, vectors: &[] };
         let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, &vocabulary, (Seed(7), device))?;
-        let batch = DeviceSet::new(set, 0, device).batch(&[0, 1, 2, 3]);
+        let rows: Vec<usize> = (0..set.len()).collect();
+        let batch = DeviceSet::new(set, 0, device).batch(&rows);
         Ok(Setting { model, tasks, batch })
     }
 
@@ -146,27 +190,29 @@ impl Setting {
 }
 
 fn as_on_the_cpu(device: Device) -> Result<()> {
-    let (here, there) = (Setting::new(device, 0.0)?, Setting::new(Device::Cpu, 0.0)?);
-    let weights = there.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
-    here.model.parameters.load(weights.collect())?;
-    let losses = |setting: &Setting| as_vector(&setting.forward().1, setting.device()).to_device(Device::Cpu);
-    let all = |gradients: Vec<Tensor>| {
-        Tensor::cat(&gradients.iter().map(|gradient| gradient.flatten(0, -1)).collect::<Vec<_>>(), 0)
-    };
-    // TF32 products have 10 bits.
-    let tolerance = if device == Device::Cpu { 0.0 } else { 5e-3 };
-    for (what, ours, theirs) in [
-        ("loss", losses(&here), losses(&there)),
-        ("gradient", all(here.plain()?).to_device(Device::Cpu), all(there.plain()?)),
-    ] {
-        let off = (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[]);
-        ensure!(off <= tolerance, "a {what} is off by {off:.1e} of its size");
+    for size in [Size::Small, Size::Large] {
+        let (here, there) = (Setting::new(device, 0.0, size)?, Setting::new(Device::Cpu, 0.0, size)?);
+        let weights = there.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
+        here.model.parameters.load(weights.collect())?;
+        let losses = |setting: &Setting| as_vector(&setting.forward().1, setting.device()).to_device(Device::Cpu);
+        let all = |gradients: Vec<Tensor>| {
+            Tensor::cat(&gradients.iter().map(|gradient| gradient.flatten(0, -1)).collect::<Vec<_>>(), 0)
+        };
+        // TF32 products have 10 bits.
+        let tolerance = if device == Device::Cpu { 0.0 } else { 5e-3 };
+        for (what, ours, theirs) in [
+            ("loss", losses(&here), losses(&there)),
+            ("gradient", all(here.plain()?).to_device(Device::Cpu), all(there.plain()?)),
+        ] {
+            let off = (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[]);
+            ensure!(off <= tolerance, "a {what} of the {size:?} setting is off by {off:.1e} of its size");
+        }
     }
     Ok(())
 }
 
 fn no_leak(device: Device) -> Result<()> {
-    let setting = Setting::new(device, 0.3)?;
+    let setting = Setting::new(device, 0.3, Size::Small)?;
     // The graph is the same one: nothing may be rounded differently.
     let off = setting.difference(Reference::Representation)?;
     ensure!(off == 0.0, "a gradient is off by {off:.1e} of its size");
@@ -174,7 +220,7 @@ fn no_leak(device: Device) -> Result<()> {
 }
 
 fn no_leak_apart(device: Device) -> Result<()> {
-    let off = Setting::new(device, 0.3)?.difference(Reference::LastLayer)?;
+    let off = Setting::new(device, 0.3, Size::Small)?.difference(Reference::LastLayer)?;
     // float32 sums in another order; TF32 products on CUDA have 10 bits.
     let tolerance = if device == Device::Cpu { 1e-5 } else { 5e-3 };
     ensure!(off < tolerance, "a gradient is off by {off:.1e} of its size");
@@ -182,7 +228,7 @@ fn no_leak_apart(device: Device) -> Result<()> {
 }
 
 fn norms_are_right(device: Device) -> Result<()> {
-    let setting = Setting::new(device, 0.3)?;
+    let setting = Setting::new(device, 0.3, Size::Small)?;
     let tolerance = if device == Device::Cpu { 1e-5 } else { 5e-3 };
     for reference in [Reference::Representation, Reference::LastLayer] {
         let norms = setting.watched(reference)?.1;

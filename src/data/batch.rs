@@ -77,6 +77,8 @@ pub struct Batch {
     pub first_row: usize,
     /// [B, T]
     pub token_ids: Tensor,
+    /// The largest id of the whole set.
+    pub max_id: i64,
     pub lengths: Lengths,
     /// The bytes of each token's word, each plus 1, with 0 beyond its end, [B, T, L]; where the set keeps them.
     pub bytes: Option<Tensor>,
@@ -161,6 +163,7 @@ pub struct DeviceSet {
     pub set: EncodedSet,
     device: Device,
     padding: i64,
+    max_id: i64,
     token_ids: Tensor,
     first_tokens: Option<Tensor>,
     /// Forms [n_forms, max_bytes] of 16-bit integers, and the form of each token.
@@ -180,6 +183,7 @@ impl DeviceSet {
         });
         DeviceSet {
             spelling,
+            max_id: set.token_ids.iter().max().map_or(0, |&id| id.into()).max(padding.into()),
             token_ids: resident(&set.token_ids),
             first_tokens: set.first_tokens.as_deref().map(resident),
             targets: targets.collect(),
@@ -244,7 +248,10 @@ impl DeviceSet {
             let mut of = |value: &dyn Fn(usize) -> i64| numbers.extend(targets.rows.iter().map(|&at| value(at)));
             of(&|at| at as i64);
             match values {
-                TargetValues::Classes(_) => of(&|at| plan.rows[at] as i64),
+                TargetValues::Classes(_) => {
+                    of(&|at| plan.rows[at] as i64);
+                    of(&|_| 1);
+                }
                 TargetValues::Tags(_) => {
                     of(&|at| word_starts[at]);
                     of(&|at| plan.words[at]);
@@ -274,21 +281,18 @@ impl DeviceSet {
         let targets = plan.targets.iter().enumerate().map(|(task, targets)| {
             let PlannedTargets { rows, first_row, n_decisions } = targets.as_ref()?;
             let (index, starts) = (next(rows.len()), next(rows.len()));
-            let values = &self.targets[task];
-            let labels = match &self.set.targets[task] {
-                TargetValues::Classes(_) => values.index_select(0, &starts).to_kind(Kind::Int64), // [b]
-                TargetValues::Tags(_) => {
-                    // The width stays that of the batch.
-                    let host = rows.iter().map(|&row| plan.words[row]).collect();
-                    let own = Lengths { host, device: next(rows.len()), max: word_lengths.max };
-                    gather(values, &starts, &own, NO_LABEL.into()) // [b, W]
-                }
-            };
+            // A class is a row of one label; tags are as wide as the batch.
+            let tags = matches!(self.set.targets[task], TargetValues::Tags(_));
+            let host = rows.iter().map(|&row| if tags { plan.words[row] } else { 1 }).collect();
+            let own = Lengths { host, device: next(rows.len()), max: if tags { word_lengths.max } else { 1 } };
+            let labels = gather(&self.targets[task], &starts, &own, NO_LABEL.into()); // [b, W]
+            let labels = if tags { labels } else { labels.squeeze_dim(1) };
             let (rows, first_row, n_decisions) = (rows.clone(), *first_row, *n_decisions);
             Some(Targets { rows, first_row, index, labels, n_decisions })
         });
         Batch {
             targets: targets.collect(),
+            max_id: self.max_id,
             token_ids: gather(&self.token_ids, &token_starts, &lengths, self.padding),
             bytes: self.bytes(plan, &token_starts, &lengths),
             first_tokens: self.first_tokens.as_ref().map(|first| gather(first, &word_starts, &word_lengths, 0)),

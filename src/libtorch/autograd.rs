@@ -18,7 +18,13 @@ unsafe extern "C" {
         keep_graph: bool,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
-    fn pt_with_gradients(value: *mut C_tensor, inputs: List, gradients: List, out: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_with_gradients(
+        value: *mut C_tensor,
+        n: usize,
+        inputs: List,
+        gradients: List,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
 }
 
 /// The gradients to `inputs` of sum_i weights_i . outputs_i, each weight of its output's shape; undefined where nothing depends on
@@ -43,14 +49,16 @@ pub fn backward(outputs: &[&Tensor], weights: &[&Tensor], inputs: &[&Tensor], ke
     }
 }
 
-/// `value` (a scalar without a gradient) as one whose gradients are known: of each input, the tensor beside it.
-pub fn with_gradients(value: &Tensor, known: [(&Tensor, &Tensor); 4]) -> Result<Tensor> {
-    let (inputs, gradients): (Vec<&Tensor>, Vec<&Tensor>) = known.into_iter().unzip();
-    let (inputs, gradients) = (handles(&inputs), handles(&gradients));
+/// `value` (a scalar without a gradient), in the same memory, as one whose gradients are known: of each input, four at most, the
+/// tensor beside it.
+pub fn with_gradients(value: &Tensor, known: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
+    ensure!(known.len() <= 4, "gradients to {} inputs are known, not 4 at most", known.len());
+    let (inputs, gradients): (Vec<&Tensor>, Vec<&Tensor>) = known.iter().copied().unzip();
+    let (n, inputs, gradients) = (known.len(), handles(&inputs), handles(&gradients));
     let mut out = std::ptr::null_mut();
-    // SAFETY: value and lists, of four each, are live; on success `out` is one new tensor.
+    // SAFETY: value and lists, of `n` each, are live; on success `out` is one new tensor.
     unsafe {
-        checked(pt_with_gradients(value.as_ptr().cast_mut(), inputs.as_ptr(), gradients.as_ptr(), &mut out))?;
+        checked(pt_with_gradients(value.as_ptr().cast_mut(), n, inputs.as_ptr(), gradients.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
@@ -64,14 +72,21 @@ mod tests {
         let x = Tensor::from_slice(&[1.0f32, 2.0]).set_requires_grad(true);
         let y = Tensor::from_slice(&[5.0f32]).set_requires_grad(true);
         let value = Tensor::from(7f32);
-        let zero = Tensor::from(0f32);
-        let known = [(&x, &Tensor::from_slice(&[0.5f32, -1.0])), (&zero, &zero), (&zero, &zero), (&zero, &zero)];
-        let known = with_gradients(&value, known).unwrap();
-        assert_eq!(known.double_value(&[]), 7.0);
+        let constant = Tensor::from(0f32);
+        let of_x = Tensor::from_slice(&[0.5f32, -1.0]);
+        let known = with_gradients(&value, &[(&x, &of_x), (&constant, &constant)]).unwrap();
+        assert_eq!((known.double_value(&[]), known.data_ptr()), (7.0, value.data_ptr()));
         let other = x.sum(tch::Kind::Float);
         let (two, three) = (Tensor::from(2f32), Tensor::from(3f32));
         let gradients = backward(&[&known, &other], &[&two, &three], &[&x, &y], true).unwrap();
         assert_eq!(gradients[0], Tensor::from_slice(&[4.0f32, 1.0]));
         assert!(!gradients[1].defined());
+        // Again, with others in front; the value itself has none.
+        let known = with_gradients(&value, &[(&y, &y.detach()), (&x, &of_x)]).unwrap();
+        let gradients = backward(&[&(known * 2.0)], &[&three], &[&x, &y], false).unwrap();
+        assert_eq!(gradients, [Tensor::from_slice(&[3.0f32, -6.0]), Tensor::from_slice(&[30.0f32])]);
+        assert!(
+            !value.requires_grad() && !tch::no_grad(|| with_gradients(&value, &[(&x, &of_x)])).unwrap().requires_grad()
+        );
     }
 }

@@ -1,11 +1,14 @@
 //! The library that needs CUDA: C++ files of this folder, within the program, opened once a GPU is used.
 
 use std::ffi::{c_char, c_void};
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use torch_sys::C_tensor;
 
 /// `graph.cpp` and `kernels.cpp` as a shared library; empty where the program was built without CUDA's headers.
@@ -33,6 +36,7 @@ pub struct Functions {
     pub graph_end: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
     pub graph_replay: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
     pub graph_free: Symbol<unsafe extern "C" fn(*mut Recording)>,
+    pub release_memory: Symbol<unsafe extern "C" fn() -> *mut c_char>,
     pub kernel_find: Symbol<unsafe extern "C" fn(*const c_char, *const c_char, *mut *mut c_void) -> *mut c_char>,
     pub kernel_launch: Symbol<Launch>,
     pub embedding:
@@ -42,30 +46,52 @@ pub struct Functions {
 
 static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
 
+/// Opens a shared library that lies in memory. A file would need a folder from which programs may run.
+fn open(library: &[u8]) -> Result<Library> {
+    let mut file = File::from(memfd_create(c"polytask", MFdFlags::MFD_CLOEXEC).context("no file in memory")?);
+    file.write_all(library)?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    // SAFETY: the library is one of ours, without initializers of its own.
+    Ok(unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL)? })
+}
+
 /// Opens the library; libtorch's CUDA library has to be open already.
 pub fn functions() -> Result<&'static Functions> {
     if let Some(functions) = FUNCTIONS.get() {
         return Ok(functions);
     }
     ensure!(!LIBRARY.is_empty(), "this program was built without CUDA's headers; scripts/setup fetches them");
-    let mut file = tempfile::NamedTempFile::new().context("no temporary file")?;
-    file.write_all(LIBRARY)?;
-    // SAFETY: the library is ours; it has no initializers of its own. The functions have these types.
+    let library = open(LIBRARY)?;
+    // SAFETY: the functions have these types.
     let functions = unsafe {
-        let library = Library::open(Some(file.path()), RTLD_NOW | RTLD_GLOBAL)?;
-        let functions = Functions {
+        Functions {
             graph_begin: library.get(b"pt_graph_begin")?,
             graph_end: library.get(b"pt_graph_end")?,
             graph_replay: library.get(b"pt_graph_replay")?,
             graph_free: library.get(b"pt_graph_free")?,
+            release_memory: library.get(b"pt_release_memory")?,
             kernel_find: library.get(b"pt_kernel_find")?,
             kernel_launch: library.get(b"pt_kernel_launch")?,
             embedding: library.get(b"pt_embedding")?,
             peak_memory: library.get(b"pt_peak_memory")?,
-        };
-        // The functions are used for the life of the process.
-        std::mem::forget(library);
-        functions
+        }
     };
+    // They are used for the life of the process.
+    std::mem::forget(library);
     Ok(FUNCTIONS.get_or_init(|| functions))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_in_memory_can_be_opened() {
+        let (library, _folder) = super::super::emulated::built("extern \"C\" int answer() { return 42; }").unwrap();
+        let library = open(&std::fs::read(library).unwrap()).unwrap();
+        // SAFETY: the function has this type.
+        let answer: Symbol<unsafe extern "C" fn() -> i32> = unsafe { library.get(b"answer").unwrap() };
+        // SAFETY: as above.
+        assert_eq!(unsafe { answer() }, 42);
+    }
 }

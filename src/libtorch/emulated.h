@@ -46,6 +46,12 @@ static double __longlong_as_double(long long bits) {
   return value;
 }
 
+static float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void* const* arguments, std::index_sequence<I...>) {
   kernel(*static_cast<A*>(arguments[I])...);

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
 use tch::Tensor;
+use tempfile::TempDir;
 
 use super::LaunchConfig;
 
@@ -17,16 +19,23 @@ type Run = unsafe extern "C" fn(*const u32, *const u32, *const *mut c_void);
 /// What was compiled, by name.
 static KERNELS: Mutex<BTreeMap<&str, Symbol<Run>>> = Mutex::new(BTreeMap::new());
 
-fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
+/// A shared library of C++, in a folder that lives as long as its handle.
+pub fn built(code: &str) -> Result<(PathBuf, TempDir)> {
     let folder = tempfile::tempdir()?;
-    let (code, library) = (folder.path().join("kernel.cpp"), folder.path().join("kernel.so"));
-    let header = include_str!("emulated.h");
-    let run = "extern \"C\" void run(const uint32_t* grid, const uint32_t* block, void* const* arguments)";
-    std::fs::write(&code, format!("{header}\n{source}\n{run} {{ emulate({name}, grid, block, arguments); }}\n"))?;
+    let (file, library) = (folder.path().join("code.cpp"), folder.path().join("code.so"));
+    std::fs::write(&file, code)?;
     let compiler = std::env::var("CXX").unwrap_or("c++".to_owned());
     let mut command = Command::new(&compiler);
-    command.args(["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-o"]).arg(&library).arg(&code);
-    ensure!(command.status().context(compiler)?.success(), "kernel {name} does not compile");
+    command.args(["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-o"]).arg(&library).arg(&file);
+    ensure!(command.status().context(compiler)?.success(), "the code does not compile");
+    Ok((library, folder))
+}
+
+fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
+    let header = include_str!("emulated.h");
+    let run = "extern \"C\" void run(const uint32_t* grid, const uint32_t* block, void* const* arguments)";
+    let code = format!("{header}\n{source}\n{run} {{ emulate({name}, grid, block, arguments); }}\n");
+    let (library, _folder) = built(&code).with_context(|| format!("kernel {name}"))?;
     // SAFETY: the library was made here, and its function has this type.
     unsafe {
         let library = Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL)?;

@@ -1,5 +1,5 @@
-// CUDA graphs. With kernels.cpp a library of its own, which the program opens after libtorch_cuda.so: it finds there what it needs,
-// and a program on the CPU does without it.
+// CUDA graphs of the stream that pt_use_cuda makes current. With kernels.cpp a library of its own, which the program opens after
+// libtorch_cuda.so: it finds there what it needs, and a program on the CPU does without it.
 #include "guarded.h"
 
 #include <ATen/core/CachingHostAllocator.h>
@@ -7,27 +7,18 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 
-using c10::cuda::CUDAStream;
-
 struct Recording {
   at::cuda::CUDAGraph graph;
-  CUDAStream before = c10::cuda::getCurrentCUDAStream();
+  c10::DeviceIndex device = c10::cuda::current_device();
   at::cuda::MempoolId_t pool;
 };
 
 namespace {
-
-// All recordings share one stream, so that they can share memory.
-CUDAStream side_stream() {
-  static CUDAStream stream = c10::cuda::getStreamFromPool();
-  return stream;
-}
 
 // What a recording that failed leaves behind: libtorch 2.11 still takes this device's allocators and generator to be recording,
 // and refuses to draw or to free until they are told otherwise.
@@ -38,12 +29,10 @@ void clear_away(const Recording& recording) {
     } catch (...) {
     }
   };
-  auto device = recording.before.device_index();
-  c10::cuda::setCurrentCUDAStream(recording.before);
-  quietly([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, recording.pool); });
+  quietly([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(recording.device, recording.pool); });
   quietly([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(recording.pool); });
   quietly([&] {
-    at::Generator generator = at::cuda::detail::getDefaultCUDAGenerator(device);
+    at::Generator generator = at::cuda::detail::getDefaultCUDAGenerator(recording.device);
     generator.graphsafe_set_state(generator.clone());
   });
 }
@@ -51,6 +40,11 @@ void clear_away(const Recording& recording) {
 }  // namespace
 
 extern "C" {
+
+// Gives memory that nothing uses back to the device: while it records, the allocator does not do so where it lacks some.
+char* pt_release_memory() {
+  return guarded([] { c10::cuda::CUDACachingAllocator::emptyCache(); });
+}
 
 // Starts to record what this thread does on CUDA. `pool` is the id of the memory that recordings share; zeros at first.
 char* pt_graph_begin(uint64_t pool[2], Recording** out) {
@@ -62,7 +56,6 @@ char* pt_graph_begin(uint64_t pool[2], Recording** out) {
     }
     auto recording = std::make_unique<Recording>();
     recording->pool = {pool[0], pool[1]};
-    c10::cuda::setCurrentCUDAStream(side_stream());
     try {
       recording->graph.capture_begin(recording->pool);
     } catch (...) {
@@ -82,7 +75,6 @@ char* pt_graph_end(Recording* recording) {
       clear_away(*recording);
       throw;
     }
-    c10::cuda::setCurrentCUDAStream(recording->before);
   });
 }
 

@@ -17,12 +17,34 @@ pub struct CudaGraph {
 }
 
 impl CudaGraph {
-    /// Records what `work` asks of the device, without doing it; its tensors hold their results after [`Self::replay`].
+    /// Records what `work` asks of the device, without doing it; its tensors hold their results after [`Self::replay`]. Where
+    /// that fails, it is tried once more.
     ///
     /// # Errors
     /// Whatever cannot be recorded: a wait for the device, memory from the host. Then nothing has happened.
-    pub fn record<T>(pool: &mut GraphPool, work: impl FnOnce() -> Result<T>) -> Result<(CudaGraph, T)> {
+    pub fn record<T>(pool: &mut GraphPool, mut work: impl FnMut() -> Result<T>) -> Result<(CudaGraph, T)> {
         let functions = functions()?;
+        // What earlier steps left to the allocator is of no use to a recording. Giving it back waits for the device.
+        // SAFETY: takes nothing.
+        let make_room = || checked(unsafe { (functions.release_memory)() });
+        if pool.0 == [0, 0] {
+            make_room()?;
+        }
+        match Self::try_to_record(functions, pool, &mut work) {
+            Ok(done) => Ok(done),
+            Err(error) => {
+                log::debug!("recorded anew: {error:#}");
+                make_room()?;
+                Self::try_to_record(functions, pool, &mut work)
+            }
+        }
+    }
+
+    fn try_to_record<T>(
+        functions: &'static Functions,
+        pool: &mut GraphPool,
+        work: &mut impl FnMut() -> Result<T>,
+    ) -> Result<(CudaGraph, T)> {
         let mut recording = std::ptr::null_mut();
         // SAFETY: `begin` fills `recording` where it returns null, and reads and writes two numbers of `pool`.
         checked(unsafe { (functions.graph_begin)(pool.0.as_mut_ptr(), &mut recording) })?;

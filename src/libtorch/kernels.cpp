@@ -12,6 +12,8 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -65,6 +67,14 @@ std::string compiled(const char* source) {
   return text;
 }
 
+cudaLibrary_t loaded(const std::string& code) {
+  auto* load = reinterpret_cast<decltype(&cudaLibraryLoadData)>(dlsym(RTLD_DEFAULT, "cudaLibraryLoadData"));
+  TORCH_CHECK(load, "this CUDA runtime loads no kernels");
+  cudaLibrary_t library;
+  C10_CUDA_CHECK(load(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
+  return library;
+}
+
 void launch(
     void* kernel, dim3 grid, dim3 block, uint32_t shared, const std::vector<at::Tensor>& tensors,
     const std::vector<int32_t>& numbers) {
@@ -110,18 +120,19 @@ struct LookUp : torch::autograd::Function<LookUp> {
 
 extern "C" {
 
-// Compiles `source` and finds the kernel `name` in it, for the life of the process.
+// Finds the kernel `name` in `source`, which is compiled once, for the life of the process.
 char* pt_kernel_find(const char* source, const char* name, void** out) {
   return guarded([&] {
-    // CUDA 12 does not have them in all its versions, and graphs need none of this.
-    auto* load = reinterpret_cast<decltype(&cudaLibraryLoadData)>(dlsym(RTLD_DEFAULT, "cudaLibraryLoadData"));
+    // CUDA 12 does not have it in all its versions, and graphs need none of this.
     auto* get = reinterpret_cast<decltype(&cudaLibraryGetKernel)>(dlsym(RTLD_DEFAULT, "cudaLibraryGetKernel"));
-    TORCH_CHECK(load && get, "this CUDA runtime loads no kernels");
-    auto code = compiled(source);
-    cudaLibrary_t library;
+    TORCH_CHECK(get, "this CUDA runtime loads no kernels");
+    static std::mutex mutex;
+    static std::map<std::string, cudaLibrary_t> libraries;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = libraries.find(source);
+    if (found == libraries.end()) found = libraries.emplace(source, loaded(compiled(source))).first;
     cudaKernel_t kernel;
-    C10_CUDA_CHECK(load(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
-    C10_CUDA_CHECK(get(&kernel, library, name));
+    C10_CUDA_CHECK(get(&kernel, found->second, name));
     *out = kernel;
   });
 }

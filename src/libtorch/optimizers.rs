@@ -52,9 +52,9 @@ unsafe extern "C" {
         norm: *mut *mut C_tensor,
         divisor: *mut *mut C_tensor,
     ) -> *mut c_char;
-    fn pt_norms(n: usize, gradients: List, out: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_norms(n: usize, gradients: List, m: usize, beside: List, out: *mut *mut C_tensor) -> *mut c_char;
     fn pt_divide(n: usize, gradients: List, divisor: *mut C_tensor) -> *mut c_char;
-    fn pt_count(n: usize, counters: List, skip: *mut C_tensor) -> *mut c_char;
+    fn pt_count(n: usize, counters: List, skip: *mut C_tensor, taken: *mut C_tensor) -> *mut c_char;
 }
 
 /// The tensors of one fused Adam step, in one order; all of one device and kind (float32).
@@ -85,11 +85,13 @@ pub struct GradScale<'a> {
     pub divisor: Option<&'a Tensor>,
     /// 1 where no parameter and no moment changes.
     pub skip: &'a Tensor,
+    /// 1 - skip, where it is known.
+    pub taken: Option<&'a Tensor>,
 }
 
 impl<'a> From<&'a Tensor> for GradScale<'a> {
     fn from(skip: &'a Tensor) -> Self {
-        GradScale { divisor: None, skip }
+        GradScale { divisor: None, skip, taken: None }
     }
 }
 
@@ -195,13 +197,13 @@ pub fn clip_gradients(
     }
 }
 
-/// The 2-norm of each of `gradients`, `[n]`.
-pub fn norms_of(gradients: &[&Tensor]) -> Result<Tensor> {
-    let list = handles(gradients);
+/// The 2-norm of each of `gradients`, and after them the scalars `beside`: `[n]`.
+pub fn norms_of(gradients: &[&Tensor], beside: &[&Tensor]) -> Result<Tensor> {
+    let (list, beside) = (handles(gradients), handles(beside));
     let mut norms = std::ptr::null_mut();
-    // SAFETY: the list is live; on success the shim hands over one new tensor.
+    // SAFETY: the lists are live; on success the shim hands over one new tensor.
     unsafe {
-        checked(pt_norms(list.len(), list.as_ptr(), &mut norms))?;
+        checked(pt_norms(list.len(), list.as_ptr(), beside.len(), beside.as_ptr(), &mut norms))?;
         Ok(Tensor::from_ptr(norms))
     }
 }
@@ -213,11 +215,12 @@ pub fn divide_list(gradients: &[&Tensor], divisor: &Tensor) -> Result<()> {
     checked(unsafe { pt_divide(list.len(), list.as_ptr(), divisor.as_ptr().cast_mut()) })
 }
 
-/// Adds 1 to each of `counters`, or 0 where `skip` (one float) is 1.
-pub fn count_up(counters: &[&Tensor], skip: &Tensor) -> Result<()> {
+/// Adds 1 to each of `counters`, or 0 where `grad_scale` says that nothing changes.
+pub fn count_up(counters: &[&Tensor], grad_scale: GradScale) -> Result<()> {
     let list = handles(counters);
-    // SAFETY: the list and `skip` are live.
-    checked(unsafe { pt_count(list.len(), list.as_ptr(), skip.as_ptr().cast_mut()) })
+    let (skip, taken) = (grad_scale.skip.as_ptr().cast_mut(), or_null(grad_scale.taken));
+    // SAFETY: the list and both numbers are live, or null.
+    checked(unsafe { pt_count(list.len(), list.as_ptr(), skip, taken) })
 }
 
 #[cfg(test)]

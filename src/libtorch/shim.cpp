@@ -32,8 +32,12 @@ std::optional<at::Tensor> optional(Handle tensor) {
   return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
 
-// The 2-norm of each tensor, [n].
-at::Tensor norms(const Handle* tensors, size_t n) { return at::stack(at::_foreach_norm(list(tensors, n), 2)); }
+// The 2-norm of each tensor, then the numbers `beside`: [n + m].
+at::Tensor norms(const Handle* tensors, size_t n, const Handle* beside = nullptr, size_t m = 0) {
+  auto all = at::_foreach_norm(list(tensors, n), 2);
+  for (size_t i = 0; i < m; i++) all.push_back(*beside[i]);
+  return at::stack(all);
+}
 
 class Listener : public c10::WarningHandler {
  public:
@@ -45,13 +49,15 @@ class Listener : public c10::WarningHandler {
   void (*hear_)(const char*);
 };
 
-// A number whose gradients to four inputs are given. (libtorch sees inputs that are arguments by themselves, and none in a list.)
+// A number whose gradients to four inputs are given, or to fewer of them. (libtorch sees inputs that are arguments by themselves,
+// and none in a list.)
 struct Known : torch::autograd::Function<Known> {
   static at::Tensor forward(
       torch::autograd::AutogradContext* context, const at::Tensor& value, const at::Tensor& a, const at::Tensor& b,
       const at::Tensor& c, const at::Tensor& d, const std::vector<at::Tensor>& gradients) {
     context->save_for_backward(gradients);
-    return value.clone();
+    // The same memory; the argument itself would come back as a view.
+    return value.detach();
   }
 
   static torch::autograd::variable_list backward(
@@ -59,7 +65,7 @@ struct Known : torch::autograd::Function<Known> {
     auto gradients = context->get_saved_variables();
     torch::autograd::variable_list all{at::Tensor()};
     for (auto& gradient : at::_foreach_mul(gradients, of_value[0])) all.push_back(gradient);
-    all.emplace_back();
+    all.resize(6);
     return all;
   }
 };
@@ -120,9 +126,9 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale
   });
 }
 
-// The 2-norms of the gradients, [n].
-char* pt_norms(size_t n, const Handle* gradients, Handle* out) {
-  return guarded([&] { *out = new at::Tensor(norms(gradients, n)); });
+// The 2-norms of the gradients and, after them, the numbers `beside`: [n + m].
+char* pt_norms(size_t n, const Handle* gradients, size_t m, const Handle* beside, Handle* out) {
+  return guarded([&] { *out = new at::Tensor(norms(gradients, n, beside, m)); });
 }
 
 // gradients[i] /= divisor
@@ -147,13 +153,15 @@ char* pt_backward(
   });
 }
 
-// `value` as a number that has these gradients to `inputs`, four each.
-char* pt_with_gradients(Handle value, const Handle* inputs, const Handle* gradients, Handle* out) {
+// `value` as a number that has these gradients to `inputs`, n each, four at most.
+char* pt_with_gradients(Handle value, size_t n, const Handle* inputs, const Handle* gradients, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
     c10::AutoGradMode as_before(grad_mode);
-    *out = new at::Tensor(
-        Known::apply(*value, *inputs[0], *inputs[1], *inputs[2], *inputs[3], list(gradients, 4)));
+    // An input must be there; the value has no gradient to take.
+    at::Tensor to[] = {*value, *value, *value, *value};
+    for (size_t i = 0; i < n; i++) to[i] = *inputs[i];
+    *out = new at::Tensor(Known::apply(*value, to[0], to[1], to[2], to[3], list(gradients, n)));
   });
 }
 
@@ -167,9 +175,9 @@ char* pt_add(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_add_(list(into, n), list(from, n), 1); });
 }
 
-// Adds 1 - skip to every tensor of the list.
-char* pt_count(size_t n, const Handle* counters, Handle skip) {
-  return guarded([&] { at::_foreach_add_(list(counters, n), at::rsub(*skip, 1)); });
+// Adds 1 - skip to every tensor of the list; `taken` is that number, or null.
+char* pt_count(size_t n, const Handle* counters, Handle skip, Handle taken) {
+  return guarded([&] { at::_foreach_add_(list(counters, n), taken ? *taken : at::rsub(*skip, 1)); });
 }
 
 // Fills `out` [rows, ...] (float, on the CPU) with 1 at probability p and else 0. Each row has a stream of its own, by seed and
@@ -207,9 +215,17 @@ char* pt_upload_into(Handle host, Handle out) {
 // Whether what is computed now can have gradients.
 bool pt_grad_mode() { return c10::GradMode::is_enabled(); }
 
-// Makes a CUDA device this thread's own: streams, recordings and generators are those of the current one.
-char* pt_use_cuda(int8_t device) {
-  return guarded([&] { c10::impl::getDeviceGuardImpl(at::kCUDA)->setDevice(at::Device(at::kCUDA, device)); });
+// Makes a CUDA device this thread's own: recordings and generators are those of the current one. All that the thread asks of it
+// goes to one stream, which can be recorded, as the default one cannot; backward passes follow it. cuBLAS has a workspace a stream.
+char* pt_use_cuda(int8_t index) {
+  return guarded([&] {
+    auto* guard = c10::impl::getDeviceGuardImpl(at::kCUDA);
+    at::Device device(at::kCUDA, index);
+    guard->setDevice(device);
+    if (guard->getStream(device) == guard->getDefaultStream(device)) {
+      guard->exchangeStream(guard->getStreamFromGlobalPool(device));
+    }
+  });
 }
 
 char* pt_use_onednn(bool on) {

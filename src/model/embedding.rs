@@ -228,8 +228,11 @@ def forward(self, {inputs}) -> Tensor:
             let drawn = bernoulli(&ids.size(), self.config.word_dropout, draws, ids.device()).gt(0.5);
             ids = ids.masked_fill(&drawn, self.unknown);
         }
-        let further = ids.ge(self.n_trained); // [B, T]
-        let known = ids.masked_fill(&further, self.unknown);
+        let further = (batch.max_id >= self.n_trained).then(|| ids.ge(self.n_trained)); // [B, T]
+        let known = match &further {
+            Some(further) => ids.masked_fill(further, self.unknown),
+            None => ids.shallow_clone(),
+        };
         let places = rows.map(|rows| rows.places.take(&known));
         let still = |padding: i64| if self.pads { padding } else { -1 };
         let look_up = |table: &Table| {
@@ -246,12 +249,12 @@ def forward(self, {inputs}) -> Tensor:
         let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();
         for table in &self.pretrained {
             let vectors = look_up(&table.trained);
-            parts.push(match &table.further {
-                Some(rows) => {
+            parts.push(match (&table.further, &further) {
+                (Some(rows), Some(further)) => {
                     let rows = Tensor::embedding(rows, &(&ids - self.n_trained).clamp_min(0), -1, false, false);
                     rows.where_self(&further.unsqueeze(-1), &vectors)
                 }
-                None => vectors,
+                _ => vectors,
             });
         }
         let row_draws = mode.from_row(0).draws(Site::RowDropout).filter(|_| self.config.row_dropout > 0.0);

@@ -233,7 +233,7 @@ impl Optimizer {
     }
 
     fn update_all(&self, pieces: &[Piece], learning_rate: Number, grad_scale: GradScale) -> Result<()> {
-        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), grad_scale.skip)?;
+        count_up(&pieces.iter().map(|piece| &piece.step).collect::<Vec<_>>(), grad_scale)?;
         let workers = workers();
         let update = |worker: usize| -> Result<()> {
             let own: Vec<Piece> = pieces.iter().filter_map(|piece| piece.block(worker, workers)).collect();

@@ -3,13 +3,14 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
+use super::clip::Clip;
 use super::gradients::{Gradients, Sums, as_vector, at_last_layer};
 use super::laps::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
-use crate::libtorch::{Draws, GradScale, Number, clip_gradients, divide_list, side_by_side};
+use crate::libtorch::{Draws, Number, divide_list, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows, is_part};
-use crate::optim::{LossScale, is_unsound};
+use crate::optim::LossScale;
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
 
@@ -129,37 +130,21 @@ impl Trainer<'_> {
     ) -> Result<Tensor> {
         let device = self.model.parameters.device();
         let defined: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
-        // All that this step has labels for may be frozen.
-        let (mut norm, mut divisor) = (Tensor::zeros([], (Kind::Float, device)), None);
-        if !defined.is_empty() {
-            let scale = self.loss_scale.as_ref().map(LossScale::value);
-            let (found, by) = clip_gradients(&defined, self.config.clip_norm, scale)?;
-            (norm, divisor) = (found, by);
-        }
-        let overflow = match &mut self.loss_scale {
-            Some(scale) => {
-                *norms = norms.take().map(|norms| norms / scale.value());
-                let overflow = scale.adapt(&norm)?;
-                // The step is left out, and nobody hears of its gradients.
-                let zero_if = |x: Tensor| x.masked_fill(&overflow, 0.0);
-                (norm, *norms) = (zero_if(norm), norms.take().map(zero_if));
-                Some(overflow)
-            }
-            None => None,
+        let clip = Clip {
+            gradients: &defined,
+            losses: &losses.iter().flatten().collect::<Vec<_>>(),
+            limit: self.config.clip_norm,
+            halted: &self.halted,
         };
-        let values = Tensor::stack(&losses.iter().flatten().chain([&norm]).collect::<Vec<_>>(), 0);
-        let halted = self.halted.maximum(&is_unsound(&values.sum(Kind::Float)));
-        self.halted.f_copy_(&halted)?;
-        let skip = overflow.map_or(halted.shallow_clone(), |overflow| halted.maximum(&overflow));
+        let mut clipped = clip.apply(self.loss_scale.as_mut(), norms)?;
         // On the CPU the rows of tables read their gradients by themselves.
-        if let Some(divisor) = divisor.take_if(|_| device == Device::Cpu) {
+        if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu) {
             divide_list(&defined, &divisor)?;
         }
-        let grad_scale = GradScale { divisor: divisor.as_ref(), skip: &skip };
         let rows = inputs.rows.map(|rows| &rows.touched);
         let average = self.average.as_mut().map(|average| (average, inputs.share));
-        self.optimizer.step(gradients, rows, inputs.learning_rate, grad_scale, average)?;
-        Ok(values)
+        self.optimizer.step(gradients, rows, inputs.learning_rate, clipped.grad_scale(), average)?;
+        Ok(clipped.values)
     }
 
     /// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64; where all

@@ -121,7 +121,7 @@ impl<'a> Gradients<'a> {
             self.ensure_path(task, &at_taps[start])?;
             starts.push(start + shared.taps[task].len());
         }
-        let squares = norms_of(&at_taps.iter().collect::<Vec<_>>())?.to_kind(Kind::Double).square();
+        let squares = norms_of(&at_taps.iter().collect::<Vec<_>>(), &[])?.to_kind(Kind::Double).square();
         // The taps have the gradient of w_i L_i.
         let by = weights.square();
         for (range, &task) in starts.windows(2).zip(&tapped) {

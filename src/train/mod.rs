@@ -1,5 +1,6 @@
 //! The training loop: steps, evaluations, checkpoints, the end.
 
+mod clip;
 mod compute;
 mod config;
 pub mod gradients;

@@ -50,9 +50,15 @@ impl Pending {
 
     /// Adds what is waiting to the sums of `state`.
     pub fn drain(&mut self, state: &mut State, tasks: &[Task]) -> Result<(), NotFinite> {
+        let values: Vec<&Tensor> = self.steps.iter().map(|waiting| &waiting.values).collect();
+        if values.is_empty() {
+            return Ok(());
+        }
+        // One copy from the device, whatever waits.
+        let all = Vec::<f64>::try_from(Tensor::cat(&values, 0).to_kind(Kind::Double));
+        let mut all = all.expect("invariant: a flat list of numbers").into_iter();
         for waiting in self.steps.drain(..) {
-            let values: Vec<f64> =
-                Vec::try_from(waiting.values.to_kind(Kind::Double)).expect("invariant: a flat list of numbers");
+            let values: Vec<f64> = all.by_ref().take(waiting.values.numel()).collect();
             let (norm, mut losses) = (values[values.len() - 1], values[..values.len() - 1].iter().copied());
             let losses: Vec<Option<f64>> =
                 waiting.present.iter().map(|&present| present.then(|| losses.next()).flatten()).collect();

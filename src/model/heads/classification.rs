@@ -8,7 +8,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
+use super::cross_entropy::cross_entropy;
+use super::{Decoded, Head, HeadSize, OnnxInputs};
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::dropout::{Masks, dropout};

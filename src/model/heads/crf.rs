@@ -145,7 +145,7 @@ impl Crf {
                 (&self.start, &loss.to_start),
                 (&self.end, &loss.to_end),
             ];
-            with_gradients(&loss.value, known)
+            with_gradients(&loss.value, &known)
         };
         loss.and_then(known).expect("invariant: the shapes are those of the head")
     }

@@ -2,17 +2,17 @@
 
 mod classification;
 mod crf;
+mod cross_entropy;
 mod tagging;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Reduction, Tensor};
+use tch::Tensor;
 
 use super::parameters::Scope;
 use super::view::Reads;
 use super::{Encoded, Mode, Script};
 use crate::data::Targets;
-use crate::data::labels::NO_LABEL;
 use crate::metrics::{ClassMetric, Metric};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Task, TaskId, TaskKind};
@@ -119,24 +119,6 @@ impl HeadConfig {
     }
 }
 
-/// The mean cross-entropy of rows [n, C] with labels `[n]` (-1 does not count), of which there are `n_decisions`; in training
-/// against labels of which a share `smoothing` is spread over all classes (Szegedy 2016, section 7).
-///
-/// (1 - e) (-log p_y) + e / C sum_c (-log p_c)
-fn cross_entropy(logits: &Tensor, labels: &Tensor, n_decisions: i64, (smoothing, mode): (f64, Mode)) -> Tensor {
-    let (none, ignored) = (None::<&Tensor>, NO_LABEL.into());
-    // Each row by itself, then their sum: CUDA takes the mean in one block of threads.
-    let plain = logits.cross_entropy_loss(labels, none, Reduction::None, ignored, 0.0);
-    let plain = plain.sum(logits.kind()) / n_decisions as f64;
-    if smoothing == 0.0 || !mode.training() {
-        return plain;
-    }
-    // libtorch's own smoothing waits for the device.
-    let spread = -logits.log_softmax(-1, logits.kind()).mean_dim([-1].as_slice(), false, logits.kind()); // [n]
-    let spread = (spread * labels.ne(ignored)).sum(logits.kind()) / n_decisions as f64;
-    plain * (1.0 - smoothing) + spread * smoothing
-}
-
 /// The name of the trunk among a head's inputs.
 pub const TRUNK: &str = "trunk";
 
@@ -215,26 +197,5 @@ impl OnnxInputs {
         }
         let parts: Vec<&Value> = std::iter::once(&x).chain(&self.beside).collect();
         graph.op("Concat", &parts, vec![Attribute::Int("axis", -1)])
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tch::{Device, Kind};
-
-    use super::*;
-    use crate::libtorch::Draws;
-
-    #[test]
-    fn smoothed_losses_are_libtorch_s() {
-        tch::manual_seed(1);
-        let logits = Tensor::randn([5, 4], (Kind::Float, Device::Cpu));
-        let labels = Tensor::from_slice(&[0i64, 3, -1, 2, 2]);
-        let train = Mode::Train(Draws { seed: 1, first_row: 0 });
-        for (smoothing, mode, expected) in [(0.1, train, 0.1), (0.0, train, 0.0), (0.1, Mode::Eval, 0.0)] {
-            let ours = cross_entropy(&logits, &labels, 4, (smoothing, mode));
-            let theirs = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::Mean, -1, expected);
-            assert!((ours - theirs).abs().double_value(&[]) < 1e-6, "{smoothing} {mode:?}");
-        }
     }
 }

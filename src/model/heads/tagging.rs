@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::crf::Crf;
-use super::{Decoded, Head, HeadSize, OnnxInputs, cross_entropy};
+use super::cross_entropy::cross_entropy;
+use super::{Decoded, Head, HeadSize, OnnxInputs};
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::dropout::{Masks, dropout};

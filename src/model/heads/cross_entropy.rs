@@ -1,0 +1,120 @@
+//! The mean cross-entropy of labels: by operators, or with its gradient by the kernels of `src/libtorch/cross_entropy.cu`.
+//!
+//! loss = 1/n sum over labelled rows of (1 - e) (-log p_y) + e/C sum_c (-log p_c), p = softmax(x)
+//! d loss / d x_c = (p_c - (1 - e) [c = y] - e/C) / n
+//!
+//! N rows, C classes, n labels, e the smoothing (Szegedy 2016, section 7).
+
+use anyhow::Result;
+use tch::{Kind, Reduction, Tensor};
+
+use crate::data::labels::NO_LABEL;
+use crate::libtorch::{Kernel, LaunchConfig, with_gradients};
+use crate::model::Mode;
+
+/// The loss of `logits` [N, C] with `labels` `[N]` (-1 does not count), of which there are `n_decisions`: a scalar with a gradient.
+/// Labels are smoothed in training alone.
+pub(super) fn cross_entropy(
+    logits: &Tensor,
+    labels: &Tensor,
+    n_decisions: i64,
+    (smoothing, mode): (f64, Mode),
+) -> Tensor {
+    let smoothing = if mode.training() { smoothing } else { 0.0 };
+    if !serve(logits) {
+        return by_operators(logits, labels, n_decisions, smoothing);
+    }
+    tch::no_grad(|| by_kernels(logits, labels, n_decisions, smoothing))
+        .and_then(|(loss, to_logits)| with_gradients(&loss, &[(logits, &to_logits)]))
+        .expect("invariant: the shapes are those of the head")
+}
+
+fn by_operators(logits: &Tensor, labels: &Tensor, n_decisions: i64, smoothing: f64) -> Tensor {
+    let (none, ignored) = (None::<&Tensor>, NO_LABEL.into());
+    // Each row by itself, then their sum: CUDA takes the mean in one block of threads.
+    let plain = logits.cross_entropy_loss(labels, none, Reduction::None, ignored, 0.0);
+    let plain = plain.sum(logits.kind()) / n_decisions as f64;
+    if smoothing == 0.0 {
+        return plain;
+    }
+    // libtorch's own smoothing waits for the device.
+    let spread = -logits.log_softmax(-1, logits.kind()).mean_dim([-1].as_slice(), false, logits.kind()); // [N]
+    let spread = (spread * labels.ne(ignored)).sum(logits.kind()) / n_decisions as f64;
+    plain * (1.0 - smoothing) + spread * smoothing
+}
+
+const SOURCE: &str = include_str!("../../libtorch/cross_entropy.cu");
+static ROWS: Kernel = Kernel::new(SOURCE, "cross_entropy_rows");
+static SUM: Kernel = Kernel::new(SOURCE, "cross_entropy_sum");
+
+fn serve(logits: &Tensor) -> bool {
+    let fits = logits.kind() == Kind::Float && logits.numel() > 0;
+    fits && ROWS.serves(logits.device()) && SUM.serves(logits.device())
+}
+
+/// The loss, and its gradient [N, C].
+fn by_kernels(logits: &Tensor, labels: &Tensor, n_decisions: i64, smoothing: f64) -> Result<(Tensor, Tensor)> {
+    let (logits, labels) = (logits.contiguous(), labels.contiguous());
+    let (rows, classes) = logits.size2()?;
+    let float = |size: &[i64]| Tensor::empty(size, (Kind::Float, logits.device()));
+    let (to_logits, losses, loss) = (float(&[rows, classes]), float(&[rows]), float(&[]));
+    let across = (classes as usize).next_multiple_of(32).min(128);
+    ROWS.launch(
+        LaunchConfig { grid: [rows as usize, 1], block: [across, 1], shared: 2 * across * size_of::<f64>() },
+        &[&logits, &labels, &to_logits, &losses],
+        &[classes, n_decisions, i64::from((smoothing as f32).to_bits() as i32)],
+    )?;
+    let across = 256;
+    SUM.launch(
+        LaunchConfig { grid: [1, 1], block: [across, 1], shared: across * size_of::<f64>() },
+        &[&losses, &loss],
+        &[rows, n_decisions],
+    )?;
+    Ok((loss, to_logits))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::libtorch::Draws;
+
+    const TRAIN: Mode = Mode::Train(Draws { seed: 1, first_row: 0 });
+
+    #[test]
+    fn smoothed_losses_are_libtorch_s() {
+        tch::manual_seed(1);
+        let logits = Tensor::randn([5, 4], (Kind::Float, Device::Cpu));
+        let labels = Tensor::from_slice(&[0i64, 3, -1, 2, 2]);
+        for (smoothing, mode, expected) in [(0.1, TRAIN, 0.1), (0.0, TRAIN, 0.0), (0.1, Mode::Eval, 0.0)] {
+            let ours = cross_entropy(&logits, &labels, 4, (smoothing, mode));
+            let theirs = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::Mean, -1, expected);
+            assert!((ours - theirs).abs().double_value(&[]) < 1e-6, "{smoothing} {mode:?}");
+        }
+    }
+
+    #[test]
+    fn kernels_compute_what_operators_do() {
+        tch::manual_seed(2);
+        // One row; more rows than a block has threads; more classes than that; one class; no label at all.
+        let settings = [(1i64, 3i64, 1i64), (300, 5, 70), (7, 150, 5), (4, 1, 4), (5, 6, 0)];
+        for ((rows, classes, labelled), smoothing) in settings.into_iter().flat_map(|s| [(s, 0.0), (s, 0.1)]) {
+            for scale in [1.0, 80.0] {
+                let logits = Tensor::randn([rows, classes], (Kind::Float, Device::Cpu)) * scale;
+                let logits = logits.set_requires_grad(true);
+                let labels = Tensor::randint(classes, [rows], (Kind::Int64, Device::Cpu));
+                let on = Tensor::randperm(rows, (Kind::Int64, Device::Cpu)).lt(labelled);
+                let labels = labels.where_self(&on, &labels.full_like(i64::from(NO_LABEL)));
+                let n = labelled.max(1);
+                let theirs = by_operators(&logits, &labels, n, smoothing);
+                let gradient = Tensor::run_backward(&[&theirs], &[&logits], false, false).swap_remove(0);
+                let (ours, to_logits) = tch::no_grad(|| by_kernels(&logits, &labels, n, smoothing)).unwrap();
+                // float32: 24 bits of logits up to 300.
+                let what = format!("{rows} x {classes}, {labelled} labels, {smoothing}, {scale}");
+                assert!(ours.allclose(&theirs, 1e-6, 1e-6, false), "loss of {what}");
+                assert!(to_logits.allclose(&gradient, 1e-5, 1e-6 / n as f64, false), "gradient of {what}");
+            }
+        }
+    }
+}
