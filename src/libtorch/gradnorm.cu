@@ -20,6 +20,12 @@ extern "C" __global__ void gradnorm(
     ratios += losses[i] / at_least(initial[i], smallest_loss) * here[i];
     count += here[i];
   }
+  const double unknown = __longlong_as_double(0x7ff8000000000000);
+  if (magnitudes * 0 != 0) {
+    // What is not finite moves nothing.
+    for (int i = 0; i < n; i++) moved[i] = weights[i], seen[i] = seen[n + i] = seen[2 * n + i] = unknown;
+    return;
+  }
   const double mean = magnitudes / shares, mean_ratio = at_least(ratios / count, 2.2250738585072014e-308);
   double before = 0, after = 0;
   for (int i = 0; i < n; i++) {
@@ -40,7 +46,6 @@ extern "C" __global__ void gradnorm(
     moved[i] = at_least(value, floor);
     before += weights[i] * here[i];
     after += moved[i] * here[i];
-    const double unknown = __longlong_as_double(0x7ff8000000000000);
     seen[i] = here[i] > 0 ? norms[i] : unknown;
     seen[n + i] = here[i] > 0 ? training_rate : unknown;
     seen[2 * n + i] = here[i] > 0 ? target : unknown;

@@ -39,7 +39,6 @@ unsafe extern "C" {
         learning_rate: f64,
         momentum: f64,
         weight_decay: f64,
-        first_step: bool,
         rate_on_device: *mut C_tensor,
         divisor: *mut C_tensor,
         skip: *mut C_tensor,
@@ -149,11 +148,11 @@ pub struct Sgd<'a> {
     pub weight_decay: f64,
 }
 
-/// One step of `torch._fused_sgd_`, in place. `first` fills the momentum buffers instead of reading them.
+/// One step of `torch._fused_sgd_`, in place. Momenta begin with zeros: such a one times the momentum, plus the gradient, is what
+/// PyTorch puts there in its first step.
 pub fn fused_sgd(
     (parameters, gradients, momenta): (&[&Tensor], &[&Tensor], &[&Tensor]),
     sgd: Sgd,
-    first: bool,
     grad_scale: GradScale,
 ) -> Result<()> {
     let n = parameters.len();
@@ -171,7 +170,6 @@ pub fn fused_sgd(
             learning_rate,
             sgd.momentum,
             sgd.weight_decay,
-            first,
             on_device,
             divisor,
             skip,

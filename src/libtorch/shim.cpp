@@ -98,12 +98,12 @@ char* pt_fused_adam(
 
 char* pt_fused_sgd(
     size_t n, const Handle* parameters, const Handle* gradients, const Handle* momenta, double learning_rate,
-    double momentum, double weight_decay, bool first_step, Handle rate, Handle divisor, Handle skip) {
+    double momentum, double weight_decay, Handle rate, Handle divisor, Handle skip) {
   return guarded([&] {
     // CUDA's kernel takes no momenta where the momentum is 0.
     auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, momentum > 0 ? n : 0);
     auto with = [&](auto rate) {
-      at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, first_step, optional(divisor), *skip);
+      at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, false, optional(divisor), *skip);
     };
     rate ? with(*rate) : with(learning_rate);
   });

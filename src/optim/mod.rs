@@ -275,8 +275,7 @@ impl Optimizer {
             }
             OptimizerConfig::Sgd(config) => {
                 let sgd = Sgd { learning_rate, momentum: config.momentum, weight_decay: decay(config.weight_decay) };
-                // A zero buffer times momentum plus the gradient is what a first step puts there.
-                fused_sgd((&parameters, &gradients, &first), sgd, false, grad_scale)
+                fused_sgd((&parameters, &gradients, &first), sgd, grad_scale)
             }
         }
     }

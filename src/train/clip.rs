@@ -71,9 +71,9 @@ impl Clip<'_> {
             Some(scale) => {
                 *norms = norms.take().map(|norms| norms / scale.value());
                 let overflow = scale.adapt(&norm)?;
-                // The step is left out, and nobody hears of its gradients.
-                let zero_if = |x: Tensor| x.masked_fill(&overflow, 0.0);
-                (norm, *norms) = (zero_if(norm), norms.take().map(zero_if));
+                // The step is left out, and nobody learns from its gradients.
+                norm = norm.masked_fill(&overflow, 0.0);
+                *norms = norms.take().map(|norms| norms.masked_fill(&overflow, f64::NAN));
                 Some(overflow)
             }
             None => None,

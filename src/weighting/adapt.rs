@@ -44,10 +44,11 @@ impl Adapter {
         Adapter { by, learning_rate, first: zeros(), second: zeros(), steps: vec![0; n] }
     }
 
-    /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged.
+    /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged, and all are where `gradient` is
+    /// not finite.
     pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
         let device = values.device();
-        let here = mask(present, device).gt(0.0);
+        let here = mask(present, device).gt(0.0).logical_and(&gradient.sum(Kind::Double).isfinite());
         let moved = match self.by {
             AdaptBy::Sgd => values - gradient * self.learning_rate,
             AdaptBy::Adam => {

@@ -217,14 +217,16 @@ impl LossWeighting for Gradnorm {
         if KERNEL.serves(norms.device()) {
             return self.learn_by_kernel(step, norms);
         }
+        // Norms that are not finite, as those of a step that float16 left out, move nothing.
+        let sound = (norms * mask(step.present, norms.device())).sum(Kind::Double).isfinite();
         let closed = self.closed_form(step.losses, step.present, norms);
         let here = mask(step.present, norms.device());
         let moved = self.adapter.step(&self.weights, &closed.gradient, step.present);
-        self.floored = &self.floored + moved.lt(self.config.floor).to_kind(Kind::Double).sum(Kind::Double);
+        self.floored = &self.floored + moved.lt(self.config.floor).logical_and(&sound).sum(Kind::Double);
         let moved = moved.clamp_min(self.config.floor);
         // The weights of the tasks present keep their sum, so that all of them always sum to T.
         let scale = (&self.weights * &here).sum(Kind::Double) / (&moved * &here).sum(Kind::Double);
-        self.weights = (&moved * scale).where_self(&here.gt(0.0), &self.weights);
+        self.weights = (&moved * scale).where_self(&here.gt(0.0).logical_and(&sound), &self.weights);
         let unknown = |x: &Tensor| x.where_self(&here.gt(0.0), &x.full_like(f64::NAN));
         self.seen = Some([unknown(norms), unknown(&closed.rates), unknown(&closed.targets)]);
         Ok(())
@@ -297,7 +299,11 @@ mod tests {
             for step in 0..12 {
                 let present = [true, step % 3 != 1, step % 4 != 2];
                 let random = || Tensor::rand([3], (Kind::Double, Device::Cpu)) + 0.1;
-                let (losses, norms) = (random() * mask(&present, Device::Cpu), random());
+                let (losses, mut norms) = (random() * mask(&present, Device::Cpu), random());
+                if step == 7 {
+                    norms = &norms * f64::NAN;
+                }
+                let before = numbers(&ours.weights);
                 let seen = Observed { losses: &losses, present: &present, norms: Some(&norms) };
                 ours.note_initial(&seen);
                 if count(&present) > 1 {
@@ -306,8 +312,10 @@ mod tests {
                 theirs.learn(&seen).unwrap();
                 let details = |strategy: &Gradnorm| strategy.details().into_iter().map(|(_, x)| x).collect::<Vec<_>>();
                 for (a, b) in details(&ours).iter().zip(&details(&theirs)).chain([(&ours.weights, &theirs.weights)]) {
-                    assert!(a.allclose(b, 1e-12, 1e-12, true), "step {step}: {:?} {:?}", numbers(a), numbers(b));
+                    let near = step == 7 || a.allclose(b, 1e-12, 1e-12, true);
+                    assert!(near, "step {step}: {:?} {:?}", numbers(a), numbers(b));
                 }
+                assert!(step != 7 || (numbers(&ours.weights) == before && numbers(&theirs.weights) == before));
             }
             assert_eq!(ours.floored.double_value(&[]), theirs.floored.double_value(&[]));
             assert!(theirs.floored.double_value(&[]) > 0.0);

@@ -204,9 +204,9 @@ fn measure(trainers: &mut [Trainer], steps: &[&[Vec<usize>]], rounds: usize, dev
     Ok(seconds)
 }
 
-/// `own` and `equal` are seconds by round.
-fn summarize(strategy: String, own: &[f64], equal: &[f64], size: &Size) -> Measured {
-    let mut ratios: Vec<f64> = own.iter().zip(equal).map(|(own, equal)| own / equal).collect();
+/// `own` and `first`, those of the first strategy, are seconds by round.
+fn summarize(strategy: String, own: &[f64], first: &[f64], size: &Size) -> Measured {
+    let mut ratios: Vec<f64> = own.iter().zip(first).map(|(own, first)| own / first).collect();
     ratios.sort_by(f64::total_cmp);
     let typical = median(own);
     Measured {
@@ -219,8 +219,8 @@ fn summarize(strategy: String, own: &[f64], equal: &[f64], size: &Size) -> Measu
 }
 
 fn print(findings: &Findings) -> Result<()> {
-    let mut out =
-        table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", "time / equal", "least", "most"], 1);
+    let against = format!("time / {}", findings.strategies[0].strategy);
+    let mut out = table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", &against, "least", "most"], 1);
     for m in &findings.strategies {
         let mut row = vec![m.strategy.clone(), format!("{:.2}", m.ms_per_step)];
         row.extend([m.tokens_per_sec, m.sentences_per_sec].map(|n| table::count(n as usize)));
