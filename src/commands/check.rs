@@ -34,7 +34,7 @@ pub fn run(args: &CheckArgs) -> Result<End> {
     problems.extend(transfer::earlier(&experiment).err().map(wrong).unwrap_or_default());
     problems.sort_by_key(|problem| problem.severity);
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
-        say(label_counts(TaskId(i), name, head.kind(), &corpus))?;
+        say(label_counts(TaskId(i), name, head.kind(), &corpus, args.all))?;
     }
     for severity in [Severity::Error, Severity::Warning] {
         let name = if severity == Severity::Error { "error" } else { "warning" };
@@ -128,7 +128,7 @@ fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table
 }
 
 /// How often each label, or type of span, stands in each split.
-fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus) -> comfy_table::Table {
+fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus, all: bool) -> comfy_table::Table {
     let mut counts: BTreeMap<&str, [usize; 3]> = BTreeMap::new();
     for (set, column) in corpus.columns_of(task) {
         for split in Split::ALL {
@@ -145,12 +145,12 @@ fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus) -> co
     let mut out = table(&[&header, "train", "dev", "test"], 1);
     let mut rows: Vec<_> = counts.into_iter().collect();
     rows.sort_by(|a, b| b.1[0].cmp(&a.1[0]).then(a.0.cmp(b.0)));
-    let cut = rows.len().saturating_sub(20);
-    for (label, counts) in rows.iter().take(20) {
+    let shown = if all { rows.len() } else { rows.len().min(20) };
+    for (label, counts) in &rows[..shown] {
         out.add_row(std::iter::once((*label).to_owned()).chain(counts.map(count)));
     }
-    if cut > 0 {
-        out.add_row(vec![format!("... and {cut} more")]);
+    if shown < rows.len() {
+        out.add_row(vec![format!("... and {} more; --all lists them", rows.len() - shown)]);
     }
     out
 }

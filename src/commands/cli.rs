@@ -107,6 +107,7 @@ pub struct EvaluateArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum EvaluatedSplit {
+    Train,
     Dev,
     Test,
 }
@@ -114,6 +115,7 @@ pub enum EvaluatedSplit {
 impl From<EvaluatedSplit> for Split {
     fn from(split: EvaluatedSplit) -> Split {
         match split {
+            EvaluatedSplit::Train => Split::Train,
             EvaluatedSplit::Dev => Split::Dev,
             EvaluatedSplit::Test => Split::Test,
         }

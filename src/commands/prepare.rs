@@ -9,7 +9,7 @@ use super::cli::Machine;
 use super::table;
 use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
-use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, Unseen, labels};
+use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, TokenizerConfig, Unseen, labels};
 use crate::libtorch;
 use crate::model::{HeadConfig, Model, Vocabulary};
 use crate::problem::{Problem, fail_on_errors, invalid};
@@ -116,12 +116,26 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
     let (train, root) = (corpus.rows(Split::Train), &experiment.data.root);
     let mut tokenizer = Tokenizer::build(&experiment.tokenizer, root, &train)?;
     tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
+    if let Some(from) = &experiment.init_from {
+        extend_by_run(&mut tokenizer, experiment, &RunDirectory::open(from)?)?;
+    }
     let configs = &experiment.model.embedding.vectors;
     let coverage = match configs.is_empty() {
         true => Vec::new(),
         false => vectors::attach(&mut tokenizer, configs, root, &train, Seed(experiment.seed))?,
     };
     Ok((tokenizer, coverage))
+}
+
+/// Words that an earlier run knows are known on, whether or not they stand in this one's text.
+fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDirectory) -> Result<()> {
+    let (theirs, _, earlier) = of_run(run)?;
+    let words = |experiment: &Experiment| matches!(experiment.tokenizer, TokenizerConfig::Word(_));
+    if words(experiment) && words(&theirs) {
+        tokenizer.extend(earlier.vocabulary().iter().take(earlier.n_trained).map(String::as_str))?;
+        tokenizer.n_trained = tokenizer.size();
+    }
+    Ok(())
 }
 
 /// What pretrained vectors know of the training text, in one line.

@@ -1,12 +1,13 @@
 //! What types cannot say: ranges, names that must exist, options that need each other.
 
+mod training;
+
 use super::decode::suggestion;
 use super::source::Layer;
 use super::{Experiment, StudyConfig};
 use crate::data::{Format, SamplingConfig, SetConfig, TokenizerConfig};
 use crate::model::heads::Decoder;
 use crate::model::{CharactersConfig, HeadConfig};
-use crate::optim::{OptimizerConfig, ScheduleConfig};
 use crate::problem::{Problem, Severity};
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
@@ -68,13 +69,13 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
         name.chars().all(name_ok) && name.starts_with(|c: char| c.is_ascii_alphanumeric()),
         "use letters, digits, `-`, `_` and `.`, a letter or digit first",
     );
-    c.require("data.sets", !experiment.data.sets.is_empty(), "name at least one set");
+    // A map that lost a broken entry is not empty in the file.
+    let empty = |at: &str| layer.value.pointer(at).and_then(|map| map.as_object()).is_none_or(|map| map.is_empty());
+    c.require("data.sets", !empty("/data/sets"), "name at least one set");
     for (name, set) in &experiment.data.sets {
         check_set(&mut c, &format!("data.sets.{name}"), set);
     }
-    // A map that lost a broken entry is not empty in the file.
-    let empty = layer.value.get("tasks").and_then(|tasks| tasks.as_object()).is_none_or(|tasks| tasks.is_empty());
-    c.require("tasks", !empty, "name at least one task");
+    c.require("tasks", !empty("/tasks"), "name at least one task");
     for (name, head) in &experiment.tasks {
         check_task(&mut c, name, head, experiment);
     }
@@ -85,13 +86,16 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
     }
     let share = experiment.data.train_fraction;
     c.require("data.train_fraction", share > 0.0 && share <= 1.0, "must be more than 0 and at most 1");
-    check_training(&mut c, experiment);
+    training::check_training(&mut c, experiment);
     c.problems
 }
 
 fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     match set.dev_fraction {
-        None => c.require(path, set.dev.is_some(), "give `dev:` or `dev_fraction:`"),
+        None => {
+            let written = c.layer.value.pointer(&format!("/{}/dev_fraction", path.replace('.', "/")));
+            c.require(path, set.dev.is_some() || written.is_some(), "give `dev:` or `dev_fraction:`");
+        }
         Some(fraction) => {
             c.require(&format!("{path}.dev_fraction"), set.dev.is_none(), "give `dev:` or `dev_fraction:`, not both");
             c.require(&format!("{path}.dev_fraction"), fraction > 0.0 && fraction < 1.0, "must be between 0 and 1");
@@ -331,90 +335,5 @@ fn check_fixed(c: &mut Checker, path: &str, fixed: &FixedConfig, experiment: &Ex
     }
     for name in names.iter().filter(|name| !fixed.weights.contains_key(**name)) {
         c.error(path, format!("no weight for task `{name}`"));
-    }
-}
-
-fn check_training(c: &mut Checker, experiment: &Experiment) {
-    let training = &experiment.training;
-    c.at_least_one("training.batch_size", training.batch_size);
-    c.at_least_one("training.accumulate_steps", training.accumulate_steps);
-    c.at_least_one("training.max_epochs", training.max_epochs);
-    c.require("training.max_steps", training.max_steps != Some(0), "must be at least 1");
-    c.require("training.checkpoint_every_steps", training.checkpoint_every_steps != Some(0), "must be at least 1");
-    c.at_least_one("training.log_every_steps", training.log_every_steps);
-    c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 is off");
-    c.dropout("training.ema_decay", training.ema_decay);
-    let tasks: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
-    for part in training.freeze_epochs.keys() {
-        let path = format!("training.freeze_epochs.{part}");
-        let mut names = part.split('.');
-        match (names.next().unwrap_or_default(), names.next()) {
-            ("heads", Some(task)) if !tasks.contains(&task) => {
-                c.error(&path, format!("no task `{task}`{}", suggestion(task, &tasks)));
-            }
-            ("trunk", Some(layer)) => {
-                let number = layer.strip_prefix('l').and_then(|number| number.parse::<usize>().ok());
-                let last = experiment.model.trunk.layers.saturating_sub(1);
-                c.require(&path, number.is_none_or(|number| number <= last), &format!("the trunk ends with l{last}"));
-            }
-            ("embedding" | "trunk" | "heads", _) => {}
-            (part, _) => {
-                let known = ["embedding", "trunk", "heads"];
-                let near = suggestion(part, &known);
-                c.error(&path, format!("no part `{part}`{near}; parts begin with embedding, trunk or heads"));
-            }
-        }
-    }
-    c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());
-    match &training.optimizer {
-        OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) => {
-            let (first, second) = adam.betas;
-            let valid = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
-            c.require("training.optimizer.betas", valid, "must be from 0 to below 1");
-            c.require("training.optimizer.weight_decay", adam.weight_decay >= 0.0, "must not be negative");
-            c.positive("training.optimizer.epsilon", adam.epsilon);
-        }
-        OptimizerConfig::Sgd(sgd) => {
-            c.dropout("training.optimizer.momentum", sgd.momentum);
-            c.require("training.optimizer.weight_decay", sgd.weight_decay >= 0.0, "must not be negative");
-        }
-    }
-    c.dropout("training.schedule.warmup_fraction", training.schedule.warmup_fraction());
-    if let ScheduleConfig::Range(range) = &training.schedule {
-        c.positive("training.schedule.final_factor", range.final_factor);
-    }
-    if let SamplingConfig::Temperature(config) = &training.sampling {
-        c.positive("training.sampling.temperature", config.temperature);
-    }
-    check_metric(c, experiment);
-    c.require(
-        "training.early_stopping.patience_epochs",
-        training.early_stopping.patience_epochs != Some(0),
-        "must be at least 1",
-    );
-}
-
-/// What chooses checkpoints has to be a score that there is.
-fn check_metric(c: &mut Checker, experiment: &Experiment) {
-    let (path, metric) = ("training.early_stopping.metric", &experiment.training.early_stopping.metric);
-    let (task, score) = metric.split_once('.').map_or((metric.as_str(), None), |(task, score)| (task, Some(score)));
-    match (experiment.tasks.get(task), score) {
-        (Some(head), Some(score)) => {
-            let scores = head.scores();
-            let scores: Vec<&str> = scores.iter().map(String::as_str).collect();
-            if !scores.contains(&score) {
-                c.error(path, format!("`{task}` has no score `{score}`{}", suggestion(score, &scores)));
-            }
-        }
-        (Some(_), None) => {}
-        (None, None) if task == "mean" => {}
-        (None, None) if task == "sentence_accuracy" => {
-            c.require(path, experiment.tasks.len() > 1, "sentence_accuracy is of sentences with labels of two tasks");
-        }
-        _ => {
-            let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
-            names.extend(["mean", "sentence_accuracy"]);
-            c.error(path, format!("no task `{task}`{}", suggestion(task, &names)));
-        }
     }
 }

@@ -227,6 +227,9 @@ pub fn suggestion(name: &str, known: &[&str]) -> String {
 
 /// serde's words in the user's.
 fn plain(message: &str, has_kinds: bool) -> String {
+    if let Some((_, n)) = message.split_once("expected a tuple of size ") {
+        return format!("expected a list of {n}");
+    }
     if message.starts_with("invalid length") {
         return "expected a mapping of keys to values, found a list".to_owned();
     }

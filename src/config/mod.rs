@@ -245,6 +245,9 @@ training:
                 "model.embedding.characters.width: must be an odd number from 1",
             ],
         );
+        // An error takes no other with it.
+        let told = load(&GOOD.replace("dev: dev", "dev_fraction: 10%"), &[]).unwrap_err().to_string();
+        assert!(told.contains("expected a number") && !told.contains("give `dev:`"), "{told}");
         for (metric, expected) in [
             ("intnt", "no task `intnt`; did you mean `intent`?"),
             ("slots.macro_f1", "`slots` has no score `macro_f1`; one of f1, precision"),
@@ -262,6 +265,14 @@ training:
         let with = |line: &str| format!("{GOOD}{line}\n");
         let list = "expected a mapping of keys to values, found a list";
         for (text, expected) in [
+            (
+                with("x-mine: &mine {hidden: oops}\nmodel: {trunk: {<<: *mine, layers: 1}}"),
+                "trunk.hidden: expected a".into(),
+            ),
+            (
+                GOOD.replace("1e-3", "1e-3, betas: [0.9]"),
+                "e.yaml:13: training.optimizer.betas: expected a list of 2".into(),
+            ),
             (with("model: {trunk: [64, 2]}"), format!("e.yaml:14: model.trunk: {list}")),
             (
                 with("study: {seeds: [1], strategies: {dwa: [3]}}"),

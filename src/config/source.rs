@@ -58,12 +58,14 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
     })?;
     let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
     let (places, twice) = places(path, &text);
-    let yaml: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| match (error.to_string(), &twice) {
-        (message, Some((key, first, second))) if message.contains("duplicate entry") => {
-            fail(*second, format!("{key} stands in line {first} already"))
-        }
-        (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
-    })?;
+    let mut yaml: serde_yaml::Value =
+        serde_yaml::from_str(&text).map_err(|error| match (error.to_string(), &twice) {
+            (message, Some((key, first, second))) if message.contains("duplicate entry") => {
+                fail(*second, format!("{key} stands in line {first} already"))
+            }
+            (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
+        })?;
+    yaml.apply_merge().map_err(|error| fail(0, format!("<<: {}", plain(&error.to_string()))))?;
     let line_of = |key: &str| places.get(key).map_or(0, |place| place.line);
     let mut value = to_json(yaml, "").map_err(|(key, message)| {
         let line = line_of(&key);
@@ -72,6 +74,8 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
     let Value::Object(object) = &mut value else {
         return Err(fail(1, "an experiment is a mapping of keys to values".to_owned()).into());
     };
+    // A place for what `*anchors` name.
+    object.retain(|key, _| !key.starts_with("x-"));
     let extends = object.shift_remove("extends");
     anchor(&mut value, path);
     let mut layer = Layer { value, places, problems: Vec::new() };

@@ -1,5 +1,7 @@
 //! All sets of an experiment, read, cut and checked.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -250,7 +252,7 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 let conll = matches!(config.sets[&set.name].format, Format::Conll | Format::Conllu);
                 let hint = match set.wanted[i].kind {
                     WantedKind::Class if conll => format!(": sentences carry classes in lines `# {column} = ...`"),
-                    _ => String::new(),
+                    _ => keys_of(&place.file, config.sets[&set.name].format),
                 };
                 let message = format!("no row has a `{column}` for task `{}`{hint}", columns[task.0].name);
                 problems.push(Problem::error(place, message));
@@ -258,4 +260,16 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
         }
     }
     problems
+}
+
+/// The keys of the first row of JSON lines, for a message.
+fn keys_of(file: &Path, format: Format) -> String {
+    let read = || -> Option<Vec<String>> {
+        let first =
+            BufReader::new(File::open(file).ok()?).lines().map_while(Result::ok).find(|line| !line.is_empty())?;
+        let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&first).ok()?;
+        Some(row.into_iter().map(|(key, _)| format!("`{key}`")).collect())
+    };
+    let keys = if format == Format::Jsonl { read() } else { None };
+    keys.map_or(String::new(), |keys| format!("; the keys of its first row are {}", keys.join(", ")))
 }

@@ -233,6 +233,11 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
         weights["embedding.weight"].get(json["model"]["vocab"][word].as_i64().unwrap())
     };
     assert_eq!(row("first", &first, "rock"), row("second", &second, "rock"));
+    // Words that the data of today does not have are known on.
+    let only_then: serde_json::Value = serde_json::from_str(&folder.read("first/tokenizer.json")).unwrap();
+    for (word, _) in only_then["model"]["vocab"].as_object().unwrap() {
+        assert_eq!(row("first", &first, word), row("second", &second, word), "{word}");
+    }
     std::fs::remove_file(folder.path().join("first/report.json")).unwrap();
     let output = train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success().get_output().clone();
     assert!(String::from_utf8_lossy(&output.stderr).contains("first is not finished; its best checkpoint so far"));

@@ -183,6 +183,7 @@ fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
 
 fn missing(row: &Value, column: &str) -> String {
     match row {
+        Value::Object(object) if object.contains_key(column) => format!("`{column}` is null"),
         Value::Object(object) => {
             let keys: Vec<String> = object.keys().map(|key| format!("`{key}`")).collect();
             format!("no `{column}`; the keys are {}", keys.join(", "))

@@ -212,7 +212,7 @@ fn tags_of_spans(
 ) -> Option<Vec<String>> {
     let mut tags = vec!["O".to_owned(); words.len()];
     spans.sort_by_key(|span| (span.start, span.end));
-    let mut sound = true;
+    let (mut sound, mut seen) = (true, 0);
     for span in spans {
         let first = words.partition_point(|&(_, end)| end <= span.start);
         let last = words.partition_point(|&(start, _)| start < span.end);
@@ -232,11 +232,15 @@ fn tags_of_spans(
             builder.warning(line, format!("{name} does not end at word boundaries; it takes the whole words"));
         }
         if tags[first..last].iter().any(|tag| tag != "O") {
-            builder
-                .error(line, format!("{name} shares a word with another span; `tokenizer.split` says how text is cut"));
+            let why = match span.start < seen {
+                true => "overlaps another span: a word has one tag",
+                false => "shares a word with another span; `tokenizer.split` says how text is cut",
+            };
+            builder.error(line, format!("{name} {why}"));
             sound = false;
             continue;
         }
+        seen = span.end;
         for (i, tag) in tags[first..last].iter_mut().enumerate() {
             *tag = format!("{}-{}", if i == 0 { "B" } else { "I" }, span.label);
         }

@@ -1,0 +1,92 @@
+//! What `training:` may hold.
+
+use super::super::Experiment;
+use super::super::decode::suggestion;
+use super::Checker;
+use crate::data::SamplingConfig;
+use crate::optim::{OptimizerConfig, ScheduleConfig};
+
+pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
+    let training = &experiment.training;
+    c.at_least_one("training.batch_size", training.batch_size);
+    c.at_least_one("training.accumulate_steps", training.accumulate_steps);
+    c.at_least_one("training.max_epochs", training.max_epochs);
+    c.require("training.max_steps", training.max_steps != Some(0), "must be at least 1");
+    c.require("training.checkpoint_every_steps", training.checkpoint_every_steps != Some(0), "must be at least 1");
+    c.at_least_one("training.log_every_steps", training.log_every_steps);
+    c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 is off");
+    c.dropout("training.ema_decay", training.ema_decay);
+    let tasks: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+    for part in training.freeze_epochs.keys() {
+        let path = format!("training.freeze_epochs.{part}");
+        let mut names = part.split('.');
+        match (names.next().unwrap_or_default(), names.next()) {
+            ("heads", Some(task)) if !tasks.contains(&task) => {
+                c.error(&path, format!("no task `{task}`{}", suggestion(task, &tasks)));
+            }
+            ("trunk", Some(layer)) => {
+                let number = layer.strip_prefix('l').and_then(|number| number.parse::<usize>().ok());
+                let last = experiment.model.trunk.layers.saturating_sub(1);
+                c.require(&path, number.is_none_or(|number| number <= last), &format!("the trunk ends with l{last}"));
+            }
+            ("embedding" | "trunk" | "heads", _) => {}
+            (part, _) => {
+                let known = ["embedding", "trunk", "heads"];
+                let near = suggestion(part, &known);
+                c.error(&path, format!("no part `{part}`{near}; parts begin with embedding, trunk or heads"));
+            }
+        }
+    }
+    c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());
+    match &training.optimizer {
+        OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) => {
+            let (first, second) = adam.betas;
+            let valid = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
+            c.require("training.optimizer.betas", valid, "must be from 0 to below 1");
+            c.require("training.optimizer.weight_decay", adam.weight_decay >= 0.0, "must not be negative");
+            c.positive("training.optimizer.epsilon", adam.epsilon);
+        }
+        OptimizerConfig::Sgd(sgd) => {
+            c.dropout("training.optimizer.momentum", sgd.momentum);
+            c.require("training.optimizer.weight_decay", sgd.weight_decay >= 0.0, "must not be negative");
+        }
+    }
+    c.dropout("training.schedule.warmup_fraction", training.schedule.warmup_fraction());
+    if let ScheduleConfig::Range(range) = &training.schedule {
+        c.positive("training.schedule.final_factor", range.final_factor);
+    }
+    if let SamplingConfig::Temperature(config) = &training.sampling {
+        c.positive("training.sampling.temperature", config.temperature);
+    }
+    check_metric(c, experiment);
+    c.require(
+        "training.early_stopping.patience_epochs",
+        training.early_stopping.patience_epochs != Some(0),
+        "must be at least 1",
+    );
+}
+
+/// What chooses checkpoints has to be a score that there is.
+fn check_metric(c: &mut Checker, experiment: &Experiment) {
+    let (path, metric) = ("training.early_stopping.metric", &experiment.training.early_stopping.metric);
+    let (task, score) = metric.split_once('.').map_or((metric.as_str(), None), |(task, score)| (task, Some(score)));
+    match (experiment.tasks.get(task), score) {
+        (Some(head), Some(score)) => {
+            let scores = head.scores();
+            let scores: Vec<&str> = scores.iter().map(String::as_str).collect();
+            if !scores.contains(&score) {
+                c.error(path, format!("`{task}` has no score `{score}`{}", suggestion(score, &scores)));
+            }
+        }
+        (Some(_), None) => {}
+        (None, None) if task == "mean" => {}
+        (None, None) if task == "sentence_accuracy" => {
+            c.require(path, experiment.tasks.len() > 1, "sentence_accuracy is of sentences with labels of two tasks");
+        }
+        _ => {
+            let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
+            names.extend(["mean", "sentence_accuracy"]);
+            c.error(path, format!("no task `{task}`{}", suggestion(task, &names)));
+        }
+    }
+}
