@@ -11,7 +11,7 @@ use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, TokenizerConfig, Unseen, labels};
 use crate::libtorch;
-use crate::model::{HeadConfig, Model, Vocabulary};
+use crate::model::{ClassWeights, HeadConfig, Model, Vocabulary};
 use crate::problem::{Problem, fail_on_errors, invalid};
 use crate::rng::Seed;
 use crate::run::{RunDirectory, checkpoint};
@@ -78,6 +78,23 @@ pub fn encoded(
     device: Device,
 ) -> Result<DeviceSet> {
     Ok(DeviceSet::new(EncodedSet::build(corpus, split, tokenizer, tasks)?, tokenizer.padding, device))
+}
+
+/// The training rows, with classes that count as the experiment says.
+pub fn training(
+    experiment: &Experiment,
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    tasks: &[Task],
+    device: Device,
+) -> Result<DeviceSet> {
+    let mut train = encoded(corpus, Split::Train, tokenizer, tasks, device)?;
+    for (i, head) in experiment.tasks.values().enumerate() {
+        if head.class_weights() == ClassWeights::Balanced {
+            train.balance(TaskId(i), tasks[i].labels.len());
+        }
+    }
+    Ok(train)
 }
 
 /// Tells of labels of a split that the model cannot give.

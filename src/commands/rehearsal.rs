@@ -9,7 +9,7 @@ use tch::Device;
 
 use super::{prepare, trainer, transfer};
 use crate::config::Experiment;
-use crate::data::{DeviceSet, Sampler, Split, Tokenizer};
+use crate::data::{DeviceSet, Sampler, Tokenizer};
 use crate::model::Model;
 use crate::problem::fail_on_errors;
 use crate::rng::Seed;
@@ -39,7 +39,7 @@ impl Rehearsal {
         if let Some(earlier) = transfer::earlier(&experiment)? {
             transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
         }
-        let train = prepare::encoded(&corpus, Split::Train, &tokenizer, &tasks, device)?;
+        let train = prepare::training(&experiment, &corpus, &tokenizer, &tasks, device)?;
         let (n, seconds) = (super::table::count(train.set.len()), started.elapsed().as_secs_f64());
         log::info!("{n} training sentences read and encoded in {seconds:.1} s");
         Ok(Rehearsal { experiment, tasks, model, train, device, tokenizer })

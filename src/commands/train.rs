@@ -132,7 +132,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     let _lock = run.lock()?;
     let (experiment, tasks, mut tokenizer) = prepare::of_run(run)?;
     let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
-    let train = prepare::encoded(corpus, Split::Train, &tokenizer, &tasks, device)?;
+    let train = prepare::training(&experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
     fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;

@@ -7,7 +7,7 @@ use super::source::Layer;
 use super::{Experiment, StudyConfig};
 use crate::data::{Format, SamplingConfig, SetConfig, TokenizerConfig};
 use crate::model::heads::Decoder;
-use crate::model::{CharactersConfig, HeadConfig};
+use crate::model::{CharactersConfig, ClassWeights, HeadConfig};
 use crate::problem::{Problem, Severity};
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
@@ -173,6 +173,8 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
             c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme of spans");
             let can = config.decoder() == Decoder::Softmax || config.label_smoothing == 0.0;
             c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
+            let can = config.decoder() == Decoder::Softmax || config.class_weights == ClassWeights::Equal;
+            c.require(&format!("{path}.class_weights"), can, "needs `decoder: softmax`");
             let can = head.kind().has_spans() || config.missed_cost == 0.0;
             c.require(&format!("{path}.missed_cost"), can, "needs a scheme of spans");
             c.require(&format!("{path}.missed_cost"), config.missed_cost >= 0.0, "must not be negative");

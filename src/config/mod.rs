@@ -231,12 +231,13 @@ training:
         check_error(
             &(GOOD
                 .replace("label}", "label, layer: 2}")
-                .replace(", decoder: crf}", ", label_smoothing: 0.1, missed_cost: -1}")
+                .replace(", decoder: crf}", ", label_smoothing: 0.1, class_weights: balanced, missed_cost: -1}")
                 + "  freeze_epochs: {trnk: 1, trunk.l1: 1, heads.intnt: 1}\ntokenizer: {model: bpe}\n"
                 + "model: {embedding: {dim: 0, characters: {kind: cnn, width: 2}, vectors: [{file: v}]}}\n"),
             &[
                 "e.yaml:10: tasks.intent.layer: the trunk's last layer is 1",
                 "e.yaml:11: tasks.slots.label_smoothing: needs `decoder: softmax`",
+                "e.yaml:11: tasks.slots.class_weights: needs `decoder: softmax`",
                 "e.yaml:11: tasks.slots.missed_cost: must not be negative",
                 "training.freeze_epochs.trnk: no part `trnk`; did you mean `trunk`?",
                 "training.freeze_epochs.trunk.l1: the trunk ends with l0",

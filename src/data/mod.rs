@@ -4,6 +4,7 @@ mod batch;
 mod cache;
 mod corpus;
 mod cuts;
+mod device_set;
 mod encoded;
 mod formats;
 pub mod labels;
@@ -14,8 +15,9 @@ mod tokenizer;
 pub mod vectors;
 pub mod words;
 
-pub use batch::{Batch, BatchPlan, DeviceSet, Lengths, Targets};
+pub use batch::{Batch, BatchPlan, Lengths, Targets};
 pub use corpus::{Corpus, LoadedSet, load};
+pub use device_set::DeviceSet;
 pub use encoded::{EncodedSet, TargetValues, Unseen};
 pub use formats::Format;
 pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted, WantedKind};

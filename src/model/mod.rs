@@ -24,7 +24,7 @@ use tch::{Device, Tensor};
 pub use characters::CharactersConfig;
 pub use embedding::{EmbeddingConfig, TableRows};
 use heads::HeadSize;
-pub use heads::{Decoded, Head, HeadConfig};
+pub use heads::{ClassWeights, Decoded, Head, HeadConfig};
 pub use mode::{Mode, Site};
 pub use parameters::{Linear, Parameters, Scope, is_part};
 pub use precision::Precision;

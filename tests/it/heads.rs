@@ -172,7 +172,9 @@ fn embeddings() {
         "model.embedding.dropout=0",
     ]);
     ensure_trains_saves_and_loads(&["model.embedding.word_dropout=0.1", "tasks.topic.label_smoothing=0.02"]);
-    ensure_trains_saves_and_loads(&["tasks.slots.decoder=softmax", "tasks.slots.label_smoothing=0.02"]);
+    let weighted =
+        ["tasks.slots.decoder=softmax", "tasks.slots.label_smoothing=0.02", "tasks.slots.class_weights=balanced"];
+    ensure_trains_saves_and_loads(&weighted);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::cross_entropy::cross_entropy;
-use super::{Decoded, Head, HeadSize, OnnxInputs};
+use super::{ClassWeights, Decoded, Head, HeadSize, OnnxInputs};
 use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::dropout::{Masks, dropout};
@@ -51,6 +51,10 @@ pub struct ClassificationConfig {
     /// below 1.
     #[serde(default)]
     pub label_smoothing: f64,
+    /// What classes count in the training loss: `equal`, or `balanced`, N / (C n_c) with n_c of N training labels, so that rare
+    /// ones count as much as frequent ones. Default `equal`.
+    #[serde(default)]
+    pub class_weights: ClassWeights,
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
     #[serde(default = "super::one")]
     pub priority: f64,
@@ -144,7 +148,7 @@ impl Head for Classification {
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor {
-        cross_entropy(logits, &targets.labels, targets.n_decisions, (self.label_smoothing, mode))
+        cross_entropy(logits, &targets.labels, targets, (self.label_smoothing, mode))
     }
 
     fn decode(&self, logits: &Tensor, _: &[i64]) -> Vec<Decoded> {

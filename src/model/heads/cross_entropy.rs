@@ -1,46 +1,62 @@
 //! The mean cross-entropy of labels: by operators, or with its gradient by the kernels of `src/libtorch/cross_entropy.cu`.
 //!
-//! loss = 1/n sum over labelled rows of (1 - e) (-log p_y) + e/C sum_c (-log p_c), p = softmax(x)
-//! d loss / d x_c = (p_c - (1 - e) [c = y] - e/C) / n
+//! loss = 1/n sum over labelled rows of w_y ((1 - e) (-log p_y) + e/C sum_c (-log p_c)), p = softmax(x)
+//! d loss / d x_c = w_y (p_c - (1 - e) [c = y] - e/C) / n
 //!
-//! N rows, C classes, n labels, e the smoothing (Szegedy 2016, section 7).
+//! N rows, C classes, n labels, e the smoothing (Szegedy 2016, section 7), w what classes count (1 in the kernels).
 
 use anyhow::Result;
 use tch::{Kind, Reduction, Tensor};
 
+use crate::data::Targets;
 use crate::data::labels::NO_LABEL;
 use crate::libtorch::{Kernel, LaunchConfig, with_gradients};
 use crate::model::Mode;
 
-/// The loss of `logits` [N, C] with `labels` `[N]` (-1 does not count), of which there are `n_decisions`: a scalar with a gradient.
-/// Labels are smoothed in training alone.
+/// The loss of `logits` [N, C] with labels `[N]` (-1 does not count), of which there are `n_decisions`: a scalar with a gradient.
+/// Labels are smoothed, and classes weighted, in training alone.
 pub(super) fn cross_entropy(
     logits: &Tensor,
     labels: &Tensor,
-    n_decisions: i64,
+    targets: &Targets,
     (smoothing, mode): (f64, Mode),
 ) -> Tensor {
-    let smoothing = if mode.training() { smoothing } else { 0.0 };
-    if !serve(logits) {
-        return by_operators(logits, labels, n_decisions, smoothing);
+    let n = targets.n_decisions;
+    let (smoothing, weights) = match mode.training() {
+        true => (smoothing, targets.class_weights.as_ref()),
+        false => (0.0, None),
+    };
+    if weights.is_some() || !serve(logits) {
+        return by_operators(logits, labels, n, smoothing, weights);
     }
-    tch::no_grad(|| by_kernels(logits, labels, n_decisions, smoothing))
+    tch::no_grad(|| by_kernels(logits, labels, n, smoothing))
         .and_then(|(loss, to_logits)| with_gradients(&loss, &[(logits, &to_logits)]))
         .expect("invariant: the shapes are those of the head")
 }
 
-fn by_operators(logits: &Tensor, labels: &Tensor, n_decisions: i64, smoothing: f64) -> Tensor {
+fn by_operators(
+    logits: &Tensor,
+    labels: &Tensor,
+    n_decisions: i64,
+    smoothing: f64,
+    class_weights: Option<&Tensor>,
+) -> Tensor {
     let (none, ignored) = (None::<&Tensor>, NO_LABEL.into());
+    let mean = |losses: Tensor| {
+        let losses = match class_weights {
+            Some(weights) => losses * weights.index_select(0, &labels.clamp_min(0)),
+            None => losses,
+        };
+        losses.sum(logits.kind()) / n_decisions as f64
+    };
     // Each row by itself, then their sum: CUDA takes the mean in one block of threads.
-    let plain = logits.cross_entropy_loss(labels, none, Reduction::None, ignored, 0.0);
-    let plain = plain.sum(logits.kind()) / n_decisions as f64;
+    let plain = mean(logits.cross_entropy_loss(labels, none, Reduction::None, ignored, 0.0));
     if smoothing == 0.0 {
         return plain;
     }
     // libtorch's own smoothing waits for the device.
     let spread = -logits.log_softmax(-1, logits.kind()).mean_dim([-1].as_slice(), false, logits.kind()); // [N]
-    let spread = (spread * labels.ne(ignored)).sum(logits.kind()) / n_decisions as f64;
-    plain * (1.0 - smoothing) + spread * smoothing
+    plain * (1.0 - smoothing) + mean(spread * labels.ne(ignored)) * smoothing
 }
 
 const SOURCE: &str = include_str!("../../libtorch/cross_entropy.cu");
@@ -87,11 +103,24 @@ mod tests {
         tch::manual_seed(1);
         let logits = Tensor::randn([5, 4], (Kind::Float, Device::Cpu));
         let labels = Tensor::from_slice(&[0i64, 3, -1, 2, 2]);
+        let near = |a: &Tensor, b: &Tensor| (a - b).abs().double_value(&[]) < 1e-6;
         for (smoothing, mode, expected) in [(0.1, TRAIN, 0.1), (0.0, TRAIN, 0.0), (0.1, Mode::Eval, 0.0)] {
-            let ours = cross_entropy(&logits, &labels, 4, (smoothing, mode));
+            let ours = cross_entropy(&logits, &labels, &targets(4, None), (smoothing, mode));
             let theirs = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::Mean, -1, expected);
-            assert!((ours - theirs).abs().double_value(&[]) < 1e-6, "{smoothing} {mode:?}");
+            assert!(near(&ours, &theirs), "{smoothing} {mode:?}");
         }
+        let weights = Tensor::from_slice(&[0.5f32, 1.0, 2.0, 4.0]);
+        let weighted = |mode| cross_entropy(&logits, &labels, &targets(4, Some(&weights)), (0.0, mode));
+        let theirs = logits.cross_entropy_loss(&labels, Some(&weights), Reduction::Sum, -1, 0.0) / 4.0;
+        assert!(near(&weighted(TRAIN), &theirs));
+        let plain = logits.cross_entropy_loss(&labels, None::<&Tensor>, Reduction::Mean, -1, 0.0);
+        assert!(near(&weighted(Mode::Eval), &plain), "a loss that is told is of the labels as they are");
+    }
+
+    fn targets(n_decisions: i64, class_weights: Option<&Tensor>) -> Targets {
+        let (index, labels) = (Tensor::new(), Tensor::new());
+        let class_weights = class_weights.map(Tensor::shallow_clone);
+        Targets { rows: Vec::new(), first_row: 0, index, labels, n_decisions, class_weights }
     }
 
     #[test]
@@ -107,7 +136,7 @@ mod tests {
                 let on = Tensor::randperm(rows, (Kind::Int64, Device::Cpu)).lt(labelled);
                 let labels = labels.where_self(&on, &labels.full_like(i64::from(NO_LABEL)));
                 let n = labelled.max(1);
-                let theirs = by_operators(&logits, &labels, n, smoothing);
+                let theirs = by_operators(&logits, &labels, n, smoothing, None);
                 let gradient = Tensor::run_backward(&[&theirs], &[&logits], false, false).swap_remove(0);
                 let (ours, to_logits) = tch::no_grad(|| by_kernels(&logits, &labels, n, smoothing)).unwrap();
                 // float32: 24 bits of logits up to 300.

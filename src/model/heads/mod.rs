@@ -30,7 +30,25 @@ pub enum HeadConfig {
     Tagging(TaggingConfig),
 }
 
+/// What the classes of a task count in its loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ClassWeights {
+    /// Each label the same.
+    #[default]
+    Equal,
+    /// Each class the same: its labels count the less the more there are (scikit-learn's `class_weight="balanced"`).
+    Balanced,
+}
+
 impl HeadConfig {
+    pub fn class_weights(&self) -> ClassWeights {
+        match self {
+            HeadConfig::Classification(config) => config.class_weights,
+            HeadConfig::Tagging(config) => config.class_weights,
+        }
+    }
+
     pub fn sets(&self) -> &[String] {
         match self {
             HeadConfig::Classification(config) => &config.set.0,

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::crf::Crf;
 use super::cross_entropy::cross_entropy;
-use super::{Decoded, Head, HeadSize, OnnxInputs};
+use super::{ClassWeights, Decoded, Head, HeadSize, OnnxInputs};
 use crate::data::{Lengths, Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::dropout::{Masks, dropout};
@@ -64,6 +64,10 @@ pub struct TaggingConfig {
     /// spans are found, and more that are none. Default 0, not negative.
     #[serde(default)]
     pub missed_cost: f64,
+    /// With softmax: what tags count in the training loss: `equal`, or `balanced`, N / (C n_c) with n_c of N training labels, so
+    /// that rare ones count as much as frequent ones. Default `equal`.
+    #[serde(default)]
+    pub class_weights: ClassWeights,
     /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
     #[serde(default = "super::one")]
     pub priority: f64,
@@ -172,7 +176,7 @@ impl Head for Tagging {
             Some(crf) => crf.negative_log_likelihood(logits, &targets.labels) / targets.n_decisions as f64,
             None => {
                 let (flat, labels) = (logits.flatten(0, 1), targets.labels.flatten(0, 1)); // [b*W, C], [b*W]
-                cross_entropy(&flat, &labels, targets.n_decisions, (self.label_smoothing, mode))
+                cross_entropy(&flat, &labels, targets, (self.label_smoothing, mode))
             }
         }
     }
@@ -255,6 +259,7 @@ mod tests {
             index: Tensor::from_slice(&[0i64]),
             labels: Tensor::from_slice(&[0i64, 1, -1]).view([1, 3]),
             n_decisions: 2,
+            class_weights: None,
         };
         // The first word is in a span and the second is not, so only the first's score of `O`, 1.0, rises.
         let raised = Tensor::from_slice(&[0.5f32, 2.5, -1.0, 0.2, 0.1, 0.3, 2.0, 0.0, 1.0]).view([1, 3, 3]);
