@@ -71,6 +71,13 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
         if train.len() == 1 && !head.kind().has_spans() {
             problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
         }
+        for (label, place) in train
+            .iter()
+            .filter(|(label, _)| head.labels().is_some_and(|named| !named.iter().any(|known| known == *label)))
+        {
+            let message = format!("`{name}`: label `{label}` is none of `tasks.{name}.labels`");
+            problems.push(Problem::error((*place).clone(), message));
+        }
         if dev.is_empty() && !train.is_empty() {
             problems.push(odd(format!(
                 "`{name}`: dev has no label of it, so that it does not help to choose a checkpoint"

@@ -58,14 +58,18 @@ fn read(experiment: &Experiment, splits: &[Split]) -> Result<(Corpus, Vec<Proble
     corpus
 }
 
-/// The task table: labels are those of the training rows.
+/// The task table: labels are those that the experiment names, or else those of the training rows.
 pub fn tasks(experiment: &Experiment, corpus: &Corpus) -> Vec<Task> {
     let task = |(i, (name, head)): (usize, (&String, &HeadConfig))| {
         let columns: Vec<_> = corpus
             .columns_of(TaskId(i))
             .map(|(set, column)| &set.splits[Split::Train as usize].columns[column])
             .collect();
-        Task { name: name.clone(), kind: head.kind(), labels: labels::collect(head.kind(), &columns) }
+        let labels = match head.labels() {
+            Some(names) => labels::named(head.kind(), names),
+            None => labels::collect(head.kind(), &columns),
+        };
+        Task { name: name.clone(), kind: head.kind(), labels }
     };
     experiment.tasks.iter().enumerate().map(task).collect()
 }
@@ -89,6 +93,11 @@ pub fn training(
     device: Device,
 ) -> Result<DeviceSet> {
     let mut train = encoded(corpus, Split::Train, tokenizer, tasks, device)?;
+    if let Some((id, unseen)) = train.set.unseen.first_key_value() {
+        let Task { name, kind, .. } = &tasks[id.0];
+        let lacking = labels::names(*kind, &unseen.labels).join(", ");
+        return Err(invalid(format!("tasks.{name}.labels: training has others too: {lacking}")));
+    }
     for (i, head) in experiment.tasks.values().enumerate() {
         if head.class_weights() == ClassWeights::Balanced {
             train.balance(TaskId(i), tasks[i].labels.len());
@@ -100,11 +109,7 @@ pub fn training(
 /// Tells of labels of a split that the model cannot give.
 pub fn warn_of_unseen(data: &DeviceSet, split: Split, tasks: &[Task]) {
     for (id, Unseen { labels, rows }) in &data.set.unseen {
-        let spans = tasks[id.0].kind.has_spans();
-        let names: Vec<&str> = match spans {
-            true => labels.iter().filter_map(|label| label.strip_prefix("B-")).collect(),
-            false => labels.iter().map(String::as_str).collect(),
-        };
+        let names = labels::names(tasks[id.0].kind, labels);
         let shown = names.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let more = if names.len() > 5 { format!(" and {} more", names.len() - 5) } else { String::new() };
         log::warn!(

@@ -2,6 +2,8 @@
 
 mod training;
 
+use std::collections::BTreeSet;
+
 use super::decode::suggestion;
 use super::source::Layer;
 use super::{Experiment, StudyConfig};
@@ -153,6 +155,9 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
     c.require(&format!("{path}.set"), !head.sets().is_empty(), "name at least one set");
+    let distinct = |labels: &Vec<String>| labels.iter().collect::<BTreeSet<_>>().len() == labels.len();
+    let named = head.labels().is_none_or(|labels| !labels.is_empty() && distinct(labels));
+    c.require(&format!("{path}.labels"), named, "name at least one, and each once");
     for set in head.sets() {
         if !known.contains(&set.as_str()) {
             c.error(&format!("{path}.set"), format!("no set `{set}`{}", suggestion(set, &known)));

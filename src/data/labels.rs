@@ -1,6 +1,7 @@
 //! From labels as written to label ids: class names, plain tags, and spans as BIO.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 
 use super::rows::{ABSENT, Column, Rows};
 use crate::problem::{Problem, Severity};
@@ -23,9 +24,29 @@ pub fn collect(kind: TaskKind, columns: &[&Column]) -> Vec<String> {
                 .map(|tag| tag.kind)
                 .filter(|kind| !kind.is_empty())
                 .collect();
-            let tags = types.iter().flat_map(|kind| [format!("B-{kind}"), format!("I-{kind}")]);
-            std::iter::once("O".to_owned()).chain(tags).collect()
+            tags_of_types(types)
         }
+    }
+}
+
+/// The labels of a task that are named by the user: classes, plain tags, or types of spans.
+pub fn named(kind: TaskKind, names: &[String]) -> Vec<String> {
+    match kind.has_spans() {
+        true => tags_of_types(names),
+        false => names.to_vec(),
+    }
+}
+
+fn tags_of_types(types: impl IntoIterator<Item = impl Display>) -> Vec<String> {
+    let tags = types.into_iter().flat_map(|kind| [format!("B-{kind}"), format!("I-{kind}")]);
+    std::iter::once("O".to_owned()).chain(tags).collect()
+}
+
+/// Labels as a user would name them: classes, plain tags, or types of spans.
+pub fn names(kind: TaskKind, labels: &[String]) -> Vec<&str> {
+    match kind.has_spans() {
+        true => labels.iter().filter_map(|label| label.strip_prefix("B-")).collect(),
+        false => labels.iter().map(String::as_str).collect(),
     }
 }
 

@@ -205,6 +205,25 @@ fn a_trained_run_needs_the_data_alone_that_it_is_scored_on() {
 }
 
 #[test]
+fn labels_that_are_named_are_the_model_s() {
+    let folder = small();
+    let train = |labels: &str, code: i32| {
+        let set = format!("tasks.topic.labels={labels}");
+        let command = ["train", "small.yaml", "--out", "run", "--set", "training.max_epochs=1", "--set", &set];
+        failed(&folder, &command, code)
+    };
+    let text = train("[travel, food]", 2);
+    assert!(text.contains("tasks.topic.labels: training has others too: music"), "{text}");
+    assert!(train("[food, food]", 2).contains("tasks.topic.labels: name at least one, and each once"));
+    let check = ["check", "small.yaml", "--set", "tasks.topic.labels=[travel, food]"];
+    let output = folder.polytask(&check).assert().code(2).get_output().clone();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("label `music` is none of `tasks.topic.labels`"));
+    train("[travel, sports, food, music]", 0);
+    let tasks: Value = serde_json::from_str(&folder.read("run/labels.json")).unwrap();
+    assert_eq!(tasks[0]["labels"], serde_json::json!(["travel", "sports", "food", "music"]));
+}
+
+#[test]
 fn two_processes_do_not_train_in_one_run() {
     let folder = small();
     trained(&folder, "run");

@@ -26,6 +26,10 @@ pub struct ClassificationConfig {
     pub set: Paths,
     /// The column or field with the label.
     pub column: String,
+    /// The classes, where training may lack some, in the order that they have in the model. Default: those of the training rows,
+    /// sorted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Vec<String>>,
     /// How word states become one: `last` (the last state of each direction), `mean`, `max`, `attention`. Default `max`.
     #[serde(default)]
     pub pooling: Pooling,

@@ -42,6 +42,14 @@ pub enum ClassWeights {
 }
 
 impl HeadConfig {
+    /// Those that the experiment names.
+    pub fn labels(&self) -> Option<&Vec<String>> {
+        match self {
+            HeadConfig::Classification(config) => config.labels.as_ref(),
+            HeadConfig::Tagging(config) => config.labels.as_ref(),
+        }
+    }
+
     pub fn class_weights(&self) -> ClassWeights {
         match self {
             HeadConfig::Classification(config) => config.class_weights,

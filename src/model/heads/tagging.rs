@@ -27,6 +27,10 @@ pub struct TaggingConfig {
     pub set: Paths,
     /// The column or field with the tags.
     pub column: String,
+    /// The types of spans, or the plain tags, where training may lack some, in the order that they have in the model. Default:
+    /// those of the training rows, sorted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Vec<String>>,
     /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without spans. Default `bio`.
     #[serde(default = "default_scheme")]
     pub scheme: Scheme,
