@@ -41,34 +41,32 @@ pub enum ClassWeights {
     Balanced,
 }
 
+/// A key that every kind of head has.
+macro_rules! common {
+    ($head:expr, $key:ident) => {
+        match $head {
+            HeadConfig::Classification(config) => &config.$key,
+            HeadConfig::Tagging(config) => &config.$key,
+        }
+    };
+}
+
 impl HeadConfig {
     /// Those that the experiment names.
     pub fn labels(&self) -> Option<&Vec<String>> {
-        match self {
-            HeadConfig::Classification(config) => config.labels.as_ref(),
-            HeadConfig::Tagging(config) => config.labels.as_ref(),
-        }
+        common!(self, labels).as_ref()
     }
 
     pub fn class_weights(&self) -> ClassWeights {
-        match self {
-            HeadConfig::Classification(config) => config.class_weights,
-            HeadConfig::Tagging(config) => config.class_weights,
-        }
+        *common!(self, class_weights)
     }
 
     pub fn sets(&self) -> &[String] {
-        match self {
-            HeadConfig::Classification(config) => &config.set.0,
-            HeadConfig::Tagging(config) => &config.set.0,
-        }
+        &common!(self, set).0
     }
 
     pub fn column(&self) -> &str {
-        match self {
-            HeadConfig::Classification(config) => &config.column,
-            HeadConfig::Tagging(config) => &config.column,
-        }
+        common!(self, column)
     }
 
     pub fn kind(&self) -> TaskKind {
@@ -79,10 +77,7 @@ impl HeadConfig {
     }
 
     pub fn priority(&self) -> f64 {
-        match self {
-            HeadConfig::Classification(config) => config.priority,
-            HeadConfig::Tagging(config) => config.priority,
-        }
+        *common!(self, priority)
     }
 
     /// The names of its scores, the loss among them.
@@ -95,10 +90,7 @@ impl HeadConfig {
     }
 
     fn inputs(&self) -> &[String] {
-        match self {
-            HeadConfig::Classification(config) => &config.inputs,
-            HeadConfig::Tagging(config) => &config.inputs,
-        }
+        common!(self, inputs)
     }
 
     /// Takes away what has to do with other heads: those among its inputs, and its priority over them.
