@@ -69,6 +69,8 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
 }
 
 fn name_of(path: &Path) -> String {
+    // `.` and `..` have names too.
+    let path = path.canonicalize().unwrap_or(path.to_owned());
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 

@@ -1,32 +1,47 @@
 //! CoNLL files to be labelled: a word a line in, the same lines with what the model says out.
 
-use crate::data::labels;
+use crate::config::Experiment;
+use crate::data::{Format, Line, Lines, labels};
 use crate::model::Decoded;
 use crate::task::{Task, TaskKind};
 
-/// The lines of a sentence, each with its word unless it is a comment: the first column, or in CoNLL-U the second.
-pub fn lines(block: &str) -> Vec<(&str, Option<&str>)> {
-    fn word(line: &str) -> Option<&str> {
-        if line.starts_with("# ") || (line.starts_with('#') && line.contains(" = ")) {
-            return None;
-        }
-        let columns: Vec<&str> = match line.contains('\t') {
-            true => line.split('\t').map(str::trim).collect(),
-            false => line.split_whitespace().collect(),
-        };
-        match columns.len() == 10 && columns[0].starts_with(|c: char| c.is_ascii_digit()) {
-            // Words of several tokens and empty nodes are no words of the sentence.
-            true if columns[0].contains(['-', '.']) => None,
-            true => Some(columns[1]),
-            false => columns.first().copied(),
-        }
-    }
-    block.lines().map(|line| (line, word(line))).collect()
+/// A line of a sentence.
+pub struct Written {
+    text: String,
+    /// The number of its word, if it has one.
+    word: Option<usize>,
 }
 
-/// A sentence's `lines`, each with the number of its word if it has one: with a comment `# TASK = CLASS` for each class, and a
-/// further column for the tags of each tagging task. Ends with a line end.
-pub fn written(lines: &[(String, Option<usize>)], decoded: Option<&[Decoded]>, tasks: &[Task]) -> String {
+/// Lines as the experiment's first set of such a format has them, or else with the word first.
+pub fn form(experiment: &Experiment) -> Lines {
+    let mut sets = experiment.data.sets.values().filter(|set| matches!(set.format, Format::Conll | Format::Conllu));
+    sets.next().map_or_else(|| Lines::new(false, &[], None, None), Lines::of)
+}
+
+/// The lines of a sentence and its words. Comments that say classes of `tasks` go: the model says them anew.
+pub fn lines<'a>(block: &'a str, form: &Lines, tasks: &[Task]) -> (Vec<Written>, Vec<&'a str>) {
+    let (mut lines, mut words) = (Vec::new(), Vec::new());
+    let said = |name: &str| tasks.iter().any(|task| task.name == name && task.kind == TaskKind::Classification);
+    for line in block.lines() {
+        let mut word = None;
+        match form.line(line, !words.is_empty()) {
+            Line::Named(name, _) if said(name) => continue,
+            Line::Word(fields) => {
+                if let Some(found) = form.word(&fields) {
+                    word = Some(words.len());
+                    words.push(found);
+                }
+            }
+            Line::Named(..) | Line::Other => {}
+        }
+        lines.push(Written { text: line.to_owned(), word });
+    }
+    (lines, words)
+}
+
+/// A sentence's lines with a comment `# TASK = CLASS` for each class, and a further column for the tags of each tagging task,
+/// which has `_` where a line with columns is no word's. Ends with a line end.
+pub fn written(lines: &[Written], form: &Lines, decoded: Option<&[Decoded]>, tasks: &[Task]) -> String {
     let (mut out, mut columns) = (String::new(), Vec::new());
     for (task, decoded) in tasks.iter().zip(decoded.into_iter().flatten()) {
         let (labels, _) = labels::written(task, &decoded.labels);
@@ -35,11 +50,12 @@ pub fn written(lines: &[(String, Option<usize>)], decoded: Option<&[Decoded]>, t
             TaskKind::Tagging(_) => columns.push(labels),
         }
     }
-    for (line, word) in lines {
-        out += line;
-        let separator = if line.contains('\t') || !line.contains(' ') { "\t" } else { " " };
-        if let Some(word) = *word {
-            columns.iter().for_each(|labels| out.extend([separator, labels[word].as_str()]));
+    for Written { text, word } in lines {
+        out += text;
+        let separator = form.separator(text);
+        let tag = |labels: &Vec<String>| word.map_or("_".to_owned(), |word| labels[word].clone());
+        if word.is_some() || (text.contains(separator) && !text.starts_with('#')) {
+            columns.iter().for_each(|labels| out.extend([separator.to_owned(), tag(labels)]));
         }
         out.push('\n');
     }

@@ -1,6 +1,7 @@
 //! `polytask evaluate`: scores of a checkpoint on dev or test.
 
 use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -11,13 +12,19 @@ use super::{End, output, prepare, say, table};
 use crate::data::{Corpus, DeviceSet, Split, labels};
 use crate::evaluate::{evaluate, predict};
 use crate::problem::invalid;
-use crate::task::{Task, TaskId, TaskKind};
+use crate::task::{Scheme, Task, TaskId, TaskKind};
 
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
     let trained = prepare::trained_on(&args.run, &args.checkpoint, device, &args.overrides)?;
     let split: Split = args.split.into();
-    let predictions = args.predictions.as_deref().map(|path| output(path, &[&args.run])).transpose()?;
+    let sets = trained.experiment.data.sets.values();
+    let read = sets.flat_map(|set| Split::ALL.into_iter().filter_map(|split| set.paths(split, &Split::ALL)));
+    let read = read.flat_map(|paths| &paths.0).map(|path| path.split('#').next().unwrap_or(path));
+    let read: Vec<PathBuf> =
+        read.map(|path| trained.experiment.data.root.join(path)).chain([args.run.clone()]).collect();
+    let read: Vec<&Path> = read.iter().map(PathBuf::as_path).collect();
+    let predictions = args.predictions.as_deref().map(|path| output(path, &read)).transpose()?;
     let corpus = prepare::corpus_of(&trained.experiment, split)?;
     let data = prepare::encoded(&corpus, split, &trained.tokenizer, &trained.tasks, device)?;
     if data.set.is_empty() {
@@ -74,20 +81,22 @@ fn write_predictions(
             ("words".to_owned(), json!(words)),
         ]);
         for (i, (task, decoded)) in tasks.iter().zip(decoded).enumerate() {
+            // As they are: tags that break their scheme stay so, where the data is in BIO itself.
             let written = |ids: &[usize]| -> Value {
-                let (mut labels, _) = labels::written(task, ids);
+                let names: Vec<&String> = ids.iter().map(|&id| &task.labels[id]).collect();
                 match task.kind {
-                    TaskKind::Classification => json!(labels.pop()),
-                    TaskKind::Tagging(_) => json!(labels),
+                    TaskKind::Classification => json!(names[0]),
+                    TaskKind::Tagging(Scheme::Bio | Scheme::Plain) => json!(names),
+                    TaskKind::Tagging(_) => json!(labels::written(task, ids).0),
                 }
             };
-            let mut entry = Map::new();
+            let (mut entry, predicted) = (Map::new(), written(&decoded.labels));
             if let Some(gold) = data.set.gold(TaskId(i), number) {
-                let gold: Vec<usize> = gold.iter().map(|&id| id as usize).collect();
-                entry.insert("gold".to_owned(), written(&gold));
-                entry.insert("right".to_owned(), json!(gold == decoded.labels));
+                let gold = written(&gold.iter().map(|&id| id as usize).collect::<Vec<_>>());
+                entry.insert("right".to_owned(), json!(gold == predicted));
+                entry.insert("gold".to_owned(), gold);
             }
-            entry.insert("predicted".to_owned(), written(&decoded.labels));
+            entry.insert("predicted".to_owned(), predicted);
             entry.insert("scores".to_owned(), json!(decoded.scores));
             object.insert(task.name.clone(), entry.into());
         }

@@ -142,11 +142,21 @@ fn dev(trained: &Trained) -> Result<Option<DeviceSet>> {
     }
 }
 
-/// Sentences of 1 to 48 of the model's own tokens, to check an export by.
+/// Sentences of 1 to 48 words to check an export by: the model's own tokens, and every other one of two of them.
 fn made_up(trained: &Trained) -> Result<DeviceSet> {
-    let vocabulary = trained.tokenizer.vocabulary();
-    let words = |n: usize| (0..n).map(|i| vocabulary[(i * i + 7 * n) % vocabulary.len()].as_str()).collect();
-    let sentences: Vec<Vec<&str>> = (1..=48).map(words).collect();
+    let tokenizer = &trained.tokenizer;
+    // What stands for padding and for the unknown is cut out of words.
+    let special = |id: usize| id == tokenizer.padding as usize || id == tokenizer.unknown as usize;
+    let tokens =
+        tokenizer.vocabulary().into_iter().enumerate().filter(|(id, token)| !special(*id) && !token.is_empty());
+    let mut vocabulary: Vec<String> = tokens.map(|(_, token)| token).collect();
+    if vocabulary.is_empty() {
+        vocabulary.push("a".to_owned());
+    }
+    let token = |i: usize| vocabulary[i % vocabulary.len()].as_str();
+    let word = |i: usize| if i.is_multiple_of(2) { token(i).to_owned() } else { [token(i), token(i + 1)].concat() };
+    let words: Vec<Vec<String>> = (1..=48).map(|n| (0..n).map(|i| word(i * i + 7 * n)).collect()).collect();
+    let sentences: Vec<Vec<&str>> = words.iter().map(|words| words.iter().map(String::as_str).collect()).collect();
     let set = EncodedSet::of_words(&sentences, &trained.tokenizer, &trained.tasks)?;
     Ok(DeviceSet::new(set, trained.tokenizer.padding, Device::Cpu))
 }
@@ -175,7 +185,7 @@ impl Content<'_> {
             "epoch": trained.about["epoch"],
             "dtype": self.dtype.name(),
             "tokenizer": experiment.tokenizer,
-            "max_bytes": trained.tokenizer.max_bytes,
+            "max_bytes": trained.tokenizer.max_bytes(),
             "dev": self.report,
         });
         let sources = experiment.data.sets.iter();
@@ -236,7 +246,15 @@ impl Content<'_> {
     /// One ONNX file with the texts of [`FILES`] among its metadata.
     fn onnx(&self, file: &Path) -> Result<()> {
         let trained = self.trained;
-        let graph = trained.model.onnx(&trained.tasks, self.sentences.set.first_tokens.is_some());
+        let pieces = match trained.experiment.tokenizer {
+            TokenizerConfig::Word(_) => false,
+            // What it does is known by trying.
+            TokenizerConfig::File(_) => {
+                self.sentences.set.first_tokens.is_some() || made_up(trained)?.set.first_tokens.is_some()
+            }
+            _ => true,
+        };
+        let graph = trained.model.onnx(&trained.tasks, pieces);
         atomic::write(file, &graph.into_bytes(&self.files()?))
     }
 
@@ -266,7 +284,7 @@ impl Content<'_> {
             "heads": self.trained.experiment.tasks,
             "tasks": self.trained.tasks,
             "n_tokens": self.trained.tokenizer.size(),
-            "n_trained": self.trained.tokenizer.n_trained,
+            "n_trained": self.trained.tokenizer.n_trained(),
             "padding": self.trained.tokenizer.padding,
             "unknown": self.trained.tokenizer.unknown,
         });

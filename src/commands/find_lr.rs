@@ -107,6 +107,10 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
             break;
         }
     }
+    if let (true, Some(absent)) = (points.is_empty(), averages.iter().position(|(_, n)| *n == 0)) {
+        let name = &tasks[absent].name;
+        return Err(invalid(format!("no step has labels of task `{name}`: take more --steps")));
+    }
     Ok(points)
 }
 

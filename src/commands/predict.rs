@@ -15,7 +15,7 @@ use super::cli::{PredictArgs, PredictFormat};
 use super::prepare::{self, Trained};
 use super::{End, conll, output, stop_flag};
 use crate::data::words::character_ranges;
-use crate::data::{DeviceSet, EncodedSet, labels};
+use crate::data::{DeviceSet, EncodedSet, Lines, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
@@ -32,14 +32,17 @@ struct Sentence {
     words: Vec<(usize, usize)>,
     /// What else its JSON line holds, which is handed on.
     rest: Map<String, Value>,
-    /// Of a CoNLL file, its lines, each with its word's number if it has one.
-    lines: Vec<(String, Option<usize>)>,
+    /// Of a CoNLL file, its lines.
+    lines: Vec<conll::Written>,
 }
 
 /// What is read at once, with the number of its first line: a line, or in a CoNLL file those of a sentence.
 type Unit = (usize, Vec<u8>);
 
 pub fn run(args: &PredictArgs) -> Result<End> {
+    if args.top > 0 && args.format == PredictFormat::Conll {
+        return Err(invalid("--top is for JSON lines: CoNLL has one class a sentence"));
+    }
     let (device, _) = prepare::machine(&args.machine)?;
     let source: Box<dyn Read + Send> = match &args.input {
         None => Box::new(std::io::stdin()),
@@ -51,6 +54,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
+    let form = (args.format == PredictFormat::Conll).then(|| conll::form(&trained.experiment));
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     let target = args.output.as_deref().unwrap_or(Path::new("standard output"));
     let n_done = {
@@ -58,18 +62,18 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             Some(file) => Box::new(file),
             None => Box::new(std::io::stdout().lock()),
         });
-        let units = read_units(source, args.format == PredictFormat::Conll);
+        let units = read_units(source, form.is_some());
         let mut n_done = 0;
         while let Some(window) = next_window(&units, &stop)? {
             // What stands before a broken line is told all the same.
             let mut broken = None;
-            let sentences = window.iter().map(|unit| sentence(unit, args.format, &trained, name));
+            let sentences = window.iter().map(|unit| sentence(unit, (args.format, form.as_ref()), &trained, name));
             let sentences: Vec<Sentence> =
                 sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
             let labelled = label(&sentences, &trained, device)?;
-            let shown = sentences.iter().zip(&labelled).map(|(sentence, decoded)| match args.format {
-                PredictFormat::Conll => conll::written(&sentence.lines, decoded.as_deref(), &trained.tasks),
-                _ => object(sentence, decoded.as_deref(), &trained.tasks, usize::from(args.top)).to_string(),
+            let shown = sentences.iter().zip(&labelled).map(|(sentence, decoded)| match &form {
+                Some(form) => conll::written(&sentence.lines, form, decoded.as_deref(), &trained.tasks),
+                None => object(sentence, decoded.as_deref(), &trained.tasks, usize::from(args.top)).to_string(),
             });
             let written = shown.into_iter().try_for_each(|text| writeln!(out, "{text}")).and_then(|()| out.flush());
             written.with_context(|| target.display().to_string())?;
@@ -147,18 +151,20 @@ fn next_window(units: &Receiver<std::io::Result<Unit>>, stop: &AtomicBool) -> Re
     Ok(Some(window))
 }
 
-fn sentence((number, line): &Unit, format: PredictFormat, trained: &Trained, file: &Path) -> Result<Sentence> {
+fn sentence(
+    (number, line): &Unit,
+    (format, form): (PredictFormat, Option<&Lines>),
+    trained: &Trained,
+    file: &Path,
+) -> Result<Sentence> {
     let number = *number;
     let wrong = |message: String| InvalidInput(vec![Problem::error(Place::new(file, number), message)]);
     let line = std::str::from_utf8(line).map_err(|_| wrong("invalid UTF-8".to_owned()))?;
     let line = line.strip_suffix('\r').unwrap_or(line);
     let line = line.strip_prefix('\u{feff}').filter(|_| number == 1).unwrap_or(line);
-    if format == PredictFormat::Conll {
-        let lines = conll::lines(line);
-        let (text, words) = joined(lines.iter().filter_map(|(_, word)| *word));
-        let mut numbers = 0..;
-        let lines =
-            lines.into_iter().map(|(line, word)| (line.to_owned(), word.and_then(|_| numbers.next()))).collect();
+    if let Some(form) = form {
+        let (lines, words) = conll::lines(line, form, &trained.tasks);
+        let (text, words) = joined(words.into_iter());
         return Ok(Sentence { text, words, rest: Map::new(), lines });
     }
     if format == PredictFormat::Text || !line.trim_start().starts_with('{') {

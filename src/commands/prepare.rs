@@ -124,11 +124,11 @@ pub fn warn_of_unseen(data: &DeviceSet, split: Split, tasks: &[Task]) {
 pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<Model> {
     let heads: Vec<&HeadConfig> = experiment.tasks.values().collect();
     let vocabulary = Vocabulary {
-        n_trained: tokenizer.n_trained,
+        n_trained: tokenizer.n_trained(),
         padding: tokenizer.padding,
         pads: tokenizer.pads,
         unknown: tokenizer.unknown,
-        vectors: &tokenizer.vectors,
+        vectors: tokenizer.vectors(),
     };
     Model::new(&experiment.model, &heads, tasks, &vocabulary, (Seed(experiment.seed), device))
 }
@@ -136,10 +136,11 @@ pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, dev
 /// Learns the tokenizer of an experiment, with the pretrained vectors that it names.
 pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer, Vec<Coverage>)> {
     let (train, root) = (corpus.rows(Split::Train), &experiment.data.root);
-    let mut tokenizer = Tokenizer::build(&experiment.tokenizer, root, &train)?;
-    tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
-    if let Some(from) = &experiment.init_from {
-        extend_by_run(&mut tokenizer, experiment, &RunDirectory::open(from)?)?;
+    let max_bytes = experiment.model.embedding.characters.max_bytes();
+    let mut tokenizer = Tokenizer::build(&experiment.tokenizer, root, &train, max_bytes)?;
+    // What is wrong with it is told by `transfer`.
+    if let Some(run) = experiment.init_from.as_ref().and_then(|from| RunDirectory::open(from).ok()) {
+        extend_by_run(&mut tokenizer, experiment, &run)?;
     }
     let configs = &experiment.model.embedding.vectors;
     let coverage = match configs.is_empty() {
@@ -154,8 +155,7 @@ fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDi
     let (theirs, _, earlier) = of_run(run)?;
     let words = |experiment: &Experiment| matches!(experiment.tokenizer, TokenizerConfig::Word(_));
     if words(experiment) && words(&theirs) {
-        tokenizer.extend(earlier.vocabulary().iter().take(earlier.n_trained).map(String::as_str))?;
-        tokenizer.n_trained = tokenizer.size();
+        tokenizer.learn(earlier.vocabulary().iter().take(earlier.n_trained()).map(String::as_str))?;
     }
     Ok(())
 }
@@ -183,19 +183,18 @@ const VECTORS: &str = "vectors.safetensors";
 
 /// Keeps the vectors of a run's tokenizer in its directory.
 pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
-    if tokenizer.vectors.is_empty() {
+    if tokenizer.vectors().is_empty() {
         return Ok(());
     }
-    let tables = tokenizer.vectors.iter().enumerate();
+    let tables = tokenizer.vectors().iter().enumerate();
     let tables: Vec<_> = tables.map(|(i, table)| (i.to_string(), table.shallow_clone())).collect();
-    checkpoint::save(&run.file(VECTORS), &tables, &[], &tokenizer.n_trained.into())
+    checkpoint::save(&run.file(VECTORS), &tables, &[], &tokenizer.n_trained().into())
 }
 
 /// The tokenizer of a trained model, from its parts.
 fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter())?;
-    tokenizer.max_bytes = experiment.model.embedding.characters.max_bytes();
-    Ok(tokenizer)
+    let max_bytes = experiment.model.embedding.characters.max_bytes();
+    Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter(), max_bytes)
 }
 
 /// An experiment from its text.
@@ -218,13 +217,15 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let mut tokenizer = tokenizer_of(&experiment, tokenizer)?;
     let weights = exported.module.parameters()?;
     let named = |name: String| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor);
+    let (mut n_trained, mut vectors) = (tokenizer.n_trained(), Vec::new());
     for i in 0..experiment.model.embedding.vectors.len() {
         let first =
             named(format!("embedding.vectors_{i}")).with_context(|| format!("{} lacks its vectors", path.display()))?;
-        tokenizer.n_trained = first.size()[0] as usize;
+        n_trained = first.size()[0] as usize;
         let parts: Vec<&Tensor> = std::iter::once(first).chain(named(format!("embedding.further_{i}"))).collect();
-        tokenizer.vectors.push(Tensor::cat(&parts, 0).to_kind(tch::Kind::Float));
+        vectors.push(Tensor::cat(&parts, 0).to_kind(tch::Kind::Float));
     }
+    tokenizer.set_vectors(n_trained, vectors);
     let mut model = model(&experiment, &tasks, &tokenizer, device)?;
     let weights = weights.into_iter().map(|(name, tensor)| (name, tensor.to_kind(tch::Kind::Float)));
     let fits = || format!("{} does not fit its experiment", path.display());
@@ -263,11 +264,11 @@ pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> 
         tokenizer_of(&experiment, &json).with_context(|| format!("{}", run.file("tokenizer.json").display()))?;
     if !experiment.model.embedding.vectors.is_empty() {
         let saved = checkpoint::load(&run.file(VECTORS))?;
-        tokenizer.n_trained = serde_json::from_value(saved.state)?;
+        let n_trained = serde_json::from_value(saved.state)?;
         let mut tables: Vec<(usize, Tensor)> =
             saved.model.into_iter().filter_map(|(name, table)| Some((name.parse().ok()?, table))).collect();
         tables.sort_by_key(|(number, _)| *number);
-        tokenizer.vectors = tables.into_iter().map(|(_, table)| table).collect();
+        tokenizer.set_vectors(n_trained, tables.into_iter().map(|(_, table)| table).collect());
     }
     Ok((experiment, run.read_tasks()?, tokenizer))
 }

@@ -41,11 +41,12 @@ pub struct TrainingProgress<'a> {
 }
 
 impl<'a> TrainingProgress<'a> {
-    pub fn new(tasks: &'a [Task], n_steps: usize) -> Self {
+    /// Of `n_steps`, `step` are done.
+    pub fn new(tasks: &'a [Task], n_steps: usize, step: usize) -> Self {
         TrainingProgress {
             tasks,
             n_steps,
-            step: 0,
+            step,
             n_epochs: 0,
             bar: ProgressBar::hidden(),
             begun: None,
@@ -138,7 +139,7 @@ mod tests {
 
     #[test]
     fn steps_to_come_take_as_long_as_those_since_the_run_went_on() {
-        let mut progress = TrainingProgress::new(&[], 100);
+        let mut progress = TrainingProgress::new(&[], 100, 0);
         progress.epoch_started(3, 20, 0);
         assert_eq!((progress.n_epochs, progress.step, progress.left()), (5, 40, String::new()));
         progress.begun = Some((Instant::now() - Duration::from_secs(60), 40));

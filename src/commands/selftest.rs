@@ -197,19 +197,25 @@ fn as_on_the_cpu(device: Device) -> Result<()> {
         let (here, there) = (Setting::new(device, 0.0, size)?, Setting::new(Device::Cpu, 0.0, size)?);
         let weights = there.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
         here.model.parameters.load(weights.collect())?;
-        let losses = |setting: &Setting| as_vector(&setting.forward().1, setting.device()).to_device(Device::Cpu);
-        let all = |gradients: Vec<Tensor>| {
-            Tensor::cat(&gradients.iter().map(|gradient| gradient.flatten(0, -1)).collect::<Vec<_>>(), 0)
-        };
-        // TF32 products have 10 bits.
-        let tolerance = 5e-3;
-        for (what, ours, theirs) in [
-            ("loss", losses(&here), losses(&there)),
-            ("gradient", all(here.plain()?).to_device(Device::Cpu), all(there.plain()?)),
-        ] {
-            let off = (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[]);
-            ensure!(off <= tolerance, "a {what} of the {size:?} setting is off by {off:.1e} of its size");
-        }
+        compare(&here, &there).with_context(|| format!("{size:?} setting"))?;
+    }
+    Ok(())
+}
+
+/// Holds losses and gradients of two settings to each other.
+fn compare(here: &Setting, there: &Setting) -> Result<()> {
+    let losses = |setting: &Setting| as_vector(&setting.forward().1, setting.device()).to_device(Device::Cpu);
+    let all = |gradients: Vec<Tensor>| {
+        Tensor::cat(&gradients.iter().map(|gradient| gradient.flatten(0, -1)).collect::<Vec<_>>(), 0)
+    };
+    // TF32 products have 10 bits.
+    let tolerance = 5e-3;
+    for (what, ours, theirs) in [
+        ("loss", losses(here), losses(there)),
+        ("gradient", all(here.plain()?).to_device(Device::Cpu), all(there.plain()?)),
+    ] {
+        let off = (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[]);
+        ensure!(off <= tolerance, "a {what} is off by {off:.1e} of its size");
     }
     Ok(())
 }
@@ -258,7 +264,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_is_like_itself() {
+    fn a_device_is_like_itself_and_other_weights_are_told() {
         as_on_the_cpu(Device::Cpu).unwrap();
+        let [here, there] = [0, 1].map(|_| Setting::new(Device::Cpu, 0.0, Size::Large).unwrap());
+        let weights = here.model.parameters.tensors();
+        let _ = tch::no_grad(|| weights[0].shallow_clone().g_add_scalar_(0.5));
+        assert!(compare(&here, &there).unwrap_err().to_string().contains(" is off by"));
     }
 }

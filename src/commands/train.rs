@@ -175,7 +175,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
     }
     let started = Instant::now();
-    let mut progress = TrainingProgress::new(&tasks, trainer.n_steps());
+    let mut progress = TrainingProgress::new(&tasks, trainer.n_steps(), state.step);
     let before = if args.resume { seconds_before(run) } else { 0.0 };
     let outcome = trainer.train(state, &mut progress, stop)?;
     let seconds = before + started.elapsed().as_secs_f64();
@@ -202,6 +202,8 @@ fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<
     let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
     let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
     let tells = |row: usize| match of_task {
+        // No loss can be told of labels that the model does not know.
+        Some(i) if metric.ends_with(".loss") => dev.set.labels(TaskId(i), row).is_some(),
         Some(i) => dev.set.gold(TaskId(i), row).is_some(),
         None if metric == "sentence_accuracy" => n_labelled(row) > 1,
         None => n_labelled(row) > 0,

@@ -40,10 +40,10 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
 
 /// Takes the model's pretrained vectors over into the tokenizer's: those that stand still are in no checkpoint.
 pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
-    for (i, table) in tokenizer.vectors.iter().enumerate() {
+    for (i, table) in tokenizer.vectors().iter().enumerate() {
         let name = format!("embedding.vectors_{i}");
         if let Some((_, values)) = model.parameters.with_constants().find(|(known, _)| *known == name) {
-            let trained = table.narrow(0, 0, tokenizer.n_trained as i64);
+            let trained = table.narrow(0, 0, tokenizer.n_trained() as i64);
             tch::no_grad(|| trained.shallow_clone().copy_(&values.to_device(Device::Cpu)));
         }
     }
@@ -93,7 +93,7 @@ pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier:
     log::info!(
         "begins with {} of {} tokens, the trunk and {heads} of {}",
         super::table::count(rows.0.len()),
-        super::table::count(tokenizer.n_trained),
+        super::table::count(tokenizer.n_trained()),
         earlier.experiment.name
     );
     Ok(())
@@ -119,9 +119,9 @@ struct Rows(Vec<(i64, i64)>);
 
 impl Rows {
     fn new(earlier: &Tokenizer, now: &Tokenizer) -> Self {
-        let known = earlier.vocabulary().into_iter().take(earlier.n_trained).zip(0i64..);
+        let known = earlier.vocabulary().into_iter().take(earlier.n_trained()).zip(0i64..);
         let known: BTreeMap<String, i64> = known.collect();
-        let now = now.vocabulary().into_iter().take(now.n_trained).zip(0i64..);
+        let now = now.vocabulary().into_iter().take(now.n_trained()).zip(0i64..);
         Rows(now.filter_map(|(token, id)| Some((*known.get(&token)?, id))).collect())
     }
 

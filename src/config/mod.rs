@@ -252,7 +252,7 @@ training:
         for (metric, expected) in [
             ("intnt", "no task `intnt`; did you mean `intent`?"),
             ("slots.macro_f1", "`slots` has no score `macro_f1`; one of f1, precision"),
-            ("mean.loss", "no task `mean`"),
+            ("mean.loss", "`mean` is one number"),
         ] {
             let path = "training.early_stopping.metric";
             let text = format!("{GOOD}  early_stopping: {{metric: {metric}}}\n");
@@ -274,6 +274,7 @@ training:
                 GOOD.replace("1e-3", "1e-3, betas: [0.9]"),
                 "e.yaml:13: training.optimizer.betas: expected a list of 2".into(),
             ),
+            (with("model: {trunk: {<<: 3}}"), "e.yaml:14: model.trunk.<<: merges mappings, as in <<: *name".into()),
             (with("model: {trunk: [64, 2]}"), format!("e.yaml:14: model.trunk: {list}")),
             (
                 with("study: {seeds: [1], strategies: {dwa: [3]}}"),
@@ -303,6 +304,21 @@ training:
         ] {
             check_error(&text, &[&expected]);
         }
+    }
+
+    #[test]
+    fn merged_keys_keep_their_order_and_give_way_to_a_mapping_s_own() {
+        let tasks = "  intent: {type: classification, set: snips, column: label}\n";
+        let text = GOOD.replace(
+            "tasks:\n",
+            "x-a: &a {type: classification, set: snips}\nx-b: &b {<<: *a, hidden: 3}\n\
+            x-t: &t {first: {<<: *b, column: x}}\ntasks:\n  <<: *t\n",
+        );
+        let text = text.replace(tasks, "  intent: {<<: [*b, {hidden: 9, pooling: mean}], column: label}\n");
+        let experiment = load(&text, &[]).unwrap();
+        assert_eq!(experiment.tasks.keys().collect::<Vec<_>>(), ["first", "intent", "slots"]);
+        let HeadConfig::Classification(intent) = &experiment.tasks["intent"] else { panic!() };
+        assert_eq!((intent.hidden, format!("{:?}", intent.pooling).as_str()), (3, "Mean"));
     }
 
     #[test]

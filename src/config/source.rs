@@ -1,6 +1,6 @@
 //! From files to one tree of values that remembers where each value stands: YAML, `extends`, `--set`, environment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -58,14 +58,12 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
     })?;
     let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
     let (places, twice) = places(path, &text);
-    let mut yaml: serde_yaml::Value =
-        serde_yaml::from_str(&text).map_err(|error| match (error.to_string(), &twice) {
-            (message, Some((key, first, second))) if message.contains("duplicate entry") => {
-                fail(*second, format!("{key} stands in line {first} already"))
-            }
-            (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
-        })?;
-    yaml.apply_merge().map_err(|error| fail(0, format!("<<: {}", plain(&error.to_string()))))?;
+    let yaml: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| match (error.to_string(), &twice) {
+        (message, Some((key, first, second))) if message.contains("duplicate entry") => {
+            fail(*second, format!("{key} stands in line {first} already"))
+        }
+        (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
+    })?;
     let line_of = |key: &str| places.get(key).map_or(0, |place| place.line);
     let mut value = to_json(yaml, "").map_err(|(key, message)| {
         let line = line_of(&key);
@@ -133,14 +131,25 @@ fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String
             Value::Array(items.map(|(i, item)| to_json(item, &join(path, &i.to_string()))).collect::<Result<_, _>>()?)
         }
         serde_yaml::Value::Mapping(entries) => {
+            let own: BTreeSet<String> = entries.keys().map(key_of).collect();
             let mut object = Map::new();
             for (key, value) in entries {
-                let key = match key {
-                    serde_yaml::Value::String(key) => key,
-                    other => serde_yaml::to_string(&other).unwrap_or_default().trim().to_owned(),
-                };
+                let key = key_of(&key);
                 let value = to_json(value, &join(path, &key))?;
-                object.insert(key, value);
+                if key != "<<" {
+                    object.insert(key, value);
+                    continue;
+                }
+                // What is merged stands here, but for keys that the mapping has itself; of several the first counts.
+                let merged = if let Value::Array(several) = value { several } else { vec![value] };
+                for one in merged {
+                    let Value::Object(one) = one else {
+                        return Err((join(path, &key), "merges mappings, as in <<: *name".to_owned()));
+                    };
+                    for (key, value) in one.into_iter().filter(|(key, _)| !own.contains(key)) {
+                        object.entry(key).or_insert(value);
+                    }
+                }
             }
             Value::Object(object)
         }
@@ -148,6 +157,13 @@ fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String
             return Err((path.to_owned(), format!("YAML tags such as {} have no meaning here", tagged.tag)));
         }
     })
+}
+
+fn key_of(key: &serde_yaml::Value) -> String {
+    match key {
+        serde_yaml::Value::String(key) => key.clone(),
+        other => serde_yaml::to_string(other).unwrap_or_default().trim().to_owned(),
+    }
 }
 
 /// A key that stands twice, with the two lines.

@@ -50,14 +50,15 @@ impl DeviceSet {
         }
     }
 
-    /// Has each of a task's `n_labels` classes count N / (C n_c) in training, n_c its share of the N labels here.
+    /// Has each of a task's classes count N / (C n_c) in training: n_c of the N labels here are its, C classes have some.
     pub fn balance(&mut self, task: TaskId, n_labels: usize) {
         let (TargetValues::Classes(values) | TargetValues::Tags(values)) = &self.set.targets[task.0];
         let mut counts = vec![0u32; n_labels];
         for &label in values.iter().filter(|&&label| label != NO_LABEL) {
             counts[label as usize] += 1;
         }
-        let each = f64::from(counts.iter().sum::<u32>()) / n_labels as f64;
+        let n_classes = counts.iter().filter(|&&n| n > 0).count();
+        let each = f64::from(counts.iter().sum::<u32>()) / n_classes.max(1) as f64;
         let weights: Vec<f32> = counts.iter().map(|&n| (each / f64::from(n.max(1))) as f32).collect();
         self.class_weights[task.0] = Some(Tensor::from_slice(&weights).to_device(self.device));
     }
@@ -227,7 +228,7 @@ mod tests {
         let weights =
             |task: usize| batch.targets[task].as_ref().unwrap().class_weights.as_ref().unwrap().shallow_clone();
         assert_eq!(weights(0), Tensor::from_slice(&[1.0f32, 1.0]));
-        assert_eq!(weights(1), Tensor::from_slice(&[0.75f32; 4]));
+        assert_eq!(weights(1), Tensor::from_slice(&[1.0f32; 4]), "a tag that never comes is not missed");
     }
 
     #[test]

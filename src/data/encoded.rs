@@ -210,7 +210,7 @@ impl EncodedSet {
             token_offsets: vec![0],
             word_offsets: vec![0],
             first_tokens: Some(Vec::new()),
-            spelling: tokenizer.max_bytes.map(Spelling::new),
+            spelling: tokenizer.max_bytes().map(Spelling::new),
             targets: tasks.iter().map(target).collect(),
             unseen: BTreeMap::new(),
             set_starts: vec![0],
@@ -272,11 +272,12 @@ fn unseen(corpus: &Corpus, split: Split, id: TaskId, task: &Task) -> Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::words::Splitter;
 
     #[test]
     fn words_are_spelled_in_bytes_up_to_a_limit() {
-        let mut tokenizer = Tokenizer::of_words(&[]);
-        tokenizer.max_bytes = Some(4);
+        let json = Tokenizer::of_words(&[]).to_json().unwrap();
+        let tokenizer = Tokenizer::from_json(json.as_bytes(), Splitter::Whitespace, Some(4)).unwrap();
         let set = EncodedSet::of_words(&[vec!["né", "HIGHER"], vec!["né"]], &tokenizer, &[]).unwrap();
         let spelling = set.spelling.unwrap();
         let bytes = |token: usize| {

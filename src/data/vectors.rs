@@ -93,7 +93,7 @@ pub fn attach(
     tokenizer.extend(further)?;
     let vocabulary = tokenizer.vocabulary();
     let counts = counts(tokenizer, train)?;
-    let mut coverages = Vec::new();
+    let (mut coverages, mut vectors) = (Vec::new(), Vec::new());
     for (number, (config, table, tokens)) in tables.iter().enumerate() {
         let mut place: FxHashMap<&str, usize> = FxHashMap::default();
         for (row, token) in tokens.iter().enumerate() {
@@ -105,7 +105,7 @@ pub fn attach(
             .iter()
             .map(|token| place.get(token.as_str()).or_else(|| place.get(token.to_lowercase().as_str())).copied())
             .collect();
-        tokenizer.vectors.push(table.of(
+        vectors.push(table.of(
             &found,
             tokenizer,
             config.trainable,
@@ -123,6 +123,7 @@ pub fn attach(
             tokens: (counts.iter().sum(), met.filter(known).map(|id| counts[id]).sum()),
         });
     }
+    tokenizer.set_vectors(tokenizer.n_trained(), vectors);
     Ok(coverages)
 }
 
@@ -156,7 +157,7 @@ impl Table {
             match row {
                 Some(row) => values.extend_from_slice(&self.values[row * self.dim..(row + 1) * self.dim]),
                 None if trainable
-                    && id < tokenizer.n_trained
+                    && id < tokenizer.n_trained()
                     && (!tokenizer.pads || id != tokenizer.padding as usize) =>
                 {
                     let normal = rand_distr::Normal::new(0.0, spread as f32).expect("invariant: a spread of squares");
@@ -315,7 +316,7 @@ mod tests {
         let mut builder = RowsBuilder::new(Path::new("f"), &[]);
         builder.push(1, &["Play", "the", "song", "Play"], &[]);
         let config = TokenizerConfig::Word(WordConfig::default());
-        let mut tokenizer = Tokenizer::build(&config, Path::new(""), &[&builder.rows]).unwrap();
+        let mut tokenizer = Tokenizer::build(&config, Path::new(""), &[&builder.rows], None).unwrap();
         let vectors = VectorsConfig { file: "v.txt".into(), words: None, trainable: true, max_words: 3 };
         let coverage = attach(&mut tokenizer, &[vectors], folder.path(), &[&builder.rows], Seed(1)).unwrap();
         assert_eq!((coverage[0].types, coverage[0].tokens, coverage[0].n_words), ((3, 2), (4, 3), 4));
@@ -323,12 +324,12 @@ mod tests {
         // [PAD] [UNK] Play song the, then words that training did not meet, of the first three of the file.
         assert_eq!(tokenizer.vocabulary()[..2], ["[PAD]", "[UNK]"]);
         assert_eq!(
-            (tokenizer.n_trained, tokenizer.vocabulary()[5..].to_vec()),
+            (tokenizer.n_trained(), tokenizer.vocabulary()[5..].to_vec()),
             (5, vec!["play".into(), "jazz".into()])
         );
         let vector = |word: &str| {
             let id = tokenizer.vocabulary().iter().position(|token| token == word).unwrap();
-            Vec::<f32>::try_from(tokenizer.vectors[0].get(id as i64)).unwrap()
+            Vec::<f32>::try_from(tokenizer.vectors()[0].get(id as i64)).unwrap()
         };
         assert_eq!((vector("Play"), vector("jazz"), vector("[PAD]")), (vec![1.0; 2], vec![3.0; 2], vec![0.0; 2]));
         assert!(vector("the").iter().all(|&v| v != 0.0), "a trained word without a vector starts at chance");

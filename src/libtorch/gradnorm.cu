@@ -1,17 +1,17 @@
 // GradNorm's update of src/weighting/gradnorm.rs, which operators take in two dozen launches: one thread, for some tasks.
 //
-// Float64 throughout. losses, norms, weights, moved, first, second and initial [T]; seen [3, T]; `given` has the numbers below, then
-// priorities, presence (1 or 0) and the two corrections of Adam's moments, [T] each.
+// Float64 throughout. losses, norms, weights, moved, Adam's moments and steps, and initial [T]; seen [3, T]; `given` has the numbers
+// below, then priorities and presence (1 or 0), [T] each.
 
 // Of two numbers the larger; what is no number stays so.
 __device__ double at_least(double x, double least) { return x < least ? least : x; }
 
 extern "C" __global__ void gradnorm(
     const double* losses, const double* norms, const double* initial, const double* given, const double* weights, double* moved,
-    double* first, double* second, double* floored, double* seen, int n, int adam) {
+    double* first, double* second, double* steps, double* floored, double* seen, int n, int adam) {
   const double alpha = given[0], floor = given[1], smallest_loss = given[2];
   const double rate = given[3], beta1 = given[4], beta2 = given[5], epsilon = given[6];
-  const double *priorities = given + 7, *here = priorities + n, *correct_first = here + n, *correct_second = correct_first + n;
+  const double *priorities = given + 7, *here = priorities + n;
   double magnitudes = 0, shares = 0, ratios = 0, count = 0;
   for (int i = 0; i < n; i++) {
     double priority = priorities[i] * here[i];
@@ -36,9 +36,11 @@ extern "C" __global__ void gradnorm(
     double gradient = off > 0 ? slope : off < 0 ? -slope : 0 * off;
     double value = weights[i];
     if (here[i] > 0 && adam) {
+      steps[i] += 1;
       first[i] = first[i] * beta1 + gradient * (1 - beta1);
       second[i] = second[i] * beta2 + gradient * gradient * (1 - beta2);
-      value -= first[i] / correct_first[i] / (sqrt(second[i] / correct_second[i]) + epsilon) * rate;
+      double momentum = first[i] / (1 - pow(beta1, steps[i])), spread = second[i] / (1 - pow(beta2, steps[i]));
+      value -= momentum / (sqrt(spread) + epsilon) * rate;
     } else if (here[i] > 0) {
       value -= gradient * rate;
     }

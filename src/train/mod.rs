@@ -226,7 +226,7 @@ impl Trainer<'_> {
         let report = evaluate(self.model, self.dev, self.tasks)?;
         let mut values =
             Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
-        for task in report.tasks.iter().filter(|task| task.loss.is_some()) {
+        for task in report.tasks.iter().filter(|task| task.n_sentences > 0) {
             let scores = task.scores.iter().map(|score| (score.name.clone(), json!(score.value)));
             values.insert(
                 task.name.clone(),

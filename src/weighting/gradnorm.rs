@@ -160,14 +160,11 @@ impl Gradnorm {
     fn learn_by_kernel(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
         let (n, device) = (step.present.len(), norms.device());
         let adam = self.config.optimizer == AdaptBy::Adam;
-        let KernelInputs { numbers, corrections: [of_first, of_second], moments: [first, second] } =
-            self.adapter.for_kernel(step.present);
+        let KernelInputs { numbers, moments: [first, second], steps } = self.adapter.for_kernel();
         let mut given = vec![self.config.alpha, self.config.floor, SMALLEST_LOSS];
         given.extend(numbers);
         given.extend(&self.priorities);
         given.extend(step.present.iter().map(|&present| f64::from(present)));
-        given.extend(of_first);
-        given.extend(of_second);
         let (moved, seen) = (self.weights.empty_like(), Tensor::empty([3, n as i64], (Kind::Double, device)));
         KERNEL.launch(
             LaunchConfig { grid: [1, 1], block: [1, 1], shared: 0 },
@@ -180,6 +177,7 @@ impl Gradnorm {
                 &moved,
                 first,
                 second,
+                steps,
                 &self.floored,
                 &seen,
             ],

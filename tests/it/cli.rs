@@ -88,6 +88,20 @@ fn a_run_trains_evaluates_and_predicts() {
         conll,
         "# topic = music\n# id = 1\nplay\tx\tO\nthe\ty\tO\nrock\tz\tB-thing\n\n# topic = food\ncook\tO\nsoup\tB-thing\n\n"
     );
+    // Lines as the run's own CoNLL files have them: no word in comments, in the start of a document, in a range; a class is said once.
+    let input = "-DOCSTART- x y\n\n# topic = food\n1\tplay\tx\n# \tthe\ty\n3\trock\tz\n";
+    folder.file(
+        "runs/small/resolved.yaml",
+        folder.read("runs/small/resolved.yaml").replace(
+            "  sets:\n",
+            "  sets:\n    form: {format: conll, columns: [id, form, tag], tokens: form, train: f, dev: f}\n",
+        ),
+    );
+    let output = folder.polytask(&command).write_stdin(input).assert().success().get_output().clone();
+    let conll = String::from_utf8(output.stdout).unwrap();
+    let expected = "-DOCSTART- x y\n\n# topic = music\n1\tplay\tx\tO\n# \tthe\ty\tO\n3\trock\tz\tB-thing\n\n";
+    assert_eq!(conll, expected);
+    folder.polytask(&[&command[..], &["--top", "2"]].concat()).assert().code(2);
     // Tokens that stand in the text keep its offsets; what looks like JSON may be text.
     let input = "{\"tokens\": [\"play\", \"rock\"], \"text\": \"play  rock\"}\n";
     let read = |more: &[&str]| -> serde_json::Value {

@@ -167,6 +167,11 @@ fn onnxruntime_agrees_with_torchscript() {
         train(&folder, &[overrides, &["training.max_steps=20"]].concat());
         export(&folder, &["--force"], 0);
         folder.polytask(&["export", "run", "--format", "onnx", "--out", "m.onnx", "--force"]).assert().success();
+        // Without dev data it has the same inputs.
+        let dev = folder.read("dev.jsonl");
+        std::fs::remove_file(folder.path().join("dev.jsonl")).unwrap();
+        folder.polytask(&["export", "run", "--format", "onnx", "--out", "bare.onnx", "--force"]).assert().success();
+        folder.file("dev.jsonl", dev);
         let program = "
 import json, numpy as np, onnxruntime, torch
 session = onnxruntime.InferenceSession('m.onnx')
@@ -174,6 +179,8 @@ texts = session.get_modelmeta().custom_metadata_map
 assert json.loads(texts['labels.json'])[0]['name'] == 'topic' and 'model' in json.loads(texts['tokenizer.json'])
 model = torch.jit.load('model.pt')
 names = [value.name for value in session.get_inputs()]
+bare = [value.name for value in onnxruntime.InferenceSession('bare.onnx').get_inputs()]
+assert names == bare, (names, bare)
 pieces, spelled = 'n_words' in names, 'bytes' in names
 torch.manual_seed(1)
 for n_rows, n_tokens in [(1, 1), (1, 9), (5, 4), (7, 12)]:

@@ -51,7 +51,7 @@ fn the_saved_tokenizer_gives_the_same_ids_in_python() {
         let config = polytask::config::Experiment::load(&folder.path().join("run/resolved.yaml"), &[]).unwrap();
         let json = folder.read("run/tokenizer.json");
         let splitter = config.tokenizer.splitter();
-        let ours = polytask::data::Tokenizer::from_json(json.as_bytes(), splitter).unwrap();
+        let ours = polytask::data::Tokenizer::from_json(json.as_bytes(), splitter, None).unwrap();
         let task: [polytask::task::Task; 0] = [];
         let mut expected = Vec::new();
         for sentence in sentences {

@@ -83,6 +83,9 @@ fn check_metric(c: &mut Checker, experiment: &Experiment) {
         (None, None) if task == "sentence_accuracy" => {
             c.require(path, experiment.tasks.len() > 1, "sentence_accuracy is of sentences with labels of two tasks");
         }
+        (None, Some(_)) if task == "mean" || task == "sentence_accuracy" => {
+            c.error(path, format!("`{task}` is one number: only tasks have scores, as in TASK.loss"));
+        }
         _ => {
             let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
             names.extend(["mean", "sentence_accuracy"]);

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{Cut, Format, Layout, Parsed, in_parts, lines};
 use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+use crate::data::set::SetConfig;
 use crate::problem::{Place, Problem, counted};
 
 const CONLLU: [&str; 10] = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"];
@@ -17,23 +18,101 @@ enum Source<'a> {
     Comment(&'a str),
 }
 
-struct Plan<'a> {
+/// How the lines of words are written.
+pub struct Lines {
     conllu: bool,
-    separator: Option<&'a str>,
-    /// Where they are all named.
-    n_columns: Option<usize>,
+    separator: Option<String>,
+    /// Their columns, where those are named.
+    names: Vec<String>,
+    /// The column of the word.
+    word: Option<usize>,
+}
+
+/// What a line is.
+pub enum Line<'a> {
+    /// The columns of a word.
+    Word(Vec<&'a str>),
+    /// A comment `# name = value`.
+    Named(&'a str, &'a str),
+    /// Another comment, the start of a document, a range (`3-4`) or an empty node (`5.1`).
+    Other,
+}
+
+impl Lines {
+    /// As a set has them.
+    pub fn of(set: &SetConfig) -> Lines {
+        Lines::new(set.format == Format::Conllu, &set.columns, set.separator.clone(), set.tokens.as_deref())
+    }
+
+    /// `word` is the name or the number of a column.
+    pub fn new(conllu: bool, columns: &[String], separator: Option<String>, word: Option<&str>) -> Lines {
+        let names = if conllu { CONLLU.map(str::to_owned).to_vec() } else { columns.to_vec() };
+        let mut lines = Lines { conllu, separator, names, word: None };
+        lines.word = lines.position(word.unwrap_or(if conllu { "form" } else { "0" }));
+        lines
+    }
+
+    /// The number of a column from its name or its number.
+    fn position(&self, name: &str) -> Option<usize> {
+        self.names.iter().position(|known| known == name).or_else(|| name.parse().ok())
+    }
+
+    fn n_columns(&self) -> Option<usize> {
+        (!self.conllu && !self.names.is_empty()).then_some(self.names.len())
+    }
+
+    /// `within`: whether a word of the sentence stands before it.
+    pub fn line<'a>(&self, line: &'a str, within: bool) -> Line<'a> {
+        if line.starts_with("-DOCSTART-") {
+            return Line::Other;
+        }
+        let comment = line.strip_prefix('#').filter(|_| !within);
+        let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
+        if let Some((name, value)) = named.filter(|rest| !rest.contains('\t')).and_then(|rest| rest.split_once('='))
+            && !name.trim().contains(' ')
+        {
+            let (name, value) = (name.trim(), value.trim());
+            return if value.is_empty() { Line::Other } else { Line::Named(name, value) };
+        }
+        if self.conllu && line.starts_with('#') {
+            return Line::Other;
+        }
+        let fields: Vec<&str> = match &self.separator {
+            Some(separator) => line.split(separator.as_str()).collect(),
+            None if self.conllu || line.contains('\t') => line.split('\t').collect(),
+            None => line.split_ascii_whitespace().collect(),
+        };
+        let other = self.conllu && fields[0].contains(['-', '.']);
+        let prose = self.n_columns().is_some_and(|n| n != fields.len()) && line.starts_with("# ") && !within;
+        if other || prose { Line::Other } else { Line::Word(fields) }
+    }
+
+    /// The word of a line, by its columns; of one that has fewer than are named, the first.
+    pub fn word<'a>(&self, fields: &[&'a str]) -> Option<&'a str> {
+        fields.get(self.word.unwrap_or(0)).or(fields.first()).copied()
+    }
+
+    /// What stands between the columns of `line`.
+    pub fn separator<'a>(&'a self, line: &str) -> &'a str {
+        let unknown = if line.contains('\t') || !line.trim().contains(' ') { "\t" } else { " " };
+        self.separator.as_deref().unwrap_or(if self.conllu { "\t" } else { unknown })
+    }
+}
+
+struct Plan<'a> {
+    lines: Lines,
     word: usize,
     sources: Vec<Source<'a>>,
 }
 
 pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let conllu = layout.format == Format::Conllu;
-    let names: Vec<&str> = if conllu { CONLLU.to_vec() } else { layout.columns.iter().map(String::as_str).collect() };
+    let form = Lines::new(conllu, &layout.columns, layout.separator.clone(), layout.tokens.as_deref());
     let mut problems = Vec::new();
     let mut position = |name: &str| {
-        let found = names.iter().position(|known| *known == name).or_else(|| name.parse().ok());
+        let found = form.position(name);
         if found.is_none() {
-            let message = match names.as_slice() {
+            let message = match form.names.as_slice() {
                 [] => {
                     format!("no column `{name}`: name the columns with `columns:`, or use its number from 0 in quotes")
                 }
@@ -45,22 +124,18 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
         }
         found.unwrap_or(0)
     };
-    let plan = Plan {
-        conllu,
-        separator: layout.separator.as_deref(),
-        n_columns: (!conllu && !names.is_empty()).then_some(names.len()),
-        word: position(layout.tokens.as_deref().unwrap_or(if conllu { "form" } else { "0" })),
-        sources: wanted
-            .iter()
-            .map(|wanted| match wanted.kind {
-                WantedKind::Tags(_) => Source::Column(position(&wanted.column)),
-                WantedKind::Class => Source::Comment(&wanted.column),
-            })
-            .collect(),
-    };
+    let word = position(layout.tokens.as_deref().unwrap_or(if conllu { "form" } else { "0" }));
+    let sources = wanted
+        .iter()
+        .map(|wanted| match wanted.kind {
+            WantedKind::Tags(_) => Source::Column(position(&wanted.column)),
+            WantedKind::Class => Source::Comment(&wanted.column),
+        })
+        .collect();
     if !problems.is_empty() {
         return (Vec::new(), problems);
     }
+    let plan = Plan { lines: form, word, sources };
     in_parts((path, text), Cut::EmptyLine, wanted, |part, first_line, builder| {
         let mut sentence = Sentence::default();
         for (number, line) in lines(part, first_line) {
@@ -87,42 +162,20 @@ struct Sentence<'a> {
 
 impl<'a> Sentence<'a> {
     fn add(&mut self, number: usize, line: &'a str, plan: &Plan, builder: &mut RowsBuilder) {
-        if line.starts_with("-DOCSTART-") {
-            return;
-        }
-        let comment = line.strip_prefix('#').filter(|_| self.words.is_empty());
-        let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
-        if let Some((name, value)) = named.filter(|rest| !rest.contains('\t')).and_then(|rest| rest.split_once('='))
-            && !name.trim().contains(' ')
-        {
-            let (name, value) = (name.trim(), value.trim());
-            if value.is_empty() {
+        let fields = match plan.lines.line(line, !self.words.is_empty()) {
+            Line::Word(fields) => fields,
+            Line::Other => return,
+            Line::Named(name, value) => {
+                let wanted = |source: &Source| matches!(source, Source::Comment(wanted) if *wanted == name);
+                let other = self.comments.iter().find(|(known, other)| *known == name && *other != value);
+                if let Some((_, other)) = other.filter(|_| plan.sources.iter().any(wanted)) {
+                    builder.error(number, format!("a second `{name}`, `{value}`, of a sentence that has `{other}`"));
+                    self.broken = true;
+                }
+                self.comments.push((name, value));
                 return;
             }
-            let wanted = |source: &Source| matches!(source, Source::Comment(wanted) if *wanted == name);
-            let other = self.comments.iter().find(|(known, other)| *known == name && *other != value);
-            if let Some((_, other)) = other.filter(|_| plan.sources.iter().any(wanted)) {
-                builder.error(number, format!("a second `{name}`, `{value}`, of a sentence that has `{other}`"));
-                self.broken = true;
-            }
-            self.comments.push((name, value));
-            return;
-        }
-        if plan.conllu && line.starts_with('#') {
-            return;
-        }
-        let fields: Vec<&str> = match plan.separator {
-            Some(separator) => line.split(separator).collect(),
-            None if plan.conllu || line.contains('\t') => line.split('\t').collect(),
-            None => line.split_ascii_whitespace().collect(),
         };
-        // Ranges (`3-4`) and empty nodes (`5.1`) are no words of the sentence.
-        if plan.conllu && fields[0].contains(['-', '.']) {
-            return;
-        }
-        if plan.n_columns.is_some_and(|n| n != fields.len()) && line.starts_with("# ") && self.words.is_empty() {
-            return;
-        }
         if self.words.is_empty() {
             self.first_line = number;
             self.tags = vec![Vec::new(); plan.sources.len()];
@@ -137,7 +190,7 @@ impl<'a> Sentence<'a> {
             self.broken = true;
             return;
         }
-        if let Some(n) = plan.n_columns.filter(|&n| n < fields.len()) {
+        if let Some(n) = plan.lines.n_columns().filter(|&n| n < fields.len()) {
             builder.error(number, format!("{}, but `columns:` names {n}", counted(fields.len(), "column")));
             self.broken = true;
             return;
@@ -159,8 +212,8 @@ impl<'a> Sentence<'a> {
         let mut fields = Vec::with_capacity(plan.sources.len());
         for (source, tags) in plan.sources.iter().zip(sentence.tags) {
             // No feature is a value of its own; no part of speech is none.
-            let unset =
-                plan.conllu && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
+            let unset = plan.lines.conllu
+                && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
             let missing = |tag: &&str| tag.is_empty() || (unset && *tag == "_");
             let n_missing = tags.iter().filter(|tag| missing(tag)).count();
             fields.push(match source {

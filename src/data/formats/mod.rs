@@ -5,6 +5,8 @@ mod conll;
 mod json;
 mod parallel;
 
+pub use conll::{Line, Lines};
+
 use std::path::Path;
 
 use encoding_rs::Encoding;

@@ -55,7 +55,8 @@ pub struct WordConfig {
     pub fold_digits: bool,
     /// Words seen less often in training are unknown. Default 1, at least 1.
     pub min_count: u64,
-    /// At most so many words, the most frequent. Default: no limit.
+    /// At most so many words of the training text, the most frequent; those of vectors and of `init_from` come on top. Default:
+    /// no limit.
     pub max_size: Option<usize>,
     /// Probability that a word seen once in training is read as unknown, so that the unknown word gets trained (Lample
     /// 2016 use 0.5). Default 0.5, 0 to 1.
@@ -132,12 +133,9 @@ pub struct Tokenizer {
     /// Whether `padding` is a token for that alone.
     pub pads: bool,
     pub unknown: u32,
-    /// Sets keep so many bytes of each word's spelling. Default: none.
-    pub max_bytes: Option<usize>,
-    /// Tokens that training may meet: they come first. The others stand for words that pretrained vectors know.
-    pub n_trained: usize,
-    /// Pretrained vectors of all tokens, [V, E] a file.
-    pub vectors: Vec<Tensor>,
+    max_bytes: Option<usize>,
+    n_trained: usize,
+    vectors: Vec<Tensor>,
 }
 
 /// The token ids of each of a list of distinct words: word `w` has `ids[offsets[w]..offsets[w + 1]]`.
@@ -153,8 +151,14 @@ impl Pieces {
 }
 
 impl Tokenizer {
-    /// Learns a tokenizer from the training rows of all sets, or loads the one that the configuration names.
-    pub fn build(config: &TokenizerConfig, root: &Path, train: &[&Rows]) -> Result<Tokenizer> {
+    /// Learns a tokenizer from the training rows of all sets, or loads the one that the configuration names. Sets that it encodes
+    /// keep `max_bytes` of each word's spelling, if any.
+    pub fn build(
+        config: &TokenizerConfig,
+        root: &Path,
+        train: &[&Rows],
+        max_bytes: Option<usize>,
+    ) -> Result<Tokenizer> {
         let (engine, splitter) = match config {
             TokenizerConfig::Word(word) => (learn_words(word, train)?, word.split),
             TokenizerConfig::Bpe(piece) => (learn_pieces(piece, PieceKind::Bpe, train)?, piece.split),
@@ -164,19 +168,19 @@ impl Tokenizer {
                 let path = root.join(&file.path);
                 let bytes = std::fs::read(&path)
                     .map_err(|error| crate::problem::invalid(format!("{}: {error}", path.display())))?;
-                return Self::from_json(&bytes, file.split)
+                return Self::from_json(&bytes, file.split, max_bytes)
                     .map_err(|error| crate::problem::invalid(format!("{}: {error:#}", path.display())));
             }
         };
-        Self::new(engine, splitter)
+        Self::new(engine, splitter, max_bytes)
     }
 
     /// A tokenizer from the text of a `tokenizer.json`.
-    pub fn from_json(bytes: &[u8], splitter: Splitter) -> Result<Tokenizer> {
-        Self::new(engine_from(bytes)?, splitter)
+    pub fn from_json(bytes: &[u8], splitter: Splitter, max_bytes: Option<usize>) -> Result<Tokenizer> {
+        Self::new(engine_from(bytes)?, splitter, max_bytes)
     }
 
-    fn new(engine: Engine, splitter: Splitter) -> Result<Tokenizer> {
+    fn new(engine: Engine, splitter: Splitter, max_bytes: Option<usize>) -> Result<Tokenizer> {
         let find = |names: &[&str]| names.iter().find_map(|name| engine.token_to_id(name));
         let unknown = find(&[UNKNOWN, "<unk>", "<UNK>", "UNK", "<|endoftext|>"]);
         let unknown = unknown.ok_or_else(|| anyhow!("the tokenizer has no token for unknown words ({UNKNOWN})"))?;
@@ -184,9 +188,36 @@ impl Tokenizer {
         let padding = find(&[PADDING, "<pad>", "<PAD>"]);
         let (padding, pads) = (padding.unwrap_or(0), padding.is_some());
         let mut tokenizer =
-            Tokenizer { engine, splitter, padding, pads, unknown, max_bytes: None, n_trained: 0, vectors: Vec::new() };
+            Tokenizer { engine, splitter, padding, pads, unknown, max_bytes, n_trained: 0, vectors: Vec::new() };
         tokenizer.n_trained = tokenizer.size();
         Ok(tokenizer)
+    }
+
+    /// Bytes of each word's spelling that sets keep.
+    pub fn max_bytes(&self) -> Option<usize> {
+        self.max_bytes
+    }
+
+    /// Tokens that training may meet: they come first. The others stand for words that pretrained vectors know.
+    pub fn n_trained(&self) -> usize {
+        self.n_trained
+    }
+
+    /// Pretrained vectors of all tokens, [V, E] a file.
+    pub fn vectors(&self) -> &[Tensor] {
+        &self.vectors
+    }
+
+    /// Gives it the vectors of all tokens, of which training may meet the first `n_trained`.
+    pub fn set_vectors(&mut self, n_trained: usize, vectors: Vec<Tensor>) {
+        (self.n_trained, self.vectors) = (n_trained, vectors);
+    }
+
+    /// Words of an earlier training, which are known on.
+    pub fn learn<'a>(&mut self, words: impl Iterator<Item = &'a str>) -> Result<()> {
+        self.extend(words)?;
+        self.n_trained = self.size();
+        Ok(())
     }
 
     /// The number of token ids; some of a `tokenizer.json` may have no token.
@@ -264,7 +295,7 @@ mod tests {
                 all.zip(0..).map(|(word, id)| (word.to_string(), id.into())).collect();
             let model = serde_json::json!({"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN});
             let json = serde_json::json!({"version": "1.0", "added_tokens": [], "model": model});
-            Self::from_json(json.to_string().as_bytes(), Splitter::Whitespace).unwrap()
+            Self::from_json(json.to_string().as_bytes(), Splitter::Whitespace, None).unwrap()
         }
     }
 
@@ -284,18 +315,18 @@ mod tests {
     fn words_are_counted_ordered_and_cut() {
         let rows = rows(&["Play the song 12", "play THE end", "the 34"]);
         let config = WordConfig { lowercase: true, fold_digits: true, min_count: 2, ..Default::default() };
-        let tokenizer = Tokenizer::build(&TokenizerConfig::Word(config), Path::new(""), &[&rows]).unwrap();
+        let tokenizer = Tokenizer::build(&TokenizerConfig::Word(config), Path::new(""), &[&rows], None).unwrap();
         // [PAD] [UNK] the(3) 00(2) play(2)
         assert_eq!(tokenizer.size(), 5);
         let gaps = tokenizer.to_json().unwrap().replace(": 4", ": 9").replace(":4", ":9");
-        let gaps = Tokenizer::from_json(gaps.as_bytes(), Splitter::Whitespace).unwrap();
+        let gaps = Tokenizer::from_json(gaps.as_bytes(), Splitter::Whitespace, None).unwrap();
         assert_eq!((gaps.size(), gaps.vocabulary()[5].as_str()), (10, ""), "every id has a place");
         assert_eq!(
             (ids(&tokenizer, "THE"), ids(&tokenizer, "99"), ids(&tokenizer, "Play")),
             (vec![2], vec![3], vec![4])
         );
         assert_eq!((ids(&tokenizer, "song"), tokenizer.unknown, tokenizer.padding), (vec![1], 1, 0));
-        let again = Tokenizer::from_json(tokenizer.to_json().unwrap().as_bytes(), Splitter::Whitespace).unwrap();
+        let again = Tokenizer::from_json(tokenizer.to_json().unwrap().as_bytes(), Splitter::Whitespace, None).unwrap();
         assert_eq!(ids(&again, "play"), vec![4]);
     }
 
@@ -308,7 +339,7 @@ mod tests {
             TokenizerConfig::Wordpiece(piece.clone()),
             TokenizerConfig::Unigram(piece),
         ] {
-            let build = || Tokenizer::build(&config, Path::new(""), &[&rows]).unwrap();
+            let build = || Tokenizer::build(&config, Path::new(""), &[&rows], None).unwrap();
             let tokenizer = build();
             for _ in 0..20 {
                 assert_eq!(tokenizer.to_json().unwrap(), build().to_json().unwrap(), "{config:?}");
