@@ -25,9 +25,9 @@ pub struct Cli {
 pub enum Command {
     /// Train an experiment, evaluate its best checkpoint on test, print a table
     Train(TrainArgs),
-    /// Evaluate a trained run on dev or test
+    /// Score a trained run on train, dev or test, or on other files
     Evaluate(EvaluateArgs),
-    /// Label text with a trained run: text or JSON lines in, JSON lines out
+    /// Label sentences with a trained run: text, JSON lines or CoNLL in, JSON lines or CoNLL out
     Predict(PredictArgs),
     /// Find everything wrong or odd in an experiment and its data, before training
     Check(CheckArgs),
@@ -126,7 +126,7 @@ impl From<EvaluatedSplit> for Split {
 pub struct PredictArgs {
     /// The run directory, or an exported model.pt
     pub run: PathBuf,
-    /// A sentence a line, or JSON lines with `text` or `tokens` [default: standard input]
+    /// What is to be labelled [default: standard input]
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
     /// Where the labels go [default: standard output]
