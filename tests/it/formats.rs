@@ -180,6 +180,40 @@ fn jsonl_text_tokens_tags_and_spans() {
 }
 
 #[test]
+fn numbers_are_tags_and_what_cannot_be_is_named() {
+    let folder = Folder::new();
+    let plain = "  tags: {type: tagging, set: s, column: tags, scheme: plain}";
+    folder.file("t.jsonl", "{\"tokens\": [\"a\", \"b\"], \"tags\": [5, 3]}\n");
+    let set = "format: jsonl, tokens: tokens, train: t.jsonl, dev: t.jsonl";
+    let (corpus, problems) = read(&folder, set, plain);
+    assert!(labels(&corpus, 0) == ["5", "3"] && problems.is_empty(), "{problems:?}");
+    let (_, problems) = read(&folder, set, &plain.replace("column: tags", "column: tgs"));
+    let expected = "t.jsonl: no row has a `tgs` for task `tags`; the keys of its first row are `tokens`, `tags`";
+    assert!(messages(&problems).iter().any(|message| message == expected), "{problems:?}");
+    let nested = "{\"text\": \"new york city\", \"tags\": [[0, 13, \"x\"], [4, 8, \"y\"]]}\n{\"text\": null}\n";
+    folder.file("t.jsonl", nested);
+    let (_, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", BOTH);
+    let messages = messages(&problems);
+    for expected in ["t.jsonl:1: span 4..8 `y` overlaps another span: a word has one tag", "t.jsonl:2: `text` is null"]
+    {
+        assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
+    }
+    // CoNLL-U: no feature is a value, no part of speech is none; and the wrong scheme is told as such.
+    let line = |id: u8, upos: &str, feats: &str| format!("{id}\tw\t_\t{upos}\t_\t{feats}\t_\t_\t_\tB-a\n");
+    folder.file(
+        "t.conllu",
+        line(1, "X", "_") + &line(2, "Y", "Case=Nom") + "\n" + &line(1, "_", "_").replace("B-a", "S-a"),
+    );
+    let tasks = "  feats: {type: tagging, set: s, column: feats, scheme: plain}\n  upos: {type: tagging, set: s, column: upos, scheme: plain}\n  \
+        spans: {type: tagging, set: s, column: misc}";
+    let (corpus, problems) = read(&folder, "format: conllu, train: t.conllu, dev: t.conllu", tasks);
+    assert_eq!(labels(&corpus, 0), ["_", "Case=Nom", "_"]);
+    assert_eq!(labels(&corpus, 1), ["X", "Y", "-"]);
+    let expected = "t.conllu:4: `misc`, word 1: `S-a` is no bio tag; all tags here are of `scheme: bioes`";
+    assert!(problems.iter().any(|problem| problem.to_string().ends_with(expected)), "{problems:?}");
+}
+
+#[test]
 fn json_arrays_and_rasa_know_their_lines() {
     let folder = Folder::new();
     folder.file("t.json", "{\"a\": [\n  [\"hello you\", \"x\"],\n  [\"bye\", \"y\"],\n  [7, \"y\"]\n]}");

@@ -98,7 +98,13 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     let mut made: Vec<Option<Vec<String>>> = Vec::new();
     for wanted in builder.wanted {
         let spans = match (value(row, &wanted.column), wanted.kind) {
-            (Some(found), WantedKind::Tags(scheme)) => spans(found).map(|spans| (scheme, spans)),
+            (Some(found), WantedKind::Tags(scheme)) => {
+                if let Some(tags) = numbers(found) {
+                    made.push(Some(tags));
+                    continue;
+                }
+                spans(found).map(|spans| (scheme, spans))
+            }
             _ => None,
         };
         made.push(match spans {
@@ -137,6 +143,12 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
         });
     }
     builder.push(line, &words, &fields);
+}
+
+/// Tags that are numbers.
+fn numbers(value: &Value) -> Option<Vec<String>> {
+    let items = value.as_array().filter(|items| !items.is_empty() && items.iter().all(Value::is_number))?;
+    Some(items.iter().map(Value::to_string).collect())
 }
 
 fn scalar(value: &Value) -> Option<Cow<'_, str>> {
