@@ -18,10 +18,12 @@ use super::compare::{self, PLAN, Planned};
 use super::finished::{self, Finished};
 use super::{End, prepare, table};
 use crate::config::{Experiment, PlannedRun};
+use crate::data::Split;
 use crate::evaluate::TaskReport;
 use crate::libtorch;
 use crate::problem::invalid;
 use crate::run::{NewRun, RunDirectory, atomic};
+use crate::task::TaskId;
 
 /// One run of the plan on disk.
 struct Job {
@@ -45,10 +47,18 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     for device in &args.devices {
         libtorch::device(device).map_err(|error| invalid(format!("{error:#}")))?;
     }
-    let runs = experiment.planned_runs(study);
+    let mut runs = experiment.planned_runs(study);
     // What no run could read is told once, before the first.
-    let (_, problems) = prepare::corpus(&experiment)?;
+    let (corpus, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
+    let chosen = |i: usize| corpus.has_labels(TaskId(i), Split::Dev);
+    for (_, name) in experiment.tasks.keys().enumerate().filter(|(i, _)| !chosen(*i)) {
+        let (n, alone) = (runs.len(), format!("only-{name}"));
+        runs.retain(|run| run.label != alone);
+        if runs.len() < n {
+            log::warn!("`{name}` is not trained alone: dev has no label of it to choose a checkpoint by");
+        }
+    }
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/{}-study", experiment.name)));
     if !out.join(PLAN).is_file() {
         NewRun::fail_if_occupied(&out)?;

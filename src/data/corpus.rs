@@ -10,7 +10,7 @@ use super::cache;
 use super::cuts::{cut, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
 use super::labels;
-use super::rows::{ABSENT, Rows, Wanted, WantedKind};
+use super::rows::{ABSENT, Column, Rows, Wanted, WantedKind};
 use super::set::{DataConfig, SetConfig, Split, TaskColumn};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
@@ -53,6 +53,12 @@ impl Corpus {
             let column = set.tasks.iter().position(|&known| known == task)?;
             Some((set, column))
         })
+    }
+
+    /// Whether a row of a split has a label for a task.
+    pub fn has_labels(&self, task: TaskId, split: Split) -> bool {
+        let labelled = |column: &Column| column.values.iter().any(|&value| value != ABSENT);
+        self.columns_of(task).any(|(set, column)| labelled(&set.splits[split as usize].columns[column]))
     }
 
     /// A fingerprint of the rows of a split that carry labels for a task: equal where sentences and labels are.

@@ -108,6 +108,19 @@ fn a_task_without_test_rows_is_compared_on_dev() {
 }
 
 #[test]
+fn a_task_without_dev_labels_is_not_trained_alone() {
+    let folder = study("  strategies: {equal: {}}\n");
+    folder.file("bare.jsonl", folder.read("dev.jsonl").replace("\"slots\"", "\"other\""));
+    let command = ["study", "study.yaml", "--set", "data.sets.toy.dev=bare.jsonl"];
+    let (table, log) = said(&folder, &command, 0);
+    assert!(log.contains("`slots` is not trained alone: dev has no label of it"), "{log}");
+    assert!(
+        log.contains("4 runs") && table.contains("each task alone") && table.contains("slots f1 (test)"),
+        "{table}"
+    );
+}
+
+#[test]
 fn a_single_task_has_no_twin() {
     let folder = study("  strategies: {equal: {}}\n");
     // Nobody else is at work in its folder.
