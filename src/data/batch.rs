@@ -62,7 +62,7 @@ pub struct Targets {
     pub labels: Tensor,
     /// How many decisions are labelled: sentences, or words.
     pub n_decisions: i64,
-    /// What each class counts in training, [C], where not all count the same.
+    /// What each class counts in training, `[C]`, where not all count the same.
     pub class_weights: Option<Tensor>,
 }
 
