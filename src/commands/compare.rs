@@ -199,20 +199,21 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     let groups = || comparison.groups.iter().chain(&comparison.twins);
     let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
     let several = comparison.twins.iter().any(|twin| twin.study != comparison.twins[0].study);
-    let named = |group: &Group| match &group.study {
-        Some(study) if several && !group.label.starts_with(study) => format!("{study}: {}", group.label),
-        _ => group.label.clone(),
+    let named = |twin: &Group| match &twin.study {
+        Some(study) if several => format!("{study}: {}", twin.label),
+        _ => twin.label.clone(),
     };
+    let strategies = comparison.groups.iter().map(|group| (group, group.label.clone()));
+    let all = strategies.chain(comparison.twins.iter().map(|twin| (twin, named(twin))));
     // By title and label.
     let mut curves: Vec<(String, String, Sums)> = Vec::new();
-    for group in groups().filter(|group| group.fraction == largest) {
+    for (group, label) in all.filter(|(group, _)| group.fraction == largest) {
         let chosen = found.iter().filter(|found| {
             let run = &found.run;
             (&run.label, &run.study) == (&group.label, &group.study)
                 && run.fraction == largest
                 && run.learning_rate == group.learning_rate
         });
-        let label = named(group);
         for found in chosen {
             let text = RunDirectory { path: found.path.clone() }.read("metrics.jsonl")?;
             for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {

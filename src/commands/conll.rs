@@ -1,7 +1,7 @@
 //! CoNLL files to be labelled: a word a line in, the same lines with what the model says out.
 
 use crate::config::Experiment;
-use crate::data::{Format, Line, Lines, labels};
+use crate::data::{ConllLayout, ConllLine, Format, labels};
 use crate::model::Decoded;
 use crate::task::{Task, TaskKind};
 
@@ -12,27 +12,27 @@ pub struct Written {
     word: Option<usize>,
 }
 
-/// Lines as the experiment's first set of such a format has them, or else with the word first.
-pub fn form(experiment: &Experiment) -> Lines {
+/// How the experiment's first set of such a format writes its lines, or else with the word first.
+pub fn layout_of(experiment: &Experiment) -> ConllLayout {
     let mut sets = experiment.data.sets.values().filter(|set| matches!(set.format, Format::Conll | Format::Conllu));
-    sets.next().map_or_else(|| Lines::new(false, &[], None, None), Lines::of)
+    sets.next().map_or_else(|| ConllLayout::new(false, &[], None, None), ConllLayout::of)
 }
 
 /// The lines of a sentence and its words. Comments that say classes of `tasks` go: the model says them anew.
-pub fn lines<'a>(block: &'a str, form: &Lines, tasks: &[Task]) -> (Vec<Written>, Vec<&'a str>) {
+pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<Written>, Vec<&'a str>) {
     let (mut lines, mut words) = (Vec::new(), Vec::new());
     let said = |name: &str| tasks.iter().any(|task| task.name == name && task.kind == TaskKind::Classification);
     for line in block.lines() {
         let mut word = None;
-        match form.line(line, !words.is_empty()) {
-            Line::Named(name, _) if said(name) => continue,
-            Line::Word(fields) => {
-                if let Some(found) = form.word(&fields) {
+        match layout.line(line, !words.is_empty()) {
+            ConllLine::Named(name, _) if said(name) => continue,
+            ConllLine::Word(fields) => {
+                if let Some(found) = layout.word(&fields) {
                     word = Some(words.len());
                     words.push(found);
                 }
             }
-            Line::Named(..) | Line::Other => {}
+            ConllLine::Named(..) | ConllLine::Other => {}
         }
         lines.push(Written { text: line.to_owned(), word });
     }
@@ -41,7 +41,7 @@ pub fn lines<'a>(block: &'a str, form: &Lines, tasks: &[Task]) -> (Vec<Written>,
 
 /// A sentence's lines with a comment `# TASK = CLASS` for each class, and a further column for the tags of each tagging task,
 /// which has `_` where a line with columns is no word's. Ends with a line end.
-pub fn written(lines: &[Written], form: &Lines, decoded: Option<&[Decoded]>, tasks: &[Task]) -> String {
+pub fn written(lines: &[Written], layout: &ConllLayout, decoded: Option<&[Decoded]>, tasks: &[Task]) -> String {
     let (mut out, mut columns) = (String::new(), Vec::new());
     for (task, decoded) in tasks.iter().zip(decoded.into_iter().flatten()) {
         let (labels, _) = labels::written(task, &decoded.labels);
@@ -52,7 +52,7 @@ pub fn written(lines: &[Written], form: &Lines, decoded: Option<&[Decoded]>, tas
     }
     for Written { text, word } in lines {
         out += text;
-        let separator = form.separator(text);
+        let separator = layout.separator(text);
         let tag = |labels: &Vec<String>| word.map_or("_".to_owned(), |word| labels[word].clone());
         if word.is_some() || (text.contains(separator) && !text.starts_with('#')) {
             columns.iter().for_each(|labels| out.extend([separator.to_owned(), tag(labels)]));

@@ -18,11 +18,9 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
     let trained = prepare::trained_on(&args.run, &args.checkpoint, device, &args.overrides)?;
     let split: Split = args.split.into();
-    let sets = trained.experiment.data.sets.values();
-    let read = sets.flat_map(|set| Split::ALL.into_iter().filter_map(|split| set.paths(split, &Split::ALL)));
-    let read = read.flat_map(|paths| &paths.0).map(|path| path.split('#').next().unwrap_or(path));
-    let read: Vec<PathBuf> =
-        read.map(|path| trained.experiment.data.root.join(path)).chain([args.run.clone()]).collect();
+    let data = &trained.experiment.data;
+    let mut read: Vec<PathBuf> = data.sets.values().flat_map(|set| set.files(&data.root, &Split::ALL)).collect();
+    read.push(args.run.clone());
     let read: Vec<&Path> = read.iter().map(PathBuf::as_path).collect();
     let predictions = args.predictions.as_deref().map(|path| output(path, &read)).transpose()?;
     let corpus = prepare::corpus_of(&trained.experiment, split)?;
@@ -68,9 +66,9 @@ fn write_predictions(
     data: &DeviceSet,
 ) -> Result<()> {
     // Labels that the model does not know have a name all the same.
-    let named = |(i, task): (usize, &Task)| {
-        let more = data.set.unseen.get(&TaskId(i)).map_or(&[][..], |unseen| &unseen.labels);
-        Task { labels: [&task.labels, more].concat(), ..task.clone() }
+    let named = |(i, task): (usize, &Task)| Task {
+        labels: [&task.labels, data.set.unseen_labels(TaskId(i))].concat(),
+        ..task.clone()
     };
     let tasks: Vec<Task> = trained.tasks.iter().enumerate().map(named).collect();
     let rows = corpus.rows(split).into_iter().flat_map(|rows| (0..rows.len()).map(move |row| (rows, row)));

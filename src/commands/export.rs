@@ -44,7 +44,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         ));
     }
     let dev = dev(&trained)?;
-    let sentences = dev.is_none().then(|| made_up(&trained)).transpose()?;
+    let made_up = made_up(&trained)?;
     let report = match &dev {
         Some(dev) => Some(evaluate(&trained.model, dev, &trained.tasks)?),
         None => serde_json::from_value(trained.about["dev"].clone()).ok(),
@@ -54,8 +54,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
     let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
     let built = partial.path().join("new");
-    let Some(sentences) = dev.or(sentences.as_ref()) else { bail!("there is nothing to check the export by") };
-    let content = Content { args, trained: &trained, dev, sentences, report, dtype };
+    let content = Content { args, trained: &trained, dev, made_up: &made_up, report, dtype };
     let found = match args.format {
         ExportFormat::Torchscript => Some(content.torchscript(&built)?),
         ExportFormat::Triton => Some(content.triton(&built)?),
@@ -165,14 +164,18 @@ struct Content<'a> {
     args: &'a ExportArgs,
     trained: &'a Trained,
     dev: Option<&'a DeviceSet>,
-    /// Those of dev, if there are some.
-    sentences: &'a DeviceSet,
+    made_up: &'a DeviceSet,
     /// On dev: now, or when the checkpoint was kept.
     report: Option<&'a Report>,
     dtype: Dtype,
 }
 
 impl Content<'_> {
+    /// What an export is checked by.
+    fn sentences(&self) -> &DeviceSet {
+        self.dev.unwrap_or(self.made_up)
+    }
+
     /// [`FILES`] with their texts.
     fn files(&self) -> Result<Vec<(&'static str, String)>> {
         let (trained, experiment) = (self.trained, &self.trained.experiment);
@@ -226,7 +229,7 @@ impl Content<'_> {
         let (model, tasks) = (&self.trained.model, &self.trained.tasks);
         let module = export::build(model, tasks, self.dtype, Output::Dictionary)?;
         module.save(file, &self.files()?)?;
-        let cases = Cases::new(model, self.sentences, tasks);
+        let cases = Cases::new(model, self.sentences(), tasks);
         let list = file.with_extension("cases");
         cases.write(&list)?;
         let program = std::env::current_exe().context("the program's own path is unknown")?;
@@ -250,7 +253,7 @@ impl Content<'_> {
             TokenizerConfig::Word(_) => false,
             // What it does is known by trying.
             TokenizerConfig::File(_) => {
-                self.sentences.set.first_tokens.is_some() || made_up(trained)?.set.first_tokens.is_some()
+                [self.sentences(), self.made_up].iter().any(|data| data.set.first_tokens.is_some())
             }
             _ => true,
         };
@@ -306,7 +309,7 @@ impl Content<'_> {
         let file = version.join("model.pt");
         module.save(&file, &self.files()?)?;
         // The server's form, read back and run.
-        let cases = Cases::new(&self.trained.model, self.sentences, tasks);
+        let cases = Cases::new(&self.trained.model, self.sentences(), tasks);
         cases.check(&exported::open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(

@@ -15,14 +15,14 @@ use super::cli::{PredictArgs, PredictFormat};
 use super::prepare::{self, Trained};
 use super::{End, conll, output, stop_flag};
 use crate::data::words::character_ranges;
-use crate::data::{DeviceSet, EncodedSet, Lines, labels};
+use crate::data::{ConllLayout, DeviceSet, EncodedSet, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
 use crate::run::atomic::Partial;
 use crate::task::{Task, TaskKind};
 
-/// Lines that are labelled together at most: enough to batch by length, few enough to keep a pipe flowing.
+/// Sentences that are labelled together at most: enough to batch by length, few enough to keep a pipe flowing.
 const WINDOW: usize = 2048;
 
 /// One sentence of the input.
@@ -54,7 +54,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
-    let form = (args.format == PredictFormat::Conll).then(|| conll::form(&trained.experiment));
+    let layout = (args.format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment));
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     let target = args.output.as_deref().unwrap_or(Path::new("standard output"));
     let n_done = {
@@ -62,17 +62,17 @@ pub fn run(args: &PredictArgs) -> Result<End> {
             Some(file) => Box::new(file),
             None => Box::new(std::io::stdout().lock()),
         });
-        let units = read_units(source, form.is_some());
+        let units = read_units(source, layout.is_some());
         let mut n_done = 0;
         while let Some(window) = next_window(&units, &stop)? {
             // What stands before a broken line is told all the same.
             let mut broken = None;
-            let sentences = window.iter().map(|unit| sentence(unit, (args.format, form.as_ref()), &trained, name));
+            let sentences = window.iter().map(|unit| sentence(unit, (args.format, layout.as_ref()), &trained, name));
             let sentences: Vec<Sentence> =
                 sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
             let labelled = label(&sentences, &trained, device)?;
-            let shown = sentences.iter().zip(&labelled).map(|(sentence, decoded)| match &form {
-                Some(form) => conll::written(&sentence.lines, form, decoded.as_deref(), &trained.tasks),
+            let shown = sentences.iter().zip(&labelled).map(|(sentence, decoded)| match &layout {
+                Some(layout) => conll::written(&sentence.lines, layout, decoded.as_deref(), &trained.tasks),
                 None => object(sentence, decoded.as_deref(), &trained.tasks, usize::from(args.top)).to_string(),
             });
             let written = shown.into_iter().try_for_each(|text| writeln!(out, "{text}")).and_then(|()| out.flush());
@@ -153,7 +153,7 @@ fn next_window(units: &Receiver<std::io::Result<Unit>>, stop: &AtomicBool) -> Re
 
 fn sentence(
     (number, line): &Unit,
-    (format, form): (PredictFormat, Option<&Lines>),
+    (format, layout): (PredictFormat, Option<&ConllLayout>),
     trained: &Trained,
     file: &Path,
 ) -> Result<Sentence> {
@@ -162,8 +162,8 @@ fn sentence(
     let line = std::str::from_utf8(line).map_err(|_| wrong("invalid UTF-8".to_owned()))?;
     let line = line.strip_suffix('\r').unwrap_or(line);
     let line = line.strip_prefix('\u{feff}').filter(|_| number == 1).unwrap_or(line);
-    if let Some(form) = form {
-        let (lines, words) = conll::lines(line, form, &trained.tasks);
+    if let Some(layout) = layout {
+        let (lines, words) = conll::lines(line, layout, &trained.tasks);
         let (text, words) = joined(words.into_iter());
         return Ok(Sentence { text, words, rest: Map::new(), lines });
     }

@@ -150,7 +150,7 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
     Ok((tokenizer, coverage))
 }
 
-/// Words that an earlier run knows are known on, whether or not they stand in this one's text.
+/// Words that an earlier run knows stay known, whether or not they stand in this one's text.
 fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDirectory) -> Result<()> {
     let (theirs, _, earlier) = of_run(run)?;
     let words = |experiment: &Experiment| matches!(experiment.tokenizer, TokenizerConfig::Word(_));

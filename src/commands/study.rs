@@ -51,8 +51,10 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     // What no run could read is told once, before the first.
     let (corpus, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
-    let chosen = |i: usize| corpus.has_labels(TaskId(i), Split::Dev);
-    for (_, name) in experiment.tasks.keys().enumerate().filter(|(i, _)| !chosen(*i)) {
+    for (i, name) in experiment.tasks.keys().enumerate() {
+        if corpus.has_labels(TaskId(i), Split::Dev) {
+            continue;
+        }
         let (n, alone) = (runs.len(), format!("only-{name}"));
         runs.retain(|run| run.label != alone);
         if runs.len() < n {

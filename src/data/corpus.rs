@@ -165,13 +165,7 @@ fn wanted(column: &TaskColumn) -> Wanted {
 fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)], splits: &[Split]) -> Result<()> {
     let mut problems = Vec::new();
     for (name, set) in sets {
-        let missing: Vec<PathBuf> = Split::ALL
-            .into_iter()
-            .filter_map(|split| set.paths(split, splits))
-            .flat_map(|paths| &paths.0)
-            .map(|path| formats::file_of(&config.root.join(path), set.format))
-            .filter(|path| !path.exists())
-            .collect();
+        let missing: Vec<PathBuf> = set.files(&config.root, splits).filter(|path| !path.exists()).collect();
         let Some(first) = missing.first() else { continue };
         let mut message = format!("data of set `{name}` is missing: {} does not exist", first.display());
         if missing.len() > 1 {

@@ -254,6 +254,11 @@ impl EncodedSet {
         (labels.first() != Some(&NO_LABEL)).then_some(labels)
     }
 
+    /// The labels that a task does not know, whose ids come after its own.
+    pub fn unseen_labels(&self, task: TaskId) -> &[String] {
+        self.unseen.get(&task).map_or(&[], |unseen| &unseen.labels)
+    }
+
     /// The same with labels that the task does not know, as ids after its own.
     pub fn gold(&self, task: TaskId, row: usize) -> Option<&[i32]> {
         let unseen = self.unseen.get(&task).and_then(|unseen| unseen.rows.get(&row));

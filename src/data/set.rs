@@ -1,12 +1,12 @@
 //! The data of an experiment: which files hold which split of which set.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::formats::Format;
+use super::formats::{self, Format};
 use crate::task::TaskKind;
 
 /// The `data:` of an experiment.
@@ -98,6 +98,12 @@ impl SetConfig {
             Split::Test => self.test.as_ref(),
         };
         paths.filter(|_| cut || wanted.contains(&split))
+    }
+
+    /// The files below `root` of the splits that are `wanted`.
+    pub fn files<'a>(&'a self, root: &'a Path, wanted: &'a [Split]) -> impl Iterator<Item = PathBuf> + 'a {
+        let paths = Split::ALL.into_iter().filter_map(|split| self.paths(split, wanted)).flat_map(|paths| &paths.0);
+        paths.map(|path| formats::file_of(&root.join(path), self.format))
     }
 
     /// The key that names the column of cuts, and the column.

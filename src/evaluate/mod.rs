@@ -135,8 +135,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
 
 /// A metric a task.
 pub fn metrics(model: &Model, data: &DeviceSet, n_tasks: usize) -> Vec<Box<dyn Metric>> {
-    let more = |task: TaskId| data.set.unseen.get(&task).map_or(&[][..], |unseen| &unseen.labels);
-    (0..n_tasks).map(TaskId).map(|task| model.head(task).metric(more(task))).collect()
+    (0..n_tasks).map(TaskId).map(|task| model.head(task).metric(data.set.unseen_labels(task))).collect()
 }
 
 /// One task's part of a batch.

@@ -1,10 +1,10 @@
 // What a step's gradients come to, as src/train/clip.rs has it: the norm of all, what divides them, and whether they are taken.
 
-// One block. given: the norms of n gradients, then n_losses losses; values: the losses, then the norm. how: what the gradients are
+// One block. given: the norms of n gradients, then n_losses losses; values: the losses, then the norm. grad_scale: what the gradients are
 // divided by, 1 where they are left out, and 1 less that; left out they are from now on where `halted` is 1, or becomes so. `limit`
 // has the bits of a float, 0 is none.
 extern "C" __global__ void clip(
-    const float* given, float* halted, float* values, float* how, int n, int n_losses, int limit) {
+    const float* given, float* halted, float* values, float* grad_scale, int n, int n_losses, int limit) {
   extern __shared__ double shared[];
   const int i = threadIdx.x;
   double sum = 0;
@@ -22,5 +22,5 @@ extern "C" __global__ void clip(
   const float over = most > 0 ? (norm + 1e-6f) / most : 1;
   *halted = skip;
   values[n_losses] = norm;
-  how[0] = over < 1 ? 1 : over, how[1] = skip, how[2] = 1 - skip;
+  grad_scale[0] = over < 1 ? 1 : over, grad_scale[1] = skip, grad_scale[2] = 1 - skip;
 }

@@ -51,14 +51,14 @@ impl Clip<'_> {
         let given = norms_of(self.gradients, self.losses)?;
         let (n, n_losses) = (self.gradients.len() as i64, self.losses.len() as i64);
         let new = |size: i64| Tensor::empty([size], (Kind::Float, given.device()));
-        let (values, how, threads) = (new(n_losses + 1), new(3), 32);
+        let (values, grad_scale, threads) = (new(n_losses + 1), new(3), 32);
         KERNEL.launch(
             LaunchConfig { grid: [1, 1], block: [threads, 1], shared: threads * size_of::<f64>() },
-            &[&given, self.halted, &values, &how],
+            &[&given, self.halted, &values, &grad_scale],
             &[n, n_losses, i64::from((self.limit as f32).to_bits() as i32)],
         )?;
-        let divisor = (self.limit > 0.0).then(|| how.get(0));
-        Ok(Clipped { values, divisor, skip: how.get(1), taken: Some(how.get(2)) })
+        let divisor = (self.limit > 0.0).then(|| grad_scale.get(0));
+        Ok(Clipped { values, divisor, skip: grad_scale.get(1), taken: Some(grad_scale.get(2)) })
     }
 
     fn by_operators(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::clip::Clip;
-use super::gradients::{Gradients, Sums, as_vector, at_last_layer};
+use super::gradients::{Gradients, Sums, Weighted, as_vector, at_last_layer};
 use super::laps::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
@@ -101,7 +101,8 @@ impl Trainer<'_> {
             let backward = |part: usize| -> Result<Sums> {
                 let mut own = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
                 let (shared, losses) = &passes[part];
-                own.add(shared, losses, weights, self.loss_scale.as_ref().map(LossScale::value))?;
+                let scale = self.loss_scale.as_ref().map(LossScale::value);
+                own.add(shared, Weighted { losses, weights, scale })?;
                 Ok(own.into_sums())
             };
             for sums in side_by_side(parts.len(), &backward) {

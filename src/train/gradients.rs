@@ -23,6 +23,17 @@ pub struct Gradients<'a> {
     own: Vec<Vec<Tensor>>,
 }
 
+/// The losses of one batch, and what they are multiplied by.
+#[derive(Clone, Copy)]
+pub struct Weighted<'a> {
+    /// By task.
+    pub losses: &'a [Option<Tensor>],
+    /// `[T]`
+    pub weights: &'a Tensor,
+    /// A further factor of all, so that small gradients do not vanish in float16.
+    pub scale: Option<&'a Tensor>,
+}
+
 /// The sums of a [`Gradients`], which threads may hand over.
 pub struct Sums {
     sum: Vec<Tensor>,
@@ -70,33 +81,20 @@ impl<'a> Gradients<'a> {
         accumulate(&mut self.sum, other.sum)
     }
 
-    /// Adds the gradients of one batch; `losses` by task, `weights` `[T]`. All of them, norms too, are those of the losses times
-    /// `scale`, where there is one: small ones do not vanish in float16.
+    /// Adds the gradients of one batch. All of them, norms too, are those of the losses times their scale, where there is one.
     ///
     /// # Errors
     /// A task whose loss does not depend on the reference of its norm.
-    pub fn add(
-        &mut self,
-        shared: &Shared,
-        losses: &[Option<Tensor>],
-        weights: &Tensor,
-        scale: Option<&Tensor>,
-    ) -> Result<()> {
+    pub fn add(&mut self, shared: &Shared, losses: Weighted) -> Result<()> {
         let more = match self.reference {
-            Some(Reference::LastLayer) => self.by_task(shared, losses, weights, scale)?,
-            _ => self.at_once(shared, losses, weights, scale)?,
+            Some(Reference::LastLayer) => self.by_task(shared, losses)?,
+            _ => self.at_once(shared, losses)?,
         };
         accumulate(&mut self.sum, more)
     }
 
     /// One backward pass. The norms at the representation are read in passing, at the taps.
-    fn at_once(
-        &mut self,
-        shared: &Shared,
-        losses: &[Option<Tensor>],
-        weights: &Tensor,
-        scale: Option<&Tensor>,
-    ) -> Result<Vec<Tensor>> {
+    fn at_once(&mut self, shared: &Shared, Weighted { losses, weights, scale }: Weighted) -> Result<Vec<Tensor>> {
         let scaled = scale.map(|scale| weights * scale);
         let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) =
             with_weights(losses, scaled.as_ref().unwrap_or(weights)).unzip();
@@ -138,13 +136,7 @@ impl<'a> Gradients<'a> {
 
     /// A backward pass for each task down to the input of the last shared layer, and one for all below it. Their weighted sum is
     /// the step's gradient, so that nothing is computed twice.
-    fn by_task(
-        &mut self,
-        shared: &Shared,
-        losses: &[Option<Tensor>],
-        weights: &Tensor,
-        scale: Option<&Tensor>,
-    ) -> Result<Vec<Tensor>> {
+    fn by_task(&mut self, shared: &Shared, Weighted { losses, weights, scale }: Weighted) -> Result<Vec<Tensor>> {
         let (parameters, range) = (self.model.inputs(self.rows), self.model.last_layer.clone());
         let (below, above) = parameters.split_at(range.start);
         let mut inputs = above.to_vec();

@@ -216,9 +216,9 @@ impl LossWeighting for Gradnorm {
             return self.learn_by_kernel(step, norms);
         }
         // Norms that are not finite, as those of a step that float16 left out, move nothing.
-        let sound = (norms * mask(step.present, norms.device())).sum(Kind::Double).isfinite();
-        let closed = self.closed_form(step.losses, step.present, norms);
         let here = mask(step.present, norms.device());
+        let sound = (norms * &here).sum(Kind::Double).isfinite();
+        let closed = self.closed_form(step.losses, step.present, norms);
         let moved = self.adapter.step(&self.weights, &closed.gradient, step.present);
         self.floored = &self.floored + moved.lt(self.config.floor).logical_and(&sound).sum(Kind::Double);
         let moved = moved.clamp_min(self.config.floor);

@@ -6,7 +6,7 @@ use std::path::Path;
 use polytask::model::Mode;
 use polytask::optim::{Optimizer, OptimizerConfig};
 use polytask::rng::Seed;
-use polytask::train::gradients::{Gradients, as_vector, weighted_sum};
+use polytask::train::gradients::{Gradients, Weighted, as_vector, weighted_sum};
 use polytask::weighting::{Observed, Reference, WeightedTask, Weighting};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -77,7 +77,10 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     let weights = Tensor::ones([2], (Kind::Double, Device::Cpu));
     // Losses that do not come from these states.
     let mut gradients = Gradients::new(&model, &s.tasks, Some(Reference::Representation), None);
-    let error = gradients.add(&forward(), &losses, &weights, None).unwrap_err().to_string();
+    let error = gradients
+        .add(&forward(), Weighted { losses: &losses, weights: &weights, scale: None })
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
 }
 
@@ -112,7 +115,7 @@ fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
         for reference in [Reference::Representation, Reference::LastLayer] {
             let (shared, losses) = forward();
             let mut gradients = Gradients::new(&model, &s.tasks, Some(reference), None);
-            gradients.add(&shared, &losses, &weights, None).unwrap();
+            gradients.add(&shared, Weighted { losses: &losses, weights: &weights, scale: None }).unwrap();
             for (((name, _), plain), found) in model.parameters.iter().zip(&plain).zip(&gradients.sum) {
                 let off = (plain - found).abs().max().double_value(&[]) / plain.abs().max().double_value(&[]);
                 // float32 sums in another order.

@@ -19,7 +19,7 @@ enum Source<'a> {
 }
 
 /// How the lines of words are written.
-pub struct Lines {
+pub struct ConllLayout {
     conllu: bool,
     separator: Option<String>,
     /// Their columns, where those are named.
@@ -29,7 +29,7 @@ pub struct Lines {
 }
 
 /// What a line is.
-pub enum Line<'a> {
+pub enum ConllLine<'a> {
     /// The columns of a word.
     Word(Vec<&'a str>),
     /// A comment `# name = value`.
@@ -38,18 +38,18 @@ pub enum Line<'a> {
     Other,
 }
 
-impl Lines {
+impl ConllLayout {
     /// As a set has them.
-    pub fn of(set: &SetConfig) -> Lines {
-        Lines::new(set.format == Format::Conllu, &set.columns, set.separator.clone(), set.tokens.as_deref())
+    pub fn of(set: &SetConfig) -> ConllLayout {
+        ConllLayout::new(set.format == Format::Conllu, &set.columns, set.separator.clone(), set.tokens.as_deref())
     }
 
     /// `word` is the name or the number of a column.
-    pub fn new(conllu: bool, columns: &[String], separator: Option<String>, word: Option<&str>) -> Lines {
+    pub fn new(conllu: bool, columns: &[String], separator: Option<String>, word: Option<&str>) -> ConllLayout {
         let names = if conllu { CONLLU.map(str::to_owned).to_vec() } else { columns.to_vec() };
-        let mut lines = Lines { conllu, separator, names, word: None };
-        lines.word = lines.position(word.unwrap_or(if conllu { "form" } else { "0" }));
-        lines
+        let mut layout = ConllLayout { conllu, separator, names, word: None };
+        layout.word = layout.position(word.unwrap_or(if conllu { "form" } else { "0" }));
+        layout
     }
 
     /// The number of a column from its name or its number.
@@ -62,9 +62,9 @@ impl Lines {
     }
 
     /// `within`: whether a word of the sentence stands before it.
-    pub fn line<'a>(&self, line: &'a str, within: bool) -> Line<'a> {
+    pub fn line<'a>(&self, line: &'a str, within: bool) -> ConllLine<'a> {
         if line.starts_with("-DOCSTART-") {
-            return Line::Other;
+            return ConllLine::Other;
         }
         let comment = line.strip_prefix('#').filter(|_| !within);
         let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
@@ -72,10 +72,10 @@ impl Lines {
             && !name.trim().contains(' ')
         {
             let (name, value) = (name.trim(), value.trim());
-            return if value.is_empty() { Line::Other } else { Line::Named(name, value) };
+            return if value.is_empty() { ConllLine::Other } else { ConllLine::Named(name, value) };
         }
         if self.conllu && line.starts_with('#') {
-            return Line::Other;
+            return ConllLine::Other;
         }
         let fields: Vec<&str> = match &self.separator {
             Some(separator) => line.split(separator.as_str()).collect(),
@@ -84,7 +84,7 @@ impl Lines {
         };
         let other = self.conllu && fields[0].contains(['-', '.']);
         let prose = self.n_columns().is_some_and(|n| n != fields.len()) && line.starts_with("# ") && !within;
-        if other || prose { Line::Other } else { Line::Word(fields) }
+        if other || prose { ConllLine::Other } else { ConllLine::Word(fields) }
     }
 
     /// The word of a line, by its columns; of one that has fewer than are named, the first.
@@ -100,19 +100,19 @@ impl Lines {
 }
 
 struct Plan<'a> {
-    lines: Lines,
+    layout: ConllLayout,
     word: usize,
     sources: Vec<Source<'a>>,
 }
 
 pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let conllu = layout.format == Format::Conllu;
-    let form = Lines::new(conllu, &layout.columns, layout.separator.clone(), layout.tokens.as_deref());
+    let own = ConllLayout::new(conllu, &layout.columns, layout.separator.clone(), layout.tokens.as_deref());
     let mut problems = Vec::new();
     let mut position = |name: &str| {
-        let found = form.position(name);
+        let found = own.position(name);
         if found.is_none() {
-            let message = match form.names.as_slice() {
+            let message = match own.names.as_slice() {
                 [] => {
                     format!("no column `{name}`: name the columns with `columns:`, or use its number from 0 in quotes")
                 }
@@ -135,7 +135,7 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
     if !problems.is_empty() {
         return (Vec::new(), problems);
     }
-    let plan = Plan { lines: form, word, sources };
+    let plan = Plan { layout: own, word, sources };
     in_parts((path, text), Cut::EmptyLine, wanted, |part, first_line, builder| {
         let mut sentence = Sentence::default();
         for (number, line) in lines(part, first_line) {
@@ -162,10 +162,10 @@ struct Sentence<'a> {
 
 impl<'a> Sentence<'a> {
     fn add(&mut self, number: usize, line: &'a str, plan: &Plan, builder: &mut RowsBuilder) {
-        let fields = match plan.lines.line(line, !self.words.is_empty()) {
-            Line::Word(fields) => fields,
-            Line::Other => return,
-            Line::Named(name, value) => {
+        let fields = match plan.layout.line(line, !self.words.is_empty()) {
+            ConllLine::Word(fields) => fields,
+            ConllLine::Other => return,
+            ConllLine::Named(name, value) => {
                 let wanted = |source: &Source| matches!(source, Source::Comment(wanted) if *wanted == name);
                 let other = self.comments.iter().find(|(known, other)| *known == name && *other != value);
                 if let Some((_, other)) = other.filter(|_| plan.sources.iter().any(wanted)) {
@@ -190,7 +190,7 @@ impl<'a> Sentence<'a> {
             self.broken = true;
             return;
         }
-        if let Some(n) = plan.lines.n_columns().filter(|&n| n < fields.len()) {
+        if let Some(n) = plan.layout.n_columns().filter(|&n| n < fields.len()) {
             builder.error(number, format!("{}, but `columns:` names {n}", counted(fields.len(), "column")));
             self.broken = true;
             return;
@@ -212,7 +212,7 @@ impl<'a> Sentence<'a> {
         let mut fields = Vec::with_capacity(plan.sources.len());
         for (source, tags) in plan.sources.iter().zip(sentence.tags) {
             // No feature is a value of its own; no part of speech is none.
-            let unset = plan.lines.conllu
+            let unset = plan.layout.conllu
                 && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
             let missing = |tag: &&str| tag.is_empty() || (unset && *tag == "_");
             let n_missing = tags.iter().filter(|tag| missing(tag)).count();

@@ -5,7 +5,7 @@ mod conll;
 mod json;
 mod parallel;
 
-pub use conll::{Line, Lines};
+pub use conll::{ConllLayout, ConllLine};
 
 use std::path::Path;
 
