@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// A file, and a line in it counted from 1 (0: the file as a whole).
+/// A file, and a line in it counted from 1 (0: the file as a whole), or the [`row`](Self::row) of one that has no lines.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     pub file: PathBuf,
@@ -11,15 +11,26 @@ pub struct Place {
 }
 
 impl Place {
+    const ROW: usize = 1 << 30;
+
     pub fn new(file: &Path, line: usize) -> Self {
         Place { file: file.to_owned(), line }
+    }
+
+    /// Stands in the place of a line for row `n`, from 1.
+    pub fn row(n: usize) -> usize {
+        n | Self::ROW
     }
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "{}", self.file.display())?;
-        if self.line > 0 { write!(f, ":{}", self.line) } else { Ok(()) }
+        match self.line {
+            0 => Ok(()),
+            n if n & Self::ROW != 0 => write!(f, ", row {}", n ^ Self::ROW),
+            n => write!(f, ":{n}"),
+        }
     }
 }
 
@@ -54,10 +65,12 @@ impl Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match &self.place {
-            Some(place) => write!(f, "{place}: {}", self.message),
-            None => f.write_str(&self.message),
+        if let Some(place) = &self.place {
+            write!(f, "{place}: ")?;
         }
+        // Data that is quoted may hold what a terminal obeys.
+        let shown = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+        f.write_str(&self.message.chars().map(shown).collect::<String>())
     }
 }
 
@@ -74,7 +87,7 @@ impl InvalidInput {
         &self.0[..SHOWN.min(self.0.len())]
     }
 
-    /// A word on the others, where there are some.
+    /// How many others there are, where there are some.
     pub fn rest(&self) -> Option<String> {
         (self.0.len() > SHOWN).then(|| format!("... and {} more", self.0.len() - SHOWN))
     }

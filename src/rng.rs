@@ -53,15 +53,16 @@ mod tests {
 
     #[test]
     fn purposes_and_indices_get_seeds_of_their_own() {
+        use Purpose::*;
+        const ALL: [Purpose; 5] = [Initialization, Sampling, Dropout, Split, Weighting];
         let seed = Seed(13);
         let mut all = std::collections::BTreeSet::new();
-        for purpose in [Purpose::Initialization, Purpose::Sampling, Purpose::Dropout, Purpose::Split] {
+        for purpose in ALL {
             for index in 0..100 {
                 all.insert(seed.derive(purpose, index));
                 all.insert(Seed(14).derive(purpose, index));
             }
         }
-        assert_eq!(all.len(), 800);
-        assert_eq!(seed.derive(Purpose::Dropout, 5), Seed(13).derive(Purpose::Dropout, 5));
+        assert_eq!(all.len(), 1000);
     }
 }

@@ -85,7 +85,7 @@ pub struct EvaluateArgs {
     pub run: PathBuf,
     /// Which split
     #[arg(long, value_enum, default_value = "test")]
-    pub split: EvaluatedSplit,
+    pub split: Split,
     /// Which checkpoint: best, last or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
@@ -103,23 +103,6 @@ pub struct EvaluateArgs {
     pub predictions: Option<PathBuf>,
     #[command(flatten)]
     pub machine: Machine,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub enum EvaluatedSplit {
-    Train,
-    Dev,
-    Test,
-}
-
-impl From<EvaluatedSplit> for Split {
-    fn from(split: EvaluatedSplit) -> Split {
-        match split {
-            EvaluatedSplit::Train => Split::Train,
-            EvaluatedSplit::Dev => Split::Dev,
-            EvaluatedSplit::Test => Split::Test,
-        }
-    }
 }
 
 #[derive(Args)]
@@ -147,7 +130,7 @@ pub struct PredictArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PredictFormat {
-    /// A sentence a line, or JSON lines with `text` or `tokens`; JSON lines out
+    /// A sentence a line, or JSON lines with `text` or `tokens`; JSON lines out. Files .conll and .conllu as conll
     Auto,
     /// A sentence a line, whatever it begins with; JSON lines out
     Text,

@@ -163,7 +163,6 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         let task = RunTask {
             name: name.clone(),
             metric: score.name.clone(),
-            higher_is_better: score.higher_is_better,
             split: split_of(i).to_owned(),
             value: score.value,
             dev: finished.score("dev", i).map(|score| score.value),

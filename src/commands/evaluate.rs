@@ -1,4 +1,4 @@
-//! `polytask evaluate`: scores of a checkpoint on dev or test.
+//! `polytask evaluate`: scores of a checkpoint on a split.
 
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::task::{Scheme, Task, TaskId, TaskKind};
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
     let trained = prepare::trained_on(&args.run, &args.checkpoint, device, &args.overrides)?;
-    let split: Split = args.split.into();
+    let split = args.split;
     let data = &trained.experiment.data;
     let mut read: Vec<PathBuf> = data.sets.values().flat_map(|set| set.files(&data.root, &Split::ALL)).collect();
     read.push(args.run.clone());

@@ -85,7 +85,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Refuses to replace what no export wrote, whatever `--force` says.
+/// Refuses to replace a folder that no export wrote, whatever `--force` says.
 fn may_write(args: &ExportArgs) -> Result<()> {
     let out = &args.out;
     if !out.exists() {

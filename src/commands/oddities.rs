@@ -3,9 +3,16 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::config::Experiment;
-use crate::data::{ABSENT, Corpus, Rows, Split};
+use crate::data::words::Splitter;
+use crate::data::{ABSENT, Corpus, Format, Rows, Split};
 use crate::problem::{Place, Problem, Severity};
 use crate::task::{Tag, TaskId, TaskKind, spans_of};
+
+/// From this share of the different words on, punctuation at their ends is worth a word.
+const STUCK: f64 = 0.05;
+
+/// More words than sentences have.
+const LONG: usize = 1000;
 
 /// All of it.
 pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
@@ -13,6 +20,8 @@ pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems.extend(duplicates(corpus));
     problems.extend(contradictions(experiment, corpus));
     problems.extend(words_with_spaces(corpus));
+    problems.extend(stuck_punctuation(experiment, corpus));
+    problems.extend(long_sentences(corpus));
     problems
 }
 
@@ -147,6 +156,49 @@ fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
                     problems.push(Problem::warning(rows.place(row), message));
                 }
             }
+        }
+    }
+    problems
+}
+
+/// Raw text whose words keep the punctuation after them, so that `date` and `date.` have nothing in common.
+fn stuck_punctuation(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let raw = |name: &String| {
+        let set = &experiment.data.sets[name];
+        set.tokens.is_none() && !matches!(set.format, Format::Conll | Format::Conllu | Format::Parallel)
+    };
+    let mut problems = Vec::new();
+    for set in corpus.sets.iter().filter(|set| raw(&set.name)) {
+        let words = &set.splits[Split::Train as usize].words;
+        let stuck =
+            |word: &&str| word.trim_end_matches(['.', ',', ';', ':', '!', '?']).ends_with(char::is_alphanumeric);
+        let first = words.iter().filter(stuck).find(|word| word.ends_with(|c: char| c.is_ascii_punctuation()));
+        let n = words.iter().filter(stuck).filter(|word| word.ends_with(|c: char| c.is_ascii_punctuation())).count();
+        let share = n as f64 / words.len().max(1) as f64;
+        if let (Some(first), Splitter::Whitespace, true) = (first, experiment.tokenizer.splitter(), share > STUCK) {
+            let message = format!(
+                "`{}`: {} % of the different words end in punctuation, as `{first}`; `tokenizer.split: punctuation` \
+                 takes it for words of its own",
+                set.name,
+                (100.0 * share).round()
+            );
+            problems.push(Problem::general(Severity::Warning, message));
+        }
+    }
+    problems
+}
+
+/// Training sentences so long that the batches with them are few others' like.
+fn long_sentences(corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for rows in corpus.rows(Split::Train) {
+        for row in (0..rows.len()).filter(|&row| rows.words_of(row).len() > LONG) {
+            let n = rows.words_of(row).len();
+            let message = format!(
+                "a sentence of {n} words: a batch is as long as its longest, and takes memory for it; `data.max_words` leaves out \
+                 longer ones"
+            );
+            problems.push(Problem::warning(rows.place(row), message));
         }
     }
     problems

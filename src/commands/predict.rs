@@ -40,7 +40,8 @@ struct Sentence {
 type Unit = (usize, Vec<u8>);
 
 pub fn run(args: &PredictArgs) -> Result<End> {
-    if args.top > 0 && args.format == PredictFormat::Conll {
+    let format = format_of(args)?;
+    if args.top > 0 && format == PredictFormat::Conll {
         return Err(invalid("--top is for JSON lines: CoNLL has one class a sentence"));
     }
     let (device, _) = prepare::machine(&args.machine)?;
@@ -54,7 +55,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
-    let layout = (args.format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment));
+    let layout = (format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment));
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     let target = args.output.as_deref().unwrap_or(Path::new("standard output"));
     let n_done = {
@@ -67,7 +68,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         while let Some(window) = next_window(&units, &stop)? {
             // What stands before a broken line is told all the same.
             let mut broken = None;
-            let sentences = window.iter().map(|unit| sentence(unit, (args.format, layout.as_ref()), &trained, name));
+            let sentences = window.iter().map(|unit| sentence(unit, (format, layout.as_ref()), &trained, name));
             let sentences: Vec<Sentence> =
                 sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
             let labelled = label(&sentences, &trained, device)?;
@@ -94,6 +95,19 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     }
     file.map_or(Ok(()), Partial::keep)?;
     Ok(End::Done)
+}
+
+/// What is asked for, or what the input's name says.
+fn format_of(args: &PredictArgs) -> Result<PredictFormat> {
+    let extension = args.input.as_deref().and_then(Path::extension).and_then(|extension| extension.to_str());
+    match (args.format, extension) {
+        (PredictFormat::Auto, Some("conll" | "conllu")) => Ok(PredictFormat::Conll),
+        (PredictFormat::Auto, Some(extension @ ("csv" | "tsv" | "json"))) => Err(invalid(format!(
+            "a .{extension} file is neither text nor JSON lines: give `polytask evaluate` labelled data with --set and \
+             --predictions, or take its lines as they are with --format text"
+        ))),
+        (format, _) => Ok(format),
+    }
 }
 
 /// Reads in a thread of its own, so that what has come can be labelled while the rest is on its way.
@@ -172,15 +186,20 @@ fn sentence(
     }
     let mut row: Map<String, Value> = serde_json::from_str(line)
         .map_err(|error| wrong(format!("not JSON: {error}; --format text takes lines as they are")))?;
-    let (text, tokens) = (row.shift_remove("text"), row.shift_remove("tokens"));
+    let mut taken = |names: Vec<&String>, default: &str| {
+        let found = names.into_iter().map(String::as_str).chain([default]).find(|name| row.contains_key(*name));
+        found.and_then(|name| row.shift_remove(name))
+    };
+    let sets = || trained.experiment.data.sets.values();
+    let text = taken(sets().filter_map(|set| set.text.as_ref()).collect(), "text");
+    let tokens = taken(sets().filter_map(|set| set.tokens.as_ref()).collect(), "tokens");
     row.shift_remove("words");
-    if let Some(tokens) = &tokens {
-        let tokens: Option<Vec<&str>> = match tokens {
-            Value::String(text) => Some(text.split_whitespace().collect()),
-            Value::Array(tokens) => tokens.iter().map(Value::as_str).collect(),
-            _ => None,
-        };
-        let tokens = tokens.ok_or_else(|| wrong("`tokens` is no list of texts".to_owned()))?;
+    let words: Option<Vec<&str>> = match &tokens {
+        Some(Value::String(text)) => Some(text.split_whitespace().collect()),
+        Some(Value::Array(tokens)) => tokens.iter().map(Value::as_str).collect(),
+        _ => None,
+    };
+    if let Some(tokens) = words {
         let own = match &text {
             Some(Value::String(text)) => ranges_in(text, &tokens).map(|words| (text.clone(), words)),
             _ => None,
@@ -190,7 +209,11 @@ fn sentence(
     }
     match text {
         Some(Value::String(text)) => Ok(Sentence { rest: row, ..split(text, trained) }),
-        _ => Err(wrong("a JSON line needs `text` (a text) or `tokens` (a list of texts)".to_owned()).into()),
+        _ => Err(wrong(
+            "a JSON line needs `text` (a text) or `tokens` (a list of texts), or what the run's data calls them"
+                .to_owned(),
+        )
+        .into()),
     }
 }
 

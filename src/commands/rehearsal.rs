@@ -1,19 +1,16 @@
 //! An experiment ready to take training steps that no run keeps: for measuring.
 
-use std::path::PathBuf;
-use std::sync::LazyLock;
 use std::time::Instant;
 
 use anyhow::Result;
 use tch::Device;
 
-use super::{prepare, trainer, transfer};
+use super::{onednn, prepare, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{DeviceSet, Sampler, Tokenizer};
 use crate::model::Model;
 use crate::problem::fail_on_errors;
 use crate::rng::Seed;
-use crate::run::RunDirectory;
 use crate::task::Task;
 use crate::train::{Trainer, TrainingConfig};
 use crate::weighting::WeightingConfig;
@@ -35,7 +32,8 @@ impl Rehearsal {
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
         let tasks = prepare::tasks(&experiment, &corpus);
-        let (model, _) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
+        let mut model = trainer::model(&experiment, &tasks, &tokenizer, device)?;
+        onednn::choose(&mut model, &experiment.training);
         if let Some(earlier) = transfer::earlier(&experiment)? {
             transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
         }
@@ -52,17 +50,6 @@ impl Rehearsal {
 
     /// A trainer with optimizer and strategy as at the start, whose steps alone are wanted.
     pub fn trainer<'a>(&'a self, config: &'a TrainingConfig, weighting: &'a WeightingConfig) -> Trainer<'a> {
-        static NOWHERE: LazyLock<RunDirectory> = LazyLock::new(|| RunDirectory { path: PathBuf::new() });
-        self.trainer_in(&NOWHERE, config, weighting)
-    }
-
-    /// The same, which writes into `run`.
-    pub fn trainer_in<'a>(
-        &'a self,
-        run: &'a RunDirectory,
-        config: &'a TrainingConfig,
-        weighting: &'a WeightingConfig,
-    ) -> Trainer<'a> {
         trainer::Parts {
             experiment: &self.experiment,
             config,
@@ -71,8 +58,6 @@ impl Rehearsal {
             tokenizer: &self.tokenizer,
             model: &self.model,
             train: &self.train,
-            dev: &self.train,
-            run,
         }
         .trainer()
     }

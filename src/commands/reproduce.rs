@@ -12,18 +12,18 @@ use crate::config::Experiment;
 use crate::evaluate::Report;
 use crate::run::RunDirectory;
 use crate::run::checkpoint::{self, Checkpoint};
-use crate::train::{Observer, Outcome, State, TrainingConfig};
+use crate::train::{Course, Observer, Outcome, State, TrainingConfig};
 
 /// Takes `n_steps` steps, the same again, and the same with a stop in the middle; what was checked, and how it went.
 ///
 /// On the CPU nothing may differ. The kernels of a GPU may add in another order each time, and a stop must not add to that.
 pub fn check(experiment: Experiment, device: Device, n_steps: usize) -> Result<Vec<(String, Result<()>)>> {
-    let mut course = Course::new(Rehearsal::new(experiment, device)?, n_steps)?;
+    let mut training = Training::new(Rehearsal::new(experiment, device)?, n_steps)?;
     let (half, rest) = (n_steps / 2, n_steps - n_steps / 2);
-    let once = course.take("once", n_steps)?;
-    let twice = difference(&once, &course.take("twice", n_steps)?);
-    course.take("apart", half)?;
-    let apart = difference(&once, &course.take("apart", rest)?);
+    let once = training.take("once", n_steps)?;
+    let twice = difference(&once, &training.take("twice", n_steps)?);
+    training.take("apart", half)?;
+    let apart = difference(&once, &training.take("apart", rest)?);
     let on_cpu = device == Device::Cpu;
     let within = |difference: f64, most: f64| {
         ensure!(difference <= most, "a number differs by {difference:.1e} of the largest of its tensor");
@@ -43,7 +43,7 @@ pub fn check(experiment: Experiment, device: Device, n_steps: usize) -> Result<V
 }
 
 /// A training that can be taken from its start any number of times.
-struct Course {
+struct Training {
     rehearsal: Rehearsal,
     config: TrainingConfig,
     /// The weights at the start.
@@ -51,14 +51,14 @@ struct Course {
     folder: TempDir,
 }
 
-impl Course {
-    fn new(rehearsal: Rehearsal, n_steps: usize) -> Result<Course> {
+impl Training {
+    fn new(rehearsal: Rehearsal, n_steps: usize) -> Result<Training> {
         let mut config = rehearsal.experiment.training.clone();
         // One more than is taken: every stop is one on the way.
         (config.max_steps, config.max_epochs) = (Some(n_steps + 1), n_steps + 1);
         config.early_stopping.patience_epochs = None;
         let first = rehearsal.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach().copy()));
-        Ok(Course { first: first.collect(), rehearsal, config, folder: tempfile::tempdir()? })
+        Ok(Training { first: first.collect(), rehearsal, config, folder: tempfile::tempdir()? })
     }
 
     /// Takes steps of the run of this name, from where it stands, with everything made anew.
@@ -69,10 +69,12 @@ impl Course {
         std::fs::create_dir_all(run.file("checkpoints"))?;
         let first = self.first.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         self.rehearsal.model.parameters.load(first.collect())?;
-        let mut trainer = self.rehearsal.trainer_in(&run, &self.config, &self.rehearsal.experiment.weighting);
-        let state = if goes_on { trainer.resume()? } else { State::new(self.rehearsal.tasks.len()) };
+        let mut trainer = self.rehearsal.trainer(&self.config, &self.rehearsal.experiment.weighting);
+        let state = if goes_on { trainer.resume(&run)? } else { State::new(self.rehearsal.tasks.len()) };
+        // Dev is none of this: its scores choose nothing.
+        let course = Course { dev: &self.rehearsal.train, run: &run };
         let (stop, goal) = (AtomicBool::new(n_steps == 1), state.step + n_steps);
-        let outcome = trainer.train(state, &mut StopAfter { n_left: n_steps, stop: &stop }, &stop)?;
+        let outcome = trainer.train(state, course, &mut StopAfter { n_left: n_steps, stop: &stop }, &stop)?;
         ensure!(outcome == Outcome::Interrupted(goal), "the training did not stop after step {goal}: {outcome:?}");
         checkpoint::load(&last)
     }

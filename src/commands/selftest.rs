@@ -12,7 +12,7 @@ use crate::libtorch::Draws;
 use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared, Vocabulary};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Scheme, Task, TaskKind};
-use crate::train::gradients::{Gradients, Weighted, as_vector, weighted_sum};
+use crate::train::gradients::{Backward, Weighted, as_vector, weighted_sum};
 use crate::weighting::{Reference, golden};
 
 const AGAINST_THE_CPU: golden::Check =
@@ -177,9 +177,9 @@ impl Setting {
     /// The same through the path that reads norms, and the norms.
     fn watched(&self, reference: Reference) -> Result<(Vec<Tensor>, Tensor)> {
         let (shared, losses) = self.forward();
-        let mut gradients = Gradients::new(&self.model, &self.tasks, Some(reference), None);
-        gradients.add(&shared, Weighted { losses: &losses, weights: &self.weights(), scale: None })?;
-        let norms = gradients.norms(self.device()).context("no norms")?;
+        let backward = Backward { model: &self.model, tasks: &self.tasks, reference: Some(reference), rows: None };
+        let gradients = backward.pass(&shared, Weighted { losses: &losses, weights: &self.weights(), scale: None })?;
+        let norms = gradients.norms(reference, self.device());
         Ok((gradients.sum, norms))
     }
 

@@ -14,15 +14,7 @@ pub fn decimals(value: f64, n: usize) -> String {
 
 /// Thousands apart by commas.
 pub fn count(n: usize) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
+    indicatif::HumanCount(n as u64).to_string()
 }
 
 /// A table with names on the left and numbers on the right, from column `numbers_from` on.

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use indexmap::IndexMap;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use tch::Device;
 
 use super::cli::TrainArgs;
 use super::finished::Finished;
 use super::progress::TrainingProgress;
-use super::{End, prepare, say, stop_flag, table, trainer, transfer};
+use super::{End, onednn, prepare, say, stop_flag, table, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, DeviceSet, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
@@ -22,7 +22,7 @@ use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
 use crate::run::{NewRun, RunDirectory, checkpoint, numbered};
 use crate::task::{Task, TaskId};
-use crate::train::{Outcome, State};
+use crate::train::{Course, Outcome, State, TrainingConfig};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
@@ -30,6 +30,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
     trainer::check_precision(&experiment.training, device)?;
     if args.resume {
         let run = RunDirectory::open(&resumed_path(args, &experiment)?)?;
+        let _lock = run.lock()?;
         fail_on_change(&run, &experiment)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
@@ -50,6 +51,10 @@ pub fn run(args: &TrainArgs) -> Result<End> {
 }
 
 const STOPPING: &str = "stopping after this step";
+
+/// What a run trains with; and its entry of whether LSTM layers are oneDNN's on the CPU.
+const ENVIRONMENT: &str = "environment.json";
+const ONEDNN: &str = "onednn_lstm";
 
 /// The folder of the runs that are given none.
 const RUNS: &str = "runs";
@@ -123,15 +128,15 @@ fn write(
         "workers": libtorch::workers(),
         "command": std::env::args().collect::<Vec<_>>(),
     });
-    run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
+    run.write(ENVIRONMENT, &serde_json::to_string_pretty(&environment)?)?;
     run.write("resolved.yaml", &experiment.to_yaml()?)
 }
 
 /// Trains from wherever the run stands to its end.
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, stop: &AtomicBool) -> Result<End> {
-    let _lock = run.lock()?;
     let (experiment, tasks, mut tokenizer) = prepare::of_run(run)?;
-    let (model, onednn) = trainer::model(&experiment, &tasks, &tokenizer, device)?;
+    let mut model = trainer::model(&experiment, &tasks, &tokenizer, device)?;
+    choose_kernels(run, &mut model, &experiment.training)?;
     let train = prepare::training(&experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
@@ -160,24 +165,21 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
         tokenizer: &tokenizer,
         model: &model,
         train: &train,
-        dev: &dev,
-        run,
     }
     .trainer();
-    let mut state = if resumes { trainer.resume()? } else { State::new(tasks.len()) };
+    let mut state = if resumes { trainer.resume(run)? } else { State::new(tasks.len()) };
     let data = EncodedSet::fingerprint(&[&train.set, &dev.set]);
     if state.data.get_or_insert(data.clone()) != &data {
         let message = "its data has changed since: put it back, or begin another run";
         return Err(invalid(format!("{} cannot go on: {message}", run.path.display())));
     }
-    libtorch::use_onednn(*state.onednn.get_or_insert(onednn));
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
     }
     let started = Instant::now();
     let mut progress = TrainingProgress::new(&tasks, trainer.n_steps(), state.step);
     let before = if args.resume { seconds_before(run) } else { 0.0 };
-    let outcome = trainer.train(state, &mut progress, stop)?;
+    let outcome = trainer.train(state, Course { dev: &dev, run }, &mut progress, stop)?;
     let seconds = before + started.elapsed().as_secs_f64();
     run.write("timing.json", &json!({"training_secs": seconds}).to_string())?;
     match outcome {
@@ -195,6 +197,21 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
             Ok(End::Done)
         }
     }
+}
+
+/// Takes the LSTM kernels that the run began with. The first time it chooses them, and keeps that before a step is taken.
+fn choose_kernels(run: &RunDirectory, model: &mut Model, config: &TrainingConfig) -> Result<()> {
+    let path = run.file(ENVIRONMENT);
+    let environment = serde_json::from_str(&run.read(ENVIRONMENT)?);
+    let mut environment: Map<String, Value> = environment.with_context(|| format!("{} is damaged", path.display()))?;
+    match environment.get(ONEDNN).and_then(Value::as_bool) {
+        Some(onednn) => libtorch::use_onednn(onednn),
+        None => {
+            environment.insert(ONEDNN.to_owned(), onednn::choose(model, config).into());
+            run.write(ENVIRONMENT, &serde_json::to_string_pretty(&environment)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Dev chooses the best checkpoint, for which it needs labels.

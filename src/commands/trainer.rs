@@ -3,14 +3,13 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::{kernels, prepare};
+use super::prepare;
 use crate::config::Experiment;
 use crate::data::{DeviceSet, Sampler, Tokenizer};
 use crate::model::{HeadConfig, Model, Precision, is_part};
 use crate::optim::{Average, LossScale, Optimizer};
 use crate::problem::invalid;
 use crate::rng::Seed;
-use crate::run::RunDirectory;
 use crate::task::Task;
 use crate::train::graphs::Graphs;
 use crate::train::laps::Laps;
@@ -26,16 +25,15 @@ pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
     Ok(())
 }
 
-/// A model ready to be trained, and whether oneDNN's LSTM kernels were chosen for it.
+/// A model ready to be trained.
 ///
 /// # Errors
 /// A part in `freeze_epochs` that the model does not have.
-pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<(Model, bool)> {
+pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, device: Device) -> Result<Model> {
     let mut model = prepare::model(experiment, tasks, tokenizer, device)?;
     check_parts(&experiment.training, &model)?;
     model.set_precision(experiment.training.precision);
-    let onednn = kernels::choose(&mut model, &experiment.training);
-    Ok((model, onednn))
+    Ok(model)
 }
 
 fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
@@ -62,8 +60,6 @@ pub struct Parts<'a> {
     pub tokenizer: &'a Tokenizer,
     pub model: &'a Model,
     pub train: &'a DeviceSet,
-    pub dev: &'a DeviceSet,
-    pub run: &'a RunDirectory,
 }
 
 impl<'a> Parts<'a> {
@@ -83,12 +79,10 @@ impl<'a> Parts<'a> {
             sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
             unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
             train,
-            dev: self.dev,
             seed,
             laps: Laps::default(),
             graphs: Graphs::new(config.cuda_graphs, tasks.len(), device),
             halted: Tensor::zeros([], (Kind::Float, device)),
-            run: self.run,
         }
     }
 

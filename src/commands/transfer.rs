@@ -11,7 +11,7 @@ use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::problem::invalid;
-use crate::task::Task;
+use crate::task::{Task, TaskKind};
 
 /// The run that an experiment begins with, if it names one.
 ///
@@ -101,7 +101,9 @@ pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier:
 
 /// Why a head cannot be taken over, if so.
 fn difference(theirs: &Task, ours: &Task) -> Option<String> {
-    if theirs.kind != ours.kind {
+    // Labels inside are those of BIO, however the data writes spans.
+    let kind = |task: &Task| (task.kind == TaskKind::Classification, task.kind.has_spans());
+    if kind(theirs) != kind(ours) {
         return Some("it is of another kind there".to_owned());
     }
     let only = |some: &Task, other: &Task, where_: &str| {

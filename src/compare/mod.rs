@@ -31,7 +31,6 @@ pub struct Run {
 pub struct RunTask {
     pub name: String,
     pub metric: String,
-    pub higher_is_better: bool,
     /// The split that is compared: test, or dev where test has no label for it.
     pub split: String,
     pub value: f64,
@@ -67,7 +66,7 @@ impl Verdict {
             Verdict::Helped => "helped",
             Verdict::Hurt => "hurt",
             Verdict::WithinNoise => "within noise",
-            Verdict::Unknown => "unknown: too few seeds",
+            Verdict::Unknown => "unknown: no spread over seeds",
         }
     }
 }
@@ -150,10 +149,10 @@ fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     rates.sort_by(f64::total_cmp);
     rates.dedup();
     let dev = |rate: f64| -> f64 {
-        let scores = runs.iter().filter(|run| run.learning_rate == rate).map(|run| {
-            let signed = |task: &RunTask| Some(if task.higher_is_better { task.dev? } else { -task.dev? });
-            mean(&run.tasks.iter().filter_map(signed).collect::<Vec<_>>())
-        });
+        let scores = runs
+            .iter()
+            .filter(|run| run.learning_rate == rate)
+            .map(|run| mean(&run.tasks.iter().filter_map(|task| task.dev).collect::<Vec<_>>()));
         mean(&scores.collect::<Vec<_>>())
     };
     let n_rates = rates.len();
@@ -183,7 +182,7 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
             split: task.split.clone(),
             mean: mean(&values),
             deviation: deviation(&values),
-            verdict: difference.as_ref().map(|difference| verdict(difference, task.higher_is_better)),
+            verdict: difference.as_ref().map(verdict),
             difference,
         }
     };
@@ -193,7 +192,7 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
         .map(|run| {
             let pair = |task: &RunTask| {
                 let single = twin(run, &task.name)?.value;
-                (single != 0.0).then_some((task.value, single, task.higher_is_better))
+                (single != 0.0).then_some((task.value, single))
             };
             run.tasks.iter().map(pair).collect::<Option<Vec<_>>>().map(|pairs| delta_m(&pairs))
         })
@@ -212,12 +211,12 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
     }
 }
 
-fn verdict(difference: &Estimate, higher_is_better: bool) -> Verdict {
-    let (Some(low), Some(high)) = (difference.low, difference.high) else { return Verdict::Unknown };
-    match (low > 0.0, high < 0.0, higher_is_better) {
-        (false, false, _) => Verdict::WithinNoise,
-        (true, _, true) | (_, true, false) => Verdict::Helped,
-        _ => Verdict::Hurt,
+fn verdict(difference: &Estimate) -> Verdict {
+    match (difference.low, difference.high) {
+        (Some(low), _) if low > 0.0 => Verdict::Helped,
+        (_, Some(high)) if high < 0.0 => Verdict::Hurt,
+        (Some(_), Some(_)) => Verdict::WithinNoise,
+        _ => Verdict::Unknown,
     }
 }
 
@@ -255,7 +254,6 @@ mod tests {
         let task = |&(name, value): &(&str, f64)| RunTask {
             name: name.into(),
             metric: "f1".into(),
-            higher_is_better: true,
             split: "test".into(),
             value,
             dev: Some(value),
@@ -319,12 +317,11 @@ mod tests {
     }
 
     #[test]
-    fn verdicts_follow_the_interval_and_the_metrics_direction() {
+    fn verdicts_follow_the_interval() {
         let of = |low, high| Estimate { mean: (low + high) / 2.0, low: Some(low), high: Some(high) };
-        assert_eq!(verdict(&of(0.1, 0.2), true), Verdict::Helped);
-        assert_eq!(verdict(&of(0.1, 0.2), false), Verdict::Hurt);
-        assert_eq!(verdict(&of(-0.2, -0.1), true), Verdict::Hurt);
-        assert_eq!(verdict(&of(-0.1, 0.2), true), Verdict::WithinNoise);
-        assert_eq!(verdict(&Estimate { mean: 1.0, low: None, high: None }, true), Verdict::Unknown);
+        assert_eq!(verdict(&of(0.1, 0.2)), Verdict::Helped);
+        assert_eq!(verdict(&of(-0.2, -0.1)), Verdict::Hurt);
+        assert_eq!(verdict(&of(-0.1, 0.2)), Verdict::WithinNoise);
+        assert_eq!(verdict(&Estimate { mean: 1.0, low: None, high: None }), Verdict::Unknown);
     }
 }

@@ -88,6 +88,7 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
     }
     let share = experiment.data.train_fraction;
     c.require("data.train_fraction", share > 0.0 && share <= 1.0, "must be more than 0 and at most 1");
+    c.require("data.max_words", experiment.data.max_words != Some(0), "must be at least 1");
     training::check_training(&mut c, experiment);
     c.problems
 }
@@ -113,8 +114,8 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     let has_columns = !set.columns.is_empty();
     match set.format {
         Format::Lines => c.require(path, set.columns.len() > 1, "format `lines` needs `columns:` (two or more)"),
-        Format::Conll => {}
-        _ => c.require(&format!("{path}.columns"), !has_columns, "has a meaning for conll and lines alone"),
+        Format::Conll | Format::Csv | Format::Tsv => {}
+        _ => c.require(&format!("{path}.columns"), !has_columns, "has a meaning for conll, lines, csv and tsv alone"),
     }
     let one = |separator: &String| match set.format {
         Format::Csv | Format::Tsv => separator.len() == 1,
@@ -268,7 +269,7 @@ fn check_model(c: &mut Checker, experiment: &Experiment) {
         TokenizerConfig::Word(word) => {
             c.require("tokenizer.min_count", word.min_count >= 1, "must be at least 1");
             c.fraction("tokenizer.unknown_rate", word.unknown_rate);
-            c.require("tokenizer.max_size", word.max_size.is_none_or(|size| size > 2), "must be more than 2");
+            c.require("tokenizer.max_size", word.max_size.is_none_or(|size| size > 0), "must be at least 1");
         }
         TokenizerConfig::Bpe(piece) | TokenizerConfig::Wordpiece(piece) | TokenizerConfig::Unigram(piece) => {
             c.require("tokenizer.size", piece.size >= 100, "must be at least 100");

@@ -19,7 +19,7 @@ use crate::run::atomic;
 const SMALLEST: u64 = 16 << 20;
 
 /// A new number where older caches would be misread.
-const FORMAT: &str = "4";
+const FORMAT: &str = "5";
 
 /// [`formats::read`], from the cache where there is one that holds.
 pub fn read(path: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
@@ -159,9 +159,9 @@ fn load(cache: &Path, file: &Path, source: &str) -> Result<Parsed> {
 #[cfg(test)]
 mod tests {
     use super::super::formats::Format;
-    use super::super::rows::WantedKind;
     use super::super::words::Splitter;
     use super::*;
+    use crate::task::TaskKind;
 
     #[test]
     fn caches_give_the_same_rows_and_are_not_trusted_when_stale_or_damaged() {
@@ -181,7 +181,7 @@ mod tests {
             splitter: Splitter::Whitespace,
             encoding: encoding_rs::UTF_8,
         };
-        let wanted = [Wanted { column: "label".into(), kind: WantedKind::Class }];
+        let wanted = [Wanted { column: "label".into(), kind: TaskKind::Classification }];
         let text = |(parts, problems): Parsed| {
             let mut rows = Rows::new(1);
             rows.append_file(&file, parts);

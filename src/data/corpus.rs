@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::cache;
-use super::cuts::{cut, leave_out_unlabelled};
+use super::cuts::{cut, leave_out_long, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
 use super::labels;
-use super::rows::{ABSENT, Column, Rows, Wanted, WantedKind};
+use super::rows::{ABSENT, Column, Rows, Wanted};
 use super::set::{DataConfig, SetConfig, Split, TaskColumn};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
@@ -31,8 +31,10 @@ impl LoadedSet {
     /// The labels of a row in a column: one, or that of each word; `None` where it has none.
     pub fn labels_of<'a>(&self, rows: &'a Rows, column: usize, row: usize) -> Option<&'a [u32]> {
         match self.wanted[column].kind {
-            WantedKind::Class => Some(&rows.columns[column].values[row..=row]).filter(|label| label[0] != ABSENT),
-            WantedKind::Tags(_) => rows.tags_of(column, row),
+            TaskKind::Classification => {
+                Some(&rows.columns[column].values[row..=row]).filter(|label| label[0] != ABSENT)
+            }
+            TaskKind::Tagging(_) => rows.tags_of(column, row),
         }
     }
 }
@@ -98,6 +100,7 @@ pub fn load(
     let mut sets = Vec::new();
     for (name, set) in used {
         let carried = columns.iter().enumerate().filter(|(_, column)| column.sets.contains(name));
+        let wanted = |column: &TaskColumn| Wanted { column: column.column.clone(), kind: column.kind };
         let (tasks, mut wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
         let n_wanted = wanted.len();
         let strata = strata(set, &mut wanted);
@@ -131,6 +134,7 @@ pub fn load(
             rows.columns.truncate(n_wanted);
         }
         problems.extend(leave_out_unlabelled(&mut rows[0], &wanted));
+        problems.extend(config.max_words.and_then(|max| leave_out_long(&mut rows[0], &wanted, max)));
         sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits: rows });
     }
     problems.extend(check_presence(config, columns, &sets, splits));
@@ -140,26 +144,18 @@ pub fn load(
 /// The column whose shares cuts keep, as its place in `wanted`. One that no task needs is added: it is read for the cuts and
 /// then let go.
 fn strata(set: &SetConfig, wanted: &mut Vec<Wanted>) -> usize {
-    let is_class = |wanted: &Wanted| wanted.kind == WantedKind::Class;
+    let is_class = |wanted: &Wanted| wanted.kind == TaskKind::Classification;
     let Some((field, column)) = set.named_strata() else {
         // The first classes, else the first tags: a set that is read has a task.
         return wanted.iter().position(is_class).unwrap_or(0);
     };
-    let kind = if field == "stratify" { WantedKind::Class } else { WantedKind::Tags(Scheme::Plain) };
+    let kind = if field == "stratify" { TaskKind::Classification } else { TaskKind::Tagging(Scheme::Bio) };
     let named = Wanted { column: column.clone(), kind };
     let same = |own: &Wanted| own.column == named.column && is_class(own) == is_class(&named);
     wanted.iter().position(same).unwrap_or_else(|| {
         wanted.push(named);
         wanted.len() - 1
     })
-}
-
-fn wanted(column: &TaskColumn) -> Wanted {
-    let kind = match column.kind {
-        TaskKind::Classification => WantedKind::Class,
-        TaskKind::Tagging(scheme) => WantedKind::Tags(scheme),
-    };
-    Wanted { column: column.column.clone(), kind }
 }
 
 fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)], splits: &[Split]) -> Result<()> {
@@ -251,7 +247,9 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 let column = &set.wanted[i].column;
                 let conll = matches!(config.sets[&set.name].format, Format::Conll | Format::Conllu);
                 let hint = match set.wanted[i].kind {
-                    WantedKind::Class if conll => format!(": sentences carry classes in lines `# {column} = ...`"),
+                    TaskKind::Classification if conll => {
+                        format!(": sentences carry classes in lines `# {column} = ...`")
+                    }
                     _ => keys_of(&place.file, config.sets[&set.name].format),
                 };
                 let message = format!("no row has a `{column}` for task `{}`{hint}", columns[task.0].name);

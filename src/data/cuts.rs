@@ -2,36 +2,55 @@
 
 use rand::seq::SliceRandom;
 
-use super::rows::{ABSENT, Rows, Strings, Wanted, WantedKind};
+use super::rows::{ABSENT, Rows, Strings, Wanted};
 use crate::problem::Problem;
+use crate::task::TaskKind;
 
 /// Takes rows that carry no label at all out of a training split: a batch of them would have no loss.
 pub fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Problem> {
     let labelled = |row: usize| {
         wanted.iter().enumerate().any(|(column, wanted)| match wanted.kind {
-            WantedKind::Class => train.columns[column].values[row] != ABSENT,
-            WantedKind::Tags(_) => train.tags_of(column, row).is_some(),
+            TaskKind::Classification => train.columns[column].values[row] != ABSENT,
+            TaskKind::Tagging(_) => train.tags_of(column, row).is_some(),
         })
     };
-    let taken: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
-    let first = taken.iter().position(|&taken| taken)?;
-    if !taken.contains(&false) {
+    let unlabelled: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
+    if !unlabelled.contains(&false) {
         return None; // Said by task, as an error.
     }
-    let place = train.place(first);
-    let message = match train.split_off(&taken, &kinds(wanted)).len() {
+    leave_out(train, &unlabelled, wanted, |n| match n {
         1 => "a row without a label for any task is left out of training".to_owned(),
         n => format!("{n} rows without a label for any task are left out of training; this is the first"),
-    };
-    Some(Problem::warning(place, message))
+    })
 }
 
-fn kinds(wanted: &[Wanted]) -> Vec<WantedKind> {
+/// Takes sentences of more than `max` words out of a training split.
+pub fn leave_out_long(train: &mut Rows, wanted: &[Wanted], max: usize) -> Option<Problem> {
+    let long: Vec<bool> = (0..train.len()).map(|row| train.words_of(row).len() > max).collect();
+    leave_out(train, &long, wanted, |n| match n {
+        1 => format!("a sentence of more than {max} words is left out of training"),
+        n => format!("{n} sentences of more than {max} words are left out of training; this is the first"),
+    })
+}
+
+fn leave_out(
+    train: &mut Rows,
+    taken: &[bool],
+    wanted: &[Wanted],
+    message: impl Fn(usize) -> String,
+) -> Option<Problem> {
+    let place = train.place(taken.iter().position(|&taken| taken)?);
+    let n = train.split_off(taken, &kinds(wanted)).len();
+    Some(Problem::warning(place, message(n)))
+}
+
+fn kinds(wanted: &[Wanted]) -> Vec<TaskKind> {
     wanted.iter().map(|wanted| wanted.kind).collect()
 }
 
 /// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest type of span or tag. `column` is the one of the classes or tags.
+/// share their rarest type of span or tag. The only row of a stratum stays, where there are others. `column` is the one of the
+/// classes or tags.
 pub fn cut(
     train: &mut Rows,
     (wanted, column): (&[Wanted], usize),
@@ -39,8 +58,8 @@ pub fn cut(
     mut generator: impl rand::Rng,
 ) -> Rows {
     let stratum: Vec<u32> = match wanted[column].kind {
-        WantedKind::Class => train.columns[column].values.clone(),
-        WantedKind::Tags(_) => {
+        TaskKind::Classification => train.columns[column].values.clone(),
+        TaskKind::Tagging(_) => {
             // The type alone counts: a task writes the spans of a file in its scheme.
             let strings = &train.columns[column].strings;
             let mut types = Strings::default();
@@ -59,18 +78,22 @@ pub fn cut(
     for (row, stratum) in stratum.into_iter().enumerate() {
         strata.entry(stratum).or_default().push(row);
     }
+    let (single, several): (Vec<_>, Vec<_>) = strata.into_values().partition(|rows| rows.len() == 1);
+    let n_several = several.iter().map(Vec::len).sum::<usize>();
     let mut taken = vec![false; train.len()];
-    // The running sum keeps the total right where strata are too small for a share of their own.
-    let (mut due, mut n_taken) = (0.0, 0);
-    for rows in strata.values_mut() {
+    let mut take = |mut rows: Vec<usize>, n: usize| {
         rows.shuffle(&mut generator);
-        due += rows.len() as f64 * fraction;
-        let n = (due.round() as usize - n_taken).min(rows.len());
-        n_taken += n;
-        for &row in &rows[..n] {
-            taken[row] = true;
-        }
+        rows[..n.min(rows.len())].iter().for_each(|&row| taken[row] = true);
+        n.min(rows.len())
+    };
+    // The running sum keeps the total right where strata are too small for a share of their own.
+    let share = (fraction * (train.len() as f64 / n_several as f64)).min(1.0);
+    let (mut due, mut n_taken) = (0.0, 0);
+    for rows in several {
+        due += rows.len() as f64 * share;
+        n_taken += take(rows, due.round() as usize - n_taken);
     }
+    take(single.concat(), ((train.len() as f64 * fraction).round() as usize).saturating_sub(n_taken));
     train.split_off(&taken, &kinds(wanted))
 }
 
@@ -85,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_dev_cut_is_stratified_seeded_and_loses_nothing() {
-        let wanted = [Wanted { column: "label".into(), kind: WantedKind::Class }];
+        let wanted = [Wanted { column: "label".into(), kind: TaskKind::Classification }];
         let build = || {
             let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
             for i in 0..200 {
@@ -118,9 +141,42 @@ mod tests {
     }
 
     #[test]
+    fn long_sentences_are_left_out_of_training() {
+        let wanted = [Wanted { column: "label".into(), kind: TaskKind::Classification }];
+        let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
+        for (i, n) in [2, 4, 3, 9].into_iter().enumerate() {
+            builder.push(i + 1, &vec!["w"; n], &[Field::Class("a")]);
+        }
+        let mut rows = Rows::new(1);
+        rows.append_file(Path::new("f"), vec![builder.rows]);
+        let problem = leave_out_long(&mut rows, &wanted, 3).unwrap().to_string();
+        assert_eq!(problem, "f:2: 2 sentences of more than 3 words are left out of training; this is the first");
+        assert_eq!((rows.len(), rows.place(1).line), (2, 3));
+        assert!(leave_out_long(&mut rows, &wanted, 3).is_none());
+    }
+
+    #[test]
+    fn the_only_row_of_a_class_stays_in_train() {
+        let wanted = [Wanted { column: "label".into(), kind: TaskKind::Classification }];
+        let labels: Vec<String> =
+            (0..40).map(|i| if i % 4 == 0 { format!("only{i}") } else { "other".into() }).collect();
+        for (fraction, n_only) in [(0.25, 0), (0.75, 0), (0.85, 4)] {
+            let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
+            for (i, label) in labels.iter().enumerate() {
+                builder.push(i + 1, &["w"], &[Field::Class(label)]);
+            }
+            let mut rows = Rows::new(1);
+            rows.append_file(Path::new("f"), vec![builder.rows]);
+            let dev = cut(&mut rows, (&wanted, 0), fraction, Seed(0).generator(Purpose::Split, 0));
+            let only = dev.columns[0].used().filter(|label| label.starts_with("only")).count();
+            assert_eq!((dev.len(), only), ((40.0 * fraction) as usize, n_only), "{fraction}");
+        }
+    }
+
+    #[test]
     fn the_scheme_of_the_tags_does_not_move_a_cut() {
         let lines = |scheme, one: &str| {
-            let wanted = [Wanted { column: "ner".into(), kind: WantedKind::Tags(scheme) }];
+            let wanted = [Wanted { column: "ner".into(), kind: TaskKind::Tagging(scheme) }];
             let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
             for i in 0..90 {
                 let tags = if i % 9 == 0 {

@@ -177,12 +177,12 @@ pub fn written(task: &Task, ids: &[usize]) -> (Vec<String>, Vec<Span<String>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+    use crate::data::rows::{Field, RowsBuilder, Wanted};
     use std::path::Path;
 
     #[test]
     fn tags_become_bio_ids_and_come_back_as_written() {
-        let wanted = [Wanted { column: "ner".into(), kind: WantedKind::Tags(Scheme::Bioes) }];
+        let wanted = [Wanted { column: "ner".into(), kind: TaskKind::Tagging(Scheme::Bioes) }];
         let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
         builder.push(1, &["a", "b", "c"], &[Field::Tags(vec!["B-x", "E-x", "S-y"])]);
         builder.push(2, &["d"], &[Field::Absent]);

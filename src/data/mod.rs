@@ -20,7 +20,7 @@ pub use corpus::{Corpus, LoadedSet, load};
 pub use device_set::DeviceSet;
 pub use encoded::{EncodedSet, TargetValues, Unseen};
 pub use formats::{ConllLayout, ConllLine, Format};
-pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted, WantedKind};
+pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted};
 pub use sampler::{Sampler, SamplingConfig};
 pub use set::{DataConfig, Paths, SetConfig, Split, TaskColumn};
 pub use tokenizer::{FileConfig, PieceConfig, Tokenizer, TokenizerConfig, WordConfig};

@@ -6,7 +6,7 @@ use indexmap::IndexSet;
 use rustc_hash::FxBuildHasher;
 
 use crate::problem::{Place, Problem, counted};
-use crate::task::Scheme;
+use crate::task::TaskKind;
 
 /// Distinct strings, numbered in the order of their first appearance.
 #[derive(Clone, Debug, Default)]
@@ -49,15 +49,7 @@ pub const ABSENT: u32 = u32::MAX;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     pub column: String,
-    pub kind: WantedKind,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WantedKind {
-    /// One label a row.
-    Class,
-    /// One tag a word, in this scheme.
-    Tags(Scheme),
+    pub kind: TaskKind,
 }
 
 /// The labels of one column: a value a row for classes, a value a word for tags, [`ABSENT`] where a row has none.
@@ -193,13 +185,13 @@ impl Rows {
     }
 
     /// Splits off the rows for which `taken` says true; the others stay, in order.
-    pub fn split_off(&mut self, taken: &[bool], kinds: &[WantedKind]) -> Rows {
+    pub fn split_off(&mut self, taken: &[bool], kinds: &[TaskKind]) -> Rows {
         let (cut, rest) = (self.select(taken, true, kinds), self.select(taken, false, kinds));
         *self = rest;
         cut
     }
 
-    fn select(&self, taken: &[bool], wish: bool, kinds: &[WantedKind]) -> Rows {
+    fn select(&self, taken: &[bool], wish: bool, kinds: &[TaskKind]) -> Rows {
         let mut out = Rows { words: self.words.clone(), files: self.files.clone(), ..Rows::new(self.columns.len()) };
         for (column, other) in out.columns.iter_mut().zip(&self.columns) {
             column.strings = other.strings.clone();
@@ -216,8 +208,8 @@ impl Rows {
             out.lines.push(self.lines[row]);
             for ((column, other), kind) in out.columns.iter_mut().zip(&self.columns).zip(kinds) {
                 match kind {
-                    WantedKind::Class => column.values.push(other.values[row]),
-                    WantedKind::Tags(_) => {
+                    TaskKind::Classification => column.values.push(other.values[row]),
+                    TaskKind::Tagging(_) => {
                         column.values.extend(&other.values[self.offsets[row]..self.offsets[row + 1]]);
                     }
                 }
@@ -287,8 +279,8 @@ impl<'a> RowsBuilder<'a> {
             match (field, wanted.kind) {
                 (Field::Class(label), _) => column.values.push(column.strings.add(label)),
                 (Field::Tags(tags), _) => column.values.extend(tags.iter().map(|tag| column.strings.add(tag))),
-                (Field::Absent, WantedKind::Class) => column.values.push(ABSENT),
-                (Field::Absent, WantedKind::Tags(_)) => {
+                (Field::Absent, TaskKind::Classification) => column.values.push(ABSENT),
+                (Field::Absent, TaskKind::Tagging(_)) => {
                     column.values.extend(std::iter::repeat_n(ABSENT, words.len()));
                 }
             }

@@ -25,6 +25,10 @@ pub struct DataConfig {
     /// Seed of that choice, apart from the experiment's. Default 0.
     #[serde(default)]
     pub train_fraction_seed: u64,
+    /// Training sentences of more words are left out: a batch is as long as its longest, and takes memory for it. Default: no
+    /// limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_words: Option<usize>,
 }
 
 fn one() -> f64 {
@@ -70,7 +74,8 @@ pub struct SetConfig {
     /// (`conllu`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<String>,
-    /// Names of the columns, for `conll` and `lines`. Without them, columns of `conll` go by number from 0, in quotes.
+    /// Names of the columns: for `lines`; for `csv` and `tsv` without a header; for `conll`, whose columns else go by number from
+    /// 0, in quotes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub columns: Vec<String>,
     /// What stands between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`), a tab
@@ -163,7 +168,7 @@ impl<'de> Deserialize<'de> for Paths {
 }
 
 /// A part of a set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Split {
     Train,
     Dev,

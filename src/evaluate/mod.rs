@@ -25,10 +25,22 @@ pub struct TaskReport {
     pub labels: Vec<LabelScore>,
 }
 
+/// What chooses among checkpoints: of equal scores, the lower loss.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
+pub struct Merit {
+    score: f64,
+    minus_loss: f64,
+}
+
 impl TaskReport {
     /// The score that chooses checkpoints.
     pub fn main_score(&self) -> Option<&Score> {
         self.scores.first()
+    }
+
+    /// Its merit by that score.
+    pub fn merit(&self) -> Option<Merit> {
+        Some(Merit { score: self.main_score()?.value, minus_loss: -self.loss.unwrap_or(0.0) })
     }
 }
 
@@ -51,21 +63,25 @@ impl Report {
         scores.iter().sum::<f64>() / scores.len().max(1) as f64
     }
 
-    /// What chooses checkpoints, where more is better: `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss, whose sign
-    /// is turned. `None` where the split cannot tell.
-    pub fn choice(&self, metric: &str) -> Option<f64> {
+    /// By `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several tasks their losses' sum counts. `None` where
+    /// the split cannot tell.
+    pub fn merit(&self, metric: &str) -> Option<Merit> {
+        let of_all =
+            |score: f64| Merit { score, minus_loss: -self.tasks.iter().filter_map(|task| task.loss).sum::<f64>() };
         match metric {
-            "mean" => return self.tasks.iter().any(|task| task.n_sentences > 0).then(|| self.mean()),
-            "sentence_accuracy" => return self.sentence_accuracy,
+            "mean" => return self.tasks.iter().any(|task| task.n_sentences > 0).then(|| of_all(self.mean())),
+            "sentence_accuracy" => return self.sentence_accuracy.map(of_all),
             _ => {}
         }
         let (name, score) = metric.split_once('.').map_or((metric, None), |(name, score)| (name, Some(score)));
         let task = self.tasks.iter().find(|task| task.name == name)?;
-        match score {
-            None => task.main_score().map(|score| score.value),
-            Some("loss") => task.loss.map(|loss| -loss),
-            Some(wanted) => task.scores.iter().find(|score| score.name == wanted).map(|score| score.value),
-        }
+        let merit = task.merit()?;
+        let score = match score {
+            None => merit.score,
+            Some("loss") => -task.loss?,
+            Some(wanted) => task.scores.iter().find(|score| score.name == wanted)?.value,
+        };
+        Some(Merit { score, ..merit })
     }
 }
 

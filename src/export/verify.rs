@@ -17,7 +17,7 @@ use crate::task::{Task, TaskId, TaskKind};
 pub struct Cases(Vec<Case>);
 
 struct Case {
-    /// token_ids [B, T], lengths `[B]` and, for pieces of words, first_tokens [B, W] and n_words `[B]`.
+    /// As [`Batch::inputs`](crate::data::Batch::inputs) has them.
     inputs: Vec<Tensor>,
     n_words: Tensor,
     /// In the order of [`output_names`].

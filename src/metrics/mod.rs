@@ -10,17 +10,16 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// One number of a metric, a fraction between 0 and 1.
+/// One number of a metric, a fraction between 0 and 1; more is better.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     pub name: String,
     pub value: f64,
-    pub higher_is_better: bool,
 }
 
 impl Score {
     fn fraction(name: &str, value: f64) -> Self {
-        Score { name: name.to_owned(), value, higher_is_better: true }
+        Score { name: name.to_owned(), value }
     }
 }
 

@@ -5,11 +5,16 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use super::{Confusions, Counts, LabelScore, Metric, Score, ratio};
 use crate::task::{Scheme, Span, Tag, spans_of};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum SpanRule {
+    #[default]
     Conlleval,
     Strict,
 }

@@ -8,7 +8,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::characters::{Characters, CharactersConfig};
 use super::dropout::{Masks, dropout};
@@ -86,11 +86,12 @@ pub struct Embedding {
     pads: bool,
     unknown: i64,
     n_trained: i64,
+    device: Device,
 }
 
 impl Embedding {
     pub fn new(mut scope: Scope, config: &EmbeddingConfig, vocabulary: &Vocabulary) -> Self {
-        let n_trained = vocabulary.n_trained as i64;
+        let (n_trained, device) = (vocabulary.n_trained as i64, scope.device());
         let (padding, pads, unknown) = (vocabulary.padding.into(), vocabulary.pads, vocabulary.unknown.into());
         let learned = (config.dim > 0).then(|| Table {
             parameter: Some(scope.count()),
@@ -109,7 +110,7 @@ impl Embedding {
             pretrained.push(Pretrained { trained, further });
         }
         let characters = Characters::new(scope.sub("characters"), &config.characters);
-        Embedding { learned, pretrained, characters, config: config.clone(), padding, pads, unknown, n_trained }
+        Embedding { learned, pretrained, characters, config: config.clone(), padding, pads, unknown, n_trained, device }
     }
 
     /// Features of a token: E.
@@ -206,9 +207,8 @@ def forward(self, {inputs}) -> Tensor:
         ids.dedup();
         ids.retain(|id| *id < self.n_trained && !special.contains(id));
         ids.splice(0..0, special);
-        let device = self.tables().next().map_or(tch::Device::Cpu, |table| table.values.device());
         let tables = self.tables().filter_map(|table| table.parameter).collect();
-        Touched { ids: upload(&ids, device), host: ids, tables }
+        Touched { ids: upload(&ids, self.device), host: ids, tables }
     }
 
     /// Those rows as they are now.

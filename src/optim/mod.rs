@@ -208,8 +208,8 @@ impl Optimizer {
         average: Option<(&mut Average, Number)>,
     ) -> Result<()> {
         let (mut average, share) = average.unzip();
-        let rate = rate.on_host().context("rows of tables wait for steps whose rate the host knows")?;
-        let share = share.map(|share| share.on_host().context("and whose average")).transpose()?;
+        let rate = rate.on_host().expect("invariant: rows of tables are not recorded");
+        let share = share.map(|share| share.on_host().expect("invariant: rows of tables are not recorded"));
         let skipped = skip.double_value(&[]) > 0.0;
         for &number in &rows.tables {
             let Slot { parameter, first, second, step, decays, backlog, .. } = &mut self.slots[number];

@@ -33,6 +33,8 @@ pub struct NewRun {
     pub directory: RunDirectory,
     /// Or else it was there, and empty.
     made: bool,
+    /// Held from before anything is written, so that only its own content goes away.
+    _lock: Option<Flock<File>>,
 }
 
 impl NewRun {
@@ -57,8 +59,9 @@ impl NewRun {
     pub fn create(path: &Path) -> Result<Self> {
         // In this order: without what is above it, `..` in a path leads nowhere.
         let made = make(path)?;
+        let lock = RunDirectory { path: path.to_owned() }.lock()?;
         Self::fail_if_occupied(path)?;
-        Self::begin(path, made)
+        Self::begin(path, made, lock)
     }
 
     /// `folder/name`, or the first of `folder/name-2`, `folder/name-3`, ... that nobody has, nor takes meanwhile.
@@ -67,16 +70,17 @@ impl NewRun {
         loop {
             let path = folder.join(numbered(name, n));
             if !path.exists() && make(&path)? {
-                return Self::begin(&path, true);
+                let lock = RunDirectory { path: path.clone() }.lock()?;
+                return Self::begin(&path, true, lock);
             }
             n += 1;
         }
     }
 
-    fn begin(path: &Path, made: bool) -> Result<Self> {
+    fn begin(path: &Path, made: bool, lock: Option<Flock<File>>) -> Result<Self> {
         let directory = RunDirectory { path: path.to_owned() };
         std::fs::create_dir_all(path.join("checkpoints")).map_err(|error| cannot_make(path, &error))?;
-        Ok(NewRun { directory, made })
+        Ok(NewRun { directory, made, _lock: lock })
     }
 }
 

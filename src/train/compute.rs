@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::clip::Clip;
-use super::gradients::{Gradients, Sums, Weighted, as_vector, at_last_layer};
+use super::gradients::{Backward, Gradients, Weighted, as_vector, at_last_layer};
 use super::laps::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
@@ -82,7 +82,9 @@ impl Trainer<'_> {
             }
             _ => None,
         };
-        let mut gradients = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
+        let reference = reference(inputs.wants);
+        let backward = Backward { model: self.model, tasks: self.tasks, reference, rows: inputs.rows };
+        let mut gradients = Gradients::default();
         let (mut losses, mut gram) = (None, None);
         let mut weights = inputs.weights.map(Tensor::shallow_clone);
         for (i, parts) in batches.iter().map(AsRef::as_ref).enumerate() {
@@ -98,22 +100,20 @@ impl Trainer<'_> {
                 gram = self.gram(&passes)?;
             }
             self.laps.end(Part::Weighting);
-            let backward = |part: usize| -> Result<Sums> {
-                let mut own = Gradients::new(self.model, self.tasks, reference(inputs.wants), inputs.rows);
+            let pass = |part: usize| {
                 let (shared, losses) = &passes[part];
                 let scale = self.loss_scale.as_ref().map(LossScale::value);
-                own.add(shared, Weighted { losses, weights, scale })?;
-                Ok(own.into_sums())
+                backward.pass(shared, Weighted { losses, weights, scale })
             };
-            for sums in side_by_side(parts.len(), &backward) {
-                gradients.merge(sums?)?;
+            for own in side_by_side(parts.len(), &pass) {
+                gradients.merge(own?)?;
             }
             losses = add_losses(losses, here);
             self.laps.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
         self.freeze(step.number, &mut gradients.sum);
-        let mut norms = gradients.norms(device);
+        let mut norms = reference.map(|reference| gradients.norms(reference, device));
         let values = self.update(&gradients.sum, &losses, &mut norms, inputs)?;
         self.laps.end(Part::Update);
         let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));

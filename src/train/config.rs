@@ -34,6 +34,10 @@ pub struct TrainingConfig {
     pub precision: Precision,
     /// Steps of one shape are recorded once and replayed as one call, on CUDA. Default true.
     pub cuda_graphs: bool,
+    /// Whether LSTM layers on the CPU are computed by oneDNN, or by libtorch step by step; numbers differ by rounding. Default:
+    /// what is faster, measured when a run begins.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub onednn: Option<bool>,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses; where an epoch has fewer, one record an epoch. Default 50, at least 1.
@@ -59,6 +63,7 @@ impl Default for TrainingConfig {
             freeze_epochs: IndexMap::new(),
             precision: Precision::Float32,
             cuda_graphs: true,
+            onednn: None,
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),
             log_every_steps: 50,
@@ -73,7 +78,8 @@ impl Default for TrainingConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct EarlyStopping {
     /// What is best on dev: a task, whose main score counts (accuracy, or F1 of spans); another of its scores, as in
-    /// `intent.macro_f1` or `slots.loss`; `mean`, that of the tasks' main scores; or `sentence_accuracy`. Default `mean`.
+    /// `intent.macro_f1` or `slots.loss`; `mean`, that of the tasks' main scores; or `sentence_accuracy`. Of equal scores the one
+    /// with the lower loss is better. Default `mean`.
     pub metric: String,
     /// Epochs without a better score after which training ends. Default: never.
     pub patience_epochs: Option<usize>,

@@ -10,12 +10,19 @@ use crate::model::{Model, Shared, TableRows};
 use crate::task::Task;
 use crate::weighting::Reference;
 
-/// The gradient of a step, added up over its batches.
-pub struct Gradients<'a> {
-    model: &'a Model,
-    tasks: &'a [Task],
-    reference: Option<Reference>,
-    rows: Option<&'a TableRows>,
+/// What the gradients of a batch are taken to.
+#[derive(Clone, Copy)]
+pub struct Backward<'a> {
+    pub model: &'a Model,
+    pub tasks: &'a [Task],
+    /// Where each task's own gradient is measured, if anywhere.
+    pub reference: Option<Reference>,
+    pub rows: Option<&'a TableRows>,
+}
+
+/// The gradient of a part of a batch, of a batch or of a step.
+#[derive(Default)]
+pub struct Gradients {
     /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`TableRows`].
     pub sum: Vec<Tensor>,
     /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
@@ -32,12 +39,6 @@ pub struct Weighted<'a> {
     pub weights: &'a Tensor,
     /// A further factor of all, so that small gradients do not vanish in float16.
     pub scale: Option<&'a Tensor>,
-}
-
-/// The sums of a [`Gradients`], which threads may hand over.
-pub struct Sums {
-    sum: Vec<Tensor>,
-    own: Vec<Vec<Tensor>>,
 }
 
 /// The losses of the tasks present, each with its number of `weights` `[T]`.
@@ -62,39 +63,27 @@ pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
     Tensor::stack(&all, 0).to_kind(Kind::Double)
 }
 
-impl<'a> Gradients<'a> {
-    pub fn new(model: &'a Model, tasks: &'a [Task], reference: Option<Reference>, rows: Option<&'a TableRows>) -> Self {
-        let own = tasks.iter().map(|_| Vec::new()).collect();
-        Gradients { model, tasks, reference, rows, sum: Vec::new(), own }
-    }
-
-    /// What has been added up, for [`Self::merge`].
-    pub fn into_sums(self) -> Sums {
-        Sums { sum: self.sum, own: self.own }
-    }
-
-    /// Adds what another one has added up.
-    pub fn merge(&mut self, other: Sums) -> Result<()> {
-        for (own, more) in self.own.iter_mut().zip(other.own) {
-            accumulate(own, more)?;
-        }
-        accumulate(&mut self.sum, other.sum)
-    }
-
-    /// Adds the gradients of one batch. All of them, norms too, are those of the losses times their scale, where there is one.
+impl Backward<'_> {
+    /// All gradients, and with them the norms, are those of the losses times their scale, where there is one.
     ///
     /// # Errors
     /// A task whose loss does not depend on the reference of its norm.
-    pub fn add(&mut self, shared: &Shared, losses: Weighted) -> Result<()> {
-        let more = match self.reference {
-            Some(Reference::LastLayer) => self.by_task(shared, losses)?,
-            _ => self.at_once(shared, losses)?,
+    pub fn pass(&self, shared: &Shared, losses: Weighted) -> Result<Gradients> {
+        let mut own: Vec<Vec<Tensor>> = self.tasks.iter().map(|_| Vec::new()).collect();
+        let sum = match self.reference {
+            Some(Reference::LastLayer) => self.by_task(shared, losses, &mut own)?,
+            _ => self.at_once(shared, losses, &mut own)?,
         };
-        accumulate(&mut self.sum, more)
+        Ok(Gradients { sum, own })
     }
 
     /// One backward pass. The norms at the representation are read in passing, at the taps.
-    fn at_once(&mut self, shared: &Shared, Weighted { losses, weights, scale }: Weighted) -> Result<Vec<Tensor>> {
+    fn at_once(
+        &self,
+        shared: &Shared,
+        Weighted { losses, weights, scale }: Weighted,
+        squared_norms: &mut [Vec<Tensor>],
+    ) -> Result<Vec<Tensor>> {
         let scaled = scale.map(|scale| weights * scale);
         let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) =
             with_weights(losses, scaled.as_ref().unwrap_or(weights)).unzip();
@@ -125,18 +114,19 @@ impl<'a> Gradients<'a> {
         for (range, &task) in starts.windows(2).zip(&tapped) {
             let own = squares.narrow(0, range[0] as i64, (range[1] - range[0]) as i64);
             let own = if range[1] - range[0] == 1 { own.get(0) } else { own.sum(Kind::Double) };
-            let square = own / by.get(task as i64);
-            match self.own[task].first_mut() {
-                Some(sum) => *sum = &*sum + square,
-                None => self.own[task].push(square),
-            }
+            squared_norms[task].push(own / by.get(task as i64));
         }
         Ok(gradients)
     }
 
     /// A backward pass for each task down to the input of the last shared layer, and one for all below it. Their weighted sum is
     /// the step's gradient, so that nothing is computed twice.
-    fn by_task(&mut self, shared: &Shared, Weighted { losses, weights, scale }: Weighted) -> Result<Vec<Tensor>> {
+    fn by_task(
+        &self,
+        shared: &Shared,
+        Weighted { losses, weights, scale }: Weighted,
+        at_last_layer: &mut [Vec<Tensor>],
+    ) -> Result<Vec<Tensor>> {
         let (parameters, range) = (self.model.inputs(self.rows), self.model.last_layer.clone());
         let (below, above) = parameters.split_at(range.start);
         let mut inputs = above.to_vec();
@@ -154,7 +144,7 @@ impl<'a> Gradients<'a> {
             let weight = weights.get(task as i64);
             let weighted = own.iter().map(|g| if g.defined() { g * &weight } else { g.shallow_clone() }).collect();
             accumulate(&mut sum, weighted)?;
-            accumulate(&mut self.own[task], own.into_iter().take(range.len()).collect())?;
+            at_last_layer[task] = own.into_iter().take(range.len()).collect();
         }
         if sum.is_empty() {
             return Ok(Vec::new());
@@ -175,10 +165,20 @@ impl<'a> Gradients<'a> {
         ensure!(gradient.defined(), "task `{name}` has no path to the shared trunk: its gradient there has no norm");
         Ok(())
     }
+}
 
-    /// 2-norms of the tasks' unweighted gradients at the reference, `[T]` float64, 0 for absent tasks; where wanted.
-    pub fn norms(&self, device: Device) -> Option<Tensor> {
-        let reference = self.reference?;
+impl Gradients {
+    /// Adds those of another part or batch.
+    pub fn merge(&mut self, other: Gradients) -> Result<()> {
+        self.own.resize_with(other.own.len(), Vec::new);
+        for (own, more) in self.own.iter_mut().zip(other.own) {
+            accumulate(own, more)?;
+        }
+        accumulate(&mut self.sum, other.sum)
+    }
+
+    /// 2-norms of the tasks' unweighted gradients at the reference that they were taken with, `[T]` float64, 0 for absent tasks.
+    pub fn norms(&self, reference: Reference, device: Device) -> Tensor {
         let square = |own: &Vec<Tensor>| match (own.is_empty(), reference) {
             (true, _) => Tensor::zeros([], (Kind::Double, device)),
             (_, Reference::Representation) => own[0].shallow_clone(),
@@ -187,7 +187,7 @@ impl<'a> Gradients<'a> {
                 squares.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (Kind::Double, device)))
             }
         };
-        Some(Tensor::stack(&self.own.iter().map(square).collect::<Vec<_>>(), 0).sqrt())
+        Tensor::stack(&self.own.iter().map(square).collect::<Vec<_>>(), 0).sqrt()
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Graphs {
     weights: Tensor,
 }
 
-/// How a step comes again.
+/// How steps of one shape are taken.
 enum How {
     Off,
     Replayed,

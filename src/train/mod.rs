@@ -10,6 +10,7 @@ mod state;
 mod step;
 mod unknown;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -24,9 +25,10 @@ pub use state::State;
 pub use unknown::UnknownWords;
 
 use crate::data::{DeviceSet, Sampler};
-use crate::evaluate::{Report, evaluate};
+use crate::evaluate::{Merit, Report, TaskReport, evaluate};
 use crate::model::Model;
 use crate::optim::{Average, LossScale, Optimizer};
+use crate::problem::Place;
 use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
 use crate::task::Task;
@@ -46,13 +48,18 @@ pub struct Trainer<'a> {
     pub weighting: Weighting,
     pub sampler: Sampler,
     pub train: &'a DeviceSet,
-    pub dev: &'a DeviceSet,
     pub unknown: Option<UnknownWords>,
     pub seed: Seed,
     pub laps: Laps,
     pub graphs: Graphs,
     /// 1 on the device since a loss or a gradient was not finite: from then on no update happens.
     pub halted: Tensor,
+}
+
+/// What is evaluated on the way, and where everything is kept.
+#[derive(Clone, Copy)]
+pub struct Course<'a> {
+    pub dev: &'a DeviceSet,
     pub run: &'a RunDirectory,
 }
 
@@ -96,8 +103,8 @@ impl Trainer<'_> {
     }
 
     /// Restores weights, optimizer, strategy and position from the run's last checkpoint.
-    pub fn resume(&mut self) -> Result<State> {
-        let path = self.run.checkpoint("last");
+    pub fn resume(&mut self, run: &RunDirectory) -> Result<State> {
+        let path = run.checkpoint("last");
         let saved = checkpoint::load(&path)?;
         let state: State = serde_json::from_value(saved.state).with_context(|| format!("{}", path.display()))?;
         let mut moments = saved.optimizer;
@@ -117,10 +124,16 @@ impl Trainer<'_> {
     ///
     /// # Errors
     /// A loss or gradient that is not finite, with step, task and rows named; files that cannot be written.
-    pub fn train(&mut self, mut state: State, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
+    pub fn train(
+        &mut self,
+        mut state: State,
+        course: Course,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+    ) -> Result<Outcome> {
         let per_epoch = self.steps_per_epoch();
         let n_steps = self.n_steps();
-        let mut records = Records::open(self.run, state.step)?;
+        let mut records = Records::open(course.run, state.step)?;
         let mut pending = Pending::new(self.model.parameters.device());
         let mut interval = (Instant::now(), 0);
         while !state.finished {
@@ -132,7 +145,7 @@ impl Trainer<'_> {
                 let first = index * self.config.accumulate_steps;
                 let batches = &plan[first..(first + self.config.accumulate_steps).min(plan.len())];
                 let step = Step { number: state.step, n_steps, batches, diagnose: self.diagnoses(state.step) };
-                let n_tokens = self.take(&step, &mut pending)?;
+                let n_tokens = self.take(&step, &mut pending).map_err(|error| self.out_of_memory(error, batches))?;
                 interval.1 += n_tokens;
                 state.step += 1;
                 let epoch_ends = state.step.is_multiple_of(per_epoch) || state.step == n_steps;
@@ -158,11 +171,11 @@ impl Trainer<'_> {
                     let losses = state.epoch.means();
                     state.epoch.reset();
                     self.weighting.epoch_ended();
-                    let report = self.evaluate(&mut state, &mut records, epoch, n_steps)?;
+                    let report = self.evaluate(&mut state, course, &mut records, epoch)?;
                     observer.epoch_ended(epoch + 1, &losses, &report, state.best_step == Some(state.step));
                     interval = (Instant::now(), 0);
                 } else if save || stopping {
-                    self.save(&state)?;
+                    self.save(&state, course.run)?;
                 }
                 if stopping && !state.finished {
                     return Ok(Outcome::Interrupted(state.step));
@@ -219,11 +232,17 @@ impl Trainer<'_> {
     }
 
     /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
-    fn evaluate(&mut self, state: &mut State, records: &mut Records, epoch: usize, n_steps: usize) -> Result<Report> {
+    fn evaluate(
+        &mut self,
+        state: &mut State,
+        Course { dev, run }: Course,
+        records: &mut Records,
+        epoch: usize,
+    ) -> Result<Report> {
         self.settle()?;
         // Where there is an average, the best checkpoints are of it; the last one holds the weights and their average.
         self.swap_average()?;
-        let report = evaluate(self.model, self.dev, self.tasks)?;
+        let report = evaluate(self.model, dev, self.tasks)?;
         let mut values =
             Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
         for task in report.tasks.iter().filter(|task| task.n_sentences > 0) {
@@ -241,26 +260,27 @@ impl Trainer<'_> {
         let weights = self.model.parameters.named();
         let keep = |name: &str| -> Result<()> {
             let about = json!({"step": state.step, "epoch": epoch + 1, "dev": report});
-            checkpoint::save(&self.run.checkpoint(name), &weights, &[], &about)
+            checkpoint::save(&run.checkpoint(name), &weights, &[], &about)
         };
-        let chosen = report.choice(&self.config.early_stopping.metric).unwrap_or(f64::MIN);
-        let improved = state.best.is_none_or(|best| chosen > best);
+        let metric = &self.config.early_stopping.metric;
+        let merit = report.merit(metric).with_context(|| format!("dev has no score `{metric}` to choose by"))?;
+        let improved = state.best.is_none_or(|best| merit > best);
         if improved {
             keep("best")?;
         }
-        let better = |(old, task): (&Option<f64>, &crate::evaluate::TaskReport)| {
-            task.main_score().map(|score| score.value).filter(|value| old.is_none_or(|old| *value > old))
+        let better = |(old, task): (&Option<Merit>, &TaskReport)| {
+            task.merit().filter(|merit| old.is_none_or(|old| *merit > old))
         };
-        let by_task: Vec<Option<f64>> = state.best_by_task.iter().zip(&report.tasks).map(better).collect();
+        let by_task: Vec<Option<Merit>> = state.best_by_task.iter().zip(&report.tasks).map(better).collect();
         for (task, _) in self.tasks.iter().zip(&by_task).filter(|(_, better)| better.is_some()) {
             keep(&format!("best-{}", task.name))?;
         }
         self.swap_average()?;
-        state.judge(chosen, improved, by_task);
+        state.judge(merit, improved, by_task);
         let patience = self.config.early_stopping.patience_epochs;
         state.finished =
-            state.step >= n_steps || patience.is_some_and(|patience| state.epochs_without_gain >= patience);
-        self.save(state)?;
+            state.step >= self.n_steps() || patience.is_some_and(|patience| state.epochs_without_gain >= patience);
+        self.save(state, run)?;
         Ok(report)
     }
 
@@ -273,32 +293,47 @@ impl Trainer<'_> {
         self.optimizer.catch_up(None, self.average.as_mut())
     }
 
-    fn save(&mut self, state: &State) -> Result<()> {
+    fn save(&mut self, state: &State, run: &RunDirectory) -> Result<()> {
         self.settle()?;
         let model = self.model.parameters.named();
         let state = State { weighting: self.weighting.save(), ..state.clone() };
         let mut moments = self.optimizer.state();
         moments.extend(self.average.iter().flat_map(Average::state));
         moments.extend(self.loss_scale.iter().flat_map(LossScale::state));
-        checkpoint::save(&self.run.checkpoint("last"), &model, &moments, &serde_json::to_value(state)?)
+        checkpoint::save(&run.checkpoint("last"), &model, &moments, &serde_json::to_value(state)?)
     }
 
     fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {
         self.config.optimizer.learning_rate() * self.config.schedule.factor(step, n_steps)
     }
 
+    /// Says what a step that ran out of memory was about.
+    fn out_of_memory(&self, error: anyhow::Error, batches: &[Vec<usize>]) -> anyhow::Error {
+        let text = format!("{error:#}");
+        let longest = batches.iter().flatten().copied().max_by_key(|&row| self.train.set.n_tokens(row));
+        match longest {
+            Some(row) if text.contains("out of memory") || text.contains("allocate memory") => {
+                let (n, place) = (self.train.set.n_tokens(row), self.place(row));
+                error.context(format!(
+                    "out of memory in a step whose longest sentence, {place}, has {n} tokens; a smaller \
+                     `training.batch_size` needs less, and `data.max_words` leaves out long ones"
+                ))
+            }
+            _ => error,
+        }
+    }
+
+    /// Where a training row stands, without its folder.
+    fn place(&self, row: usize) -> String {
+        self.train.set.places.get(row).map_or("?".to_owned(), |place| {
+            Place::new(Path::new(place.file.file_name().unwrap_or_default()), place.line).to_string()
+        })
+    }
+
     fn not_finite(&self, bad: step::NotFinite, plan: &[Vec<usize>], epoch_start: usize) -> anyhow::Error {
         let first = (bad.step - epoch_start) * self.config.accumulate_steps;
         let rows = plan[first..(first + self.config.accumulate_steps).min(plan.len())].concat();
-        let places: Vec<String> = rows
-            .iter()
-            .filter_map(|&row| self.train.set.places.get(row))
-            .map(|place| {
-                let name = place.file.file_name().unwrap_or_default().to_string_lossy();
-                format!("{name}:{}", place.line)
-            })
-            .take(8)
-            .collect();
+        let places: Vec<String> = rows.iter().map(|&row| self.place(row)).take(8).collect();
         let batch = format!(
             "its batch has {} rows: {}{}",
             rows.len(),

@@ -3,15 +3,17 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::evaluate::Merit;
+
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct State {
     /// Steps done.
     pub step: usize,
     pub finished: bool,
-    /// The best dev score so far, and the step that had it.
-    pub best: Option<f64>,
+    /// The best on dev so far, and the step that had it.
+    pub best: Option<Merit>,
     pub best_step: Option<usize>,
-    pub best_by_task: Vec<Option<f64>>,
+    pub best_by_task: Vec<Option<Merit>>,
     pub epochs_without_gain: usize,
     /// Losses since the last record, and since the start of the epoch.
     pub interval: Sums,
@@ -20,9 +22,6 @@ pub struct State {
     /// A fingerprint of the data that the run began with.
     #[serde(default)]
     pub data: Option<String>,
-    /// Whether the CPU's LSTM kernels are oneDNN's, once that is chosen.
-    #[serde(default)]
-    pub onednn: Option<bool>,
 }
 
 impl State {
@@ -31,10 +30,10 @@ impl State {
         State { best_by_task: vec![None; n_tasks], interval: sums.clone(), epoch: sums, ..State::default() }
     }
 
-    /// Notes a dev score and the tasks that reached a new best.
-    pub fn judge(&mut self, score: f64, improved: bool, by_task: Vec<Option<f64>>) {
+    /// Notes what dev says, and the tasks that reached a new best.
+    pub fn judge(&mut self, merit: Merit, improved: bool, by_task: Vec<Option<Merit>>) {
         if improved {
-            self.best = Some(score);
+            self.best = Some(merit);
             self.best_step = Some(self.step);
             self.epochs_without_gain = 0;
         } else {

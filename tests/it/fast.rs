@@ -6,7 +6,6 @@ use polytask::commands::trainer::Parts;
 use polytask::libtorch::{Draws, Number};
 use polytask::model::{Mode, Model, Precision};
 use polytask::optim::{Average, Optimizer, OptimizerConfig, Touched};
-use polytask::run::RunDirectory;
 use polytask::train::graphs::Graphs;
 use polytask::train::{Pending, State, Step};
 use serde_json::json;
@@ -194,7 +193,6 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
 /// Trains some steps with recorded steps or without, and returns the weights and what was read of the steps.
 fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize) {
     let model = build(s);
-    let run = RunDirectory { path: std::path::PathBuf::new() };
     let parts = Parts {
         experiment: &s.experiment,
         config: &s.experiment.training,
@@ -203,8 +201,6 @@ fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize
         tokenizer: &s.tokenizer,
         model: &model,
         train: &s.train,
-        dev: &s.train,
-        run: &run,
     };
     let mut trainer = parts.trainer();
     if recorded {

@@ -81,6 +81,13 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
         (vec!["a".into(), "#".into()], vec!["news".into(), "-".into()])
     );
     assert_eq!(messages(&problems)[0], "t.conll:8: 3 columns, but `columns:` names 2");
+    folder.file("t.conll", "# newpar\n# topic: news\n1 a B-x\n\n# topic: old\n1 # O\n2 b _\n");
+    let set = "format: conll, columns: [n, word, tags], tokens: word, train: t.conll, dev: t.conll";
+    let (corpus, _) = read(&folder, set, &BOTH.replace("column: tags", "column: tags, scheme: plain"));
+    assert_eq!(
+        (sentences(&corpus), labels(&corpus, 0)),
+        (vec!["a".into(), "# b".into()], vec!["news".into(), "old".into()])
+    );
     let text = "# topic = a\n# topic = b\nx O\n\n# topic = a\n# topic = a\n# topic =\n# more = a\n# more = b\ny O\n";
     folder.file("t.conll", text);
     let (corpus, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
@@ -119,6 +126,20 @@ fn spans_of_characters_are_written_in_the_tasks_scheme() {
         let tasks = format!("  tags: {{type: tagging, set: s, column: tags, scheme: {scheme}}}");
         let (corpus, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", &tasks);
         assert_eq!((labels(&corpus, 0), problems.len()), (expected.map(str::to_owned).to_vec(), 0), "{scheme}");
+    }
+}
+
+#[test]
+fn plain_tags_are_no_spans() {
+    let folder = Folder::new();
+    for (value, expected) in [
+        ("[]", "t.jsonl:1: 3 words but 0 tags in `tags`"),
+        (r#"[{"start": 3, "end": 11, "label": "city"}]"#, "t.jsonl:1: `tags` is no list of tags, one a word"),
+    ] {
+        folder.file("t.jsonl", format!("{{\"text\": \"to New York\", \"tags\": {value}}}\n"));
+        let tasks = "  tags: {type: tagging, set: s, column: tags, scheme: plain}";
+        let (_, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", tasks);
+        assert_eq!(messages(&problems)[0], expected);
     }
 }
 
@@ -168,7 +189,7 @@ fn jsonl_text_tokens_tags_and_spans() {
     assert_eq!(labels(&corpus, 1), ["O", "O", "B-city", "O", "B-city", "O", "B-x", "O", "O"]);
     let messages = messages(&problems);
     for expected in [
-        "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it takes the whole words",
+        "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it takes the whole words; `tokenizer.split` says how text is cut",
         "t.jsonl:5: span 7..9 `x` ends beyond the text, which has 3 characters",
         "t.jsonl:6: empty sentence, skipped",
         "t.jsonl:7: no `text`; the keys are `txt`",
@@ -198,6 +219,20 @@ fn numbers_are_tags_and_what_cannot_be_is_named() {
     {
         assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
     }
+    // As tools for annotation write it.
+    let doccano = r#"{"start_offset": 3, "end_offset": 7, "label": "city"}"#;
+    let studio = r#"{"start": 3, "end": 7, "labels": ["city"]}"#;
+    folder.file("t.jsonl", format!(
+        "{{\"data\": {{\"text\": \"in Oslo\"}}, \"topic\": [\"a\"], \"tags\": [{doccano}]}}\n\
+         {{\"data\": {{\"text\": \"to Rome\"}}, \"tags\": [{studio}]}}\n{{\"data\": {{\"text\": \"a b\"}}, \"tags\": [\"O\", null]}}\n"
+    ));
+    let (corpus, problems) = read(&folder, "format: jsonl, text: data.text, train: t.jsonl, dev: t.jsonl", BOTH);
+    assert_eq!(
+        (sentences(&corpus), labels(&corpus, 0)),
+        (vec!["in Oslo".into(), "to Rome".into()], vec!["a".into(), "-".into()])
+    );
+    assert_eq!(labels(&corpus, 1), ["O", "B-city", "O", "B-city"]);
+    assert_eq!(self::messages(&problems)[0], "t.jsonl:3: `tags`: a word has no tag; tag all or none");
     // CoNLL-U: no feature is a value, no part of speech is none; and the wrong scheme is told as such.
     let line = |id: u8, upos: &str, feats: &str| format!("{id}\tw\t_\t{upos}\t_\t{feats}\t_\t_\t_\tB-a\n");
     folder.file(
@@ -228,6 +263,11 @@ fn json_arrays_and_rasa_know_their_lines() {
     let (_, problems) = read(&folder, "format: json, text: \"0\", train: t.json#b, dev: t.json#a", tasks);
     assert_eq!(messages(&problems)[0], "t.json: no key `b`; the keys are `a`");
 
+    folder.file("t.json", "{\"a\": [[\"hello you\", \"x\"], [\"bye\", \"y\"], [7, \"y\"]]}");
+    let (corpus, problems) = read(&folder, "format: json, text: \"0\", train: t.json#a, dev: t.json#a", tasks);
+    assert_eq!(messages(&problems)[0], "t.json, row 3: `0` is no text");
+    assert!(corpus.rows(Split::Train)[0].place(1).to_string().ends_with("t.json, row 2"));
+
     let rasa = r#"{"rasa_nlu_data": {"common_examples": [
         {"text": "fly to New York", "intent": "go", "entities": [{"start": 7, "end": 15, "value": "New York", "entity": "city"}]}]}}"#;
     folder.file("r.json", rasa);
@@ -245,11 +285,32 @@ fn csv_tsv_and_lines() {
     assert_eq!(sentences(&corpus), ["one, two", "three four", "five"]);
     assert_eq!(
         messages(&problems)[..2],
-        ["t.csv:3: a quoted value makes a row of 2 lines", "t.csv:5: 1 value, but the header has 2"]
+        [
+            "t.csv:5: 1 value, but the header has 2",
+            "t.csv:3: 1 row of several lines, held together by `\"`; this is the first"
+        ]
     );
+    // Lines that end as those of Windows and of Python's csv count all the same.
+    folder.file("t.csv", "topic,text\r\na,\"three\r\nfour\"\r\n\r\nc\r\nd,\"five\nsix\"\r\n");
+    let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(sentences(&corpus), ["three four", "five six"]);
+    assert_eq!(
+        messages(&problems)[..2],
+        [
+            "t.csv:5: 1 value, but the header has 2",
+            "t.csv:2: 2 rows of several lines, held together by `\"`; this is the first"
+        ]
+    );
+    folder.file("t.csv", "\"1\",\"one, two\"\n\"2\",three\n4\n");
+    let (corpus, problems) = read(&folder, "format: csv, columns: [topic, text], train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(
+        (sentences(&corpus), labels(&corpus, 0)),
+        (vec!["one, two".into(), "three".into()], vec!["1".into(), "2".into()])
+    );
+    assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but `columns:` names 2");
     folder.file("t.csv", "topic,text\na,\"one\nb,two\nc,three\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
-    assert_eq!(messages(&problems)[0], "t.csv:2: a quoted value makes a row of 4 lines");
+    assert_eq!(messages(&problems)[0], "t.csv:2: 1 row of several lines, held together by `\"`; this is the first");
     folder.file("t.csv", "topic,text\nc,three\n\"a,one\nb,two\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
     assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but the header has 2; a `\"` holds several together");

@@ -243,6 +243,9 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     std::fs::remove_file(folder.path().join("first/report.json")).unwrap();
     let output = train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success().get_output().clone();
     assert!(String::from_utf8_lossy(&output.stderr).contains("first is not finished; its best checkpoint so far"));
+    // Labels inside are the same, whatever scheme the data has.
+    let output = train("schemes", &["tasks.slots.scheme=iob1", "training.max_epochs=1"]).success().get_output().clone();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("heads topic, slots of small"));
     let error = train("fourth", &["model.trunk.hidden=9"]).code(2).get_output().clone();
     let said = String::from_utf8_lossy(&error.stderr).into_owned();
     assert!(said.contains("its trunk is hidden: 10, layers: 1") && said.contains("here it is hidden: 9"), "{said}");

@@ -59,7 +59,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     // Runs that belong to no study, and what is no run.
     let path = |name: &str| format!("runs/small-study/runs/{name}");
     let (table, _) = said(&folder, &["compare", &path("equal-f1-s1"), &path("only-topic-f1-s1")], 0);
-    assert!(table.contains("unknown: too few seeds"), "{table}");
+    assert!(table.contains("unknown: no spread over seeds"), "{table}");
     let (_, error) = said(&folder, &["compare", "study.yaml"], 2);
     assert!(error.contains("is no run directory"), "{error}");
     folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));

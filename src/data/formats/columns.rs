@@ -1,4 +1,4 @@
-//! Rows with a value a column: CSV and TSV with a header, and plain lines.
+//! Rows with a value a column: CSV and TSV, and plain lines.
 
 use std::path::Path;
 
@@ -37,12 +37,14 @@ fn add_row(line: usize, values: &[&str], positions: &[usize], layout: &Layout, b
 pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let default = if layout.format == Format::Tsv { b'\t' } else { b',' };
     let delimiter = layout.separator.as_ref().and_then(|separator| separator.bytes().next()).unwrap_or(default);
+    let has_header = layout.columns.is_empty();
     let mut reader = csv::ReaderBuilder::new();
-    let reader = reader.delimiter(delimiter).quoting(layout.quotes).flexible(true);
+    let reader = reader.delimiter(delimiter).quoting(layout.quotes).flexible(true).has_headers(has_header);
     let mut reader = reader.from_reader(text.as_bytes());
     let mut builder = RowsBuilder::new(path, wanted);
     let header: Vec<String> = match reader.headers() {
-        Ok(header) => header.iter().map(|name| name.trim().to_owned()).collect(),
+        Ok(header) if has_header => header.iter().map(|name| name.trim().to_owned()).collect(),
+        Ok(_) => layout.columns.clone(),
         Err(error) => return (Vec::new(), vec![Problem::error(Place::new(path, 1), error.to_string())]),
     };
     let names: Vec<&str> = header.iter().map(String::as_str).collect();
@@ -50,32 +52,44 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
         Ok(positions) => positions,
         Err(message) => return (Vec::new(), vec![Problem::error(Place::new(path, 1), message)]),
     };
+    let (mut seen, mut line) = (0, 1);
+    // The first row of several lines, and how many there are.
+    let mut long_rows: Option<(usize, usize)> = None;
     for record in reader.records() {
-        match record {
-            Ok(record) => {
-                // The reader's lines count line ends before the record, a quoted field's included.
-                let line = record.position().map_or(0, |position| position.line() as usize);
-                let values: Vec<&str> = record.iter().collect();
-                let n_lines = 1 + values.iter().map(|value| value.matches('\n').count()).sum::<usize>();
-                if n_lines > 1 && layout.format == Format::Tsv {
-                    let message =
-                        format!("a `\"` holds {n_lines} lines together; `quotes: false` takes it as it stands");
-                    builder.error(line, message);
-                } else if values.len() == names.len() {
-                    if n_lines > 1 {
-                        builder.warning(line, format!("a quoted value makes a row of {n_lines} lines"));
-                    }
-                    add_row(line, &values, &positions, layout, &mut builder);
-                } else {
-                    // What a quote that was never closed has swallowed.
-                    let held = values.iter().any(|value| value.contains([char::from(delimiter), '\n']));
-                    let hint = if held { "; a `\"` holds several together" } else { "" };
-                    let found = counted(values.len(), "value");
-                    builder.error(line, format!("{found}, but the header has {}{hint}", names.len()));
-                }
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => {
+                builder.error(0, error.to_string());
+                continue;
             }
-            Err(error) => builder.error(0, error.to_string()),
+        };
+        // The reader's own count of lines falls behind where they end in `\r\n`.
+        let start = record.position().map_or(seen, |position| position.byte() as usize);
+        let start = start + text[start..].bytes().take_while(|byte| b"\r\n".contains(byte)).count();
+        line += text.as_bytes()[seen..start].iter().filter(|&&byte| byte == b'\n').count();
+        seen = start;
+        let values: Vec<&str> = record.iter().collect();
+        let n_lines = 1 + values.iter().map(|value| value.matches('\n').count()).sum::<usize>();
+        if n_lines > 1 && layout.format == Format::Tsv {
+            let message = format!("a `\"` holds {n_lines} lines together; `quotes: false` takes it as it stands");
+            builder.error(line, message);
+        } else if values.len() == names.len() {
+            if n_lines > 1 {
+                long_rows.get_or_insert((line, 0)).1 += 1;
+            }
+            add_row(line, &values, &positions, layout, &mut builder);
+        } else {
+            // What a quote that was never closed has swallowed.
+            let held = values.iter().any(|value| value.contains([char::from(delimiter), '\n']));
+            let hint = if held { "; a `\"` holds several together" } else { "" };
+            let what = if has_header { "the header has" } else { "`columns:` names" };
+            let found = counted(values.len(), "value");
+            builder.error(line, format!("{found}, but {what} {}{hint}", names.len()));
         }
+    }
+    if let Some((first, n)) = long_rows {
+        let found = counted(n, "row");
+        builder.warning(first, format!("{found} of several lines, held together by `\"`; this is the first"));
     }
     (vec![builder.rows], builder.problems)
 }

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use super::{Cut, Format, Layout, Parsed, in_parts, lines};
-use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+use crate::data::rows::{Field, RowsBuilder, Wanted};
 use crate::data::set::SetConfig;
 use crate::problem::{Place, Problem, counted};
+use crate::task::TaskKind;
 
 const CONLLU: [&str; 10] = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"];
 
@@ -32,7 +33,7 @@ pub struct ConllLayout {
 pub enum ConllLine<'a> {
     /// The columns of a word.
     Word(Vec<&'a str>),
-    /// A comment `# name = value`.
+    /// A comment `# name = value` or `# name: value`.
     Named(&'a str, &'a str),
     /// Another comment, the start of a document, a range (`3-4`) or an empty node (`5.1`).
     Other,
@@ -67,14 +68,16 @@ impl ConllLayout {
             return ConllLine::Other;
         }
         let comment = line.strip_prefix('#').filter(|_| !within);
+        let comment = comment.filter(|rest| !rest.contains('\t'));
         let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
-        if let Some((name, value)) = named.filter(|rest| !rest.contains('\t')).and_then(|rest| rest.split_once('='))
-            && !name.trim().contains(' ')
-        {
+        let equated = named.and_then(|rest| rest.split_once('='));
+        let pair = equated.or_else(|| named.and_then(|rest| rest.split_once(": ")));
+        if let Some((name, value)) = pair.filter(|(name, _)| !name.trim().contains(' ')) {
             let (name, value) = (name.trim(), value.trim());
             return if value.is_empty() { ConllLine::Other } else { ConllLine::Named(name, value) };
         }
-        if self.conllu && line.starts_with('#') {
+        let boundary = comment.is_some_and(|rest| ["newdoc", "newpar"].contains(&rest.trim()));
+        if boundary || self.conllu && line.starts_with('#') {
             return ConllLine::Other;
         }
         let fields: Vec<&str> = match &self.separator {
@@ -128,8 +131,8 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
     let sources = wanted
         .iter()
         .map(|wanted| match wanted.kind {
-            WantedKind::Tags(_) => Source::Column(position(&wanted.column)),
-            WantedKind::Class => Source::Comment(&wanted.column),
+            TaskKind::Tagging(_) => Source::Column(position(&wanted.column)),
+            TaskKind::Classification => Source::Comment(&wanted.column),
         })
         .collect();
     if !problems.is_empty() {
@@ -210,7 +213,7 @@ impl<'a> Sentence<'a> {
             return;
         }
         let mut fields = Vec::with_capacity(plan.sources.len());
-        for (source, tags) in plan.sources.iter().zip(sentence.tags) {
+        for (i, (source, tags)) in plan.sources.iter().zip(sentence.tags).enumerate() {
             // No feature is a value of its own; no part of speech is none.
             let unset = plan.layout.conllu
                 && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
@@ -223,9 +226,12 @@ impl<'a> Sentence<'a> {
                 },
                 Source::Column(_) if n_missing == tags.len() => Field::Absent,
                 Source::Column(_) if n_missing > 0 => {
-                    let message = format!("{n_missing} of {} words have no tag; tag all or none", tags.len());
-                    let first = if sentence.gaps { 0 } else { tags.iter().position(missing).unwrap_or(0) };
-                    return builder.error(sentence.first_line + first, message);
+                    let (first, n) = (tags.iter().position(missing).unwrap_or(0), tags.len());
+                    let (column, word) = (&builder.wanted[i].column, sentence.words[first]);
+                    let message =
+                        format!("`{column}`: {n_missing} of {n} words have no tag, first `{word}`; tag all or none");
+                    let line = sentence.first_line + if sentence.gaps { 0 } else { first };
+                    return builder.error(line, message);
                 }
                 Source::Column(_) => Field::Tags(tags),
             });

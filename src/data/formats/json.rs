@@ -7,9 +7,9 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::{CharacterSpan, Cut, Format, Layout, Parsed, in_parts, lines, tags_of_spans, words_of};
-use crate::data::rows::{Field, RowsBuilder, Wanted, WantedKind};
+use crate::data::rows::{Field, RowsBuilder, Wanted};
 use crate::problem::{Place, Problem};
-use crate::task::from_bio;
+use crate::task::{TaskKind, from_bio};
 
 pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     in_parts((path, text), Cut::Line, wanted, |part, first_line, builder| {
@@ -48,11 +48,14 @@ pub fn read_array(path: &Path, text: &str, pointer: &[String], layout: &Layout, 
     match rows_at(text, pointer) {
         Err((line, message)) => return (Vec::new(), vec![Problem::error(Place::new(path, line), message)]),
         Ok(rows) => {
+            let start = |row: &RawValue| row.get().as_ptr() as usize - text.as_ptr() as usize;
+            // Written without line ends, as programs do.
+            let in_a_line = rows.len() > 1 && !text[start(rows[0])..start(rows[rows.len() - 1])].contains('\n');
             let (mut seen, mut line) = (0, 1);
-            for row in rows {
-                let start = row.get().as_ptr() as usize - text.as_ptr() as usize;
-                line += text.as_bytes()[seen..start].iter().filter(|&&byte| byte == b'\n').count();
-                seen = start;
+            for (i, row) in rows.into_iter().enumerate() {
+                line += text.as_bytes()[seen..start(row)].iter().filter(|&&byte| byte == b'\n').count();
+                seen = start(row);
+                let line = if in_a_line { Place::row(i + 1) } else { line };
                 match serde_json::from_str::<Value>(row.get()) {
                     Ok(row) => add_row(line, &row, layout, &mut builder),
                     Err(error) => builder.error(line, format!("not JSON: {error}")),
@@ -79,14 +82,15 @@ fn rows_at<'a>(text: &'a str, pointer: &[String]) -> Result<Vec<&'a RawValue>, (
     })
 }
 
-/// The value of a column in a row: by key in an object, by number in an array.
-fn value<'a>(row: &'a Value, column: &str) -> Option<&'a Value> {
+/// The value of a column in a row: by key in an object, by number in an array; `data.text` is `text` within `data`.
+pub fn value<'a>(row: &'a Value, column: &str) -> Option<&'a Value> {
     let found = match row {
         Value::Object(object) => object.get(column),
         Value::Array(array) => column.parse::<usize>().ok().and_then(|index| array.get(index)),
         _ => None,
     };
-    found.filter(|value| !value.is_null())
+    let within = || column.split_once('.').and_then(|(outer, inner)| value(value(row, outer)?, inner));
+    found.or_else(within).filter(|value| !value.is_null())
 }
 
 fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder) {
@@ -98,12 +102,12 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     let mut made: Vec<Option<Vec<String>>> = Vec::new();
     for wanted in builder.wanted {
         let spans = match (value(row, &wanted.column), wanted.kind) {
-            (Some(found), WantedKind::Tags(scheme)) => {
+            (Some(found), TaskKind::Tagging(scheme)) => {
                 if let Some(tags) = numbers(found) {
                     made.push(Some(tags));
                     continue;
                 }
-                spans(found).map(|spans| (scheme, spans))
+                wanted.kind.has_spans().then(|| spans(found)).flatten().map(|spans| (scheme, spans))
             }
             _ => None,
         };
@@ -119,7 +123,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     let mut scalars: Vec<Option<Cow<str>>> = Vec::new();
     for wanted in builder.wanted {
         scalars.push(match (value(row, &wanted.column), wanted.kind) {
-            (Some(found), WantedKind::Class) => match scalar(found) {
+            (Some(found), TaskKind::Classification) => match scalar(found) {
                 Some(text) => Some(text),
                 None => return builder.error(line, format!("`{}` is no label: {found}", wanted.column)),
             },
@@ -137,7 +141,16 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
                 Field::Tags(tags.iter().filter_map(Value::as_str).collect())
             }
             (Some(_), ..) => {
-                let message = format!("`{}` is neither tags nor spans ({{start, end, label}})", wanted.column);
+                let message = match wanted.kind.has_spans() {
+                    _ if value(row, &wanted.column)
+                        .and_then(Value::as_array)
+                        .is_some_and(|all| all.contains(&Value::Null)) =>
+                    {
+                        format!("`{}`: a word has no tag; tag all or none", wanted.column)
+                    }
+                    true => format!("`{}` is neither tags nor spans ({{start, end, label}})", wanted.column),
+                    false => format!("`{}` is no list of tags, one a word", wanted.column),
+                };
                 return builder.error(line, message);
             }
         });
@@ -155,6 +168,11 @@ fn scalar(value: &Value) -> Option<Cow<'_, str>> {
     match value {
         Value::String(text) => Some(Cow::Borrowed(text.trim())),
         Value::Number(_) | Value::Bool(_) => Some(Cow::Owned(value.to_string())),
+        // A list of one, as tools for annotation write it.
+        Value::Array(items) => match items.as_slice() {
+            [only] => scalar(only),
+            _ => None,
+        },
         _ => None,
     }
 }
@@ -211,7 +229,7 @@ fn missing(row: &Value, column: &str) -> String {
     }
 }
 
-/// Reads spans: objects with `start`, `end` and `label` (or `entity`, `type`), or `[start, end, label]`. `None` when the
+/// Reads spans: objects with `start`, `end` and `label` (or what else tools call them), or `[start, end, label]`. `None` when the
 /// value holds no spans; an empty list is a sentence without spans.
 fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
     let Value::Array(items) = value else { return None };
@@ -222,15 +240,21 @@ fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
         let number = |value: Option<&Value>| value.and_then(Value::as_u64).map(|n| n as usize);
         let (start, end, label) = match item {
             Value::Object(object) => {
-                let label = ["label", "entity", "type"].iter().find_map(|key| object.get(*key));
-                (number(object.get("start")), number(object.get("end")), label)
+                let of = |keys: &[&str]| keys.iter().find_map(|key| object.get(*key));
+                let label = of(&["label", "entity", "type", "labels"]);
+                (number(of(&["start", "start_offset"])), number(of(&["end", "end_offset"])), label)
             }
             Value::Array(array) => (number(array.first()), number(array.get(1)), array.get(2)),
             _ => (None, None, None),
         };
+        let label = label
+            .map(|label| label.get(0).filter(|_| label.as_array().is_some_and(|all| all.len() == 1)).unwrap_or(label));
         match (start, end, label.and_then(Value::as_str)) {
             (Some(start), Some(end), Some(label)) => Ok(CharacterSpan { start, end, label }),
-            _ => Err(format!("{item} is no span: it needs `start` and `end`, whole numbers from 0, and a `label`")),
+            _ => {
+                let item = item.to_string().replace('`', "'");
+                Err(format!("`{item}` is no span: it needs `start` and `end`, whole numbers from 0, and a `label`"))
+            }
         }
     }
     Some(items.iter().map(read).collect())

@@ -14,9 +14,10 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::rows::{Field, Rows, RowsBuilder, Wanted, WantedKind};
+use super::rows::{Field, Rows, RowsBuilder, Wanted};
 use super::words::{Splitter, character_ranges};
 use crate::problem::{Place, Problem};
+use crate::task::TaskKind;
 
 /// How a data set is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -24,7 +25,8 @@ use crate::problem::{Place, Problem};
 pub enum Format {
     /// A folder of files with one line a sentence: words in one, labels or tags in the others (`seq.in`, `seq.out`, `label`).
     Parallel,
-    /// One word a line with its columns, an empty line after each sentence; `# name = value` lines carry sentence labels.
+    /// One word a line with its columns, an empty line after each sentence; `# name = value` or
+    /// `# name: value` lines before it carry sentence labels.
     Conll,
     /// CoNLL-U: ten columns, known by name (`form`, `upos`, `xpos`, `feats`, ...).
     Conllu,
@@ -32,9 +34,9 @@ pub enum Format {
     Jsonl,
     /// One JSON file; `file.json#key` names the array of rows in it, which are objects or arrays.
     Json,
-    /// Comma-separated values with a header.
+    /// Comma-separated values with a header, or with `columns`.
     Csv,
-    /// Tab-separated values with a header.
+    /// Tab-separated values with a header, or with `columns`.
     Tsv,
     /// `columns` separated by `separator`, the last one takes the rest of the line; no header and no quoting.
     Lines,
@@ -192,8 +194,8 @@ fn lines(text: &str, first_line: usize) -> impl Iterator<Item = (usize, &str)> {
 fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a str>) -> Vec<Field<'a>> {
     let field = |wanted: &Wanted| match (value(&wanted.column).map(str::trim), wanted.kind) {
         (None | Some(""), _) => Field::Absent,
-        (Some(label), WantedKind::Class) => Field::Class(label),
-        (Some(tags), WantedKind::Tags(_)) => Field::Tags(tags.split_whitespace().collect()),
+        (Some(label), TaskKind::Classification) => Field::Class(label),
+        (Some(tags), TaskKind::Tagging(_)) => Field::Tags(tags.split_whitespace().collect()),
     };
     wanted.iter().map(field).collect()
 }
@@ -231,7 +233,8 @@ fn tags_of_spans(
             continue;
         }
         if words[first].0 != span.start || words[last - 1].1 != span.end {
-            builder.warning(line, format!("{name} does not end at word boundaries; it takes the whole words"));
+            let how = "it takes the whole words; `tokenizer.split` says how text is cut";
+            builder.warning(line, format!("{name} does not end at word boundaries; {how}"));
         }
         if tags[first..last].iter().any(|tag| tag != "O") {
             let why = match span.start < seen {

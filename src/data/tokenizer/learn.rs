@@ -83,7 +83,7 @@ pub fn learn_words(config: &WordConfig, train: &[&Rows]) -> Result<Engine> {
     let probe = engine_from(&tokenizer_json(probe, config.lowercase, config.fold_digits, config.split))?;
     let parts = count_parts(&probe, train)?;
     let kept = parts.iter().filter(|(_, count)| *count >= config.min_count).map(|(part, _)| part.as_str());
-    let limit = config.max_size.map_or(usize::MAX, |size| size.saturating_sub(2));
+    let limit = config.max_size.unwrap_or(usize::MAX);
     let mut vocab = serde_json::Map::new();
     for word in [PADDING, UNKNOWN].into_iter().chain(kept.take(limit)) {
         let next = vocab.len();

@@ -55,8 +55,8 @@ pub struct WordConfig {
     pub fold_digits: bool,
     /// Words seen less often in training are unknown. Default 1, at least 1.
     pub min_count: u64,
-    /// At most so many words of the training text, the most frequent; those of vectors and of `init_from` come on top. Default:
-    /// no limit.
+    /// At most so many words of the training text, the most frequent; those of vectors and of `init_from` come on top. At
+    /// least 1. Default: no limit.
     pub max_size: Option<usize>,
     /// Probability that a word seen once in training is read as unknown, so that the unknown word gets trained (Lample
     /// 2016 use 0.5). Default 0.5, 0 to 1.
@@ -315,7 +315,10 @@ mod tests {
     fn words_are_counted_ordered_and_cut() {
         let rows = rows(&["Play the song 12", "play THE end", "the 34"]);
         let config = WordConfig { lowercase: true, fold_digits: true, min_count: 2, ..Default::default() };
-        let tokenizer = Tokenizer::build(&TokenizerConfig::Word(config), Path::new(""), &[&rows], None).unwrap();
+        let build = |config| Tokenizer::build(&TokenizerConfig::Word(config), Path::new(""), &[&rows], None).unwrap();
+        let tokenizer = build(config.clone());
+        let largest = build(WordConfig { max_size: Some(2), ..config });
+        assert_eq!(largest.vocabulary(), ["[PAD]", "[UNK]", "the", "00"]);
         // [PAD] [UNK] the(3) 00(2) play(2)
         assert_eq!(tokenizer.size(), 5);
         let gaps = tokenizer.to_json().unwrap().replace(": 4", ": 9").replace(":4", ":9");

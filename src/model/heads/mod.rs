@@ -18,7 +18,7 @@ use crate::onnx::{Attribute, Graph, Value};
 use crate::task::{Task, TaskId, TaskKind};
 
 pub use classification::{ClassificationConfig, Pooling};
-pub use tagging::{Decoder, Scoring, TaggingConfig};
+pub use tagging::{Decoder, TaggingConfig};
 
 /// A task and its head.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

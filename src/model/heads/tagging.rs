@@ -31,7 +31,7 @@ pub struct TaggingConfig {
     /// those of the training rows, sorted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<Vec<String>>,
-    /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without spans. Default `bio`.
+    /// How the data writes spans, which are BIO inside: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without spans. Default `bio`.
     #[serde(default = "default_scheme")]
     pub scheme: Scheme,
     /// `softmax` (each word alone) or `crf` (the best sequence). Default: `crf` over spans, `softmax` over plain tags.
@@ -44,7 +44,7 @@ pub struct TaggingConfig {
     /// Which spans count for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict mode:
     /// only a span that starts with B-). Default `conlleval`. Both are reported.
     #[serde(default)]
-    pub scoring: Scoring,
+    pub scoring: SpanRule,
     /// Dropout before the head, beyond the trunk's own. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
@@ -104,14 +104,6 @@ pub enum Decoder {
     Crf,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Scoring {
-    #[default]
-    Conlleval,
-    Strict,
-}
-
 pub struct Tagging {
     output: Linear,
     crf: Option<Crf>,
@@ -121,7 +113,7 @@ pub struct Tagging {
     /// Whether other heads' distributions stand beside the words.
     beside: bool,
     task: Task,
-    scoring: Scoring,
+    scoring: SpanRule,
 }
 
 impl Tagging {
@@ -156,11 +148,7 @@ impl Tagging {
 }
 
 /// Of `labels` by label id.
-pub(super) fn metric(kind: TaskKind, scoring: Scoring, labels: Vec<String>) -> Box<dyn Metric> {
-    let rule = match scoring {
-        Scoring::Conlleval => SpanRule::Conlleval,
-        Scoring::Strict => SpanRule::Strict,
-    };
+pub(super) fn metric(kind: TaskKind, rule: SpanRule, labels: Vec<String>) -> Box<dyn Metric> {
     match kind.has_spans() {
         true => Box::new(SpanMetric::new(labels, rule)),
         false => Box::new(ClassMetric::new(labels)),

@@ -17,10 +17,17 @@ const N_TOKENS: i64 = 8;
 /// Sentences that are timed at most; a batch may be asked to hold more than there are.
 const MOST_ROWS: usize = 1024;
 
+/// Each way is timed so many times, of which the fastest counts.
+const ROUNDS: usize = 5;
+
 /// Chooses, and returns whether oneDNN's are taken. Says so where 16-bit numbers are no gain on this processor.
 pub fn choose(model: &mut Model, config: &TrainingConfig) -> bool {
     if model.parameters.device() != Device::Cpu {
         return true;
+    }
+    if let Some(onednn) = config.onednn {
+        use_onednn(onednn);
+        return onednn;
     }
     let rows = (config.batch_size.min(MOST_ROWS) / workers()).max(1) as i64;
     let once = |model: &Model| {
@@ -28,22 +35,29 @@ pub fn choose(model: &mut Model, config: &TrainingConfig) -> bool {
         model.exercise_trunk(rows, N_TOKENS);
         started.elapsed().as_secs_f64()
     };
-    let seconds = |model: &Model| (0..4).map(|_| once(model)).fold(f64::INFINITY, f64::min);
-    let with_onednn = seconds(model);
+    // In turn, so that what else the machine does weighs on both.
+    let in_turn = |model: &mut Model, one: &dyn Fn(&mut Model), other: &dyn Fn(&mut Model)| {
+        let mut least = [f64::INFINITY; 2];
+        for i in 0..2 * ROUNDS {
+            (if i % 2 == 0 { one } else { other })(model);
+            least[i % 2] = least[i % 2].min(once(model));
+        }
+        least
+    };
     let onednn = match config.precision {
         Precision::Float32 => {
-            use_onednn(false);
-            let native = seconds(model);
-            log::debug!("trunk, forward and backward: oneDNN {with_onednn:.4} s, step by step {native:.4} s");
-            with_onednn < MARGIN * native
+            let [with, without] = in_turn(model, &|_| use_onednn(true), &|_| use_onednn(false));
+            log::debug!("trunk, forward and backward: oneDNN {with:.4} s, step by step {without:.4} s");
+            with < MARGIN * without
         }
         // libtorch's own would take many times as long.
-        _ => {
-            model.set_precision(Precision::Float32);
-            let float32 = seconds(model);
-            model.set_precision(config.precision);
-            if with_onednn > float32 {
-                let times = with_onednn / float32;
+        precision => {
+            let [half, float] = in_turn(model, &|model| model.set_precision(precision), &|model| {
+                model.set_precision(Precision::Float32)
+            });
+            model.set_precision(precision);
+            if half > float {
+                let times = half / float;
                 log::warn!("on this processor a bfloat16 trunk takes {times:.1} times as long as a float32 one");
             }
             true
