@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use indexmap::IndexMap;
+use tch::Device;
 
 use super::cli::CheckArgs;
 use super::table::{count, percent, table};
-use super::{End, oddities, prepare, say, transfer};
+use super::{End, oddities, prepare, say, trainer, transfer};
 use crate::config::Experiment;
-use crate::data::{Corpus, LoadedSet, Rows, Split};
+use crate::data::{Corpus, LoadedSet, Rows, Split, Tokenizer};
 use crate::problem::{InvalidInput, Problem, Severity, counted};
 use crate::task::{TaskId, TaskKind};
 
@@ -25,13 +26,27 @@ pub fn run(args: &CheckArgs) -> Result<End> {
         Ok(InvalidInput(problems)) => problems,
         Err(error) => vec![Problem::general(Severity::Error, format!("{error:#}"))],
     };
+    let earlier = transfer::earlier(&experiment).unwrap_or_else(|error| {
+        problems.extend(wrong(error));
+        None
+    });
     if corpus.rows(Split::Train).iter().any(|rows| !rows.is_empty()) {
-        match unknown_words(&experiment, &corpus) {
-            Ok(table) => say(table)?,
+        match prepare::tokenizer(&experiment, &corpus) {
+            Ok((tokenizer, coverage)) => {
+                for coverage in &coverage {
+                    say(prepare::coverage_line(coverage))?;
+                    if coverage.types.1 == 0 {
+                        let message = format!("{} knows no training word", coverage.file.display());
+                        problems.push(Problem::general(Severity::Warning, message));
+                    }
+                }
+                say(unknown_words(&tokenizer, &corpus)?)?;
+                let built = model(&experiment, &corpus, &tokenizer, earlier.as_ref());
+                problems.extend(built.err().map(wrong).unwrap_or_default());
+            }
             Err(error) => problems.extend(wrong(error)),
         }
     }
-    problems.extend(transfer::earlier(&experiment).err().map(wrong).unwrap_or_default());
     problems.sort_by_key(|problem| problem.severity);
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
         say(label_counts(TaskId(i), name, head.kind(), &corpus, args.all))?;
@@ -96,13 +111,24 @@ fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
     (0..rows.len()).filter(|&row| set.labels_of(rows, column, row).is_some()).count()
 }
 
-/// Share of words that become unknown tokens in dev and test.
-fn unknown_words(experiment: &Experiment, corpus: &Corpus) -> Result<comfy_table::Table> {
-    let mut out = table(&["set", "split", "unknown words %", "most frequent"], 2);
-    let (tokenizer, coverage) = prepare::tokenizer(experiment, corpus)?;
-    for coverage in &coverage {
-        say(prepare::coverage_line(coverage))?;
+/// Builds the model as training would begin with it.
+fn model(
+    experiment: &Experiment,
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    earlier: Option<&prepare::Trained>,
+) -> Result<()> {
+    let tasks = prepare::tasks(experiment, corpus);
+    let model = trainer::model(experiment, &tasks, tokenizer, Device::Cpu)?;
+    match earlier {
+        Some(earlier) => transfer::initialize(&model, (experiment, &tasks), tokenizer, earlier),
+        None => Ok(()),
     }
+}
+
+/// Share of words that become unknown tokens in dev and test.
+fn unknown_words(tokenizer: &Tokenizer, corpus: &Corpus) -> Result<comfy_table::Table> {
+    let mut out = table(&["set", "split", "unknown words %", "most frequent"], 2);
     for set in &corpus.sets {
         for split in Split::ALL {
             let rows = &set.splits[split as usize];

@@ -86,7 +86,7 @@ pub struct EvaluateArgs {
     /// Which split
     #[arg(long, value_enum, default_value = "test")]
     pub split: Split,
-    /// Which checkpoint: best, last or best-TASK
+    /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     /// Print JSON instead of a table
@@ -121,7 +121,7 @@ pub struct PredictArgs {
     /// Tell the K most probable classes too
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub top: u16,
-    /// Which checkpoint: best, last or best-TASK
+    /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     #[command(flatten)]
@@ -149,7 +149,7 @@ pub struct ExportArgs {
     /// The file or folder to write
     #[arg(long, value_name = "PATH")]
     pub out: PathBuf,
-    /// Which checkpoint: best, last or best-TASK
+    /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     /// Precision of the weights

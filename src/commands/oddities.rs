@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::config::Experiment;
 use crate::data::words::Splitter;
 use crate::data::{ABSENT, Corpus, Format, Rows, Split};
+use crate::model::Connection;
 use crate::problem::{Place, Problem, Severity};
 use crate::task::{Tag, TaskId, TaskKind, spans_of};
 
@@ -22,6 +23,11 @@ pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems.extend(words_with_spaces(corpus));
     problems.extend(stuck_punctuation(experiment, corpus));
     problems.extend(long_sentences(corpus));
+    let trunk = &experiment.model.trunk;
+    if trunk.layers == 1 && trunk.connection != Connection::None {
+        let message = "model.trunk.connection leads past layers from the second on, and there is one";
+        problems.push(Problem::general(Severity::Warning, message));
+    }
     problems
 }
 

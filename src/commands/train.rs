@@ -101,7 +101,8 @@ fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)
     }
     let (tokenizer, coverage) = prepare::tokenizer(experiment, &corpus)?;
     for coverage in &coverage {
-        log::info!("{}", prepare::coverage_line(coverage));
+        let level = if coverage.types.1 == 0 { log::Level::Warn } else { log::Level::Info };
+        log::log!(level, "{}", prepare::coverage_line(coverage));
     }
     Ok((corpus, tokenizer))
 }
@@ -153,7 +154,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     );
     let resumes = args.resume && run.checkpoint("last").exists();
     if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
-        transfer::initialize(&model, &tasks, &tokenizer, &earlier)?;
+        transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?;
         transfer::keep_vectors(&model, &mut tokenizer);
         prepare::write_vectors(run, &tokenizer)?;
     }

@@ -54,7 +54,12 @@ pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
 ///
 /// # Errors
 /// An embedding of other parts.
-pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier: &Trained) -> Result<()> {
+pub fn initialize(
+    model: &Model,
+    (experiment, tasks): (&Experiment, &[Task]),
+    tokenizer: &Tokenizer,
+    earlier: &Trained,
+) -> Result<()> {
     let weights: BTreeMap<&str, &Tensor> = earlier.model.parameters.with_constants().collect();
     let rows = Rows::new(&earlier.tokenizer, tokenizer);
     let mut values = BTreeMap::new();
@@ -73,7 +78,12 @@ pub fn initialize(model: &Model, tasks: &[Task], tokenizer: &Tokenizer, earlier:
     let mut taken = Vec::new();
     for task in tasks {
         let Some(theirs) = earlier.tasks.iter().find(|theirs| theirs.name == task.name) else { continue };
-        if let Some(reason) = difference(theirs, task) {
+        let reads =
+            |experiment: &Experiment, tasks| experiment.tasks[&task.name].sources(tasks, &experiment.model.trunk);
+        let reads_others = reads(experiment, tasks) != reads(&earlier.experiment, &earlier.tasks);
+        let reason =
+            difference(theirs, task).or_else(|| reads_others.then(|| "it reads something else there".to_owned()));
+        if let Some(reason) = reason {
             log::warn!("init_from: the head of `{}` begins anew: {reason}", task.name);
             continue;
         }
@@ -113,7 +123,8 @@ fn difference(theirs: &Task, ours: &Task) -> Option<String> {
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         Some(format!("label `{first}`{more} is {where_} alone"))
     };
-    only(ours, theirs, "here").or_else(|| only(theirs, ours, "there"))
+    let order = (theirs.labels != ours.labels).then(|| "its labels stand in another order there".to_owned());
+    only(ours, theirs, "here").or_else(|| only(theirs, ours, "there")).or(order)
 }
 
 /// Where tokens stood in the earlier table, and where they stand now.

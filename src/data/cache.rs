@@ -43,7 +43,7 @@ fn read_at(cache: &Path, path: &Path, file: &Path, layout: &Layout, wanted: &[Wa
     let mut rows = Rows::new(wanted.len());
     rows.append_file(file, parts);
     // Where the folder cannot be written to, every run reads the text.
-    if let Err(error) = save(cache, &rows, &problems, &source) {
+    if let Err(error) = save(cache, &rows, &problems, &source).and_then(|()| forget_oldest(cache)) {
         log::debug!("{error:#}");
     }
     (vec![rows], problems)
@@ -54,6 +54,26 @@ fn place(path: &Path, file: &Path, layout: &Layout, wanted: &[Wanted]) -> PathBu
     let key = &blake3::hash(how.as_bytes()).to_hex()[..12];
     let folder = file.parent().unwrap_or(Path::new(".")).join(".polytask");
     folder.join(format!("{}-{key}.rows", file.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+/// So many ways of reading a file are kept.
+const KEPT: usize = 4;
+
+/// Removes the oldest of what is kept of the same file, beyond [`KEPT`].
+fn forget_oldest(cache: &Path) -> Result<()> {
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // All but the key.
+    let own = name(cache);
+    let file = own.rsplit_once('-').map_or(own.as_str(), |(file, _)| file);
+    let mut known = Vec::new();
+    for entry in std::fs::read_dir(cache.parent().context("a cache without a folder")?)? {
+        let entry = entry?;
+        if name(&entry.path()).rsplit_once('-').is_some_and(|(other, key)| other == file && key.ends_with(".rows")) {
+            known.push((entry.metadata()?.modified()?, entry.path()));
+        }
+    }
+    known.sort();
+    known.iter().rev().skip(KEPT).try_for_each(|(_, path)| Ok(std::fs::remove_file(path)?))
 }
 
 fn bytes(values: &[u32]) -> Vec<u8> {

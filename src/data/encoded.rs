@@ -95,6 +95,10 @@ impl EncodedSet {
             add(&mut set.token_ids.iter().map(|&id| id.into()));
             add(&mut set.token_offsets.iter().copied());
             add(&mut set.word_offsets.iter().copied());
+            if let Some(spelling) = &set.spelling {
+                add(&mut spelling.bytes.iter().map(|&byte| byte.into()));
+                add(&mut spelling.token_forms.iter().map(|&form| form.into()));
+            }
             for target in &set.targets {
                 let (TargetValues::Classes(values) | TargetValues::Tags(values)) = target;
                 add(&mut values.iter().map(|&id| id.into()));

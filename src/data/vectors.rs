@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::rows::Rows;
 use super::tokenizer::Tokenizer;
@@ -193,26 +193,46 @@ fn load(path: &Path) -> Result<Vec<u8>> {
 
 fn read_npy(path: &Path, words: &Path) -> Result<Table> {
     let wrong = |message: String| invalid(format!("{}: {message}", path.display()));
-    let tensor = Tensor::read_npy(path).map_err(|error| wrong(format!("no .npy file ({error})")))?;
-    let size = tensor.size();
-    let [count, dim] = size.as_slice() else { return Err(wrong(format!("expected [count, dim], found {size:?}"))) };
-    let list = String::from_utf8_lossy(&load(words)?).into_owned();
-    let list: Vec<String> = list.lines().map(|line| line.trim().to_owned()).collect();
-    if list.len() as i64 != *count {
+    let content = load(path)?;
+    let file = npyz::NpyFile::new(&content[..]).map_err(|error| wrong(format!("no .npy file ({error})")))?;
+    let &[count, dim] = file.shape() else {
+        return Err(wrong(format!("expected [count, dim], found {:?}", file.shape())));
+    };
+    if dim == 0 || file.order() == npyz::Order::Fortran {
+        return Err(wrong("expected numbers row by row (NumPy's C order), at least one a row".to_owned()));
+    }
+    let list = load(words)?;
+    let list = std::str::from_utf8(&list).map_err(|_| invalid(format!("{}: invalid UTF-8", words.display())))?;
+    let list: Vec<String> = list.trim_start_matches('\u{feff}').lines().map(|line| line.trim().to_owned()).collect();
+    if list.len() as u64 != count {
         return Err(wrong(format!("{count} vectors, but {} words in {}", list.len(), words.display())));
     }
-    if *dim == 0 {
-        return Err(wrong("its vectors have no numbers".to_owned()));
-    }
-    let values: Vec<f32> = Vec::try_from(tensor.to_kind(Kind::Float).to_device(Device::Cpu).flatten(0, 1))?;
+    let kind = file.dtype().descr();
+    let values = floats(file).ok_or_else(|| wrong(format!("its numbers are {kind}, not floating-point")))?;
+    let values: Vec<f32> = values.map_err(|error| wrong(format!("damaged: {error}; fetch it again")))?;
     if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-        let row = at / *dim as usize;
+        let row = at / dim as usize;
         return Err(wrong(format!("vector {} (`{}`) has a number that is not finite", row + 1, list[row])));
     }
-    Ok(Table { words: list, dim: *dim as usize, values })
+    Ok(Table { words: list, dim: dim as usize, values })
+}
+
+/// The numbers of a file in 16, 32 or 64 bits; `None` where they are others.
+fn floats(file: npyz::NpyFile<&[u8]>) -> Option<std::io::Result<Vec<f32>>> {
+    let file = match file.try_data::<f32>() {
+        Ok(values) => return Some(values.collect()),
+        Err(file) => file,
+    };
+    let file = match file.try_data::<f64>() {
+        Ok(values) => return Some(values.map(|value| value.map(|value| value as f32)).collect()),
+        Err(file) => file,
+    };
+    let values = file.try_data::<half::f16>().ok()?;
+    Some(values.map(|value| value.map(half::f16::to_f32)).collect())
 }
 
 fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
+    let content = content.strip_prefix("\u{feff}".as_bytes()).unwrap_or(content);
     let mut lines: Vec<(usize, &[u8])> =
         content.split(|&byte| byte == b'\n').enumerate().map(|(i, line)| (i + 1, line.trim_ascii_end())).collect();
     lines.retain(|(_, line)| !line.is_empty());
@@ -248,6 +268,14 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
         }
         values.reverse();
         let word = fields.next().ok_or_else(|| error(*number, &format!("expected a word and {dim} numbers")))?;
+        // A word may have spaces in it, but no numbers after them.
+        let is_number = |field: &&[u8]| std::str::from_utf8(field).is_ok_and(|text| text.parse::<f32>().is_ok());
+        let within: Vec<&[u8]> = word.split(|&byte| byte == b' ').skip(1).collect();
+        let spare = within.iter().filter(|field| is_number(field)).count();
+        if within.last().is_some_and(is_number) || 2 * spare >= dim {
+            let message = format!("expected a word and {dim} numbers, as on the first line, found {}", dim + spare);
+            return Err(error(*number, &message));
+        }
         Ok((String::from_utf8_lossy(word).into_owned(), values))
     };
     let rows: Vec<Result<(String, Vec<f32>), InvalidInput>> = lines.par_iter().map(parse).collect();
@@ -268,6 +296,8 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
 #[cfg(test)]
 mod tests {
     use super::super::rows::RowsBuilder;
+    use tch::Kind;
+
     use super::super::tokenizer::{TokenizerConfig, WordConfig};
     use super::*;
 
@@ -291,6 +321,11 @@ mod tests {
         let error = text("the 1 2\na 1 x\nb 1 2\nc nan 1\nd 2\n").unwrap_err().to_string();
         assert_eq!(error.lines().count(), 3, "{error}");
         assert!(error.contains("v.txt:2: expected a word and 2 numbers") && error.contains("v.txt:5"), "{error}");
+        let error = text("the 1\na 1 2\nb 1 2\n").unwrap_err().to_string();
+        assert!(error.contains("v.txt:2: expected a word and 1 numbers, as on the first line, found 2"), "{error}");
+        let error = text("the 1 2\na 1 2b 3 4\nc 1 2 d 3 4\n").unwrap_err().to_string();
+        assert_eq!(error.lines().count(), 2, "{error}");
+        assert_eq!(text("\u{feff}the 1 2\n").unwrap().words, ["the"]);
     }
 
     #[test]
@@ -300,10 +335,19 @@ mod tests {
         Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0]).view([2, 2]).write_npy(&npy).unwrap();
         std::fs::write(&words, "a\nb\n").unwrap();
         assert_eq!(read(&npy, Some(&words)).unwrap().values, [1.0, 2.0, 3.0, 4.0]);
+        for kind in [Kind::Double, Kind::Half] {
+            Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0]).to_kind(kind).view([2, 2]).write_npy(&npy).unwrap();
+            assert_eq!(read(&npy, Some(&words)).unwrap().values, [1.0, 2.0, 3.0, 4.0]);
+        }
         std::fs::write(&words, "a\n").unwrap();
         assert!(read(&npy, Some(&words)).unwrap_err().to_string().contains("2 vectors, but 1 words"));
         Tensor::from_slice(&[1.0f32, 2.0, f32::NAN, 4.0]).view([2, 2]).write_npy(&npy).unwrap();
         std::fs::write(&words, "a\nb\n").unwrap();
+        let content = std::fs::read(&npy).unwrap();
+        std::fs::write(&npy, &content[..content.len() - 4]).unwrap();
+        let error = read(&npy, Some(&words)).unwrap_err().to_string();
+        assert!(error.contains("damaged"), "{error}");
+        std::fs::write(&npy, content).unwrap();
         let error = read(&npy, Some(&words)).unwrap_err().to_string();
         assert!(error.contains("vector 2 (`b`) has a number that is not finite"), "{error}");
         assert!(read(&npy, None).unwrap_err().to_string().contains("needs `words:`"));

@@ -28,7 +28,7 @@ pub use heads::{ClassWeights, Decoded, Head, HeadConfig};
 pub use mode::{Mode, Site};
 pub use parameters::{Linear, Parameters, Scope, is_part};
 pub use precision::Precision;
-pub use trunk::TrunkConfig;
+pub use trunk::{Connection, TrunkConfig};
 use view::View;
 pub use view::distribution_script;
 

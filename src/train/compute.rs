@@ -38,7 +38,8 @@ pub(super) struct Computed {
     pub values: Tensor,
     pub weights: Tensor,
     pub norms: Option<Tensor>,
-    pub gram: Option<(Vec<bool>, Tensor)>,
+    /// The products g_i . g_j of the gradients of the tasks' losses at the last layer's weights: [T, T] float64.
+    pub gram: Option<Tensor>,
 }
 
 impl Computed {
@@ -85,7 +86,9 @@ impl Trainer<'_> {
         let reference = reference(inputs.wants);
         let backward = Backward { model: self.model, tasks: self.tasks, reference, rows: inputs.rows };
         let mut gradients = Gradients::default();
-        let (mut losses, mut gram) = (None, None);
+        let mut losses = None;
+        // The tasks' gradients at the last layer, where they are compared: [T, n].
+        let mut by_task: Option<Tensor> = None;
         let mut weights = inputs.weights.map(Tensor::shallow_clone);
         for (i, parts) in batches.iter().map(AsRef::as_ref).enumerate() {
             let forward = |part: usize| self.forward(step, i, &parts[part], inputs);
@@ -96,8 +99,12 @@ impl Trainer<'_> {
                 let losses = known.as_ref().unwrap_or(&here);
                 self.weighting.weights(step.number, inputs.present, Some(&as_vector(losses, device)))
             });
-            if i == 0 && inputs.diagnose {
-                gram = self.gram(&passes)?;
+            if inputs.diagnose {
+                let of_part = |part: usize| at_last_layer(self.model, &passes[part].1);
+                for own in side_by_side(parts.len(), &of_part) {
+                    let own = own?.to_kind(Kind::Double);
+                    by_task = Some(by_task.map_or_else(|| own.shallow_clone(), |sum| sum + &own));
+                }
             }
             self.laps.end(Part::Weighting);
             let pass = |part: usize| {
@@ -117,7 +124,7 @@ impl Trainer<'_> {
         let values = self.update(&gradients.sum, &losses, &mut norms, inputs)?;
         self.laps.end(Part::Update);
         let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));
-        Ok(Computed { values, weights, norms, gram })
+        Ok(Computed { values, weights, norms, gram: by_task.map(|own| own.matmul(&own.tr())) })
     }
 
     /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks present, in order,
@@ -146,21 +153,6 @@ impl Trainer<'_> {
         let average = self.average.as_mut().map(|average| (average, inputs.share));
         self.optimizer.step(gradients, rows, inputs.learning_rate, clipped.grad_scale(), average)?;
         Ok(clipped.values)
-    }
-
-    /// The products g_i . g_j of the gradients of the present tasks' losses at the last layer's weights: [k, k] float64; where all
-    /// parts of the batch have labels for the same tasks.
-    fn gram(&self, passes: &[(Shared, Vec<Option<Tensor>>)]) -> Result<Option<(Vec<bool>, Tensor)>> {
-        let here = |losses: &[Option<Tensor>]| -> Vec<bool> { losses.iter().map(Option::is_some).collect() };
-        let present = here(&passes[0].1);
-        if passes.iter().any(|(_, losses)| here(losses) != present) {
-            return Ok(None);
-        }
-        let of_part = |part: usize| at_last_layer(self.model, &passes[part].1);
-        let parts = side_by_side(passes.len(), &of_part).into_iter().collect::<Result<Vec<Tensor>>>()?;
-        let Some(sum) = parts.into_iter().reduce(|a, b| a + b) else { return Ok(None) };
-        let sum = sum.to_kind(Kind::Double);
-        Ok(Some((present, sum.matmul(&sum.tr()))))
     }
 
     /// The parts that are frozen at a step.

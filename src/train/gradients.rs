@@ -191,17 +191,23 @@ impl Gradients {
     }
 }
 
-/// The gradients of the present tasks' losses at the last layer's weights, one after the other: [k, n]. The graph stays as it
-/// was.
+/// The gradients of the tasks' losses at the last layer's weights, one after the other, 0 for absent tasks: [T, n]. The graph
+/// stays as it was.
 pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor> {
     let parameters = &model.inputs(None)[model.last_layer.clone()];
-    let mut rows = Vec::new();
-    for loss in losses.iter().flatten() {
+    let n: usize = parameters.iter().map(|parameter| parameter.numel()).sum();
+    let row = |loss: &Option<Tensor>| {
+        let Some(loss) = loss else {
+            return Ok(Tensor::zeros([n as i64], (Kind::Float, parameters[0].device())));
+        };
         let gradients = backward(&[loss], &[&loss.ones_like()], parameters, true)?;
-        let flat: Vec<Tensor> = gradients.iter().filter(|g| g.defined()).map(|g| g.flatten(0, -1)).collect();
-        rows.push(Tensor::cat(&flat, 0));
-    }
-    Ok(Tensor::stack(&rows, 0))
+        let flat = gradients.iter().zip(parameters).map(|(gradient, parameter)| match gradient.defined() {
+            true => gradient.flatten(0, -1).to_kind(Kind::Float),
+            false => Tensor::zeros([parameter.numel() as i64], (Kind::Float, parameter.device())),
+        });
+        Ok(Tensor::cat(&flat.collect::<Vec<_>>(), 0))
+    };
+    Ok(Tensor::stack(&losses.iter().map(row).collect::<Result<Vec<_>>>()?, 0))
 }
 
 /// Adds gradients; those of heads that a batch did not need are undefined.

@@ -345,18 +345,17 @@ impl Trainer<'_> {
     }
 }
 
-/// Norms of the tasks' gradients, and the cosine of each pair, from their products [k, k].
+/// Norms of the gradients of the tasks that were present, and the cosine of each pair, from all products [T, T].
 fn compared(tasks: &[Task], present: &[bool], gram: &Tensor) -> (Map<String, Value>, Map<String, Value>) {
-    let names: Vec<&str> =
-        tasks.iter().zip(present).filter(|(_, present)| **present).map(|(task, _)| task.name.as_str()).collect();
+    let present: Vec<usize> = (0..tasks.len()).filter(|&task| present[task]).collect();
     let product = |i: usize, j: usize| gram.double_value(&[i as i64, j as i64]);
-    let norms: Vec<f64> = (0..names.len()).map(|i| product(i, i).sqrt()).collect();
+    let norm = |task: usize| product(task, task).sqrt();
     let mut cosines = Map::new();
-    for i in 0..names.len() {
-        for j in i + 1..names.len() {
-            let cosine = product(i, j) / (norms[i] * norms[j]).max(f64::MIN_POSITIVE);
-            cosines.insert(format!("{}-{}", names[i], names[j]), json!(cosine));
+    for (n, &i) in present.iter().enumerate() {
+        for &j in &present[n + 1..] {
+            let cosine = product(i, j) / (norm(i) * norm(j)).max(f64::MIN_POSITIVE);
+            cosines.insert(format!("{}-{}", tasks[i].name, tasks[j].name), json!(cosine));
         }
     }
-    (names.iter().zip(norms).map(|(name, norm)| ((*name).to_owned(), json!(norm))).collect(), cosines)
+    (present.iter().map(|&task| (tasks[task].name.clone(), json!(norm(task)))).collect(), cosines)
 }

@@ -20,7 +20,7 @@ pub struct Pending {
     device: Device,
     /// Weights of the last step, `[T]`, and which tasks it had.
     pub weights: Option<(Tensor, Vec<bool>)>,
-    /// Of the last step that compared the tasks' gradients: who was there, and their products [k, k].
+    /// Of the last step that compared the tasks' gradients: which had it, and their products [T, T].
     pub gram: Option<(Vec<bool>, Tensor)>,
 }
 
@@ -126,8 +126,8 @@ impl Trainer<'_> {
             let losses = computed.losses(&present);
             self.weighting.learn(&Observed { losses: &losses, present: &present, norms: computed.norms.as_ref() })?;
         }
-        if computed.gram.is_some() {
-            pending.gram = computed.gram;
+        if let Some(gram) = computed.gram {
+            pending.gram = Some((present.clone(), gram));
         }
         pending.weights = Some((computed.weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values: computed.values, present });

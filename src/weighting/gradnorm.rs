@@ -29,7 +29,7 @@ pub struct GradnormConfig {
     pub learning_rate: f64,
     /// Optimizer of the weights: `adam` or `sgd`. Default `adam`.
     pub optimizer: AdaptBy,
-    /// Where norms are taken: `representation` (the trunk's output, nearly free) or `last_layer` (the weights of the last
+    /// Where norms are taken: `representation` (what a head reads of the trunk, after its mix of layers; nearly free) or `last_layer` (the weights of the last
     /// LSTM layer, as in the paper). Default `representation`.
     pub reference: Reference,
     /// Steps between updates of the weights; 1 is the paper. Default: 1 with `representation`, 4 with `last_layer`.

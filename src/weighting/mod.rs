@@ -76,7 +76,7 @@ pub struct FixedConfig {
 pub enum Reference {
     /// At the weights of the last LSTM layer, as in the paper: a backward pass of that layer for each task.
     LastLayer,
-    /// At the trunk's output: nearly free.
+    /// At what a head reads of the trunk, after its mix of layers: nearly free.
     #[default]
     Representation,
 }

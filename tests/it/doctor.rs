@@ -25,6 +25,26 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=none.jsonl"]);
     assert!(text.contains("`slots`: label `thing` is in dev but never in train"), "{text}");
     assert!(text.contains("`slots`: train has no span"), "{text}");
+    let raw = |n: usize| format!("{{\"text\": \"{}now, or never.\", \"topic\": \"a\"}}\n", "very ".repeat(n));
+    folder.file("raw.jsonl", raw(1) + &raw(2000) + &raw(1).replace("\"a\"", "\"b\""));
+    let raw =
+        SMALL.replace("tokens: tokens, ", "").replace("train.jsonl", "raw.jsonl").replace("dev.jsonl", "raw.jsonl");
+    folder.file("raw.yaml", raw.replace("  slots: {type: tagging, set: toy, column: slots, decoder: crf}\n", ""));
+    let text = said(&folder, &["raw.yaml", "--all", "--set", "model.trunk.connection=residual"]);
+    for part in [
+        "`toy`: 50 % of the different words end in punctuation, as `now,`; `tokenizer.split: punctuation`",
+        "raw.jsonl:2: a sentence of 2003 words: a batch is as long as its longest",
+        "model.trunk.connection leads past layers from the second on",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    let text = said(&folder, &["raw.yaml", "--set", "data.max_words=99", "--set", "tokenizer.split=punctuation"]);
+    assert!(text.contains("raw.jsonl:2: a sentence of more than 99 words is left out"), "{text}");
+    assert!(!text.contains("end in punctuation") && !text.contains("2003 words"), "{text}");
+    // What training would refuse, `check` does.
+    let no_part = ["check", "small.yaml", "--set", "training.freeze_epochs={trunk.weight: 1}"];
+    let output = folder.polytask(&no_part).assert().code(2).get_output().clone();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("the model has no such part"));
     // Sets of other tasks teach the trunk the same sentences.
     folder.file("others.jsonl", "{\"tokens\": [\"new\"], \"slots\": [\"O\"]}\n");
     let two = SMALL

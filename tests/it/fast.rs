@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use polytask::commands::trainer::Parts;
 use polytask::libtorch::{Draws, Number};
 use polytask::model::{Mode, Model, Precision};
 use polytask::optim::{Average, Optimizer, OptimizerConfig, Touched};
@@ -11,7 +10,7 @@ use polytask::train::{Pending, State, Step};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use crate::heads::{Setting, build, setting};
+use crate::heads::{Setting, build, parts, setting};
 use crate::util::{DRAWS, Folder, small};
 
 /// The largest difference, against the largest number.
@@ -193,16 +192,7 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
 /// Trains some steps with recorded steps or without, and returns the weights and what was read of the steps.
 fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize) {
     let model = build(s);
-    let parts = Parts {
-        experiment: &s.experiment,
-        config: &s.experiment.training,
-        weighting: &s.experiment.weighting,
-        tasks: &s.tasks,
-        tokenizer: &s.tokenizer,
-        model: &model,
-        train: &s.train,
-    };
-    let mut trainer = parts.trainer();
+    let mut trainer = parts(s, &model).trainer();
     if recorded {
         trainer.graphs = Graphs::rehearsed(s.tasks.len(), Device::Cpu);
     }

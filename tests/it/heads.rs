@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use polytask::commands::prepare;
+use polytask::commands::trainer::Parts;
 use polytask::config::Experiment;
 use polytask::data::{DeviceSet, Split, Tokenizer, load};
 use polytask::evaluate::evaluate;
@@ -39,6 +40,19 @@ pub fn setting(overrides: &[&str]) -> Setting {
 
 pub fn build(s: &Setting) -> Model {
     prepare::model(&s.experiment, &s.tasks, &s.tokenizer, Device::Cpu).unwrap()
+}
+
+/// What a trainer is made of.
+pub fn parts<'a>(s: &'a Setting, model: &'a Model) -> Parts<'a> {
+    Parts {
+        experiment: &s.experiment,
+        config: &s.experiment.training,
+        weighting: &s.experiment.weighting,
+        tasks: &s.tasks,
+        tokenizer: &s.tokenizer,
+        model,
+        train: &s.train,
+    }
 }
 
 fn logits(model: &Model, s: &Setting, rows: &[usize]) -> Vec<Tensor> {
@@ -246,6 +260,19 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     // Labels inside are the same, whatever scheme the data has.
     let output = train("schemes", &["tasks.slots.scheme=iob1", "training.max_epochs=1"]).success().get_output().clone();
     assert!(String::from_utf8_lossy(&output.stderr).contains("heads topic, slots of small"));
+    // The same parts, which would say something else.
+    let two = ["model.trunk.layers=2", "tasks.topic.layer=1", "training.max_epochs=1"];
+    train("two", &[&two[..], &["init_from=null"]].concat()).success();
+    let order = "tasks.topic.labels=[travel, music, food]";
+    for (from, more, expected) in [
+        ("first", &[order] as &[&str], "`topic` begins anew: its labels stand in another order there"),
+        ("two", &["model.trunk.layers=2"], "`topic` begins anew: it reads something else there"),
+    ] {
+        let from = format!("init_from={from}");
+        let output = train(&format!("of-{from}"), &[&[from.as_str(), "training.max_epochs=1"], more].concat());
+        let said = String::from_utf8_lossy(&output.success().get_output().stderr).into_owned();
+        assert!(said.contains(expected) && said.contains("heads slots of"), "{said}");
+    }
     let error = train("fourth", &["model.trunk.hidden=9"]).code(2).get_output().clone();
     let said = String::from_utf8_lossy(&error.stderr).into_owned();
     assert!(said.contains("its trunk is hidden: 10, layers: 1") && said.contains("here it is hidden: 9"), "{said}");

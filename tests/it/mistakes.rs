@@ -274,6 +274,16 @@ fn data_that_changed_under_a_run_is_told() {
     }
     let missed = new[1]["labels"].as_array().unwrap().iter().find(|label| label["label"] == "team").unwrap();
     assert_eq!((missed["recall"].as_f64(), missed["n"].as_u64()), (Some(0.0), Some(1)));
+    // Spelling that characters read, though its tokens are the same.
+    let cased = ["train", "small.yaml", "--out", "cased", "--set", "tokenizer={model: word, lowercase: true}"];
+    let more =
+        ["--set", "model.embedding.characters={kind: cnn, dim: 4, filters: 4}", "--set", "training.max_epochs=1"];
+    let cased = [&cased[..], &more].concat();
+    folder.file("dev.jsonl", &dev);
+    failed(&folder, &cased, 0);
+    folder.file("dev.jsonl", dev.replace("rock", "Rock"));
+    let text = failed(&folder, &[&cased[..], &["--resume"]].concat(), 2);
+    assert!(text.contains("its data has changed"), "{text}");
     folder.file("dev.jsonl", dev + &row.replace("sports", "music").replace("team", "thing"));
     let text = failed(&folder, &["train", "run/resolved.yaml", "--out", "run", "--resume"], 2);
     assert!(text.contains("its data has changed"), "{text}");

@@ -7,12 +7,13 @@ use polytask::model::Mode;
 use polytask::optim::{Optimizer, OptimizerConfig};
 use polytask::rng::Seed;
 use polytask::train::gradients::{Backward, Weighted, as_vector, weighted_sum};
+use polytask::train::{Pending, State, Step};
 use polytask::weighting::{Observed, Reference, WeightedTask, Weighting};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use tch::{Device, Kind, Tensor};
 
-use crate::heads::{build, setting};
+use crate::heads::{build, parts, setting};
 use crate::util::DRAWS;
 
 /// Normal numbers from a generator of the test's own: libtorch's is shared by all tests of the process.
@@ -133,6 +134,60 @@ fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
                 let (alone, found) = (squares.sum::<f64>().sqrt(), norms.double_value(&[task as i64]));
                 assert!((alone - found).abs() < 1e-4 * alone, "{options:?}, {reference:?}: {found} is not {alone}");
             }
+        }
+    }
+}
+
+#[test]
+fn every_strategy_trains_what_every_option_builds() {
+    let two = "model.trunk.layers=2";
+    let options: [&[&str]; 9] = [
+        &["tasks.slots.decoder=softmax", "tasks.slots.label_smoothing=0.1", "tasks.topic.class_weights=balanced"],
+        &["tasks.slots.inputs=[trunk, topic]", "tasks.topic.pooling=attention", "tasks.slots.missed_cost=0.5"],
+        &[two, "model.trunk.connection=highway", "tasks.topic.layer=1", "tasks.slots.private_lstm=5"],
+        &[
+            two,
+            "model.trunk.connection=residual",
+            "tasks.slots.mix_layers=true",
+            "training.freeze_epochs={trunk.l0: 1}",
+        ],
+        &["model.embedding.characters={kind: cnn, dim: 4, filters: 6}", "model.embedding.locked_dropout=true"],
+        &["model.embedding.characters={kind: lstm, dim: 4, hidden: 4}", "model.embedding.word_dropout=0.1"],
+        &["model.embedding.vectors=[{file: vectors.txt}]", "model.embedding.row_dropout=0.1", "training.ema_decay=0.9"],
+        &["training.accumulate_steps=3", "training.optimizer.lazy_rows=true", "tokenizer={model: bpe, size: 100}"],
+        &[
+            "training.precision=bfloat16",
+            "tasks.topic.hidden=8",
+            "training.optimizer={kind: adam, learning_rate: 0.01}",
+        ],
+    ];
+    for strategy in [
+        "equal",
+        "fixed, weights: {topic: 1, slots: 2}",
+        "uncertainty",
+        "uncertainty_softmax",
+        "gradnorm",
+        "gradnorm, reference: last_layer",
+        "dwa",
+        "random",
+    ] {
+        for options in options {
+            let s = setting(&[options, &[&format!("weighting={{strategy: {strategy}}}")]].concat());
+            let mut model = build(&s);
+            model.set_precision(s.experiment.training.precision);
+            let mut trainer = parts(&s, &model).trainer();
+            let n_batches = s.experiment.training.accumulate_steps;
+            let rows: Vec<usize> = (0..24).collect();
+            let batches: Vec<Vec<usize>> = rows.chunks(rows.len().div_ceil(n_batches)).map(<[usize]>::to_vec).collect();
+            let mut losses = Vec::new();
+            for number in 0..25 {
+                let (mut pending, mut state) = (Pending::new(Device::Cpu), State::new(2));
+                let step = Step { number, n_steps: 50, batches: &batches, diagnose: number == 3 };
+                trainer.take(&step, &mut pending).unwrap();
+                pending.drain(&mut state, &s.tasks).unwrap();
+                losses.push(state.epoch.means().into_iter().flatten().sum::<f64>());
+            }
+            assert!(losses[24] < 0.7 * losses[0], "{strategy}, {options:?}: {} to {}", losses[0], losses[24]);
         }
     }
 }

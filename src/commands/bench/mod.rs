@@ -57,7 +57,7 @@ struct Findings<'a> {
     time_over_bound: f64,
 }
 
-/// Every strategy, and GradNorm in its ways.
+/// Every strategy, GradNorm in its ways, and what the file says where that is none of them.
 fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>> {
     if experiment.tasks.len() == 1 {
         return Ok(vec![("one task".to_owned(), WeightingConfig::default())]);
@@ -71,6 +71,13 @@ fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>>
         let config = json!({"gradnorm": {"reference": "last_layer", "update_every": every}});
         all.push((format!("gradnorm, last_layer, update_every {every}"), serde_json::from_value(config)?));
     }
+    let own = serde_json::to_value(&experiment.weighting)?;
+    for (_, known) in &all {
+        if serde_json::to_value(known)? == own {
+            return Ok(all);
+        }
+    }
+    all.push(("as in the file".to_owned(), experiment.weighting.clone()));
     Ok(all)
 }
 

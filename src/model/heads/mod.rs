@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use super::parameters::Scope;
 use super::view::Reads;
-use super::{Encoded, Mode, Script};
+use super::{Encoded, Mode, Script, TrunkConfig};
 use crate::data::Targets;
 use crate::metrics::{ClassMetric, Metric};
 use crate::onnx::{Attribute, Graph, Value};
@@ -125,6 +125,14 @@ impl HeadConfig {
         let id = |name: &str| tasks.iter().position(|task| task.name == name).map(TaskId);
         let heads = self.other_inputs().filter_map(id).collect();
         Reads { heads, layer: *layer, mix_layers: *mix_layers, private_lstm: *private_lstm }
+    }
+
+    /// What its numbers come from, for a comparison: the layers of a trunk, and the other heads' labels.
+    pub fn sources<'a>(&self, tasks: &'a [Task], trunk: &TrunkConfig) -> (usize, bool, i64, Vec<&'a [String]>) {
+        let reads = self.reads(tasks);
+        let layer = if reads.layer == 0 || reads.mix_layers { trunk.layers } else { reads.layer };
+        let others = reads.heads.iter().map(|other| &tasks[other.0].labels[..]).collect();
+        (layer, reads.mix_layers, reads.private_lstm, others)
     }
 
     pub fn build(&self, scope: Scope, task: &Task, size: HeadSize) -> Box<dyn Head> {
