@@ -279,6 +279,20 @@ impl Graph {
         self.op("Unsqueeze", &[x, &axes], vec![])
     }
 
+    pub fn cast(&mut self, x: &Value, to: Element) -> Value {
+        self.op("Cast", &[x], vec![Attribute::Int("to", to as i64)])
+    }
+
+    pub fn transpose(&mut self, x: &Value, order: &[i64]) -> Value {
+        self.op("Transpose", &[x], vec![Attribute::Ints("perm", order.to_vec())])
+    }
+
+    /// The sum along an axis, which goes.
+    pub fn sum(&mut self, x: &Value, axis: i64) -> Value {
+        let axis = self.ints(&[axis]);
+        self.op("ReduceSum", &[x, &axis], vec![Attribute::Int("keepdims", 0)])
+    }
+
     pub fn squeeze(&mut self, x: &Value, axis: i64) -> Value {
         let axes = self.ints(&[axis]);
         self.op("Squeeze", &[x, &axes], vec![])

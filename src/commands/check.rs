@@ -8,7 +8,7 @@ use tch::Device;
 
 use super::cli::CheckArgs;
 use super::table::{count, percent, table};
-use super::{End, oddities, prepare, say, trainer, transfer};
+use super::{End, oddities, prepare, say, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, LoadedSet, Rows, Split, Tokenizer};
 use crate::problem::{InvalidInput, Problem, Severity, counted};
@@ -116,7 +116,7 @@ fn model(
     experiment: &Experiment,
     corpus: &Corpus,
     tokenizer: &Tokenizer,
-    earlier: Option<&prepare::Trained>,
+    earlier: Option<&trained::Trained>,
 ) -> Result<()> {
     let tasks = prepare::tasks(experiment, corpus);
     let model = trainer::model(experiment, &tasks, tokenizer, Device::Cpu)?;

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::cli::EvaluateArgs;
-use super::prepare::Trained;
+use super::trained::{self, Trained};
 use super::{End, output, prepare, say, table};
 use crate::data::{Corpus, DeviceSet, Split, labels};
 use crate::evaluate::{evaluate, predict};
@@ -16,7 +16,7 @@ use crate::task::{Scheme, Task, TaskId, TaskKind};
 
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
-    let trained = prepare::trained_on(&args.run, &args.checkpoint, device, &args.overrides)?;
+    let trained = trained::open_with(&args.run, &args.checkpoint, device, &args.overrides)?;
     let split = args.split;
     let data = &trained.experiment.data;
     let mut read: Vec<PathBuf> = data.sets.values().flat_map(|set| set.files(&data.root, &Split::ALL)).collect();

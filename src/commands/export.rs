@@ -10,8 +10,8 @@ use tch::{Device, Tensor};
 
 use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
 use super::exported::{self, FILES, FORMAT};
-use super::prepare::{self, Trained};
-use super::{End, say, table};
+use super::trained::{self, Trained};
+use super::{End, prepare, say, table};
 use crate::data::{DeviceSet, EncodedSet, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
 use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
@@ -37,7 +37,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         }
         _ => {}
     }
-    let trained = prepare::trained(&args.run, &args.checkpoint, Device::Cpu)?;
+    let trained = trained::open(&args.run, &args.checkpoint, Device::Cpu)?;
     if args.format == ExportFormat::Triton && !matches!(trained.experiment.tokenizer, TokenizerConfig::Word(_)) {
         return Err(invalid(
             "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",

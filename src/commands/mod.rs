@@ -22,6 +22,7 @@ mod selftest;
 mod study;
 mod table;
 mod train;
+mod trained;
 pub mod trainer;
 mod transfer;
 

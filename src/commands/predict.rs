@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 use tch::Device;
 
 use super::cli::{PredictArgs, PredictFormat};
-use super::prepare::{self, Trained};
-use super::{End, conll, output, stop_flag};
+use super::trained::{self, Trained};
+use super::{End, conll, output, prepare, stop_flag};
 use crate::data::words::character_ranges;
 use crate::data::{ConllLayout, DeviceSet, EncodedSet, labels};
 use crate::evaluate::predict;
@@ -54,7 +54,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     let read: Vec<&Path> = args.input.as_deref().into_iter().chain([args.run.as_path()]).collect();
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
-    let trained = prepare::trained(&args.run, &args.checkpoint, device)?;
+    let trained = trained::open(&args.run, &args.checkpoint, device)?;
     let layout = (format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment));
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     let target = args.output.as_deref().unwrap_or(Path::new("standard output"));

@@ -13,7 +13,7 @@ use tch::Device;
 use super::cli::TrainArgs;
 use super::finished::Finished;
 use super::progress::TrainingProgress;
-use super::{End, onednn, prepare, say, stop_flag, table, trainer, transfer};
+use super::{End, onednn, prepare, say, stop_flag, table, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, DeviceSet, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
@@ -119,7 +119,7 @@ fn write(
     let written = std::fs::read_to_string(&args.experiment).context("the experiment file is gone")?;
     run.write("experiment.yaml", &written)?;
     run.write("tokenizer.json", &tokenizer.to_json()?)?;
-    prepare::write_vectors(run, tokenizer)?;
+    trained::write_vectors(run, tokenizer)?;
     run.write_tasks(&tasks)?;
     let environment = json!({
         "polytask": env!("CARGO_PKG_VERSION"),
@@ -135,7 +135,7 @@ fn write(
 
 /// Trains from wherever the run stands to its end.
 fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, stop: &AtomicBool) -> Result<End> {
-    let (experiment, tasks, mut tokenizer) = prepare::of_run(run)?;
+    let (experiment, tasks, mut tokenizer) = trained::of_run(run)?;
     let mut model = trainer::model(&experiment, &tasks, &tokenizer, device)?;
     choose_kernels(run, &mut model, &experiment.training)?;
     let train = prepare::training(&experiment, corpus, &tokenizer, &tasks, device)?;
@@ -156,7 +156,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
         transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?;
         transfer::keep_vectors(&model, &mut tokenizer);
-        prepare::write_vectors(run, &tokenizer)?;
+        trained::write_vectors(run, &tokenizer)?;
     }
     let mut trainer = trainer::Parts {
         experiment: &experiment,

@@ -6,7 +6,7 @@ use anyhow::Result;
 use tch::{Device, Tensor};
 
 use super::finished;
-use super::prepare::{self, Trained};
+use super::trained::{self, Trained};
 use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
@@ -23,7 +23,7 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
     if !from.is_dir() {
         return Err(wrong("no run directory".to_owned()));
     }
-    let earlier = prepare::trained(from, "best", Device::Cpu)?;
+    let earlier = trained::open(from, "best", Device::Cpu)?;
     if !from.join(finished::FILE).exists() {
         log::warn!("init_from: {} is not finished; its best checkpoint so far is taken", from.display());
     }

@@ -91,7 +91,7 @@ pub fn decode<T: DeserializeOwned + Serialize>(
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
             Ok(decoded) => {
-                let understood = serde_json::to_value(&decoded).unwrap_or_default();
+                let understood = serde_json::to_value(&decoded).ok()?;
                 for path in lists_for_mappings(&value, &understood, "") {
                     report(layer, problems, &path, list(&path));
                 }
@@ -99,72 +99,89 @@ pub fn decode<T: DeserializeOwned + Serialize>(
             }
             Err(error) => error,
         };
-        let mut raw: Vec<String> = Vec::new();
-        let mut shown: Vec<String> = Vec::new();
-        for segment in error.path() {
-            match segment {
-                Segment::Map { key } => {
-                    raw.push(key.clone());
-                    shown.push(key.clone());
-                }
-                Segment::Seq { index } => {
-                    raw.push(index.to_string());
-                    shown.push(index.to_string());
-                }
-                Segment::Enum { variant } => raw.push(variant.clone()),
-                Segment::Unknown => {}
-            }
+        let found = diagnose(&error);
+        // What was wrong and is taken out is then missing.
+        let told = |key: &String| removed.iter().any(|gone| gone == key || gone.starts_with(&format!("{key}.")));
+        if !found.missing.as_ref().is_some_and(told) {
+            report(layer, problems, &found.path, found.message);
         }
-        let message = error.inner().to_string();
-        let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-        if message.starts_with("unknown field") {
-            let key = quoted[0];
-            if shown.last().is_some_and(|last| last == key) {
-                shown.pop();
-                raw.pop();
-            }
-            let at = shown.join(".");
-            let inner = join(&at, key);
-            let owner = if at.is_empty() { String::new() } else { format!("{at}: ") };
-            report(layer, problems, &inner, format!("{owner}unknown key `{key}`{}", suggestion(key, &quoted[1..])));
-            raw.push(key.to_owned());
-        } else if message.starts_with("unknown variant") {
-            let kind = quoted[0];
-            let mut path = shown.join(".");
-            if let Some(tag) = tag_key(&path) {
-                // The mapping's only key is the unknown kind: all of it goes.
-                path = format!("{path}.{tag}");
-                raw.truncate(shown.len());
-            } else if raw.last().is_some_and(|last| last == kind) && raw.len() > shown.len() {
-                raw.pop();
-            }
-            report(layer, problems, &path, format!("{path}: unknown value `{kind}`{}", suggestion(kind, &quoted[1..])));
-        } else if message.starts_with("missing field") {
-            let path = shown.join(".");
-            let inner = join(&path, quoted[0]);
-            let told = removed.iter().any(|gone| *gone == inner || gone.starts_with(&format!("{inner}.")));
-            if !told {
-                let owner = if path.is_empty() { String::new() } else { format!("{path}: ") };
-                report(layer, problems, &path, format!("{owner}missing key `{}`", quoted[0]));
-            }
-            if raw.is_empty() {
-                return None;
-            }
-            raw.truncate(raw.len() - usize::from(raw.len() > shown.len()));
-        } else {
-            let path = shown.join(".");
-            let message = match shown.iter().find(|key| key.contains('.')) {
-                // What names a kind was not seen to, behind such a key.
-                Some(key) if message.contains("map with a single key") => format!("`{key}`: names here have no dots"),
-                _ => plain(&message, tag_key(&path).is_some()),
-            };
-            report(layer, problems, &path, format!("{path}: {message}"));
-        }
-        removed.push(shown.join("."));
-        if !remove(&mut value, &raw) {
+        removed.push(found.owner);
+        if !remove(&mut value, &found.remove) {
             return None;
         }
     }
+}
+
+/// What is wrong in a tree, from serde's words.
+struct Diagnosis {
+    /// Where it is told.
+    path: String,
+    message: String,
+    /// A key that is not there.
+    missing: Option<String>,
+    /// The mapping or value that serde stopped at.
+    owner: String,
+    /// What has to go so that the rest can be read, key by key, kinds included.
+    remove: Vec<String>,
+}
+
+fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis {
+    // With kinds, as the tree has them, and without, as they are written.
+    let (mut raw, mut shown): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+    for segment in error.path() {
+        match segment {
+            Segment::Map { key } => {
+                raw.push(key.clone());
+                shown.push(key.clone());
+            }
+            Segment::Seq { index } => {
+                raw.push(index.to_string());
+                shown.push(index.to_string());
+            }
+            Segment::Enum { variant } => raw.push(variant.clone()),
+            Segment::Unknown => {}
+        }
+    }
+    let message = error.inner().to_string();
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let after = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
+    if message.starts_with("unknown field") {
+        let key = quoted[0];
+        if shown.last().is_some_and(|last| last == key) {
+            shown.pop();
+            raw.pop();
+        }
+        let owner = shown.join(".");
+        let message = format!("{}unknown key `{key}`{}", after(&owner), suggestion(key, &quoted[1..]));
+        raw.push(key.to_owned());
+        return Diagnosis { path: join(&owner, key), message, missing: None, owner, remove: raw };
+    }
+    let owner = shown.join(".");
+    if message.starts_with("unknown variant") {
+        let kind = quoted[0];
+        let mut path = owner.clone();
+        if let Some(tag) = tag_key(&path) {
+            // The mapping's only key is the unknown kind: all of it goes.
+            path = format!("{path}.{tag}");
+            raw.truncate(shown.len());
+        } else if raw.last().is_some_and(|last| last == kind) && raw.len() > shown.len() {
+            raw.pop();
+        }
+        let message = format!("{path}: unknown value `{kind}`{}", suggestion(kind, &quoted[1..]));
+        return Diagnosis { path, message, missing: None, owner, remove: raw };
+    }
+    if message.starts_with("missing field") {
+        let message = format!("{}missing key `{}`", after(&owner), quoted[0]);
+        raw.truncate(raw.len() - usize::from(raw.len() > shown.len()));
+        let missing = Some(join(&owner, quoted[0]));
+        return Diagnosis { path: owner.clone(), message, missing, owner, remove: raw };
+    }
+    let what = match shown.iter().find(|key| key.contains('.')) {
+        // What names a kind was not seen to, behind such a key.
+        Some(key) if message.contains("map with a single key") => format!("`{key}`: names here have no dots"),
+        _ => plain(&message, tag_key(&owner).is_some()),
+    };
+    Diagnosis { path: owner.clone(), message: format!("{owner}: {what}"), missing: None, owner, remove: raw }
 }
 
 /// Where a list stands for a mapping: serde takes it for the mapping's values in order.

@@ -15,7 +15,7 @@ use tch::Tensor;
 use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn, last_states, last_states_onnx, last_states_script};
 use super::parameters::Scope;
 use super::{Mode, Script, Weights};
-use crate::onnx::{Attribute, Graph, Value};
+use crate::onnx::{Attribute, Element, Graph, Value};
 
 /// Byte values and the padding.
 const N_BYTES: i64 = 257;
@@ -189,20 +189,19 @@ def forward(self, bytes: Tensor) -> Tensor:
         let real = graph.op("Greater", &[&flat, &zero], vec![]);
         let words = match &self.reader {
             Reader::Cnn(filters, bias) => {
-                let x = graph.op("Transpose", &[&x], vec![Attribute::Ints("perm", vec![0, 2, 1])]);
+                let x = graph.transpose(&x, &[0, 2, 1]);
                 let padding = filters.size()[2] / 2;
                 let (filters, bias) = (graph.constant(filters), graph.constant(bias));
                 let x = graph.op("Conv", &[&x, &filters, &bias], vec![Attribute::Ints("pads", vec![padding; 2])]);
                 let x = graph.op("Relu", &[&x], vec![]);
-                let real = graph.op("Cast", &[&real], vec![Attribute::Int("to", 1)]);
+                let real = graph.cast(&real, Element::Float);
                 let real = graph.unsqueeze(&real, 1);
                 let x = graph.op("Mul", &[&x, &real], vec![]);
                 graph.op("ReduceMax", &[&x], vec![Attribute::Ints("axes", vec![2]), Attribute::Int("keepdims", 0)])
             }
             Reader::Lstm(lstm, hidden) => {
-                let real = graph.op("Cast", &[&real], vec![Attribute::Int("to", 7)]);
-                let axis = graph.ints(&[1]);
-                let lengths = graph.op("ReduceSum", &[&real, &axis], vec![Attribute::Int("keepdims", 0)]);
+                let real = graph.cast(&real, Element::Int64);
+                let lengths = graph.sum(&real, 1);
                 let one = graph.constant(&Tensor::from(1i64));
                 let lengths = graph.op("Max", &[&lengths, &one], vec![]);
                 let states = lstm.onnx(graph, &x, &lengths);

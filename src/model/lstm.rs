@@ -14,7 +14,7 @@ use super::parameters::Scope;
 use super::precision::{Halves, Precision};
 use super::{Mode, QuantizedCell, Weights};
 use crate::data::Lengths;
-use crate::onnx::{Attribute, Graph, Value};
+use crate::onnx::{Attribute, Element, Graph, Value};
 
 /// The weights of one direction: weight_ih, weight_hh, bias_ih, bias_hh.
 type Direction = [Tensor; 4];
@@ -178,11 +178,8 @@ impl Lstm {
 
     /// The same as an ONNX LSTM operator; `lengths` `[B]` of 64-bit integers.
     pub fn onnx(&self, graph: &mut Graph, x: &Value, lengths: &Value) -> Value {
-        // 6 is INT32 in TensorProto.DataType.
-        let lengths = graph.op("Cast", &[lengths], vec![Attribute::Int("to", 6)]);
-        let swap =
-            |graph: &mut Graph, x: &Value| graph.op("Transpose", &[x], vec![Attribute::Ints("perm", vec![1, 0, 2])]);
-        let x = swap(graph, x); // [T, B, E]
+        let lengths = graph.cast(lengths, Element::Int32);
+        let x = graph.transpose(x, &[1, 0, 2]); // [T, B, E]
         let directions: Vec<&Direction> = std::iter::once(&self.forward).chain(&self.reverse).collect();
         let stacked = |part: &dyn Fn(&Direction) -> Tensor| {
             Tensor::stack(&directions.iter().map(|direction| part(direction)).collect::<Vec<_>>(), 0)
@@ -196,10 +193,10 @@ impl Lstm {
         let direction = if self.reverse.is_some() { "bidirectional" } else { "forward" };
         let attributes = vec![Attribute::Int("hidden_size", self.hidden), Attribute::Text("direction", direction)];
         let states = graph.op("LSTM", &[&x, &w, &r, &b, &lengths], attributes); // [T, D, B, H]
-        let states = graph.op("Transpose", &[&states], vec![Attribute::Ints("perm", vec![0, 2, 1, 3])]);
+        let states = graph.transpose(&states, &[0, 2, 1, 3]);
         let shape = graph.ints(&[0, 0, -1]);
         let x = graph.op("Reshape", &[&states, &shape], vec![]); // [T, B, D*H]
-        swap(graph, &x)
+        graph.transpose(&x, &[1, 0, 2])
     }
 }
 

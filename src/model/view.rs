@@ -14,7 +14,7 @@ use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
 use super::parameters::Scope;
 use super::{Mode, Script, TrunkConfig, Weights};
 use crate::data::Lengths;
-use crate::onnx::{Attribute, Graph, Value};
+use crate::onnx::{Attribute, Element, Graph, Value};
 use crate::task::{TaskId, TaskKind};
 
 /// What a head's configuration says of its inputs.
@@ -176,13 +176,12 @@ pub fn distribution_onnx(
         }
         (TaskKind::Tagging(_), TaskKind::Classification) => {
             let here = graph.mask(&p, n_words);
-            let here = graph.op("Cast", &[&here], vec![Attribute::Int("to", 1)]);
+            let here = graph.cast(&here, Element::Float);
             let here = graph.unsqueeze(&here, 2);
             let p = graph.op("Mul", &[&p, &here], vec![]);
-            let axis = graph.ints(&[1]);
-            let sum = graph.op("ReduceSum", &[&p, &axis], vec![Attribute::Int("keepdims", 0)]);
+            let sum = graph.sum(&p, 1);
             let n = graph.unsqueeze(n_words, 1);
-            let n = graph.op("Cast", &[&n], vec![Attribute::Int("to", 1)]);
+            let n = graph.cast(&n, Element::Float);
             graph.op("Div", &[&sum, &n], vec![])
         }
         _ => p,

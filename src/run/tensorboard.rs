@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use prost::Message;
 
 pub struct EventWriter {
     file: File,
@@ -18,29 +19,40 @@ fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-fn varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
+#[derive(Message)]
+struct Event {
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(string, optional, tag = "3")]
+    file_version: Option<String>,
+    #[prost(message, optional, tag = "5")]
+    summary: Option<Summary>,
+    #[prost(message, optional, tag = "7")]
+    session_log: Option<SessionLog>,
 }
 
-/// A length-delimited protobuf field.
-fn field(out: &mut Vec<u8>, number: u8, content: &[u8]) {
-    out.push(number << 3 | 2);
-    varint(out, content.len() as u64);
-    out.extend(content);
+#[derive(Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<Scalar>,
 }
 
-/// The start of an `Event`: wall_time = 1 (double), step = 2 (int64).
-fn event(step: u64) -> Vec<u8> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
-    let mut out = vec![1 << 3 | 1];
-    out.extend(now.to_le_bytes());
-    out.push(2 << 3);
-    varint(&mut out, step);
-    out
+/// `Summary.Value` of one number.
+#[derive(Message)]
+struct Scalar {
+    #[prost(string, tag = "1")]
+    tag: String,
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
+}
+
+#[derive(Message)]
+struct SessionLog {
+    /// 1 is START.
+    #[prost(int32, tag = "1")]
+    status: i32,
 }
 
 impl EventWriter {
@@ -51,37 +63,54 @@ impl EventWriter {
         let path = folder.join(name);
         let file = File::create(&path).with_context(|| format!("{} cannot be written", path.display()))?;
         let mut writer = EventWriter { file };
-        let mut version = event(0);
-        field(&mut version, 3, b"brain.Event:2");
-        writer.record(&version)?;
+        writer.record(0, Event { file_version: Some("brain.Event:2".to_owned()), ..Event::default() })?;
         if first_step > 0 {
-            // SessionLog (field 7) with status = START (1).
-            let mut start = event(first_step);
-            field(&mut start, 7, &[1 << 3, 1]);
-            writer.record(&start)?;
+            writer.record(first_step, Event { session_log: Some(SessionLog { status: 1 }), ..Event::default() })?;
         }
         Ok(writer)
     }
 
     pub fn scalar(&mut self, step: u64, tag: &str, value: f64) -> Result<()> {
-        // Summary.Value: tag = 1, simple_value = 2 (float); Summary: value = 1; Event: summary = 5.
-        let mut content = Vec::new();
-        field(&mut content, 1, tag.as_bytes());
-        content.push(2 << 3 | 5);
-        content.extend((value as f32).to_le_bytes());
-        let mut summary = Vec::new();
-        field(&mut summary, 1, &content);
-        let mut message = event(step);
-        field(&mut message, 5, &summary);
-        self.record(&message)
+        let value = vec![Scalar { tag: tag.to_owned(), simple_value: Some(value as f32) }];
+        self.record(step, Event { summary: Some(Summary { value }), ..Event::default() })
     }
 
-    fn record(&mut self, message: &[u8]) -> Result<()> {
+    fn record(&mut self, step: u64, event: Event) -> Result<()> {
+        let wall_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
+        let message = Event { wall_time, step: step as i64, ..event }.encode_to_vec();
         let length = (message.len() as u64).to_le_bytes();
         let mut out = length.to_vec();
         out.extend(masked_crc(&length).to_le_bytes());
-        out.extend(message);
-        out.extend(masked_crc(message).to_le_bytes());
+        out.extend(&message);
+        out.extend(masked_crc(&message).to_le_bytes());
         self.file.write_all(&out).context("the TensorBoard file cannot be written")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_framed_and_hold_what_was_written() {
+        // RFC 3720, B.4: the CRC-32C of 32 zeros.
+        assert_eq!(masked_crc(&[0; 32]), 0x8a91_36aau32.rotate_right(15).wrapping_add(0xa282_ead8));
+        let folder = tempfile::tempdir().unwrap();
+        EventWriter::create(folder.path(), 7).unwrap().scalar(8, "loss/topic", 0.25).unwrap();
+        let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+        let mut rest = &std::fs::read(file).unwrap()[..];
+        let mut events = Vec::new();
+        while !rest.is_empty() {
+            let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+            let message = &rest[12..12 + length];
+            assert_eq!(rest[8..12], masked_crc(&rest[..8]).to_le_bytes());
+            assert_eq!(rest[12 + length..16 + length], masked_crc(message).to_le_bytes());
+            events.push(Event::decode(message).unwrap());
+            rest = &rest[16 + length..];
+        }
+        assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
+        assert_eq!((events[1].step, events[1].session_log.as_ref().unwrap().status), (7, 1));
+        let value = &events[2].summary.as_ref().unwrap().value[0];
+        assert_eq!((events[2].step, value.tag.as_str(), value.simple_value), (8, "loss/topic", Some(0.25)));
     }
 }

@@ -16,7 +16,7 @@ use crate::model::dropout::{Masks, dropout};
 use crate::model::lstm::{last_states_onnx, last_states_script};
 use crate::model::parameters::{Linear, Scope};
 use crate::model::{Encoded, Mode, Script, Site};
-use crate::onnx::{Attribute, Graph, Value};
+use crate::onnx::{Attribute, Element, Graph, Value};
 use crate::task::Task;
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -178,10 +178,6 @@ impl Head for Classification {
             let value = graph.number(value);
             graph.op("Where", &[&mask, x, &value], vec![])
         };
-        let sum = |graph: &mut Graph, x: &Value| {
-            let axis = graph.ints(&[1]);
-            graph.op("ReduceSum", &[x, &axis], vec![Attribute::Int("keepdims", 0)])
-        };
         let mut x = match self.pooling {
             Pooling::Last => last_states_onnx(graph, tokens, &inputs.lengths, (self.state_hidden, inputs.width)),
             Pooling::Max => {
@@ -191,9 +187,9 @@ impl Head for Classification {
             }
             Pooling::Mean => {
                 let tokens = filled(graph, tokens, 0.0);
-                let total = sum(graph, &tokens);
+                let total = graph.sum(&tokens, 1);
                 let lengths = graph.unsqueeze(&inputs.lengths, 1);
-                let lengths = graph.op("Cast", &[&lengths], vec![Attribute::Int("to", 1)]);
+                let lengths = graph.cast(&lengths, Element::Float);
                 graph.op("Div", &[&total, &lengths], vec![])
             }
             Pooling::Attention => {
@@ -205,7 +201,7 @@ impl Head for Classification {
                 let weights = graph.op("Softmax", &[&scores], vec![Attribute::Int("axis", 1)]);
                 let tokens = filled(graph, tokens, 0.0);
                 let weighted = graph.op("Mul", &[&weights, &tokens], vec![]);
-                sum(graph, &weighted)
+                graph.sum(&weighted, 1)
             }
         };
         x = inputs.with_beside(graph, x);

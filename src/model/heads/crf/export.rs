@@ -15,11 +15,8 @@ impl Crf {
         let n_tags = start.size()[0];
         let [transitions, start, end] = [transitions, start, end].map(|x| graph.constant(&float(x)));
         let stay = graph.constant(&Tensor::arange(n_tags, (Kind::Int64, Device::Cpu)).unsqueeze(0)); // [1, C]
-        let along = |graph: &mut Graph, x: &Value, perm: &[i64]| {
-            graph.op("Transpose", &[x], vec![Attribute::Ints("perm", perm.to_vec())])
-        };
-        let x = along(graph, logits, &[1, 0, 2]); // [W, B, C]
-        let on = along(graph, here, &[1, 0]);
+        let x = graph.transpose(logits, &[1, 0, 2]); // [W, B, C]
+        let on = graph.transpose(here, &[1, 0]);
         let on = graph.unsqueeze(&on, 2); // [W, B, 1]
 
         // best [B, C] before a word to best after it, and where each tag comes from; the first word starts afresh.
@@ -40,14 +37,14 @@ impl Crf {
         let score = body.op("Add", &[&score, &x_t], vec![]);
         let after = body.op("Where", &[&on_t, &score, &best], vec![]);
         let never = body.constant(&Tensor::from_slice(&[0.0f32]));
-        let never = body.op("Cast", &[&never], vec![Attribute::Int("to", Element::Bool as i64)]);
+        let never = body.cast(&never, Element::Bool);
         body.output(&after, "after", Element::Float, &sizes);
         body.output(&never, "later", Element::Bool, &[Size::Is(1)]);
         body.output(&origin, "origin", Element::Int64, &sizes);
         let zeros = graph.slice(&x, 0, 0, 1);
         let zeros = graph.squeeze(&zeros, 0); // [B, C]: its values are never read
         let yes = graph.constant(&Tensor::from_slice(&[1.0f32]));
-        let yes = graph.op("Cast", &[&yes], vec![Attribute::Int("to", Element::Bool as i64)]);
+        let yes = graph.cast(&yes, Element::Bool);
         let scan = vec![Attribute::Body("body", body), Attribute::Int("num_scan_inputs", 2)];
         let found = graph.ops("Scan", &[&zeros, &yes, &x, &on], scan, 3);
 
@@ -69,7 +66,7 @@ impl Crf {
             backwards("scan_output_directions"),
         ];
         let tags = graph.ops("Scan", &[&last, &found[2]], scan, 2).swap_remove(1); // [W, B]
-        along(graph, &tags, &[1, 0])
+        graph.transpose(&tags, &[1, 0])
     }
 
     /// Viterbi over a batch as the body of a TorchScript function: `logits` [B, W, C] and `n_words` `[B]` to `labels`.

@@ -1,0 +1,147 @@
+//! A trained model as it lies on disk: a run directory with its checkpoints, or an exported file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::{Device, Tensor};
+
+use super::{exported, prepare};
+use crate::config::Experiment;
+use crate::data::Tokenizer;
+use crate::model::Model;
+use crate::problem::invalid;
+use crate::run::{RunDirectory, checkpoint};
+use crate::task::Task;
+
+/// A run as training left it, with one of its checkpoints.
+pub struct Trained {
+    pub experiment: Experiment,
+    pub tasks: Vec<Task>,
+    pub tokenizer: Tokenizer,
+    pub model: Model,
+    /// What the checkpoint says of itself.
+    pub about: serde_json::Value,
+}
+
+/// A run's file of pretrained vectors.
+const VECTORS: &str = "vectors.safetensors";
+
+/// Keeps the vectors of a run's tokenizer in its directory.
+pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
+    if tokenizer.vectors().is_empty() {
+        return Ok(());
+    }
+    let tables = tokenizer.vectors().iter().enumerate();
+    let tables: Vec<_> = tables.map(|(i, table)| (i.to_string(), table.shallow_clone())).collect();
+    checkpoint::save(&run.file(VECTORS), &tables, &[], &tokenizer.n_trained().into())
+}
+
+/// The tokenizer of a trained model, from its parts.
+fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
+    let max_bytes = experiment.model.embedding.characters.max_bytes();
+    Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter(), max_bytes)
+}
+
+/// An experiment from its text.
+fn experiment_of(yaml: &str, overrides: &[String]) -> Result<Experiment> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("resolved.yaml");
+    std::fs::write(&file, yaml)?;
+    Experiment::load(&file, overrides)
+}
+
+/// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
+/// on the CPU.
+fn of_file(path: &Path, device: Device) -> Result<Trained> {
+    let exported = exported::open(path)?;
+    let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
+        return Err(invalid(format!("{} lacks files", path.display())));
+    };
+    let experiment = experiment_of(yaml, &[])?;
+    let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
+    let mut tokenizer = tokenizer_of(&experiment, tokenizer)?;
+    let weights = exported.module.parameters()?;
+    let named = |name: String| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor);
+    let (mut n_trained, mut vectors) = (tokenizer.n_trained(), Vec::new());
+    for i in 0..experiment.model.embedding.vectors.len() {
+        let first =
+            named(format!("embedding.vectors_{i}")).with_context(|| format!("{} lacks its vectors", path.display()))?;
+        n_trained = first.size()[0] as usize;
+        let parts: Vec<&Tensor> = std::iter::once(first).chain(named(format!("embedding.further_{i}"))).collect();
+        vectors.push(Tensor::cat(&parts, 0).to_kind(tch::Kind::Float));
+    }
+    tokenizer.set_vectors(n_trained, vectors);
+    let mut model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    let weights = weights.into_iter().map(|(name, tensor)| (name, tensor.to_kind(tch::Kind::Float)));
+    let fits = || format!("{} does not fit its experiment", path.display());
+    if exported.about["dtype"] == "float32" {
+        model.parameters.load(weights.collect()).with_context(fits)?;
+    } else {
+        if device != Device::Cpu {
+            let dtype = &exported.about["dtype"];
+            return Err(invalid(format!(
+                "{} holds {dtype} weights, which run on the CPU: use --device cpu",
+                path.display()
+            )));
+        }
+        model.parameters.load_some(weights.collect()).with_context(fits)?;
+        let names = tasks.iter().map(|task| format!("{}.logits", task.name)).collect();
+        model.run_by(exported.module, names);
+    }
+    Ok(Trained { experiment, tasks, tokenizer, model, about: exported.about })
+}
+
+/// The experiment, the task table and the tokenizer of a run directory.
+pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> {
+    let experiment = Experiment::load(&run.file("resolved.yaml"), &[])?;
+    let json = run.read("tokenizer.json")?;
+    let mut tokenizer =
+        tokenizer_of(&experiment, &json).with_context(|| format!("{}", run.file("tokenizer.json").display()))?;
+    if !experiment.model.embedding.vectors.is_empty() {
+        let saved = checkpoint::load(&run.file(VECTORS))?;
+        let n_trained = serde_json::from_value(saved.state)?;
+        let tables = saved.model.into_iter().map(|(name, table)| Ok((name.parse()?, table)));
+        let tables: BTreeMap<usize, Tensor> = tables.collect::<Result<_>>()?;
+        tokenizer.set_vectors(n_trained, tables.into_values().collect());
+    }
+    Ok((experiment, run.read_tasks()?, tokenizer))
+}
+
+/// A trained model with other data: `overrides` change the experiment's `data:`.
+pub fn open_with(path: &Path, name: &str, device: Device, overrides: &[String]) -> Result<Trained> {
+    if let Some(other) = overrides.iter().find(|text| !text.starts_with("data.")) {
+        return Err(invalid(format!("--set {other}: of a trained model the data alone can be changed")));
+    }
+    let mut trained = open(path, name, device)?;
+    if !overrides.is_empty() {
+        trained.experiment = experiment_of(&trained.experiment.to_yaml()?, overrides)?;
+    }
+    Ok(trained)
+}
+
+/// The model of a run directory or of an exported file; of a file the checkpoint is the one it was made of.
+pub fn open(path: &Path, name: &str, device: Device) -> Result<Trained> {
+    if path.is_file() {
+        if name != "best" {
+            let message = "is an exported model, which has one checkpoint: leave --checkpoint away";
+            return Err(invalid(format!("{} {message}", path.display())));
+        }
+        return of_file(path, device);
+    }
+    let run = RunDirectory::open(path)?;
+    let (experiment, tasks, tokenizer) = of_run(&run)?;
+    let file = run.checkpoint(name);
+    if !file.is_file() {
+        let entries = std::fs::read_dir(run.file("checkpoints")).into_iter().flatten().flatten();
+        let mut known: Vec<String> =
+            entries.filter_map(|entry| Some(entry.path().file_stem()?.to_string_lossy().into_owned())).collect();
+        known.sort();
+        let known = if known.is_empty() { "none yet".to_owned() } else { known.join(", ") };
+        return Err(invalid(format!("{} has no checkpoint `{name}`; it has {known}", path.display())));
+    }
+    let saved = checkpoint::load(&file)?;
+    let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
+    model.parameters.load(saved.model).with_context(|| format!("{} does not fit its run", file.display()))?;
+    Ok(Trained { experiment, tasks, tokenizer, model, about: saved.state })
+}
