@@ -18,7 +18,7 @@ use tch::{Kind, Tensor};
 pub use verify::{Cases, Mismatch, scores};
 
 use crate::libtorch::ScriptModule;
-use crate::model::{Model, Script, Weights, distribution_script};
+use crate::model::{Model, Script, WeightDtype, distribution_script};
 use crate::task::{Task, TaskId};
 
 /// The number kind of an exported model's weights.
@@ -78,13 +78,13 @@ impl Node {
         path.split('.').fold(self, |node, name| node.children.entry(name.to_owned()).or_default())
     }
 
-    fn build(&self, name: &str, weights: Weights) -> Result<ScriptModule> {
+    fn build(&self, name: &str, dtype: WeightDtype) -> Result<ScriptModule> {
         let mut module = ScriptModule::new(name)?;
         for (name, child) in &self.children {
-            module.add_child(name, &child.build(name, weights)?)?;
+            module.add_child(name, &child.build(name, dtype)?)?;
         }
         if let Some((weight, bias)) = self.affine() {
-            return affine(module, weight, bias, weights);
+            return affine(module, weight, bias, dtype);
         }
         for (name, cell) in &self.script.quantized_cells {
             module.add_quantized_cell(name, cell)?;
@@ -112,14 +112,14 @@ impl Node {
     }
 }
 
-fn affine(mut module: ScriptModule, weight: &Tensor, bias: &Tensor, weights: Weights) -> Result<ScriptModule> {
-    let map = match weights {
-        Weights::Float => {
+fn affine(mut module: ScriptModule, weight: &Tensor, bias: &Tensor, dtype: WeightDtype) -> Result<ScriptModule> {
+    let map = match dtype {
+        WeightDtype::Float => {
             module.add_parameter("weight", weight)?;
             module.add_parameter("bias", bias)?;
             "torch.linear(x, self.weight, self.bias)"
         }
-        Weights::Int8 => {
+        WeightDtype::Int8 => {
             module.add_quantized_linear(weight, bias)?;
             "quantized.linear_dynamic(x, self.packed, True)"
         }
@@ -136,7 +136,7 @@ pub fn build(model: &Model, tasks: &[Task], dtype: Dtype, output: Output) -> Res
         ensure!(!path.is_empty(), "parameter `{name}` belongs to no part of the model");
         root.at(path).parameters.push((leaf.to_owned(), tensor.detach().copy()));
     }
-    let weights = if dtype == Dtype::Int8 { Weights::Int8 } else { Weights::Float };
+    let weights = if dtype == Dtype::Int8 { WeightDtype::Int8 } else { WeightDtype::Float };
     for (path, script) in model.scripts(tasks, weights) {
         root.at(&path).script = script;
     }

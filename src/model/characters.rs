@@ -14,7 +14,7 @@ use tch::Tensor;
 
 use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn, last_states, last_states_onnx, last_states_script};
 use super::parameters::Scope;
-use super::{Mode, Script, Weights};
+use super::{Mode, Script, WeightDtype};
 use crate::onnx::{Attribute, Element, Graph, Value};
 
 /// Byte values and the padding.
@@ -173,7 +173,7 @@ def forward(self, bytes: Tensor) -> Tensor:
                 let source = format!(
                     "{SCRIPT_HELPERS}{start}    lengths = (flat > 0).sum([1]).clamp(min=1)
 {SCRIPT_TURN}{}{}{end}",
-                    lstm.script(Weights::Float),
+                    lstm.script(WeightDtype::Float),
                     last_states_script("x", *hidden)
                 );
                 Script { source, ..Script::default() }

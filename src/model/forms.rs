@@ -1,7 +1,7 @@
 //! A model in the forms that it is exported in.
 
 use super::heads::OnnxInputs;
-use super::{Model, Script, Weights, view};
+use super::{Model, Script, WeightDtype, view};
 use crate::onnx::{Element, Graph, Size, Value};
 use crate::task::{Task, TaskKind};
 
@@ -9,12 +9,12 @@ impl Model {
     /// The model's parts as TorchScript, by the prefix of their parameters. Heads stand below `heads`.
     ///
     /// Affine maps are called as `self.NAME.forward(x)`: what stands behind that is the exporter's part.
-    pub fn scripts(&self, tasks: &[Task], weights: Weights) -> Vec<(String, Script)> {
+    pub fn scripts(&self, tasks: &[Task], dtype: WeightDtype) -> Vec<(String, Script)> {
         let mut parts =
-            vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script(weights))];
+            vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script(dtype))];
         parts.extend(self.embedding.characters_script().map(|script| ("embedding.characters".to_owned(), script)));
         for ((task, head), view) in tasks.iter().zip(&self.heads).zip(&self.views) {
-            let (method, lstm) = view.script(weights);
+            let (method, lstm) = view.script(dtype);
             let mut script = head.script();
             script.source += &method;
             parts.push((format!("heads.{}", task.name), script));

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use super::parameters::Scope;
 use super::precision::{Halves, Precision};
-use super::{Mode, QuantizedCell, Weights};
+use super::{Mode, QuantizedCell, WeightDtype};
 use crate::data::Lengths;
 use crate::onnx::{Attribute, Element, Graph, Value};
 
@@ -134,21 +134,21 @@ impl Lstm {
 
     /// The lines of a TorchScript method that take `x` [B, T, E] to [B, T, D*H]. They need the methods of
     /// [`SCRIPT_HELPERS`] and the variables of [`SCRIPT_TURN`].
-    pub fn script(&self, numbers: Weights) -> String {
-        let weights = |end: &str| match numbers {
-            Weights::Float => {
+    pub fn script(&self, dtype: WeightDtype) -> String {
+        let weights = |end: &str| match dtype {
+            WeightDtype::Float => {
                 let names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"];
                 names.map(|name| format!("self.{name}_{}{end}", self.suffix)).join(", ")
             }
-            Weights::Int8 => format!("self.cell_{}{end}", self.suffix),
+            WeightDtype::Int8 => format!("self.cell_{}{end}", self.suffix),
         };
         let lstm = |input: &str, weights: &str, n: usize| {
             let (hidden, both) = (self.hidden, if n == 2 { "True" } else { "False" });
             let call = format!("({input}, self.zero(x, {n}, {hidden}), [{weights}], True, 1, 0.0, False, {both}, True");
-            match numbers {
-                Weights::Float => format!("torch.lstm{call})[0]"),
+            match dtype {
+                WeightDtype::Float => format!("torch.lstm{call})[0]"),
                 // 12 is qint8 in c10::ScalarType.
-                Weights::Int8 => format!("torch.quantized_lstm{call}, dtype=12, use_dynamic=True)[0]"),
+                WeightDtype::Int8 => format!("torch.quantized_lstm{call}, dtype=12, use_dynamic=True)[0]"),
             }
         };
         let (forward, reverse) = (weights(""), weights("_reverse"));

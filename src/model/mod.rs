@@ -123,7 +123,7 @@ pub struct Script {
 
 /// The numbers that weights are multiplied in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weights {
+pub enum WeightDtype {
     Float,
     /// int8 for LSTM layers and affine maps, with activations quantized as they come; the CPU alone.
     Int8,

@@ -16,7 +16,7 @@ use super::dropout::{Masks, dropout};
 use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
 use super::parameters::{Linear, Scope};
 use super::precision::{Halves, Precision};
-use super::{Mode, Script, Site, Weights};
+use super::{Mode, Script, Site, WeightDtype};
 use crate::data::Lengths;
 use crate::onnx::{Graph, Value};
 
@@ -140,7 +140,7 @@ impl Trunk {
     }
 
     /// `forward(x, lengths)`: the states of every layer, on the device and in the kind of the weights; no dropout.
-    pub fn script(&self, numbers: Weights) -> Script {
+    pub fn script(&self, dtype: WeightDtype) -> Script {
         let mut source = format!(
             "{SCRIPT_HELPERS}
 def forward(self, x: Tensor, lengths: Tensor) -> List[Tensor]:
@@ -148,7 +148,7 @@ def forward(self, x: Tensor, lengths: Tensor) -> List[Tensor]:
 "
         );
         for (number, layer) in self.layers.iter().enumerate() {
-            source += &format!("    before = x\n{}", layer.script(numbers));
+            source += &format!("    before = x\n{}", layer.script(dtype));
             source += &match self.connection {
                 Connection::Residual if number > 0 => "    x = x + before\n".to_owned(),
                 Connection::Highway if number > 0 => format!(
@@ -158,9 +158,9 @@ def forward(self, x: Tensor, lengths: Tensor) -> List[Tensor]:
             };
             source += "    states.append(x)\n";
         }
-        let quantized_cells = match numbers {
-            Weights::Int8 => self.layers.iter().flat_map(Lstm::quantized_cells).collect(),
-            Weights::Float => Vec::new(),
+        let quantized_cells = match dtype {
+            WeightDtype::Int8 => self.layers.iter().flat_map(Lstm::quantized_cells).collect(),
+            WeightDtype::Float => Vec::new(),
         };
         Script { source: source + "    return states\n", quantized_cells, ..Script::default() }
     }

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
 use super::parameters::Scope;
-use super::{Mode, Script, TrunkConfig, Weights};
+use super::{Mode, Script, TrunkConfig, WeightDtype};
 use crate::data::Lengths;
 use crate::onnx::{Attribute, Element, Graph, Value};
 use crate::task::{TaskId, TaskKind};
@@ -79,7 +79,7 @@ impl View {
     }
 
     /// A method `view(layers, lengths)` for the head's module, and the module `lstm` within it.
-    pub fn script(&self, numbers: Weights) -> (String, Option<Script>) {
+    pub fn script(&self, dtype: WeightDtype) -> (String, Option<Script>) {
         let mut source = "
 def view(self, layers: List[Tensor], lengths: Tensor) -> Tensor:
 "
@@ -102,9 +102,9 @@ def view(self, layers: List[Tensor], lengths: Tensor) -> Tensor:
 def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
 {SCRIPT_TURN}{}    return x
 ",
-                lstm.script(numbers)
+                lstm.script(dtype)
             ),
-            quantized_cells: if numbers == Weights::Int8 { lstm.quantized_cells() } else { Vec::new() },
+            quantized_cells: if dtype == WeightDtype::Int8 { lstm.quantized_cells() } else { Vec::new() },
             ..Script::default()
         });
         (source + "    return x\n", lstm)

@@ -11,8 +11,8 @@ use super::dwa::Dwa;
 use super::gradnorm::Gradnorm;
 use super::uncertainty::Uncertainty;
 use super::{
-    AdaptBy, DwaConfig, GradnormConfig, LossWeighting, Observed, Reference, UncertaintyConfig,
-    UncertaintySoftmaxConfig, Wants, WeightedTask, Weighting, WeightingConfig, numbers, vector,
+    DwaConfig, GradnormConfig, LossWeighting, Observed, Reference, UncertaintyConfig, UncertaintySoftmaxConfig, Wants,
+    WeightOptimizerKind, WeightedTask, Weighting, WeightingConfig, numbers, vector,
 };
 use crate::rng::Seed;
 
@@ -114,7 +114,7 @@ fn gradnorm_closed_form(device: Device) -> Result<()> {
 }
 
 fn gradnorm_steps(device: Device) -> Result<()> {
-    let sgd = GradnormConfig { optimizer: AdaptBy::Sgd, ..GradnormConfig::default() };
+    let sgd = GradnormConfig { optimizer: WeightOptimizerKind::Sgd, ..GradnormConfig::default() };
     let weights = held(&mut gradnorm(sgd, &tasks(3), device)?, 1, LOSSES, NORMS, device)?;
     near("one SGD step", &weights, &[0.921109, 1.049041, 1.029851], ROUNDED)?;
     let steps: [(usize, [f64; 3]); 3] =

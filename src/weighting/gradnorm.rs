@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::adapt::{Adapter, KernelInputs};
+use super::optimizer::{KernelInputs, WeightOptimizer};
 use super::{
-    AdaptBy, LossWeighting, Observed, Reference, Wants, WeightedTask, count, from_json, mask, numbers, to_json, vector,
+    LossWeighting, Observed, Reference, Wants, WeightOptimizerKind, WeightedTask, count, from_json, mask, numbers,
+    to_json, vector,
 };
 use crate::libtorch::{Kernel, LaunchConfig};
 
@@ -28,7 +29,7 @@ pub struct GradnormConfig {
     /// Learning rate of the weights. Default 0.025, the paper's, more than 0.
     pub learning_rate: f64,
     /// Optimizer of the weights: `adam` or `sgd`. Default `adam`.
-    pub optimizer: AdaptBy,
+    pub optimizer: WeightOptimizerKind,
     /// Where norms are taken: `representation` (what a head reads of the trunk, after its mix of layers; nearly free) or `last_layer` (the weights of the last
     /// LSTM layer, as in the paper). Default `representation`.
     pub reference: Reference,
@@ -47,7 +48,7 @@ impl Default for GradnormConfig {
         GradnormConfig {
             alpha: 1.5,
             learning_rate: 0.025,
-            optimizer: AdaptBy::Adam,
+            optimizer: WeightOptimizerKind::Adam,
             reference: Reference::Representation,
             update_every: None,
             initial_loss: InitialLoss::FirstBatch,
@@ -74,7 +75,7 @@ pub struct Gradnorm {
     config: GradnormConfig,
     priorities: Vec<f64>,
     weights: Tensor,
-    adapter: Adapter,
+    optimizer: WeightOptimizer,
     initial: Tensor,
     /// Steps that went into each task's initial loss; 0 needed for `log_classes`.
     n_initial: Vec<u32>,
@@ -106,7 +107,7 @@ impl Gradnorm {
             config: config.clone(),
             priorities: tasks.iter().map(|task| task.priority).collect(),
             weights: Tensor::ones([n as i64], (Kind::Double, device)),
-            adapter: Adapter::new(config.optimizer, config.learning_rate, n, device),
+            optimizer: WeightOptimizer::new(config.optimizer, config.learning_rate, n, device),
             initial: vector(&initial, device),
             n_initial: vec![0; n],
             seen: None,
@@ -159,8 +160,8 @@ static KERNEL: Kernel = Kernel::new(include_str!("../libtorch/gradnorm.cu"), "gr
 impl Gradnorm {
     fn learn_by_kernel(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
         let (n, device) = (step.present.len(), norms.device());
-        let adam = self.config.optimizer == AdaptBy::Adam;
-        let KernelInputs { numbers, moments: [first, second], steps } = self.adapter.for_kernel();
+        let adam = self.config.optimizer == WeightOptimizerKind::Adam;
+        let KernelInputs { numbers, moments: [first, second], steps } = self.optimizer.for_kernel();
         let mut given = vec![self.config.alpha, self.config.floor, SMALLEST_LOSS];
         given.extend(numbers);
         given.extend(&self.priorities);
@@ -219,7 +220,7 @@ impl LossWeighting for Gradnorm {
         let here = mask(step.present, norms.device());
         let sound = (norms * &here).sum(Kind::Double).isfinite();
         let closed = self.closed_form(step.losses, step.present, norms);
-        let moved = self.adapter.step(&self.weights, &closed.gradient, step.present);
+        let moved = self.optimizer.step(&self.weights, &closed.gradient, step.present);
         self.floored = &self.floored + moved.lt(self.config.floor).logical_and(&sound).sum(Kind::Double);
         let moved = moved.clamp_min(self.config.floor);
         // The weights of the tasks present keep their sum, so that all of them always sum to T.
@@ -253,7 +254,7 @@ impl LossWeighting for Gradnorm {
             "weights": to_json(&self.weights),
             "initial": to_json(&self.initial),
             "n_initial": self.n_initial,
-            "adapter": self.adapter.save(),
+            "optimizer": self.optimizer.save(),
             "seen": self.seen.as_ref().map(|seen| seen.each_ref().map(to_json)),
             "floored": numbers(&self.floored.view([1]))[0],
             "warned": self.warned,
@@ -265,7 +266,7 @@ impl LossWeighting for Gradnorm {
         self.weights = from_json(state, "weights", n, device)?;
         self.initial = from_json(state, "initial", n, device)?;
         self.n_initial = serde_json::from_value(state["n_initial"].clone()).context("`n_initial` is damaged")?;
-        self.adapter.load(&state["adapter"])?;
+        self.optimizer.load(&state["optimizer"])?;
         self.seen = match &state["seen"] {
             Value::Array(seen) => {
                 let one = |i: usize| from_json(&json!({"seen": seen.get(i)}), "seen", n, device);
@@ -285,7 +286,7 @@ mod tests {
 
     #[test]
     fn the_kernel_computes_what_operators_do() {
-        for optimizer in [AdaptBy::Adam, AdaptBy::Sgd] {
+        for optimizer in [WeightOptimizerKind::Adam, WeightOptimizerKind::Sgd] {
             // A rate at which the floor is met.
             let config = GradnormConfig { optimizer, learning_rate: 0.3, floor: 0.7, ..GradnormConfig::default() };
             let tasks: Vec<WeightedTask> = (0..3)

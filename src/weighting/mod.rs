@@ -3,11 +3,11 @@
 //! T tasks. The network is trained on sum_i p_i w_i L_i with p_i the task's priority and w_i the strategy's weight, held
 //! constant: no gradient of a strategy's own loss ever reaches the network. Vectors are float64 on the training device.
 
-mod adapt;
 mod dwa;
 mod fixed;
 pub mod golden;
 mod gradnorm;
+mod optimizer;
 mod random;
 mod uncertainty;
 mod uncertainty_softmax;
@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-pub use adapt::AdaptBy;
 pub use dwa::DwaConfig;
 pub use gradnorm::{GradnormConfig, InitialLoss};
+pub use optimizer::WeightOptimizerKind;
 pub use uncertainty::UncertaintyConfig;
 pub use uncertainty_softmax::UncertaintySoftmaxConfig;
 

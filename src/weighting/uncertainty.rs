@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::adapt::Adapter;
-use super::{AdaptBy, LossWeighting, Observed, from_json, to_json};
+use super::optimizer::WeightOptimizer;
+use super::{LossWeighting, Observed, WeightOptimizerKind, from_json, to_json};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -19,25 +19,25 @@ pub struct UncertaintyConfig {
     /// Learning rate of s. Default 0.01, more than 0.
     pub learning_rate: f64,
     /// Optimizer of s: `adam` or `sgd`. Default `adam`.
-    pub optimizer: AdaptBy,
+    pub optimizer: WeightOptimizerKind,
 }
 
 impl Default for UncertaintyConfig {
     fn default() -> Self {
-        UncertaintyConfig { learning_rate: 0.01, optimizer: AdaptBy::Adam }
+        UncertaintyConfig { learning_rate: 0.01, optimizer: WeightOptimizerKind::Adam }
     }
 }
 
 pub struct Uncertainty {
     log_variances: Tensor,
-    adapter: Adapter,
+    optimizer: WeightOptimizer,
 }
 
 impl Uncertainty {
     pub fn new(config: &UncertaintyConfig, n: usize, device: Device) -> Self {
         Uncertainty {
             log_variances: Tensor::zeros([n as i64], (Kind::Double, device)),
-            adapter: Adapter::new(config.optimizer, config.learning_rate, n, device),
+            optimizer: WeightOptimizer::new(config.optimizer, config.learning_rate, n, device),
         }
     }
 
@@ -54,7 +54,7 @@ impl LossWeighting for Uncertainty {
 
     fn learn(&mut self, step: &Observed) -> Result<()> {
         let gradient = self.gradient(step.losses);
-        self.log_variances = self.adapter.step(&self.log_variances, &gradient, step.present);
+        self.log_variances = self.optimizer.step(&self.log_variances, &gradient, step.present);
         Ok(())
     }
 
@@ -63,12 +63,12 @@ impl LossWeighting for Uncertainty {
     }
 
     fn save(&self) -> Value {
-        json!({"log_variances": to_json(&self.log_variances), "adapter": self.adapter.save()})
+        json!({"log_variances": to_json(&self.log_variances), "optimizer": self.optimizer.save()})
     }
 
     fn load(&mut self, state: &Value) -> Result<()> {
         let n = self.log_variances.numel();
         self.log_variances = from_json(state, "log_variances", n, self.log_variances.device())?;
-        self.adapter.load(&state["adapter"])
+        self.optimizer.load(&state["optimizer"])
     }
 }

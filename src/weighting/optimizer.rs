@@ -11,7 +11,7 @@ use super::{from_json, mask, to_json};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum AdaptBy {
+pub enum WeightOptimizerKind {
     #[default]
     Adam,
     Sgd,
@@ -20,8 +20,8 @@ pub enum AdaptBy {
 const BETAS: (f64, f64) = (0.9, 0.999);
 const EPSILON: f64 = 1e-8;
 
-pub struct Adapter {
-    by: AdaptBy,
+pub struct WeightOptimizer {
+    kind: WeightOptimizerKind,
     learning_rate: f64,
     first: Tensor,
     second: Tensor,
@@ -29,7 +29,7 @@ pub struct Adapter {
     steps: Tensor,
 }
 
-/// What a kernel needs of an [`Adapter`].
+/// What a kernel needs of an [`WeightOptimizer`].
 pub struct KernelInputs<'a> {
     /// Learning rate, both betas, epsilon.
     pub numbers: [f64; 4],
@@ -37,10 +37,10 @@ pub struct KernelInputs<'a> {
     pub steps: &'a Tensor,
 }
 
-impl Adapter {
-    pub fn new(by: AdaptBy, learning_rate: f64, n: usize, device: Device) -> Self {
+impl WeightOptimizer {
+    pub fn new(kind: WeightOptimizerKind, learning_rate: f64, n: usize, device: Device) -> Self {
         let zeros = || Tensor::zeros([n as i64], (Kind::Double, device));
-        Adapter { by, learning_rate, first: zeros(), second: zeros(), steps: zeros() }
+        WeightOptimizer { kind, learning_rate, first: zeros(), second: zeros(), steps: zeros() }
     }
 
     /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged, and all are where `gradient` is
@@ -48,9 +48,9 @@ impl Adapter {
     pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
         let device = values.device();
         let here = mask(present, device).gt(0.0).logical_and(&gradient.sum(Kind::Double).isfinite());
-        let moved = match self.by {
-            AdaptBy::Sgd => values - gradient * self.learning_rate,
-            AdaptBy::Adam => {
+        let moved = match self.kind {
+            WeightOptimizerKind::Sgd => values - gradient * self.learning_rate,
+            WeightOptimizerKind::Adam => {
                 self.steps = &self.steps + here.to_kind(Kind::Double);
                 let first = &self.first * BETAS.0 + gradient * (1.0 - BETAS.0);
                 let second = &self.second * BETAS.1 + gradient.square() * (1.0 - BETAS.1);
