@@ -7,7 +7,7 @@
 //!
 //! | module | what it is for |
 //! |---|---|
-//! | [`commands`] | one file a verb: the only place that knows everything |
+//! | [`commands`] | a file a verb, and what verbs share: the only place that knows everything |
 //! | [`config`] | the experiment as written and as checked |
 //! | [`train`] | the loop, one step, early stopping |
 //! | [`export`] | the model as one TorchScript file |

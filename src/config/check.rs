@@ -128,6 +128,8 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     );
     let quoted = matches!(set.format, Format::Csv | Format::Tsv);
     c.require(&format!("{path}.quotes"), set.quotes || quoted, "has a meaning for csv and tsv alone");
+    let json = matches!(set.format, Format::Jsonl | Format::Json | Format::Rasa);
+    c.require(&format!("{path}.offsets"), set.offsets.are_characters() || json, "has a meaning for JSON alone");
     let separated = matches!(set.format, Format::Conll | Format::Lines | Format::Csv | Format::Tsv);
     c.require(&format!("{path}.separator"), set.separator.is_none() || separated, "has no meaning for this format");
     let needs_words = matches!(set.format, Format::Conll | Format::Conllu);

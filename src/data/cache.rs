@@ -178,7 +178,7 @@ fn load(cache: &Path, file: &Path, source: &str) -> Result<Parsed> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::formats::Format;
+    use super::super::formats::{Format, Offsets};
     use super::super::words::Splitter;
     use super::*;
     use crate::task::TaskKind;
@@ -198,6 +198,7 @@ mod tests {
             columns: vec![],
             separator: None,
             quotes: true,
+            offsets: Offsets::Characters,
             splitter: Splitter::Whitespace,
             encoding: encoding_rs::UTF_8,
         };

@@ -214,6 +214,7 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
         columns: set.columns.clone(),
         separator: set.separator.clone(),
         quotes: set.quotes,
+        offsets: set.offsets,
         splitter,
         encoding: encoding_rs::Encoding::for_label(set.encoding.as_bytes()).unwrap_or(encoding_rs::UTF_8),
     }

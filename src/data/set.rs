@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::formats::{self, Format};
+use super::formats::{self, Format, Offsets};
 use crate::task::TaskKind;
 
 /// The `data:` of an experiment.
@@ -85,6 +85,9 @@ pub struct SetConfig {
     /// Whether `"` encloses values of `csv` and `tsv`; else it is a character as any other. Default true.
     #[serde(default = "yes")]
     pub quotes: bool,
+    /// What `start` and `end` of spans in JSON count: `characters` or `words`; the end is not of the span. Default `characters`.
+    #[serde(default, skip_serializing_if = "Offsets::are_characters")]
+    pub offsets: Offsets,
     /// Character encoding by its WHATWG name, such as `latin1` or `gbk`. Default `utf-8`.
     #[serde(default = "default_encoding")]
     pub encoding: String,

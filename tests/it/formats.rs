@@ -190,7 +190,7 @@ fn jsonl_text_tokens_tags_and_spans() {
     let messages = messages(&problems);
     for expected in [
         "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it takes the whole words; `tokenizer.split` says how text is cut",
-        "t.jsonl:5: span 7..9 `x` ends beyond the text, which has 3 characters",
+        "t.jsonl:5: span 7..9 `x` ends beyond the text, which ends at 3",
         "t.jsonl:6: empty sentence, skipped",
         "t.jsonl:7: no `text`; the keys are `txt`",
         "t.jsonl:8: span 1..3 `x` covers no word",
@@ -219,6 +219,12 @@ fn numbers_are_tags_and_what_cannot_be_is_named() {
     {
         assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
     }
+    // Spans of words.
+    folder.file("t.jsonl", "{\"tokens\": [\"to\", \"New\", \"York\"], \"tags\": [[1, 3, \"city\"]]}\n{\"tokens\": [\"a\"], \"tags\": [[0, 2, \"x\"]]}\n");
+    let set = "format: jsonl, tokens: tokens, offsets: words, train: t.jsonl, dev: t.jsonl";
+    let (corpus, problems) = read(&folder, set, &BOTH.replace("slots", "tags"));
+    assert_eq!(labels(&corpus, 1), ["O", "B-city", "I-city"]);
+    assert_eq!(self::messages(&problems)[0], "t.jsonl:2: span 0..2 `x` ends beyond the text, which ends at 1");
     // As tools for annotation write it.
     let doccano = r#"{"start_offset": 3, "end_offset": 7, "label": "city"}"#;
     let studio = r#"{"start": 3, "end": 7, "labels": ["city"]}"#;

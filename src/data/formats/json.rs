@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::{CharacterSpan, Cut, Format, Layout, Parsed, in_parts, lines, tags_of_spans, words_of};
+use super::{Cut, Format, Layout, Offsets, Parsed, WrittenSpan, in_parts, lines, tags_of_spans, words_of};
 use crate::data::rows::{Field, RowsBuilder, Wanted};
 use crate::problem::{Place, Problem};
 use crate::task::{TaskKind, from_bio};
@@ -94,10 +94,13 @@ pub fn value<'a>(row: &'a Value, column: &str) -> Option<&'a Value> {
 }
 
 fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder) {
-    let (words, ranges, length) = match words(row, layout) {
+    let (words, mut ranges, mut length) = match words(row, layout) {
         Ok(words) => words,
         Err(message) => return builder.error(line, message),
     };
+    if layout.offsets == Offsets::Words {
+        (ranges, length) = ((0..words.len()).map(|i| (i, i + 1)).collect(), words.len());
+    }
     // Tags that are made here, not borrowed from the row; filled before the fields borrow them.
     let mut made: Vec<Option<Vec<String>>> = Vec::new();
     for wanted in builder.wanted {
@@ -231,12 +234,12 @@ fn missing(row: &Value, column: &str) -> String {
 
 /// Reads spans: objects with `start`, `end` and `label` (or what else tools call them), or `[start, end, label]`. `None` when the
 /// value holds no spans; an empty list is a sentence without spans.
-fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
+fn spans(value: &Value) -> Option<Result<Vec<WrittenSpan<'_>>, String>> {
     let Value::Array(items) = value else { return None };
     if items.iter().any(Value::is_string) {
         return None;
     }
-    fn read(item: &Value) -> Result<CharacterSpan<'_>, String> {
+    fn read(item: &Value) -> Result<WrittenSpan<'_>, String> {
         let number = |value: Option<&Value>| value.and_then(Value::as_u64).map(|n| n as usize);
         let (start, end, label) = match item {
             Value::Object(object) => {
@@ -250,7 +253,7 @@ fn spans(value: &Value) -> Option<Result<Vec<CharacterSpan<'_>>, String>> {
         let label = label
             .map(|label| label.get(0).filter(|_| label.as_array().is_some_and(|all| all.len() == 1)).unwrap_or(label));
         match (start, end, label.and_then(Value::as_str)) {
-            (Some(start), Some(end), Some(label)) => Ok(CharacterSpan { start, end, label }),
+            (Some(start), Some(end), Some(label)) => Ok(WrittenSpan { start, end, label }),
             _ => {
                 let item = item.to_string().replace('`', "'");
                 Err(format!("`{item}` is no span: it needs `start` and `end`, whole numbers from 0, and a `label`"))

@@ -44,6 +44,23 @@ pub enum Format {
     Rasa,
 }
 
+/// What the numbers of spans in JSON count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Offsets {
+    /// Characters of the text; where there are `tokens`, of those with a space between.
+    #[default]
+    Characters,
+    /// Words, from 0.
+    Words,
+}
+
+impl Offsets {
+    pub fn are_characters(&self) -> bool {
+        *self == Offsets::Characters
+    }
+}
+
 /// How to read the files of one set.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -54,6 +71,7 @@ pub struct Layout {
     pub columns: Vec<String>,
     pub separator: Option<String>,
     pub quotes: bool,
+    pub offsets: Offsets,
     pub splitter: Splitter,
     pub encoding: &'static Encoding,
 }
@@ -200,18 +218,18 @@ fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a 
     wanted.iter().map(field).collect()
 }
 
-/// A span as data states it: characters `start..end` of the text.
-struct CharacterSpan<'a> {
+/// A span as data states it: `start..end` of the text, in [`Offsets`].
+struct WrittenSpan<'a> {
     start: usize,
     end: usize,
     label: &'a str,
 }
 
-/// BIO tags of `words` (character ranges) for spans of characters. Where a span ends inside a word it takes the whole
+/// BIO tags of `words` (ranges in the unit of the spans) for spans. Where a span ends inside a word it takes the whole
 /// word, with a warning; a span of no word and spans that share a word are errors.
 fn tags_of_spans(
     (words, length): (&[(usize, usize)], usize),
-    mut spans: Vec<CharacterSpan>,
+    mut spans: Vec<WrittenSpan>,
     (line, builder): (usize, &mut RowsBuilder),
 ) -> Option<Vec<String>> {
     let mut tags = vec!["O".to_owned(); words.len()];
@@ -223,7 +241,7 @@ fn tags_of_spans(
         let name = format!("span {}..{} `{}`", span.start, span.end, span.label);
         let wrong = match () {
             () if span.label.is_empty() => Some("has no label".to_owned()),
-            () if span.end > length => Some(format!("ends beyond the text, which has {length} characters")),
+            () if span.end > length => Some(format!("ends beyond the text, which ends at {length}")),
             () if span.start >= span.end || first >= last => Some("covers no word".to_owned()),
             () => None,
         };
