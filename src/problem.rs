@@ -25,7 +25,7 @@ impl Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}", self.file.display())?;
+        f.write_str(&shown(&self.file.display().to_string()))?;
         match self.line {
             0 => Ok(()),
             n if n & Self::ROW != 0 => write!(f, ", row {}", n ^ Self::ROW),
@@ -68,9 +68,7 @@ impl fmt::Display for Problem {
         if let Some(place) = &self.place {
             write!(f, "{place}: ")?;
         }
-        // Data that is quoted may hold what a terminal obeys.
-        let shown = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
-        f.write_str(&self.message.chars().map(shown).collect::<String>())
+        f.write_str(&shown(&self.message))
     }
 }
 
@@ -106,6 +104,12 @@ impl fmt::Display for InvalidInput {
 }
 
 impl std::error::Error for InvalidInput {}
+
+/// A text of the data's, without what a terminal obeys.
+pub fn shown(text: &str) -> String {
+    let one = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(one).collect()
+}
 
 /// `1 value`, `2 values`.
 pub fn counted(n: usize, what: &str) -> String {

@@ -8,10 +8,11 @@ use tch::Device;
 
 use super::cli::CheckArgs;
 use super::table::{count, percent, table};
-use super::{End, oddities, prepare, say, trained, trainer, transfer};
+use super::{End, oddities, prepare, say, train, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, LoadedSet, Rows, Split, Tokenizer};
-use crate::problem::{InvalidInput, Problem, Severity, counted};
+use crate::libtorch;
+use crate::problem::{InvalidInput, Problem, Severity, counted, shown};
 use crate::task::{TaskId, TaskKind};
 
 /// Of each kind of finding, so many are shown without --all.
@@ -41,8 +42,12 @@ pub fn run(args: &CheckArgs) -> Result<End> {
                     }
                 }
                 say(unknown_words(&tokenizer, &corpus)?)?;
-                let built = model(&experiment, &corpus, &tokenizer, earlier.as_ref());
-                problems.extend(built.err().map(wrong).unwrap_or_default());
+                match begin(&experiment, &corpus, &tokenizer, earlier.as_ref()) {
+                    Ok(notes) => {
+                        problems.extend(notes.into_iter().map(|note| Problem::general(Severity::Warning, note)));
+                    }
+                    Err(error) => problems.extend(wrong(error)),
+                }
             }
             Err(error) => problems.extend(wrong(error)),
         }
@@ -111,18 +116,21 @@ fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
     (0..rows.len()).filter(|&row| set.labels_of(rows, column, row).is_some()).count()
 }
 
-/// Builds the model as training would begin with it.
-fn model(
+/// Does what training does before its first step, and returns what of it is odd.
+fn begin(
     experiment: &Experiment,
     corpus: &Corpus,
     tokenizer: &Tokenizer,
     earlier: Option<&trained::Trained>,
-) -> Result<()> {
-    let tasks = prepare::tasks(experiment, corpus);
-    let model = trainer::model(experiment, &tasks, tokenizer, Device::Cpu)?;
+) -> Result<Vec<String>> {
+    trainer::check_precision(&experiment.training, libtorch::device("auto")?)?;
+    let (tasks, device) = (prepare::tasks(experiment, corpus), Device::Cpu);
+    let dev = prepare::encoded(corpus, Split::Dev, tokenizer, &tasks, device)?;
+    train::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    let model = trainer::model(experiment, &tasks, tokenizer, device)?;
     match earlier {
-        Some(earlier) => transfer::initialize(&model, (experiment, &tasks), tokenizer, earlier),
-        None => Ok(()),
+        Some(earlier) => Ok(transfer::initialize(&model, (experiment, &tasks), tokenizer, earlier)?.1),
+        None => Ok(Vec::new()),
     }
 }
 
@@ -147,7 +155,7 @@ fn unknown_words(tokenizer: &Tokenizer, corpus: &Corpus) -> Result<comfy_table::
             frequent.sort_by_key(|&(word, n)| (std::cmp::Reverse(n), word));
             let examples: Vec<&str> = frequent.iter().take(5).map(|&(word, _)| rows.words.get(word)).collect();
             let share = percent(n as f64 / rows.word_ids.len() as f64);
-            out.add_row(vec![set.name.clone(), split.name().to_owned(), share, examples.join(" ")]);
+            out.add_row(vec![set.name.clone(), split.name().to_owned(), share, shown(&examples.join(" "))]);
         }
     }
     Ok(out)
@@ -171,12 +179,12 @@ fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus, all: 
     let mut out = table(&[&header, "train", "dev", "test"], 1);
     let mut rows: Vec<_> = counts.into_iter().collect();
     rows.sort_by(|a, b| b.1[0].cmp(&a.1[0]).then(a.0.cmp(b.0)));
-    let shown = if all { rows.len() } else { rows.len().min(20) };
-    for (label, counts) in &rows[..shown] {
-        out.add_row(std::iter::once((*label).to_owned()).chain(counts.map(count)));
+    let n_shown = if all { rows.len() } else { rows.len().min(20) };
+    for (label, counts) in &rows[..n_shown] {
+        out.add_row(std::iter::once(shown(label)).chain(counts.map(count)));
     }
-    if shown < rows.len() {
-        out.add_row(vec![format!("... and {} more; --all lists them", rows.len() - shown)]);
+    if n_shown < rows.len() {
+        out.add_row(vec![format!("... and {} more; --all lists them", rows.len() - n_shown)]);
     }
     out
 }

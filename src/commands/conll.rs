@@ -12,10 +12,11 @@ pub struct Written {
     word: Option<usize>,
 }
 
-/// How the experiment's first set of such a format writes its lines, or else with the word first.
-pub fn layout_of(experiment: &Experiment) -> ConllLayout {
-    let mut sets = experiment.data.sets.values().filter(|set| matches!(set.format, Format::Conll | Format::Conllu));
-    sets.next().map_or_else(|| ConllLayout::new(false, &[], None, None), ConllLayout::of)
+/// How the experiment's first set of such a format writes its lines, or else with the word first, or as CoNLL-U has it.
+pub fn layout_of(experiment: &Experiment, conllu: bool) -> ConllLayout {
+    let fits = |format| format == Format::Conllu || (format == Format::Conll && !conllu);
+    let mut sets = experiment.data.sets.values().filter(|set| fits(set.format));
+    sets.next().map_or_else(|| ConllLayout::new(conllu, &[], None, None), ConllLayout::of)
 }
 
 /// The lines of a sentence and its words. Comments that say classes of `tasks` go: the model says them anew.

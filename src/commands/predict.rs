@@ -15,7 +15,7 @@ use super::cli::{PredictArgs, PredictFormat};
 use super::trained::{self, Trained};
 use super::{End, conll, output, prepare, stop_flag};
 use crate::data::words::character_ranges;
-use crate::data::{ConllLayout, DeviceSet, EncodedSet, labels};
+use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, json_value, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
@@ -55,7 +55,8 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = trained::open(&args.run, &args.checkpoint, device)?;
-    let layout = (format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment));
+    let conllu = extension(args) == Some("conllu");
+    let layout = (format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment, conllu));
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));
     let target = args.output.as_deref().unwrap_or(Path::new("standard output"));
     let n_done = {
@@ -97,12 +98,15 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     Ok(End::Done)
 }
 
+fn extension(args: &PredictArgs) -> Option<&str> {
+    args.input.as_deref()?.extension()?.to_str()
+}
+
 /// What is asked for, or what the input's name says.
 fn format_of(args: &PredictArgs) -> Result<PredictFormat> {
-    let extension = args.input.as_deref().and_then(Path::extension).and_then(|extension| extension.to_str());
-    match (args.format, extension) {
+    match (args.format, extension(args)) {
         (PredictFormat::Auto, Some("conll" | "conllu")) => Ok(PredictFormat::Conll),
-        (PredictFormat::Auto, Some(extension @ ("csv" | "tsv" | "json"))) => Err(invalid(format!(
+        (PredictFormat::Auto, Some(extension @ ("csv" | "tsv"))) => Err(invalid(format!(
             "a .{extension} file is neither text nor JSON lines: give `polytask evaluate` labelled data with --set and \
              --predictions, or take its lines as they are with --format text"
         ))),
@@ -184,37 +188,42 @@ fn sentence(
     if format == PredictFormat::Text || !line.trim_start().starts_with('{') {
         return Ok(split(line.to_owned(), trained));
     }
-    let mut row: Map<String, Value> = serde_json::from_str(line)
+    let row: Value = serde_json::from_str(line)
         .map_err(|error| wrong(format!("not JSON: {error}; --format text takes lines as they are")))?;
-    let mut taken = |names: Vec<&String>, default: &str| {
-        let found = names.into_iter().map(String::as_str).chain([default]).find(|name| row.contains_key(*name));
-        found.and_then(|name| row.shift_remove(name))
+    let field = |own: &dyn Fn(&SetConfig) -> Option<&String>, default: &'static str| {
+        let names = trained.experiment.data.sets.values().filter_map(own).map(String::as_str);
+        names.chain([default]).find_map(|name| Some((name.to_owned(), json_value(&row, name)?)))
     };
-    let sets = || trained.experiment.data.sets.values();
-    let text = taken(sets().filter_map(|set| set.text.as_ref()).collect(), "text");
-    let tokens = taken(sets().filter_map(|set| set.tokens.as_ref()).collect(), "tokens");
-    row.shift_remove("words");
+    let tokens = field(&|set| set.tokens.as_ref(), "tokens");
+    let text =
+        field(&|set| set.text.as_ref(), "text").filter(|(name, _)| tokens.as_ref().is_none_or(|(own, _)| own != name));
     let words: Option<Vec<&str>> = match &tokens {
-        Some(Value::String(text)) => Some(text.split_whitespace().collect()),
-        Some(Value::Array(tokens)) => tokens.iter().map(Value::as_str).collect(),
+        Some((_, Value::String(text))) => Some(text.split_whitespace().collect()),
+        Some((_, Value::Array(tokens))) => tokens.iter().map(Value::as_str).collect(),
         _ => None,
     };
-    if let Some(tokens) = words {
-        let own = match &text {
-            Some(Value::String(text)) => ranges_in(text, &tokens).map(|words| (text.clone(), words)),
-            _ => None,
-        };
-        let (text, words) = own.unwrap_or_else(|| joined(tokens.into_iter()));
-        return Ok(Sentence { text, words, rest: row, lines: Vec::new() });
-    }
-    match text {
-        Some(Value::String(text)) => Ok(Sentence { rest: row, ..split(text, trained) }),
-        _ => Err(wrong(
-            "a JSON line needs `text` (a text) or `tokens` (a list of texts), or what the run's data calls them"
-                .to_owned(),
-        )
-        .into()),
-    }
+    // What else may be called tokens, as objects of tools for annotation, where there is a text.
+    let objects = |value: &Value| value.as_array().is_some_and(|items| items.iter().all(Value::is_object));
+    let (whole, words) = match (&tokens, words, text.as_ref().and_then(|(_, text)| text.as_str())) {
+        (_, Some(tokens), text) => {
+            let own = text.and_then(|text| Some((text.to_owned(), ranges_in(text, &tokens)?)));
+            own.unwrap_or_else(|| joined(tokens.into_iter()))
+        }
+        (Some((name, found)), None, text) if text.is_none() || !objects(found) => {
+            return Err(wrong(format!("`{name}` is no list of texts")).into());
+        }
+        (_, None, Some(text)) => (text.to_owned(), trained.tokenizer.splitter.split(text)),
+        (_, None, None) => {
+            let needed =
+                "a JSON line needs `text` (a text) or `tokens` (a list of texts), or what the run's data calls them";
+            return Err(wrong(needed.to_owned()).into());
+        }
+    };
+    let mut taken = vec!["text".to_owned(), "words".to_owned()];
+    taken.extend([tokens, text].into_iter().flatten().map(|(name, _)| name));
+    let Value::Object(mut rest) = row else { return Err(wrong("a JSON line is an object".to_owned()).into()) };
+    rest.retain(|key, _| !taken.contains(key));
+    Ok(Sentence { text: whole, words, rest, lines: Vec::new() })
 }
 
 fn split(text: String, trained: &Trained) -> Sentence {

@@ -4,6 +4,7 @@ use comfy_table::{CellAlignment, Table, TableComponent, presets};
 
 pub use crate::compare::percent;
 use crate::evaluate::Report;
+use crate::problem::shown;
 
 /// A number with so many decimals, and no sign where nothing is left of it.
 pub fn decimals(value: f64, n: usize) -> String {
@@ -68,8 +69,8 @@ pub fn by_label(report: &Report) -> Table {
         let mut name = task.name.as_str();
         for of in &task.labels {
             let numbers = [of.precision, of.recall, of.f1].map(percent);
-            let mut row = vec![std::mem::take(&mut name).to_owned(), of.label.clone()];
-            let taken_for = of.taken_for.as_ref().map(|(label, n)| format!("{label} ({})", count(*n)));
+            let mut row = vec![std::mem::take(&mut name).to_owned(), shown(&of.label)];
+            let taken_for = of.taken_for.as_ref().map(|(label, n)| format!("{} ({})", shown(label), count(*n)));
             row.extend(numbers.into_iter().chain([count(of.n), taken_for.unwrap_or_default()]));
             table.add_row(row);
         }

@@ -154,7 +154,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     );
     let resumes = args.resume && run.checkpoint("last").exists();
     if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
-        transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?;
+        transfer::tell(transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?);
         transfer::keep_vectors(&model, &mut tokenizer);
         trained::write_vectors(run, &tokenizer)?;
     }
@@ -202,10 +202,13 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
 
 /// Takes the LSTM kernels that the run began with. The first time it chooses them, and keeps that before a step is taken.
 fn choose_kernels(run: &RunDirectory, model: &mut Model, config: &TrainingConfig) -> Result<()> {
+    if model.parameters.device() != Device::Cpu {
+        return Ok(());
+    }
     let path = run.file(ENVIRONMENT);
-    let environment = serde_json::from_str(&run.read(ENVIRONMENT)?);
+    let environment = if path.exists() { serde_json::from_str(&run.read(ENVIRONMENT)?) } else { Ok(Map::new()) };
     let mut environment: Map<String, Value> = environment.with_context(|| format!("{} is damaged", path.display()))?;
-    match environment.get(ONEDNN).and_then(Value::as_bool) {
+    match config.onednn.or_else(|| environment.get(ONEDNN)?.as_bool()) {
         Some(onednn) => libtorch::use_onednn(onednn),
         None => {
             environment.insert(ONEDNN.to_owned(), onednn::choose(model, config).into());
@@ -216,7 +219,7 @@ fn choose_kernels(run: &RunDirectory, model: &mut Model, config: &TrainingConfig
 }
 
 /// Dev chooses the best checkpoint, for which it needs labels.
-fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
+pub fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
     let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
     let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
     let tells = |row: usize| match of_task {

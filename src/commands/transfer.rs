@@ -50,7 +50,7 @@ pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
 }
 
 /// Copies what fits of an earlier run: rows of the embedding by token, characters, the trunk, and heads whose task has the
-/// same name and labels and whose parts are the same. Says what it took.
+/// same name and labels and whose parts are the same. Returns what it took, and why it left heads.
 ///
 /// # Errors
 /// An embedding of other parts.
@@ -59,7 +59,7 @@ pub fn initialize(
     (experiment, tasks): (&Experiment, &[Task]),
     tokenizer: &Tokenizer,
     earlier: &Trained,
-) -> Result<()> {
+) -> Result<(String, Vec<String>)> {
     let weights: BTreeMap<&str, &Tensor> = earlier.model.parameters.with_constants().collect();
     let rows = Rows::new(&earlier.tokenizer, tokenizer);
     let mut values = BTreeMap::new();
@@ -75,16 +75,15 @@ pub fn initialize(
         let wrong = || invalid(format!("init_from: `{name}` is {} there, {:?} here", found(), tensor.size()));
         values.insert(name.to_owned(), value.ok_or_else(wrong)?);
     }
-    let mut taken = Vec::new();
+    let (mut taken, mut left) = (Vec::new(), Vec::new());
     for task in tasks {
         let Some(theirs) = earlier.tasks.iter().find(|theirs| theirs.name == task.name) else { continue };
-        let reads =
-            |experiment: &Experiment, tasks| experiment.tasks[&task.name].sources(tasks, &experiment.model.trunk);
-        let reads_others = reads(experiment, tasks) != reads(&earlier.experiment, &earlier.tasks);
+        let (own, before) = (&experiment.tasks[&task.name], &earlier.experiment.tasks[&task.name]);
+        let reads_others = !own.reads_as(before, (tasks, &earlier.tasks), &experiment.model.trunk);
         let reason =
             difference(theirs, task).or_else(|| reads_others.then(|| "it reads something else there".to_owned()));
         if let Some(reason) = reason {
-            log::warn!("init_from: the head of `{}` begins anew: {reason}", task.name);
+            left.push(format!("init_from: the head of `{}` begins anew: {reason}", task.name));
             continue;
         }
         let prefix = format!("heads.{}.", task.name);
@@ -95,18 +94,24 @@ pub fn initialize(
             values.extend(own.iter().map(|(name, _)| ((*name).to_owned(), weights[name].copy())));
             taken.push(task.name.as_str());
         } else {
-            log::warn!("init_from: the head of `{}` begins anew: its parts are others there", task.name);
+            left.push(format!("init_from: the head of `{}` begins anew: its parts are others there", task.name));
         }
     }
     model.parameters.load_some(values)?;
     let heads = if taken.is_empty() { "no head".to_owned() } else { format!("heads {}", taken.join(", ")) };
-    log::info!(
+    let summary = format!(
         "begins with {} of {} tokens, the trunk and {heads} of {}",
         super::table::count(rows.0.len()),
         super::table::count(tokenizer.n_trained()),
         earlier.experiment.name
     );
-    Ok(())
+    Ok((summary, left))
+}
+
+/// Logs what [`initialize`] did.
+pub fn tell((summary, left): (String, Vec<String>)) {
+    left.iter().for_each(|why| log::warn!("{why}"));
+    log::info!("{summary}");
 }
 
 /// Why a head cannot be taken over, if so.

@@ -57,7 +57,7 @@ fn place(path: &Path, file: &Path, layout: &Layout, wanted: &[Wanted]) -> PathBu
 }
 
 /// So many ways of reading a file are kept.
-const KEPT: usize = 4;
+const KEPT: usize = 16;
 
 /// Removes the oldest of what is kept of the same file, beyond [`KEPT`].
 fn forget_oldest(cache: &Path) -> Result<()> {

@@ -123,11 +123,12 @@ pub fn load(
             problems.push(Problem::general(Severity::Error, message));
         }
         if let Some(fraction) = set.dev_fraction {
-            rows[1] = cut(&mut rows[0], (&wanted, strata), fraction, Seed(set.dev_seed).generator(Purpose::Split, 0));
+            rows[1] =
+                cut(&mut rows[0], (&wanted, strata), fraction, true, Seed(set.dev_seed).generator(Purpose::Split, 0));
         }
         if config.train_fraction < 1.0 {
             let generator = Seed(config.train_fraction_seed).generator(Purpose::Split, 1);
-            cut(&mut rows[0], (&wanted, strata), 1.0 - config.train_fraction, generator);
+            cut(&mut rows[0], (&wanted, strata), 1.0 - config.train_fraction, false, generator);
         }
         wanted.truncate(n_wanted);
         for rows in &mut rows {
@@ -223,7 +224,7 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
 /// Errors where a split has no row, or a task no label to learn from.
 fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet], splits: &[Split]) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let (root, share) = (&config.root, config.train_fraction);
+    let (root, share, long) = (&config.root, config.train_fraction, config.max_words.is_some());
     for set in sets {
         for split in [Split::Train, Split::Dev] {
             if splits.contains(&split) && set.splits[split as usize].is_empty() {
@@ -231,6 +232,7 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 let paths = if split == Split::Train { Some(&config.train) } else { config.dev.as_ref() };
                 let after = match split {
                     Split::Dev if config.dev_fraction.is_some() => ", which is cut off train by `dev_fraction`",
+                    Split::Train if long => " within `data.max_words`",
                     Split::Train if config.dev_fraction.is_some() || share < 1.0 => " after the cuts by fraction",
                     _ => "",
                 };
@@ -248,6 +250,7 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 let column = &set.wanted[i].column;
                 let conll = matches!(config.sets[&set.name].format, Format::Conll | Format::Conllu);
                 let hint = match set.wanted[i].kind {
+                    _ if long || share < 1.0 => ": `data.max_words` or `train_fraction` may have taken them".to_owned(),
                     TaskKind::Classification if conll => {
                         format!(": sentences carry classes in lines `# {column} = ...`")
                     }

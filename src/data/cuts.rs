@@ -49,12 +49,13 @@ fn kinds(wanted: &[Wanted]) -> Vec<TaskKind> {
 }
 
 /// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest type of span or tag. The only row of a stratum stays, where there are others. `column` is the one of the
-/// classes or tags.
+/// share their rarest type of span or tag. With `keep_single`, every stratum keeps a row, where one has several. `column` is the
+/// one of the classes or tags.
 pub fn cut(
     train: &mut Rows,
     (wanted, column): (&[Wanted], usize),
     fraction: f64,
+    keep_single: bool,
     mut generator: impl rand::Rng,
 ) -> Rows {
     let stratum: Vec<u32> = match wanted[column].kind {
@@ -78,22 +79,22 @@ pub fn cut(
     for (row, stratum) in stratum.into_iter().enumerate() {
         strata.entry(stratum).or_default().push(row);
     }
-    let (single, several): (Vec<_>, Vec<_>) = strata.into_values().partition(|rows| rows.len() == 1);
-    let n_several = several.iter().map(Vec::len).sum::<usize>();
-    let mut taken = vec![false; train.len()];
-    let mut take = |mut rows: Vec<usize>, n: usize| {
-        rows.shuffle(&mut generator);
-        rows[..n.min(rows.len())].iter().for_each(|&row| taken[row] = true);
-        n.min(rows.len())
-    };
-    // The running sum keeps the total right where strata are too small for a share of their own.
-    let share = (fraction * (train.len() as f64 / n_several as f64)).min(1.0);
-    let (mut due, mut n_taken) = (0.0, 0);
-    for rows in several {
-        due += rows.len() as f64 * share;
-        n_taken += take(rows, due.round() as usize - n_taken);
+    if keep_single && strata.values().any(|rows| rows.len() > 1) {
+        strata.retain(|_, rows| rows.len() > 1);
     }
-    take(single.concat(), ((train.len() as f64 * fraction).round() as usize).saturating_sub(n_taken));
+    let mut taken = vec![false; train.len()];
+    // The running sum keeps the total right where strata are too small for a share of their own.
+    let (mut due, mut n_taken) = (0.0, 0);
+    for rows in strata.values_mut() {
+        rows.shuffle(&mut generator);
+        due += rows.len() as f64 * fraction;
+        let most = rows.len() - usize::from(keep_single && rows.len() > 1);
+        let n = (due.round() as usize - n_taken).min(most);
+        n_taken += n;
+        for &row in &rows[..n] {
+            taken[row] = true;
+        }
+    }
     train.split_off(&taken, &kinds(wanted))
 }
 
@@ -121,18 +122,18 @@ mod tests {
         };
         let (mut train, mut again, mut other) = (build(), build(), build());
         let generator = |seed| Seed(seed).generator(Purpose::Split, 0);
-        let dev = cut(&mut train, (&wanted, 0), 0.1, generator(0));
+        let dev = cut(&mut train, (&wanted, 0), 0.1, true, generator(0));
         let rare = dev.columns[0].values.iter().filter(|&&v| dev.columns[0].strings.get(v) == "rare").count();
         assert_eq!((dev.len(), train.len(), rare), (20, 180, 5));
         let lines = |rows: &Rows| (0..rows.len()).map(|r| rows.place(r).line).collect::<Vec<_>>();
-        assert_eq!(lines(&dev), lines(&cut(&mut again, (&wanted, 0), 0.1, generator(0))));
-        assert_ne!(lines(&dev), lines(&cut(&mut other, (&wanted, 0), 0.1, generator(1))));
+        assert_eq!(lines(&dev), lines(&cut(&mut again, (&wanted, 0), 0.1, true, generator(0))));
+        assert_ne!(lines(&dev), lines(&cut(&mut other, (&wanted, 0), 0.1, true, generator(1))));
         let mut all = [lines(&dev), lines(&train)].concat();
         all.sort();
         assert_eq!(all, (1..=200).collect::<Vec<_>>());
         let rest = |fraction| {
             let mut rows = build();
-            cut(&mut rows, (&wanted, 0), 1.0 - fraction, generator(0));
+            cut(&mut rows, (&wanted, 0), 1.0 - fraction, true, generator(0));
             lines(&rows)
         };
         assert_eq!((rest(0.1).len(), rest(0.3).len()), (20, 60));
@@ -160,16 +161,17 @@ mod tests {
         let wanted = [Wanted { column: "label".into(), kind: TaskKind::Classification }];
         let labels: Vec<String> =
             (0..40).map(|i| if i % 4 == 0 { format!("only{i}") } else { "other".into() }).collect();
-        for (fraction, n_only) in [(0.25, 0), (0.75, 0), (0.85, 4)] {
+        for (fraction, keep, expected) in [(0.25, true, (8, 0)), (0.99, true, (29, 0)), (0.5, false, (20, 5))] {
             let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
             for (i, label) in labels.iter().enumerate() {
                 builder.push(i + 1, &["w"], &[Field::Class(label)]);
             }
             let mut rows = Rows::new(1);
             rows.append_file(Path::new("f"), vec![builder.rows]);
-            let dev = cut(&mut rows, (&wanted, 0), fraction, Seed(0).generator(Purpose::Split, 0));
+            let dev = cut(&mut rows, (&wanted, 0), fraction, keep, Seed(0).generator(Purpose::Split, 0));
             let only = dev.columns[0].used().filter(|label| label.starts_with("only")).count();
-            assert_eq!((dev.len(), only), ((40.0 * fraction) as usize, n_only), "{fraction}");
+            assert_eq!((dev.len(), only), expected, "{fraction}");
+            assert!(rows.columns[0].used().any(|label| label == "other"), "{fraction}");
         }
     }
 
@@ -190,7 +192,7 @@ mod tests {
             }
             let mut rows = Rows::new(1);
             rows.append_file(Path::new("f"), vec![builder.rows]);
-            let dev = cut(&mut rows, (&wanted, 0), 0.3, Seed(0).generator(Purpose::Split, 0));
+            let dev = cut(&mut rows, (&wanted, 0), 0.3, true, Seed(0).generator(Purpose::Split, 0));
             (0..dev.len()).map(|row| dev.place(row).line).collect::<Vec<_>>()
         };
         let bio = lines(Scheme::Bio, "B-common");

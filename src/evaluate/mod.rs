@@ -28,8 +28,13 @@ pub struct TaskReport {
 /// What chooses among checkpoints: of equal scores, the lower loss.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
 pub struct Merit {
-    score: f64,
+    pub score: f64,
     minus_loss: f64,
+}
+
+/// `x`, or the least number where it is not finite: a score can be compared and written.
+fn comparable(x: f64) -> f64 {
+    if x.is_finite() { x } else { f64::MIN }
 }
 
 impl TaskReport {
@@ -40,7 +45,7 @@ impl TaskReport {
 
     /// Its merit by that score.
     pub fn merit(&self) -> Option<Merit> {
-        Some(Merit { score: self.main_score()?.value, minus_loss: -self.loss.unwrap_or(0.0) })
+        Some(Merit { score: self.main_score()?.value, minus_loss: comparable(-self.loss.unwrap_or(0.0)) })
     }
 }
 
@@ -66,8 +71,10 @@ impl Report {
     /// By `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several tasks their losses' sum counts. `None` where
     /// the split cannot tell.
     pub fn merit(&self, metric: &str) -> Option<Merit> {
-        let of_all =
-            |score: f64| Merit { score, minus_loss: -self.tasks.iter().filter_map(|task| task.loss).sum::<f64>() };
+        let of_all = |score: f64| Merit {
+            score,
+            minus_loss: comparable(-self.tasks.iter().filter_map(|task| task.loss).sum::<f64>()),
+        };
         match metric {
             "mean" => return self.tasks.iter().any(|task| task.n_sentences > 0).then(|| of_all(self.mean())),
             "sentence_accuracy" => return self.sentence_accuracy.map(of_all),
@@ -78,7 +85,7 @@ impl Report {
         let merit = task.merit()?;
         let score = match score {
             None => merit.score,
-            Some("loss") => -task.loss?,
+            Some("loss") => comparable(-task.loss?),
             Some(wanted) => task.scores.iter().find(|score| score.name == wanted)?.value,
         };
         Some(Merit { score, ..merit })

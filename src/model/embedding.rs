@@ -260,8 +260,7 @@ def forward(self, {inputs}) -> Tensor:
         let row_draws = mode.from_row(0).draws(Site::RowDropout).filter(|_| self.config.row_dropout > 0.0);
         if let Some(draws) = row_draws.filter(|_| !parts.is_empty()) {
             let share = 1.0 - self.config.row_dropout;
-            let further = self.pretrained.iter().flat_map(|table| &table.further).map(|rows| rows.size()[0]).max();
-            let n_types = self.n_trained + further.unwrap_or(0);
+            let n_types = if further.is_some() { batch.max_id + 1 } else { self.n_trained };
             let kept = bernoulli(&[1, n_types], share, draws, ids.device()) / share;
             let kept = kept.take(&ids).unsqueeze(-1); // [B, T, 1]
             parts.iter_mut().for_each(|part| *part = &*part * &kept);

@@ -30,14 +30,13 @@ impl State {
         State { best_by_task: vec![None; n_tasks], interval: sums.clone(), epoch: sums, ..State::default() }
     }
 
-    /// Notes what dev says, and the tasks that reached a new best.
+    /// Notes what dev says, and the tasks that reached a new best. A lower loss alone is no gain.
     pub fn judge(&mut self, merit: Merit, improved: bool, by_task: Vec<Option<Merit>>) {
+        let gained = self.best.is_none_or(|best| merit.score > best.score);
+        self.epochs_without_gain = if gained { 0 } else { self.epochs_without_gain + 1 };
         if improved {
             self.best = Some(merit);
             self.best_step = Some(self.step);
-            self.epochs_without_gain = 0;
-        } else {
-            self.epochs_without_gain += 1;
         }
         for (best, new) in self.best_by_task.iter_mut().zip(by_task) {
             *best = new.or(*best);

@@ -117,6 +117,29 @@ fn a_run_trains_evaluates_and_predicts() {
     let top = found["topic"]["top"].as_array().unwrap();
     assert_eq!((top.len(), &top[0]["label"]), (2, &found["topic"]["label"]));
     assert_eq!(read(&["--format", "text"])["words"][0], "{\"tokens\":");
+    // What the run's data calls them; a name says how a file is read.
+    let fields = folder.read("runs/small/resolved.yaml").replace(
+        "    form: {format",
+        "    said: {format: jsonl, text: data.said, train: f, dev: f}\n    form: {format",
+    );
+    folder.file("runs/small/resolved.yaml", fields);
+    let from = |name: &str, content: &str| {
+        folder.file(name, content);
+        let output = folder.polytask(&["predict", "runs/small", "--input", name]).assert().get_output().clone();
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let (code, said) = from("in.json", "{\"data\": {\"said\": \"play the rock\"}, \"text\": 7, \"id\": 9}\n");
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((code, &said["text"], &said["id"]), (Some(0), &"play the rock".into(), &9.into()));
+    let (code, said) = from("bad.jsonl", "{\"text\": \"play rock\", \"tokens\": [\"play\", 12]}\n");
+    assert!(code == Some(2) && said.contains("bad.jsonl:1: `tokens` is no list of texts"), "{said}");
+    let (_, said) = from("tool.jsonl", "{\"text\": \"play rock\", \"tokens\": [{\"text\": \"play\"}]}\n");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&said).unwrap_or_default()["words"][1], "rock", "{said}");
+    let line = |id: u8, word: &str| format!("{id}\t{word}\t_\t_\t_\t_\t_\t_\t_\t_\n");
+    let (_, said) = from("in.conllu", &[line(1, "cook"), line(2, "soup")].concat());
+    assert!(said.starts_with("# topic = food\n") && said.ends_with("_\tB-thing\n\n"), "{said}");
+    let (code, said) = from("in.csv", "a,b\n");
+    assert!(code == Some(2) && said.contains("a .csv file is neither"), "{said}");
 
     // Text, tokens and text as JSON; an empty line keeps its place, other fields stay; offsets count characters.
     let input = "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"], \"id\": 7, \"topic\": 1}\n\n\

@@ -81,12 +81,12 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
         (vec!["a".into(), "#".into()], vec!["news".into(), "-".into()])
     );
     assert_eq!(messages(&problems)[0], "t.conll:8: 3 columns, but `columns:` names 2");
-    folder.file("t.conll", "# newpar\n# topic: news\n1 a B-x\n\n# topic: old\n1 # O\n2 b _\n");
+    folder.file("t.conll", "# newdoc id = x\n# newpar\n# topic: news\n# text: x = y\n# more:\n1 a B-x\n\n# topic: o=d\n1 # O\n2 b _\n\n# : O\n2 c O\n");
     let set = "format: conll, columns: [n, word, tags], tokens: word, train: t.conll, dev: t.conll";
     let (corpus, _) = read(&folder, set, &BOTH.replace("column: tags", "column: tags, scheme: plain"));
     assert_eq!(
         (sentences(&corpus), labels(&corpus, 0)),
-        (vec!["a".into(), "# b".into()], vec!["news".into(), "old".into()])
+        (vec!["a".into(), "# b".into(), ": c".into()], vec!["news".into(), "o=d".into(), "-".into()])
     );
     let text = "# topic = a\n# topic = b\nx O\n\n# topic = a\n# topic = a\n# topic =\n# more = a\n# more = b\ny O\n";
     folder.file("t.conll", text);
@@ -314,6 +314,9 @@ fn csv_tsv_and_lines() {
         (vec!["one, two".into(), "three".into()], vec!["1".into(), "2".into()])
     );
     assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but `columns:` names 2");
+    folder.file("t.csv", "topic, text\na,one\n");
+    let (_, problems) = read(&folder, "format: csv, columns: [topic, text], train: t.csv, dev: t.csv", TOPIC);
+    assert_eq!(messages(&problems)[0], "t.csv:1: this line names the columns: leave `columns:` away");
     folder.file("t.csv", "topic,text\na,\"one\nb,two\nc,three\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
     assert_eq!(messages(&problems)[0], "t.csv:2: 1 row of several lines, held together by `\"`; this is the first");

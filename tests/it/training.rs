@@ -91,7 +91,16 @@ fn any_score_on_dev_can_choose_the_checkpoint() {
 fn training_ends_after_epochs_without_a_better_score() {
     let folder = small();
     let still = ["training.early_stopping={patience_epochs: 2}", "training.optimizer.learning_rate=1e-30"];
-    let records = records(&folder, "run", &still);
+    let records_of = |out: &str, more: &[&str]| records(&folder, out, more);
+    // A lower loss keeps another checkpoint, and is no better score.
+    let patient = ["training.early_stopping={patience_epochs: 2}", "training.max_epochs=60"];
+    let plateau =
+        records_of("plateau", &[&patient[..], &["training.schedule=constant", "training.ema_decay=0.5"]].concat());
+    let means: Vec<f64> =
+        plateau.iter().filter(|of| of["kind"] == "dev").map(|of| of["mean"].as_f64().unwrap()).collect();
+    let gains = (1..means.len()).filter(|&i| means[..i].iter().all(|before| means[i] > *before)).max().unwrap();
+    assert!(means.len() < 60 && means.len() == gains + 3, "{means:?}");
+    let records = records_of("run", &still);
     assert_eq!(best(&records, |_| 0.0, &[]).0.len(), 3, "the first is best, and two are no better");
 }
 

@@ -69,6 +69,10 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
         line += text.as_bytes()[seen..start].iter().filter(|&&byte| byte == b'\n').count();
         seen = start;
         let values: Vec<&str> = record.iter().collect();
+        if !has_header && start == 0 && values.iter().map(|value| value.trim()).eq(names.iter().copied()) {
+            builder.error(line, "this line names the columns: leave `columns:` away");
+            continue;
+        }
         let n_lines = 1 + values.iter().map(|value| value.matches('\n').count()).sum::<usize>();
         if n_lines > 1 && layout.format == Format::Tsv {
             let message = format!("a `\"` holds {n_lines} lines together; `quotes: false` takes it as it stands");

@@ -70,13 +70,19 @@ impl ConllLayout {
         let comment = line.strip_prefix('#').filter(|_| !within);
         let comment = comment.filter(|rest| !rest.contains('\t'));
         let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
-        let equated = named.and_then(|rest| rest.split_once('='));
-        let pair = equated.or_else(|| named.and_then(|rest| rest.split_once(": ")));
-        if let Some((name, value)) = pair.filter(|(name, _)| !name.trim().contains(' ')) {
+        let pair = named.and_then(|rest| rest.split_once(['=', ':']));
+        // A `:` stands at the end of its name, as in `# intent: greet`.
+        let spelled = |(name, value): &(&str, &str)| {
+            let colon = named.is_some_and(|rest| rest[name.len()..].starts_with(':'));
+            let apart = name.ends_with(' ') || !(value.is_empty() || value.starts_with(' '));
+            !name.trim().is_empty() && !name.trim().contains(' ') && !(colon && apart)
+        };
+        if let Some((name, value)) = pair.filter(spelled) {
             let (name, value) = (name.trim(), value.trim());
             return if value.is_empty() { ConllLine::Other } else { ConllLine::Named(name, value) };
         }
-        let boundary = comment.is_some_and(|rest| ["newdoc", "newpar"].contains(&rest.trim()));
+        let first = comment.and_then(|rest| rest.split_whitespace().next());
+        let boundary = first.is_some_and(|word| ["newdoc", "newpar"].contains(&word));
         if boundary || self.conllu && line.starts_with('#') {
             return ConllLine::Other;
         }

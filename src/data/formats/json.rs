@@ -101,10 +101,18 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     if layout.offsets == Offsets::Words {
         (ranges, length) = ((0..words.len()).map(|i| (i, i + 1)).collect(), words.len());
     }
+    // No class of a list, or a list of no tags, is no label.
+    let labels = |wanted: &Wanted| {
+        value(row, &wanted.column).filter(|found| match (found, wanted.kind) {
+            (Value::Array(all), TaskKind::Classification) => !all.is_empty(),
+            (Value::Array(all), TaskKind::Tagging(_)) => all.is_empty() || !all.iter().all(Value::is_null),
+            _ => true,
+        })
+    };
     // Tags that are made here, not borrowed from the row; filled before the fields borrow them.
     let mut made: Vec<Option<Vec<String>>> = Vec::new();
     for wanted in builder.wanted {
-        let spans = match (value(row, &wanted.column), wanted.kind) {
+        let spans = match (labels(wanted), wanted.kind) {
             (Some(found), TaskKind::Tagging(scheme)) => {
                 if let Some(tags) = numbers(found) {
                     made.push(Some(tags));
@@ -125,7 +133,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     }
     let mut scalars: Vec<Option<Cow<str>>> = Vec::new();
     for wanted in builder.wanted {
-        scalars.push(match (value(row, &wanted.column), wanted.kind) {
+        scalars.push(match (labels(wanted), wanted.kind) {
             (Some(found), TaskKind::Classification) => match scalar(found) {
                 Some(text) => Some(text),
                 None => return builder.error(line, format!("`{}` is no label: {found}", wanted.column)),
@@ -135,7 +143,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     }
     let mut fields = Vec::new();
     for ((wanted, made), scalar) in builder.wanted.iter().zip(&made).zip(&scalars) {
-        fields.push(match (value(row, &wanted.column), made, scalar) {
+        fields.push(match (labels(wanted), made, scalar) {
             (_, Some(tags), _) => Field::Tags(tags.iter().map(String::as_str).collect()),
             (_, _, Some(label)) if !label.is_empty() => Field::Class(label),
             (None, ..) | (_, _, Some(_)) => Field::Absent,
@@ -145,10 +153,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
             }
             (Some(_), ..) => {
                 let message = match wanted.kind.has_spans() {
-                    _ if value(row, &wanted.column)
-                        .and_then(Value::as_array)
-                        .is_some_and(|all| all.contains(&Value::Null)) =>
-                    {
+                    _ if labels(wanted).and_then(Value::as_array).is_some_and(|all| all.contains(&Value::Null)) => {
                         format!("`{}`: a word has no tag; tag all or none", wanted.column)
                     }
                     true => format!("`{}` is neither tags nor spans ({{start, end, label}})", wanted.column),

@@ -6,6 +6,7 @@ mod json;
 mod parallel;
 
 pub use conll::{ConllLayout, ConllLine};
+pub use json::value as json_value;
 
 use std::path::Path;
 

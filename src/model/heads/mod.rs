@@ -127,12 +127,19 @@ impl HeadConfig {
         Reads { heads, layer: *layer, mix_layers: *mix_layers, private_lstm: *private_lstm }
     }
 
-    /// What its numbers come from, for a comparison: the layers of a trunk, and the other heads' labels.
-    pub fn sources<'a>(&self, tasks: &'a [Task], trunk: &TrunkConfig) -> (usize, bool, i64, Vec<&'a [String]>) {
-        let reads = self.reads(tasks);
-        let layer = if reads.layer == 0 || reads.mix_layers { trunk.layers } else { reads.layer };
-        let others = reads.heads.iter().map(|other| &tasks[other.0].labels[..]).collect();
-        (layer, reads.mix_layers, reads.private_lstm, others)
+    /// Whether its weights mean the same as those of `other`: what it reads of the trunk and of other heads, and how.
+    pub fn reads_as(&self, other: &HeadConfig, (own, others): (&[Task], &[Task]), trunk: &TrunkConfig) -> bool {
+        let sources = |head: &HeadConfig, tasks: &[Task]| {
+            let reads = head.reads(tasks);
+            let layer = if reads.layer == 0 || reads.mix_layers { trunk.layers } else { reads.layer };
+            let labels: Vec<Vec<String>> = reads.heads.iter().map(|seen| tasks[seen.0].labels.clone()).collect();
+            let pooling = match head {
+                HeadConfig::Classification(config) => Some(config.pooling),
+                HeadConfig::Tagging(_) => None,
+            };
+            (layer, reads.mix_layers, reads.private_lstm, labels, pooling)
+        };
+        sources(self, own) == sources(other, others)
     }
 
     pub fn build(&self, scope: Scope, task: &Task, size: HeadSize) -> Box<dyn Head> {
