@@ -75,7 +75,8 @@ impl ConllLayout {
         let spelled = |(name, value): &(&str, &str)| {
             let colon = named.is_some_and(|rest| rest[name.len()..].starts_with(':'));
             let apart = name.ends_with(' ') || !(value.is_empty() || value.starts_with(' '));
-            !name.trim().is_empty() && !name.trim().contains(' ') && !(colon && apart)
+            let is_name = !name.trim().is_empty() && !name.trim().contains(' ');
+            is_name && (!colon || !apart)
         };
         if let Some((name, value)) = pair.filter(spelled) {
             let (name, value) = (name.trim(), value.trim());
