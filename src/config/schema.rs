@@ -24,6 +24,9 @@ pub fn schema() -> Value {
 fn to_written(schema: &mut Value, path: &str) {
     let Value::Object(object) = schema else { return };
     object.remove("required");
+    for (bound, value) in bounds(object) {
+        object.insert(bound.to_owned(), value.into());
+    }
     if let Some(tag) = tag_key(path)
         && let Some(Value::Array(variants)) = object.remove("oneOf")
     {
@@ -57,6 +60,35 @@ fn to_written(schema: &mut Value, path: &str) {
     }
 }
 
+/// The bounds of a number, which its description states.
+fn bounds(schema: &Map<String, Value>) -> Vec<(&'static str, u64)> {
+    let kinds = schema.get("type").map(Value::to_string).unwrap_or_default();
+    let text = schema.get("description").and_then(Value::as_str).unwrap_or_default();
+    if !(kinds.contains("number") || kinds.contains("integer")) {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    let mut bound = |words: &str, name| {
+        let after = text.to_lowercase().split_once(words).map(|(_, after)| after.to_owned()).unwrap_or_default();
+        let number = after.split(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok());
+        found.extend(number.map(|number: u64| (name, number)));
+    };
+    bound("at least ", "minimum");
+    bound(", at most ", "maximum");
+    bound("more than ", "exclusiveMinimum");
+    bound("below ", "exclusiveMaximum");
+    if text.contains("from 0 to below 1") || text.ends_with(", not negative.") {
+        found.push(("minimum", 0));
+    }
+    if text.contains("Between 0 and 1.") {
+        found.extend([("exclusiveMinimum", 0), ("exclusiveMaximum", 1)]);
+    }
+    if text.ends_with(", 0 to 1.") {
+        found.extend([("minimum", 0), ("maximum", 1)]);
+    }
+    found
+}
+
 /// `{properties: {NAME: INNER}}` as INNER with the key `tag`.
 fn kind(mut variant: Value, tag: &str) -> Option<Value> {
     let Value::Object(named) = variant["properties"].take() else { return None };
@@ -84,6 +116,26 @@ mod tests {
         let inner = ["items", "additionalProperties"].iter().filter_map(|key| schema.get(key));
         let choices = ["anyOf", "oneOf"].iter().filter_map(|key| schema[key].as_array()).flatten();
         inner.chain(choices).for_each(|inner| keys(inner, path, found));
+    }
+
+    #[test]
+    fn bounds_are_those_of_the_descriptions() {
+        let schema = schema();
+        let of = |pointer: &str| {
+            let found = schema.pointer(pointer).unwrap();
+            ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"].map(|bound| found[bound].as_u64())
+        };
+        let training = "/properties/training/properties";
+        assert_eq!(of(&format!("{training}/batch_size")), [Some(1), None, None, None]);
+        assert_eq!(of(&format!("{training}/ema_decay")), [None, None, None, Some(1)]);
+        assert_eq!(of("/properties/model/properties/trunk/properties/dropout"), [Some(0), None, None, Some(1)]);
+        assert_eq!(of("/properties/data/properties/train_fraction"), [None, Some(0), Some(1), None]);
+        let set = "/properties/data/properties/sets/additionalProperties/properties";
+        assert_eq!(of(&format!("{set}/dev_fraction")), [None, Some(0), None, Some(1)]);
+        assert_eq!(of("/properties/seed")[1..], [None; 3]);
+        let text = "The trunk's layer that it reads, from 1; 0 is the last. Default 0.";
+        let layer = json!({"type": "integer", "description": text});
+        assert_eq!(bounds(layer.as_object().unwrap()), []);
     }
 
     #[test]
