@@ -8,7 +8,7 @@ use tch::Device;
 
 use super::cli::CheckArgs;
 use super::table::{count, percent, table};
-use super::{End, oddities, prepare, say, train, trained, trainer, transfer};
+use super::{End, oddities, prepare, say, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, LoadedSet, Rows, Split, Tokenizer};
 use crate::libtorch;
@@ -126,10 +126,10 @@ fn begin(
     trainer::check_precision(&experiment.training, libtorch::device("auto")?)?;
     let (tasks, device) = (prepare::tasks(experiment, corpus), Device::Cpu);
     let dev = prepare::encoded(corpus, Split::Dev, tokenizer, &tasks, device)?;
-    train::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
     let model = trainer::model(experiment, &tasks, tokenizer, device)?;
     match earlier {
-        Some(earlier) => Ok(transfer::initialize(&model, (experiment, &tasks), tokenizer, earlier)?.1),
+        Some(earlier) => Ok(transfer::initialize(&model, (experiment, &tasks), tokenizer, earlier)?.left),
         None => Ok(Vec::new()),
     }
 }

@@ -169,24 +169,28 @@ fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
 
 /// Raw text whose words keep the punctuation after them, so that `date` and `date.` have nothing in common.
 fn stuck_punctuation(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
-    let raw = |name: &String| {
-        let set = &experiment.data.sets[name];
-        set.tokens.is_none() && !matches!(set.format, Format::Conll | Format::Conllu | Format::Parallel)
-    };
     let mut problems = Vec::new();
-    for set in corpus.sets.iter().filter(|set| raw(&set.name)) {
+    for set in &corpus.sets {
+        let config = &experiment.data.sets[&set.name];
+        let raw =
+            config.tokens.is_none() && !matches!(config.format, Format::Conll | Format::Conllu | Format::Parallel);
+        if !raw || experiment.tokenizer.splitter() != Splitter::Whitespace {
+            continue;
+        }
         let words = &set.splits[Split::Train as usize].words;
-        let stuck =
-            |word: &&str| word.trim_end_matches(['.', ',', ';', ':', '!', '?']).ends_with(char::is_alphanumeric);
-        let first = words.iter().filter(stuck).find(|word| word.ends_with(|c: char| c.is_ascii_punctuation()));
-        let n = words.iter().filter(stuck).filter(|word| word.ends_with(|c: char| c.is_ascii_punctuation())).count();
-        let share = n as f64 / words.len().max(1) as f64;
-        if let (Some(first), Splitter::Whitespace, true) = (first, experiment.tokenizer.splitter(), share > STUCK) {
+        let stuck = |word: &&str| {
+            let bare = word.trim_end_matches(['.', ',', ';', ':', '!', '?']);
+            bare.len() < word.len() && bare.ends_with(char::is_alphanumeric)
+        };
+        let stuck: Vec<&str> = words.iter().filter(stuck).collect();
+        let share = stuck.len() as f64 / words.len().max(1) as f64;
+        if share > STUCK {
             let message = format!(
-                "`{}`: {} % of the different words end in punctuation, as `{first}`; `tokenizer.split: punctuation` \
-                 takes it for words of its own",
+                "`{}`: {} % of the different words end in punctuation, as `{}`; `tokenizer.split: punctuation` takes it for \
+                 words of its own",
                 set.name,
-                (100.0 * share).round()
+                (100.0 * share).round(),
+                stuck[0]
             );
             problems.push(Problem::general(Severity::Warning, message));
         }
@@ -194,7 +198,7 @@ fn stuck_punctuation(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Training sentences so long that the batches with them are few others' like.
+/// Training sentences of more than [`LONG`] words.
 fn long_sentences(corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for rows in corpus.rows(Split::Train) {

@@ -188,8 +188,13 @@ fn sentence(
     if format == PredictFormat::Text || !line.trim_start().starts_with('{') {
         return Ok(split(line.to_owned(), trained));
     }
+    Ok(of_json(line, trained).map_err(wrong)?)
+}
+
+/// A sentence from a JSON object, whose fields may be called what the run's data calls them.
+fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
     let row: Value = serde_json::from_str(line)
-        .map_err(|error| wrong(format!("not JSON: {error}; --format text takes lines as they are")))?;
+        .map_err(|error| format!("not JSON: {error}; --format text takes lines as they are"))?;
     let field = |own: &dyn Fn(&SetConfig) -> Option<&String>, default: &'static str| {
         let names = trained.experiment.data.sets.values().filter_map(own).map(String::as_str);
         names.chain([default]).find_map(|name| Some((name.to_owned(), json_value(&row, name)?)))
@@ -210,18 +215,18 @@ fn sentence(
             own.unwrap_or_else(|| joined(tokens.into_iter()))
         }
         (Some((name, found)), None, text) if text.is_none() || !objects(found) => {
-            return Err(wrong(format!("`{name}` is no list of texts")).into());
+            return Err(format!("`{name}` is no list of texts"));
         }
         (_, None, Some(text)) => (text.to_owned(), trained.tokenizer.splitter.split(text)),
         (_, None, None) => {
             let needed =
                 "a JSON line needs `text` (a text) or `tokens` (a list of texts), or what the run's data calls them";
-            return Err(wrong(needed.to_owned()).into());
+            return Err(needed.to_owned());
         }
     };
     let mut taken = vec!["text".to_owned(), "words".to_owned()];
     taken.extend([tokens, text].into_iter().flatten().map(|(name, _)| name));
-    let Value::Object(mut rest) = row else { return Err(wrong("a JSON line is an object".to_owned()).into()) };
+    let Value::Object(mut rest) = row else { return Err("a JSON line is an object".to_owned()) };
     rest.retain(|key, _| !taken.contains(key));
     Ok(Sentence { text: whole, words, rest, lines: Vec::new() })
 }

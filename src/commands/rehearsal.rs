@@ -35,7 +35,7 @@ impl Rehearsal {
         let mut model = trainer::model(&experiment, &tasks, &tokenizer, device)?;
         onednn::choose(&mut model, &experiment.training);
         if let Some(earlier) = transfer::earlier(&experiment)? {
-            transfer::tell(transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?);
+            transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?.log();
         }
         let train = prepare::training(&experiment, &corpus, &tokenizer, &tasks, device)?;
         let (n, seconds) = (super::table::count(train.set.len()), started.elapsed().as_secs_f64());

@@ -15,7 +15,7 @@ use super::finished::Finished;
 use super::progress::TrainingProgress;
 use super::{End, onednn, prepare, say, stop_flag, table, trained, trainer, transfer};
 use crate::config::Experiment;
-use crate::data::{Corpus, DeviceSet, EncodedSet, Split, Tokenizer};
+use crate::data::{Corpus, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
@@ -141,7 +141,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     let train = prepare::training(&experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
-    fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
     log::info!(
         "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
         experiment.name,
@@ -154,7 +154,7 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     );
     let resumes = args.resume && run.checkpoint("last").exists();
     if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
-        transfer::tell(transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?);
+        transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?.log();
         transfer::keep_vectors(&model, &mut tokenizer);
         trained::write_vectors(run, &tokenizer)?;
     }
@@ -216,23 +216,6 @@ fn choose_kernels(run: &RunDirectory, model: &mut Model, config: &TrainingConfig
         }
     }
     Ok(())
-}
-
-/// Dev chooses the best checkpoint, for which it needs labels.
-pub fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
-    let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
-    let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
-    let tells = |row: usize| match of_task {
-        // No loss can be told of labels that the model does not know.
-        Some(i) if metric.ends_with(".loss") => dev.set.labels(TaskId(i), row).is_some(),
-        Some(i) => dev.set.gold(TaskId(i), row).is_some(),
-        None if metric == "sentence_accuracy" => n_labelled(row) > 1,
-        None => n_labelled(row) > 0,
-    };
-    match (0..dev.set.len()).any(tells) {
-        true => Ok(()),
-        false => Err(invalid(format!("early_stopping.metric: {metric}: dev has no label to choose a checkpoint by"))),
-    }
 }
 
 /// What the run took before it was stopped; one that was killed did not say.

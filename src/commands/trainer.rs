@@ -10,7 +10,7 @@ use crate::model::{HeadConfig, Model, Precision, is_part};
 use crate::optim::{Average, LossScale, Optimizer};
 use crate::problem::invalid;
 use crate::rng::Seed;
-use crate::task::Task;
+use crate::task::{Task, TaskId};
 use crate::train::graphs::Graphs;
 use crate::train::laps::Laps;
 use crate::train::{Trainer, TrainingConfig, UnknownWords};
@@ -23,6 +23,23 @@ pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
         return Err(invalid("training.precision: float16 needs CUDA; on the CPU bfloat16 trains"));
     }
     Ok(())
+}
+
+/// Dev chooses the best checkpoint, for which it needs labels.
+pub fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
+    let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
+    let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
+    let tells = |row: usize| match of_task {
+        // No loss can be told of labels that the model does not know.
+        Some(i) if metric.ends_with(".loss") => dev.set.labels(TaskId(i), row).is_some(),
+        Some(i) => dev.set.gold(TaskId(i), row).is_some(),
+        None if metric == "sentence_accuracy" => n_labelled(row) > 1,
+        None => n_labelled(row) > 0,
+    };
+    match (0..dev.set.len()).any(tells) {
+        true => Ok(()),
+        false => Err(invalid(format!("early_stopping.metric: {metric}: dev has no label to choose a checkpoint by"))),
+    }
 }
 
 /// A model ready to be trained.

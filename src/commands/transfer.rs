@@ -49,8 +49,22 @@ pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
     }
 }
 
+/// What was taken of an earlier run.
+pub struct Taken {
+    summary: String,
+    /// Of each head that was not, why.
+    pub left: Vec<String>,
+}
+
+impl Taken {
+    pub fn log(&self) {
+        self.left.iter().for_each(|why| log::warn!("{why}"));
+        log::info!("{}", self.summary);
+    }
+}
+
 /// Copies what fits of an earlier run: rows of the embedding by token, characters, the trunk, and heads whose task has the
-/// same name and labels and whose parts are the same. Returns what it took, and why it left heads.
+/// same name and labels and whose parts are the same.
 ///
 /// # Errors
 /// An embedding of other parts.
@@ -59,7 +73,7 @@ pub fn initialize(
     (experiment, tasks): (&Experiment, &[Task]),
     tokenizer: &Tokenizer,
     earlier: &Trained,
-) -> Result<(String, Vec<String>)> {
+) -> Result<Taken> {
     let weights: BTreeMap<&str, &Tensor> = earlier.model.parameters.with_constants().collect();
     let rows = Rows::new(&earlier.tokenizer, tokenizer);
     let mut values = BTreeMap::new();
@@ -105,13 +119,7 @@ pub fn initialize(
         super::table::count(tokenizer.n_trained()),
         earlier.experiment.name
     );
-    Ok((summary, left))
-}
-
-/// Logs what [`initialize`] did.
-pub fn tell((summary, left): (String, Vec<String>)) {
-    left.iter().for_each(|why| log::warn!("{why}"));
-    log::info!("{summary}");
+    Ok(Taken { summary, left })
 }
 
 /// Why a head cannot be taken over, if so.

@@ -62,7 +62,7 @@ const KEPT: usize = 16;
 /// Removes the oldest of what is kept of the same file, beyond [`KEPT`].
 fn forget_oldest(cache: &Path) -> Result<()> {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // All but the key.
+    // Without the key, which says how it is read.
     let own = name(cache);
     let file = own.rsplit_once('-').map_or(own.as_str(), |(file, _)| file);
     let mut known = Vec::new();

@@ -125,7 +125,7 @@ impl Backward<'_> {
         &self,
         shared: &Shared,
         Weighted { losses, weights, scale }: Weighted,
-        at_last_layer: &mut [Vec<Tensor>],
+        by_weights: &mut [Vec<Tensor>],
     ) -> Result<Vec<Tensor>> {
         let (parameters, range) = (self.model.inputs(self.rows), self.model.last_layer.clone());
         let (below, above) = parameters.split_at(range.start);
@@ -144,7 +144,7 @@ impl Backward<'_> {
             let weight = weights.get(task as i64);
             let weighted = own.iter().map(|g| if g.defined() { g * &weight } else { g.shallow_clone() }).collect();
             accumulate(&mut sum, weighted)?;
-            at_last_layer[task] = own.into_iter().take(range.len()).collect();
+            by_weights[task] = own.into_iter().take(range.len()).collect();
         }
         if sum.is_empty() {
             return Ok(Vec::new());

@@ -286,27 +286,21 @@ fn json_arrays_and_rasa_know_their_lines() {
 #[test]
 fn csv_tsv_and_lines() {
     let folder = Folder::new();
-    folder.file("t.csv", "topic,text\na,\"one, two\"\nb,\"three\nfour\"\nc\nd,five\n");
-    let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
-    assert_eq!(sentences(&corpus), ["one, two", "three four", "five"]);
-    assert_eq!(
-        messages(&problems)[..2],
-        [
-            "t.csv:5: 1 value, but the header has 2",
-            "t.csv:3: 1 row of several lines, held together by `\"`; this is the first"
-        ]
-    );
     // Lines that end as those of Windows and of Python's csv count all the same.
-    folder.file("t.csv", "topic,text\r\na,\"three\r\nfour\"\r\n\r\nc\r\nd,\"five\nsix\"\r\n");
-    let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
-    assert_eq!(sentences(&corpus), ["three four", "five six"]);
-    assert_eq!(
-        messages(&problems)[..2],
-        [
-            "t.csv:5: 1 value, but the header has 2",
-            "t.csv:2: 2 rows of several lines, held together by `\"`; this is the first"
-        ]
-    );
+    for (text, expected, long) in [
+        (
+            "topic,text\na,\"one, two\"\nb,\"three\nfour\"\nc\nd,five\n",
+            &["one, two", "three four", "five"] as &[&str],
+            "3: 1 row",
+        ),
+        ("topic,text\r\na,\"three\r\nfour\"\r\n\r\nc\r\nd,\"five\nsix\"\r\n", &["three four", "five six"], "2: 2 rows"),
+    ] {
+        folder.file("t.csv", text);
+        let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
+        assert_eq!(sentences(&corpus), expected);
+        let long = format!("t.csv:{long} of several lines, held together by `\"`; this is the first");
+        assert_eq!(messages(&problems)[..2], ["t.csv:5: 1 value, but the header has 2".to_owned(), long]);
+    }
     folder.file("t.csv", "\"1\",\"one, two\"\n\"2\",three\n4\n");
     let (corpus, problems) = read(&folder, "format: csv, columns: [topic, text], train: t.csv, dev: t.csv", TOPIC);
     assert_eq!(

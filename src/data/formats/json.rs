@@ -101,7 +101,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     if layout.offsets == Offsets::Words {
         (ranges, length) = ((0..words.len()).map(|i| (i, i + 1)).collect(), words.len());
     }
-    // No class of a list, or a list of no tags, is no label.
+    // An empty list of classes and a list of nulls are no label.
     let labels = |wanted: &Wanted| {
         value(row, &wanted.column).filter(|found| match (found, wanted.kind) {
             (Value::Array(all), TaskKind::Classification) => !all.is_empty(),
