@@ -7,6 +7,7 @@ fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
     println!("cargo:rerun-if-changed=src/libtorch/jit.cpp");
+    println!("cargo:rerun-if-changed=src/libtorch/lstm.cpp");
     println!("cargo:rerun-if-changed=src/libtorch/guarded.h");
     println!("cargo:rerun-if-changed=src/libtorch/graph.cpp");
     println!("cargo:rerun-if-changed=src/libtorch/kernels.cpp");
@@ -27,7 +28,8 @@ fn main() {
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"));
     build_cuda(&build, &libtorch.join("cuda-include"));
-    build.file("src/libtorch/shim.cpp").file("src/libtorch/jit.cpp").compile("polytask_shim");
+    let files = ["src/libtorch/shim.cpp", "src/libtorch/jit.cpp", "src/libtorch/lstm.cpp"];
+    build.files(files).compile("polytask_shim");
     println!("cargo:rustc-link-search=native={}", libtorch.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");

@@ -85,12 +85,19 @@ impl<'a> Parts<'a> {
         let &Parts { experiment, config, tasks, tokenizer, model, train, .. } = self;
         let (seed, device) = (Seed(experiment.seed), model.parameters.device());
         let rate = experiment.tokenizer.unknown_rate();
+        let average = (config.ema_decay > 0.0).then(|| Average::new(config.ema_decay, model.parameters.iter()));
+        let mut optimizer = Optimizer::new(&config.optimizer, model.parameters.iter());
+        if device != Device::Cpu {
+            // Batches of one step would each have their own places.
+            let tables = if config.accumulate_steps == 1 { model.trained_tables() } else { Vec::new() };
+            optimizer.work_on_device(tables, &model.halves(), average.as_ref());
+        }
         Trainer {
             config,
             tasks,
             model,
-            optimizer: Optimizer::new(&config.optimizer, model.parameters.iter()),
-            average: (config.ema_decay > 0.0).then(|| Average::new(config.ema_decay, model.parameters.iter())),
+            optimizer,
+            average,
             loss_scale: (config.precision == Precision::Float16).then(|| LossScale::new(device)),
             weighting: Weighting::new(self.weighting, &self.weighted(), seed, device),
             sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),

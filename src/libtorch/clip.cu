@@ -1,26 +1,42 @@
 // What a step's gradients come to, as src/train/clip.rs has it: the norm of all, what divides them, and whether they are taken.
 
-// One block. given: the norms of n gradients, then n_losses losses; values: the losses, then the norm. grad_scale: what the gradients are
-// divided by, 1 where they are left out, and 1 less that; left out they are from now on where `halted` is 1, or becomes so. `limit`
-// has the bits of a float, 0 is none.
+// What lies elsewhere each step.
+struct Listed {
+  const void* at[256];
+};
+
+// One block. squares [n]: parts of the gradients' squares; values: the n_losses losses, then the norm. grad_scale: what the gradients are
+// divided by, 1 where they are left out, 1 less that, and 1 where they are not finite; left out they are from now on where `halted` is
+// 1, or becomes so. `limit` has the bits of a float, 0 is none. Where the gradients are `loss_scale` times too large, which adapts to
+// them, those that are not finite are left out this once, and the norm is 0; it doubles after `to_grow` steps without such ones, which
+// `sound` counts.
 extern "C" __global__ void clip(
-    const float* given, float* halted, float* values, float* grad_scale, int n, int n_losses, int limit) {
+    const float* squares, float* halted, float* values, float* grad_scale, float* loss_scale, int* sound, int n, int n_losses,
+    int limit, int to_grow, Listed losses) {
   extern __shared__ double shared[];
   const int i = threadIdx.x;
   double sum = 0;
-  for (int k = i; k < n; k += blockDim.x) sum += (double)given[k] * given[k];
+  for (int k = i; k < n; k += blockDim.x) sum += squares[k];
   shared[i] = sum;
-  for (int k = i; k < n_losses; k += blockDim.x) values[k] = given[n + k];
-  __syncthreads();
+  for (int half = blockDim.x / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (i < half) shared[i] += shared[i + half];
+  }
   if (i > 0) return;
-  for (int k = 1; k < blockDim.x; k++) sum += shared[k];
-  const float norm = sqrt(sum), most = __int_as_float(limit);
-  float all = norm;
-  for (int k = 0; k < n_losses; k++) all += given[n + k];
+  const float scale = to_grow ? *loss_scale : 1, most = __int_as_float(limit);
+  float norm = (float)sqrt(shared[0]) / scale;
   // Infinity times 0 is no number, and no number is unlike 0.
-  const float skip = *halted > 0 || all * 0 != 0;
-  const float over = most > 0 ? (norm + 1e-6f) / most : 1;
-  *halted = skip;
+  const bool overflow = to_grow && norm * 0 != 0;
+  if (overflow) {
+    norm = 0, *loss_scale = scale * 0.5f, *sound = 0;
+  } else if (to_grow && ++*sound == to_grow) {
+    *sound = 0;
+    if (scale * 2 * 0 == 0) *loss_scale = scale * 2;
+  }
+  float all = norm;
+  for (int k = 0; k < n_losses; k++) all += values[k] = *(const float*)losses.at[k];
+  *halted = *halted > 0 || all * 0 != 0;
   values[n_losses] = norm;
-  grad_scale[0] = over < 1 ? 1 : over, grad_scale[1] = skip, grad_scale[2] = 1 - skip;
+  const float over = most > 0 ? (norm + 1e-6f) / most : 1, skip = *halted > 0 || overflow;
+  grad_scale[0] = (over < 1 ? 1 : over) * scale, grad_scale[1] = skip, grad_scale[2] = 1 - skip, grad_scale[3] = overflow;
 }

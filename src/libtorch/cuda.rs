@@ -28,7 +28,11 @@ type Launch = unsafe extern "C" fn(
     *const *mut C_tensor,
     usize,
     *const i32,
+    *const c_void,
 ) -> *mut c_char;
+
+type MaxPool =
+    unsafe extern "C" fn(*mut c_void, *mut c_void, *mut C_tensor, *mut C_tensor, *mut *mut C_tensor) -> *mut c_char;
 
 /// What the library offers, with the types that its C++ files give it.
 pub struct Functions {
@@ -39,8 +43,7 @@ pub struct Functions {
     pub release_memory: Symbol<unsafe extern "C" fn() -> *mut c_char>,
     pub kernel_find: Symbol<unsafe extern "C" fn(*const c_char, *const c_char, *mut *mut c_void) -> *mut c_char>,
     pub kernel_launch: Symbol<Launch>,
-    pub embedding:
-        Symbol<unsafe extern "C" fn(*mut c_void, *mut C_tensor, *mut C_tensor, i64, *mut *mut C_tensor) -> *mut c_char>,
+    pub max_pool: Symbol<MaxPool>,
     pub peak_memory: Symbol<unsafe extern "C" fn(*mut i64) -> *mut c_char>,
 }
 
@@ -72,7 +75,7 @@ pub fn functions() -> Result<&'static Functions> {
             release_memory: library.get(b"pt_release_memory")?,
             kernel_find: library.get(b"pt_kernel_find")?,
             kernel_launch: library.get(b"pt_kernel_launch")?,
-            embedding: library.get(b"pt_embedding")?,
+            max_pool: library.get(b"pt_max_pool")?,
             peak_memory: library.get(b"pt_peak_memory")?,
         }
     };

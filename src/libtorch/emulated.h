@@ -1,4 +1,5 @@
 // What kernels of this folder need of CUDA, on the CPU: a thread of a block is a thread, and blocks come one after the other.
+#include <algorithm>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -17,7 +18,7 @@ struct Place {
   unsigned x, y;
 };
 static thread_local Place threadIdx, blockIdx;
-static Place blockDim;
+static Place blockDim, gridDim;
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<unsigned char> votes;  // by thread of the block
 // The kernels' own name and type for it may differ.
@@ -37,13 +38,50 @@ static unsigned votes_among(bool vote, unsigned first, unsigned n) {
 
 // Whole blocks vote, so that all warps of a block have to come here together.
 static unsigned __ballot_sync(unsigned, bool vote) { return votes_among(vote, thread_number() / 32 * 32, 32); }
-static int __syncthreads_or(int vote) { return votes_among(vote != 0, 0, votes.size()) != 0; }
 static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+static int atomicMin(int* at, int value) {
+  int before = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (value < before && !__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
+
+static int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+
+static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+static float __fmul_rn(float a, float b) { return a * b; }
+static float __fsub_rn(float a, float b) { return a - b; }
+static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fdividef(float a, float b) { return a / b; }
+static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 static double __longlong_as_double(long long bits) {
   double value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+static int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+static float half_to_float(unsigned short bits) {
+  int exponent = bits >> 10 & 31, digits = bits & 1023;
+  float size = exponent == 31 ? (digits ? NAN : INFINITY) : std::ldexp(float(exponent ? digits + 1024 : digits), std::max(exponent, 1) - 25);
+  return bits >> 15 ? -size : size;
+}
+
+static unsigned short float_to_half(float x) {
+  unsigned short sign = std::signbit(x) << 15;
+  float size = std::fabs(x);
+  if (size != size) return 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+  // Rounded to the nearest, even numbers first; what is carried over moves the exponent.
+  return sign | (unsigned short)(std::nearbyint(std::ldexp(size, 10 - exponent)) + (exponent + 14) * 1024);
 }
 
 static float __int_as_float(int bits) {
@@ -59,7 +97,7 @@ void call(void (*kernel)(A...), void* const* arguments, std::index_sequence<I...
 
 template <class... A>
 void emulate(void (*kernel)(A...), const uint32_t* grid, const uint32_t* block, void* const* arguments) {
-  blockDim = {block[0], block[1]};
+  blockDim = {block[0], block[1]}, gridDim = {grid[0], grid[1]};
   auto n = block[0] * block[1];
   auto next_block = [n]() noexcept {
     // Nothing may be read that was not written before.

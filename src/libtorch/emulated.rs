@@ -1,6 +1,7 @@
 //! Kernels on the CPU, for tests on machines without a GPU: their source as C++, under a header that stands for CUDA.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::c_void;
 use std::path::PathBuf;
 use std::process::Command;
@@ -16,8 +17,8 @@ use super::LaunchConfig;
 /// Grid, block and the addresses of the arguments.
 type Run = unsafe extern "C" fn(*const u32, *const u32, *const *mut c_void);
 
-/// What was compiled, by name.
-static KERNELS: Mutex<BTreeMap<&str, Symbol<Run>>> = Mutex::new(BTreeMap::new());
+/// What was compiled, by source and name.
+static KERNELS: Mutex<BTreeMap<(&str, &str), Symbol<Run>>> = Mutex::new(BTreeMap::new());
 
 /// A shared library of C++, in a folder that lives as long as its handle.
 pub fn built(code: &str) -> Result<(PathBuf, TempDir)> {
@@ -47,24 +48,27 @@ fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
 
 /// As [`super::Kernel::launch`], with tensors on the CPU. One launch at a time: a kernel's block has one memory.
 pub fn launch(
-    (source, name): (&str, &'static str),
+    (source, name): (&'static str, &'static str),
     shape: LaunchConfig,
     tensors: &[&Tensor],
     numbers: &[i64],
+    listed: Option<&super::kernels::Listed>,
 ) -> Result<()> {
     ensure!(tensors.iter().all(|tensor| tensor.is_contiguous()), "a kernel needs contiguous tensors");
     ensure!(shape.shared <= 1 << 16, "a block has no {} bytes here", shape.shared);
     let mut kernels = KERNELS.lock().unwrap_or_else(PoisonError::into_inner);
-    if !kernels.contains_key(name) {
-        kernels.insert(name, compile(source, name)?);
-    }
+    let run = match kernels.entry((source, name)) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(place) => place.insert(compile(source, name)?),
+    };
     let [grid, block] = [shape.grid, shape.block].map(|pair| pair.map(|n| n as u32));
     let mut pointers: Vec<*mut c_void> = tensors.iter().map(|tensor| tensor.data_ptr()).collect();
     let mut numbers: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
     let of_tensors = pointers.iter_mut().map(|pointer| std::ptr::from_mut(pointer).cast());
-    let arguments: Vec<*mut c_void> =
-        of_tensors.chain(numbers.iter_mut().map(|number| std::ptr::from_mut(number).cast())).collect();
+    let of_numbers = numbers.iter_mut().map(|number| std::ptr::from_mut(number).cast());
+    let list = listed.map(|list| std::ptr::from_ref(list).cast_mut().cast());
+    let arguments: Vec<*mut c_void> = of_tensors.chain(of_numbers).chain(list).collect();
     // SAFETY: everything lives for the call; the kernel is one of this project's, called with what it declares.
-    unsafe { kernels[name](grid.as_ptr(), block.as_ptr(), arguments.as_ptr()) };
+    unsafe { run(grid.as_ptr(), block.as_ptr(), arguments.as_ptr()) };
     Ok(())
 }

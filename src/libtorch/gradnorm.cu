@@ -54,3 +54,40 @@ extern "C" __global__ void gradnorm(
   }
   for (int i = 0; i < n; i++) moved[i] = here[i] > 0 ? moved[i] * (before / after) : weights[i];
 }
+
+// What changes from launch to launch.
+struct Listed {
+  long long at[256];
+};
+
+// For src/train/taps.rs: parts of the squares of float32 tensors, added up in one order: parts [tensors, P], a block each. `tensors` has where they lie and how
+// many numbers they have, one pair after the other. Blocks of a power of two.
+extern "C" __global__ void squares_of(double* parts, Listed tensors) {
+  extern __shared__ double shared[];
+  const float* x = (const float*)tensors.at[2 * blockIdx.y];
+  const long long n = tensors.at[2 * blockIdx.y + 1], by = (long long)gridDim.x * blockDim.x;
+  float sum = 0;
+#pragma unroll 4
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += by) sum += x[i] * x[i];
+  shared[threadIdx.x] = sum;
+  for (int half = blockDim.x / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = shared[0];
+}
+
+// squares [T]: what the parts [K, P] of the tensors of each task add up to, over the square of its weight; 0 where it has none. `tasks`
+// has whose each of the K tensors is. One block, a thread a task.
+extern "C" __global__ void squares_by_task(
+    const double* parts, const double* weights, double* squares, int n_tasks, int n_tensors, int n_parts, Listed tasks) {
+  const int task = threadIdx.x;
+  if (task >= n_tasks) return;
+  double sum = 0;
+  for (int k = 0; k < n_tensors; k++) {
+    if (tasks.at[k] != task) continue;
+#pragma unroll 16
+    for (int p = 0; p < n_parts; p++) sum += parts[k * n_parts + p];
+  }
+  squares[task] = sum / (weights[task] * weights[task]);
+}

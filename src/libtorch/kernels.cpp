@@ -1,8 +1,8 @@
 // Kernels of our own: CUDA source compiled on the machine that runs it, by the NVRTC that comes with libtorch.
 #include "guarded.h"
 
-#include <ATen/ops/embedding.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -76,8 +76,8 @@ cudaLibrary_t loaded(const std::string& code) {
 }
 
 void launch(
-    void* kernel, dim3 grid, dim3 block, uint32_t shared, const std::vector<at::Tensor>& tensors,
-    const std::vector<int32_t>& numbers) {
+    void* kernel, dim3 grid, dim3 block, uint32_t shared, const std::vector<at::Tensor>& tensors, const std::vector<int32_t>& numbers,
+    const void* listed = nullptr) {
   std::vector<void*> pointers, arguments;
   for (auto& tensor : tensors) {
     TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous(), "a kernel needs contiguous tensors on the GPU");
@@ -85,34 +85,58 @@ void launch(
   }
   for (auto& pointer : pointers) arguments.push_back(&pointer);
   for (auto& number : numbers) arguments.push_back(const_cast<int32_t*>(&number));
+  if (listed) arguments.push_back(const_cast<void*>(listed));
   auto stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(cudaLaunchKernel(kernel, grid, block, arguments.data(), shared, stream));
 }
 
-// Rows of a table, whose gradient the kernel of embedding.cu takes.
-struct LookUp : torch::autograd::Function<LookUp> {
+// States of which positions come first in memory, or sentences, [T, B, F] or [B, T, F] as they lie there.
+struct States {
+  at::Tensor memory;
+  bool positions_first;
+  int64_t rows, width, features;
+
+  explicit States(const at::Tensor& x) : rows(x.size(0)), width(x.size(1)), features(x.size(2)) {
+    memory = x.transpose(0, 1);
+    positions_first = memory.is_contiguous();
+    if (!positions_first) memory = x.contiguous();
+  }
+
+  at::Tensor of(const at::Tensor& other) const { return positions_first ? other.transpose(0, 1) : other; }
+  int32_t by_row() const { return static_cast<int32_t>(positions_first ? features : width * features); }
+  int32_t by_position() const { return static_cast<int32_t>(positions_first ? rows * features : features); }
+};
+
+// The largest state of each sentence, by the kernels of max_pool.cu.
+struct MaxPool : torch::autograd::Function<MaxPool> {
+  static constexpr uint32_t BLOCK = 128;
+
+  static dim3 grid(const States& states) { return {static_cast<uint32_t>(states.rows), static_cast<uint32_t>((states.features + BLOCK - 1) / BLOCK)}; }
+
   static at::Tensor forward(
-      torch::autograd::AutogradContext* context, const at::Tensor& table, const at::Tensor& ids, int64_t padding, int64_t kernel) {
-    context->save_for_backward({ids});
-    context->saved_data["rows"] = table.size(0);
-    context->saved_data["padding"] = padding;
-    context->saved_data["kernel"] = kernel;
-    return at::embedding(table, ids);
+      torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& lengths, int64_t kernel, int64_t gradient_kernel) {
+    States states(x);
+    auto most = at::empty({states.rows, states.features}, x.options()), counts = at::empty_like(most);
+    auto features = static_cast<int32_t>(states.features);
+    launch(
+        reinterpret_cast<void*>(kernel), grid(states), BLOCK, 0, {states.memory, lengths, most, counts},
+        {features, states.by_row(), states.by_position()});
+    context->save_for_backward({x, lengths, most, counts});
+    context->saved_data["kernel"] = gradient_kernel;
+    return most;
   }
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& gradients) {
-    auto gradient = gradients[0].contiguous();
-    auto ids = context->get_saved_variables()[0].contiguous();
-    auto rows = context->saved_data["rows"].toInt(), width = gradient.size(-1), n = ids.numel();
-    auto padding = context->saved_data["padding"].toInt();
-    auto table = at::zeros({rows, width}, gradient.options());
-    auto block = static_cast<uint32_t>(std::min<int64_t>(256, (width + 31) / 32 * 32));
-    dim3 grid(n, (width + block - 1) / block);
-    auto numbers = std::vector<int32_t>{static_cast<int32_t>(n), static_cast<int32_t>(width), static_cast<int32_t>(padding)};
-    auto* kernel = reinterpret_cast<void*>(context->saved_data["kernel"].toInt());
-    if (n > 0) launch(kernel, grid, block, (block + block / 32) * sizeof(int), {gradient, ids, table}, numbers);
-    return {table, at::Tensor(), at::Tensor(), at::Tensor()};
+    auto saved = context->get_saved_variables();
+    States states(saved[0]);
+    auto to_x = at::empty_like(states.memory);
+    auto features = static_cast<int32_t>(states.features), width = static_cast<int32_t>(states.width);
+    launch(
+        reinterpret_cast<void*>(context->saved_data["kernel"].toInt()), grid(states), BLOCK, 0,
+        {states.memory, saved[1], saved[2], saved[3], gradients[0].contiguous(), to_x},
+        {width, features, states.by_row(), states.by_position()});
+    return {states.of(to_x), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -137,23 +161,25 @@ char* pt_kernel_find(const char* source, const char* name, void** out) {
   });
 }
 
-// `tensors` come first among a kernel's arguments, as pointers to their memory, and `numbers` after them, as int.
+// `tensors` come first among a kernel's arguments, as pointers to their memory, `numbers` after them, as int, and in the end the list,
+// unless it is null.
 char* pt_kernel_launch(
     void* kernel, const uint32_t grid[2], const uint32_t block[2], uint32_t shared, size_t n, const Handle* tensors, size_t m,
-    const int32_t* numbers) {
+    const int32_t* numbers, const void* listed) {
   return guarded([&] {
     launch(
-        kernel, {grid[0], grid[1]}, {block[0], block[1]}, shared, list(tensors, n), std::vector<int32_t>(numbers, numbers + m));
+        kernel, {grid[0], grid[1]}, {block[0], block[1]}, shared, list(tensors, n), std::vector<int32_t>(numbers, numbers + m),
+        listed);
   });
 }
 
-// torch.embedding(table, ids) without a gradient for row `padding`; `kernel` is that of embedding.cu.
-char* pt_embedding(void* kernel, Handle table, Handle ids, int64_t padding, Handle* out) {
+// The largest state of each sentence of x [B, T, F], float32, within lengths [B], none of them 0; the kernels are those of max_pool.cu.
+char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
-    TORCH_CHECK(ids->scalar_type() == at::kLong, "ids are 64-bit integers");
     c10::AutoGradMode as_before(grad_mode);
-    *out = new at::Tensor(LookUp::apply(*table, *ids, padding, reinterpret_cast<int64_t>(kernel)));
+    *out = new at::Tensor(
+        MaxPool::apply(*x, *lengths, reinterpret_cast<int64_t>(kernel), reinterpret_cast<int64_t>(gradient_kernel)));
   });
 }
 

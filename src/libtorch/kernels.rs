@@ -9,10 +9,6 @@ use tch::{Device, Kind, Tensor};
 use super::cuda::functions;
 use super::{checked, handles};
 
-unsafe extern "C" {
-    fn pt_grad_mode() -> bool;
-}
-
 /// The environment's word on them: 0 leaves their work to operators.
 const SWITCH: &str = "POLYTASK_KERNELS";
 
@@ -22,6 +18,38 @@ struct Found(*mut c_void);
 unsafe impl Send for Found {}
 // SAFETY: likewise.
 unsafe impl Sync for Found {}
+
+/// The most entries of a kernel's list.
+pub(crate) const LISTED: usize = 256;
+
+/// What changes from launch to launch: numbers, or where tensors lie, 0 for nothing. A kernel takes it by value.
+#[derive(Clone, Copy)]
+pub(crate) struct Listed([i64; LISTED]);
+
+impl Listed {
+    /// # Errors
+    /// More than [`LISTED`].
+    pub fn new(values: &[i64]) -> Result<Listed> {
+        ensure!(values.len() <= LISTED, "a kernel's list has {LISTED} entries at most");
+        let mut list = [0; LISTED];
+        list[..values.len()].copy_from_slice(values);
+        Ok(Listed(list))
+    }
+
+    /// Where tensors lie, of which some may be undefined.
+    ///
+    /// # Errors
+    /// Tensors that are not contiguous; more than [`LISTED`].
+    pub fn of(tensors: &[&Tensor]) -> Result<Listed> {
+        let defined = |tensor: &&&Tensor| tensor.defined();
+        ensure!(
+            tensors.iter().filter(defined).all(|tensor| tensor.is_contiguous()),
+            "a kernel needs contiguous tensors"
+        );
+        let address = |tensor: &&Tensor| if tensor.defined() { tensor.data_ptr() as i64 } else { 0 };
+        Listed::new(&tensors.iter().map(address).collect::<Vec<_>>())
+    }
+}
 
 /// A kernel of a CUDA source, compiled when it is first asked for.
 pub struct Kernel {
@@ -66,9 +94,20 @@ impl Kernel {
     /// # Errors
     /// Tensors that are not contiguous on the GPU; a shape that the GPU refuses.
     pub(crate) fn launch(&self, shape: LaunchConfig, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
+        self.launch_with(shape, tensors, numbers, None)
+    }
+
+    /// With a list as the last argument.
+    pub(crate) fn launch_with(
+        &self,
+        shape: LaunchConfig,
+        tensors: &[&Tensor],
+        numbers: &[i64],
+        listed: Option<&Listed>,
+    ) -> Result<()> {
         #[cfg(test)]
         if tensors.iter().all(|tensor| tensor.device() == Device::Cpu) {
-            return super::emulated::launch((self.source, self.name), shape, tensors, numbers);
+            return super::emulated::launch((self.source, self.name), shape, tensors, numbers, listed);
         }
         let kernel = self.get().context("the kernel is not to be had")?;
         let narrow = |pair: [usize; 2]| -> Result<[u32; 2]> { Ok([pair[0].try_into()?, pair[1].try_into()?]) };
@@ -86,32 +125,28 @@ impl Kernel {
                 tensors.as_ptr(),
                 numbers.len(),
                 numbers.as_ptr(),
+                listed.map_or(std::ptr::null(), |listed| listed.0.as_ptr().cast()),
             )
         })
     }
 }
 
-static EMBEDDING: Kernel = Kernel::new(include_str!("embedding.cu"), "embedding_gradient");
+const MAX_POOL_SOURCE: &str = include_str!("max_pool.cu");
+static MAX_POOL: Kernel = Kernel::new(MAX_POOL_SOURCE, "max_pool");
+static MAX_POOL_GRADIENT: Kernel = Kernel::new(MAX_POOL_SOURCE, "max_pool_gradient");
 
-/// Places that the kernel is for: it compares each with those before it. libtorch sorts where there are more.
-const MOST_PLACES: usize = 4096;
-
-/// Rows `ids` [...] of `table` [V, E]: [..., E]. What is read of row `padding` has no gradient; -1 is none.
-pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Tensor {
-    // SAFETY: reads a switch of this thread.
-    let grad_mode = table.requires_grad() && unsafe { pt_grad_mode() };
-    let fits = grad_mode && table.kind() == Kind::Float && ids.numel() <= MOST_PLACES;
-    let kernel = (fits && table.device() != Device::Cpu).then(|| EMBEDDING.get()).flatten();
-    let (Some(kernel), Ok(functions)) = (kernel, functions()) else {
-        return Tensor::embedding(table, ids, padding, false, false);
-    };
-    let mut out = std::ptr::null_mut();
-    // SAFETY: kernel and tensors are live; on success `out` is one new tensor.
+/// The largest state of each sentence of `x` [B, T, F] within `lengths` `[B]`, none of which is 0: [B, F]. Nothing where there is no
+/// kernel for it.
+pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
+    let fits = x.kind() == Kind::Float && x.numel() > 0 && x.numel() < i32::MAX as usize && x.device() != Device::Cpu;
+    let (kernel, gradient) = (fits.then(|| MAX_POOL.get()).flatten()?, MAX_POOL_GRADIENT.get()?);
+    let functions = functions().ok()?;
+    let (x, lengths, mut out) = (x.as_ptr().cast_mut(), lengths.as_ptr().cast_mut(), std::ptr::null_mut());
+    // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
     unsafe {
-        let done =
-            (functions.embedding)(kernel.0, table.as_ptr().cast_mut(), ids.as_ptr().cast_mut(), padding, &mut out);
-        checked(done).expect("invariant: ids are those of rows");
-        Tensor::from_ptr(out)
+        checked((functions.max_pool)(kernel.0, gradient.0, x, lengths, &mut out))
+            .expect("invariant: lengths are those of the states");
+        Some(Tensor::from_ptr(out))
     }
 }
 
@@ -128,23 +163,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_embedding_kernel_adds_up_what_the_places_of_an_id_have() {
+    fn the_largest_states_and_their_gradients_are_libtorch_s() {
+        tch::manual_seed(3);
         let device = Device::Cpu;
-        // More places than a block has threads, in blocks of several warps; ids that stand often, once and not at all.
-        for (n, width, rows, padding) in [(300i64, 70i64, 9i64, 0i64), (40, 3, 500, -1)] {
-            let ids = Tensor::randint(rows, [n], (Kind::Int64, device));
-            let gradient = Tensor::randn([n, width], (Kind::Float, device));
-            let table = Tensor::zeros([rows, width], (Kind::Float, device));
-            // As kernels.cpp launches it.
-            let block = 256.min((width as usize).next_multiple_of(32));
-            let shape = LaunchConfig {
-                grid: [n as usize, (width as usize).div_ceil(block)],
-                block: [block, 1],
-                shared: (block + block / 32) * size_of::<i32>(),
-            };
-            EMBEDDING.launch(shape, &[&gradient, &ids, &table], &[n, width, padding]).unwrap();
-            let expected = Tensor::embedding_dense_backward(&gradient, &ids, rows, padding, false);
-            assert!(table.allclose(&expected, 1e-5, 1e-5, false), "{n} places");
+        // Rows of different lengths, ties, more features than a block has threads; sentences first, and positions.
+        let (rows, width, features) = (3i64, 5i64, 40i64);
+        let lengths = Tensor::from_slice(&[5i64, 2, 1]);
+        let x = Tensor::randint(3, [rows, width, features], (Kind::Float, device)).set_requires_grad(true);
+        let beyond = Tensor::arange(width, (Kind::Int64, device)).ge_tensor(&lengths.unsqueeze(1)).unsqueeze(-1);
+        let theirs = x.masked_fill(&beyond, f64::NEG_INFINITY).amax([1], false);
+        let gradient = Tensor::randn([rows, features], (Kind::Float, device));
+        let to_theirs =
+            Tensor::run_backward(&[(&theirs * &gradient).sum(Kind::Float)], &[&x], false, false).swap_remove(0);
+        let shape = LaunchConfig { grid: [rows as usize, 2], block: [32, 1], shared: 0 };
+        for positions_first in [false, true] {
+            let lies = |x: &Tensor| if positions_first { x.transpose(0, 1).contiguous() } else { x.contiguous() };
+            let strides = if positions_first { [features, rows * features] } else { [width * features, features] };
+            let (x, to_x) = (lies(&x.detach()), lies(&x.detach()).zeros_like());
+            let (most, counts) = (gradient.zeros_like(), gradient.zeros_like());
+            MAX_POOL.launch(shape, &[&x, &lengths, &most, &counts], &[features, strides[0], strides[1]]).unwrap();
+            assert_eq!(most, theirs);
+            let tensors = [&x, &lengths, &most, &counts, &gradient, &to_x];
+            MAX_POOL_GRADIENT.launch(shape, &tensors, &[width, features, strides[0], strides[1]]).unwrap();
+            let to_x = if positions_first { to_x.transpose(0, 1) } else { to_x };
+            assert!(to_x.allclose(&to_theirs, 1e-6, 1e-6, false));
         }
     }
 }

@@ -9,6 +9,7 @@ mod device;
 mod emulated;
 mod graph;
 mod kernels;
+mod lstm;
 mod optimizers;
 mod script;
 
@@ -26,7 +27,9 @@ use torch_sys::C_tensor;
 pub use autograd::{backward, with_gradients};
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
-pub use kernels::{Kernel, LaunchConfig, embedding, peak_device_memory};
+pub use kernels::{Kernel, LaunchConfig, max_pool, peak_device_memory};
+pub(crate) use kernels::{LISTED, Listed};
+pub use lstm::both_directions;
 pub use optimizers::{
     Adam, AdamLists, GradScale, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
 };
@@ -82,6 +85,14 @@ impl Number<'_> {
         match self {
             Number::Host(value) => Some(value),
             Number::Device(_) => None,
+        }
+    }
+
+    /// As a scalar of float32.
+    pub fn on(self, device: Device) -> Tensor {
+        match self {
+            Number::Host(value) => Tensor::full([], value, (Kind::Float, device)),
+            Number::Device(tensor) => tensor.shallow_clone(),
         }
     }
 

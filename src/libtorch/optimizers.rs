@@ -46,12 +46,13 @@ unsafe extern "C" {
     fn pt_clip(
         n: usize,
         gradients: List,
+        squares: *mut C_tensor,
         limit: f64,
         loss_scale: *mut C_tensor,
         norm: *mut *mut C_tensor,
         divisor: *mut *mut C_tensor,
     ) -> *mut c_char;
-    fn pt_norms(n: usize, gradients: List, m: usize, beside: List, out: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_norms(n: usize, gradients: List, out: *mut *mut C_tensor) -> *mut c_char;
     fn pt_divide(n: usize, gradients: List, divisor: *mut C_tensor) -> *mut c_char;
     fn pt_count(n: usize, counters: List, skip: *mut C_tensor, taken: *mut C_tensor) -> *mut c_char;
 }
@@ -177,11 +178,12 @@ pub fn fused_sgd(
     })
 }
 
-/// The common 2-norm of `gradients`, and what divides them so that it is at most `limit` (0: no limit), if anything: scalars on the
+/// The common 2-norm of `gradients`, whose squares add up to those of `squares` where they are known, and what divides them so that it is at most `limit` (0: no limit), if anything: scalars on the
 /// device, for which the host does not wait. With `loss_scale`, the gradients are that much too large: the norm is that of the right ones,
 /// and the divisor puts them right.
 pub fn clip_gradients(
     gradients: &[&Tensor],
+    squares: Option<&Tensor>,
     limit: f64,
     loss_scale: Option<&Tensor>,
 ) -> Result<(Tensor, Option<Tensor>)> {
@@ -189,19 +191,27 @@ pub fn clip_gradients(
     let (mut norm, mut divisor) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: the list is live; on success the shim hands over new tensors, the second of which may be none.
     unsafe {
-        checked(pt_clip(list.len(), list.as_ptr(), limit, or_null(loss_scale), &mut norm, &mut divisor))?;
+        checked(pt_clip(
+            list.len(),
+            list.as_ptr(),
+            or_null(squares),
+            limit,
+            or_null(loss_scale),
+            &mut norm,
+            &mut divisor,
+        ))?;
         let divisor = (!divisor.is_null()).then(|| Tensor::from_ptr(divisor));
         Ok((Tensor::from_ptr(norm), divisor))
     }
 }
 
-/// The 2-norm of each of `gradients`, and after them the scalars `beside`: `[n]`.
-pub fn norms_of(gradients: &[&Tensor], beside: &[&Tensor]) -> Result<Tensor> {
-    let (list, beside) = (handles(gradients), handles(beside));
+/// The 2-norm of each of `gradients`: `[n]`.
+pub fn norms_of(gradients: &[&Tensor]) -> Result<Tensor> {
+    let list = handles(gradients);
     let mut norms = std::ptr::null_mut();
-    // SAFETY: the lists are live; on success the shim hands over one new tensor.
+    // SAFETY: the list is live; on success the shim hands over one new tensor.
     unsafe {
-        checked(pt_norms(list.len(), list.as_ptr(), beside.len(), beside.as_ptr(), &mut norms))?;
+        checked(pt_norms(list.len(), list.as_ptr(), &mut norms))?;
         Ok(Tensor::from_ptr(norms))
     }
 }
@@ -228,13 +238,13 @@ mod tests {
     #[test]
     fn clipping_scales_to_the_limit_and_reports_the_norm() {
         let (a, b) = (Tensor::from_slice(&[3.0f32, 0.0]), Tensor::from_slice(&[4.0f32]));
-        let (norm, divisor) = clip_gradients(&[&a, &b], 1.0, None).unwrap();
+        let (norm, divisor) = clip_gradients(&[&a, &b], None, 1.0, None).unwrap();
         assert_eq!(norm.double_value(&[]), 5.0);
         divide_list(&[&a, &b], &divisor.unwrap()).unwrap();
         assert!((a.double_value(&[0]) - 0.6).abs() < 1e-6 && (b.double_value(&[0]) - 0.8).abs() < 1e-6);
-        let (_, none) = clip_gradients(&[&a, &b], 0.0, None).unwrap();
+        let (_, none) = clip_gradients(&[&a, &b], None, 0.0, None).unwrap();
         assert!(none.is_none(), "a limit of 0 leaves gradients alone");
-        let (norm, divisor) = clip_gradients(&[&a, &b], 0.1, Some(&Tensor::from(4f32))).unwrap();
+        let (norm, divisor) = clip_gradients(&[&a, &b], None, 0.1, Some(&Tensor::from(4f32))).unwrap();
         assert!(
             (norm.double_value(&[]) - 0.25).abs() < 1e-6 && (divisor.unwrap().double_value(&[]) - 10.0).abs() < 1e-4
         );

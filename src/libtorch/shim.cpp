@@ -11,7 +11,6 @@
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/_fused_sgd.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/stack.h>
@@ -32,12 +31,8 @@ std::optional<at::Tensor> optional(Handle tensor) {
   return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
 
-// The 2-norm of each tensor, then the numbers `beside`: [n + m].
-at::Tensor norms(const Handle* tensors, size_t n, const Handle* beside = nullptr, size_t m = 0) {
-  auto all = at::_foreach_norm(list(tensors, n), 2);
-  for (size_t i = 0; i < m; i++) all.push_back(*beside[i]);
-  return at::stack(all);
-}
+// The 2-norm of each tensor: [n].
+at::Tensor norms(const Handle* tensors, size_t n) { return at::stack(at::_foreach_norm(list(tensors, n), 2)); }
 
 class Listener : public c10::WarningHandler {
  public:
@@ -64,7 +59,7 @@ struct Known : torch::autograd::Function<Known> {
       torch::autograd::AutogradContext* context, const torch::autograd::variable_list& of_value) {
     auto gradients = context->get_saved_variables();
     torch::autograd::variable_list all{at::Tensor()};
-    for (auto& gradient : at::_foreach_mul(gradients, of_value[0])) all.push_back(gradient);
+    for (auto& gradient : gradients) all.push_back(gradient.mul(of_value[0]));
     all.resize(6);
     return all;
   }
@@ -109,11 +104,12 @@ char* pt_fused_sgd(
   });
 }
 
-// The common norm of the gradients, which are `loss_scale` times too large unless it is null, and what an optimizer has to divide
+// The common norm of the gradients, or what `squares` come to where it is not null, which are `loss_scale` times too large unless it is null, and what an optimizer has to divide
 // them by, so that their norm is at most `limit` (0: no limit); null for nothing.
-char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
+char* pt_clip(
+    size_t n, const Handle* gradients, Handle squares, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
   return guarded([&] {
-    auto total = at::linalg_vector_norm(norms(gradients, n), 2);
+    auto total = squares ? squares->sum(at::kDouble).sqrt().to(at::kFloat) : at::linalg_vector_norm(norms(gradients, n), 2);
     if (loss_scale) total = total.div(*loss_scale);
     *norm = new at::Tensor(total);
     *divisor = nullptr;
@@ -126,9 +122,8 @@ char* pt_clip(size_t n, const Handle* gradients, double limit, Handle loss_scale
   });
 }
 
-// The 2-norms of the gradients and, after them, the numbers `beside`: [n + m].
-char* pt_norms(size_t n, const Handle* gradients, size_t m, const Handle* beside, Handle* out) {
-  return guarded([&] { *out = new at::Tensor(norms(gradients, n, beside, m)); });
+char* pt_norms(size_t n, const Handle* gradients, Handle* out) {
+  return guarded([&] { *out = new at::Tensor(norms(gradients, n)); });
 }
 
 // gradients[i] /= divisor
@@ -136,19 +131,12 @@ char* pt_divide(size_t n, const Handle* gradients, Handle divisor) {
   return guarded([&] { at::_foreach_mul_(list(gradients, n), divisor->reciprocal()); });
 }
 
-// The gradients to `inputs` of sum over i of weights[i] . outputs[i], null where there is none. Those in 16 bits come as float32.
+// The gradients to `inputs` of sum over i of weights[i] . outputs[i], null where there is none.
 char* pt_backward(
     size_t n, const Handle* outputs, const Handle* weights, size_t m, const Handle* inputs, bool keep_graph, Handle* out) {
   return guarded([&] {
     auto gradients = torch::autograd::grad(
         list(outputs, n), list(inputs, m), list(weights, n), keep_graph, false, true);
-    std::vector<at::Tensor> halves, floats;
-    for (auto& gradient : gradients) {
-      if (!gradient.defined() || gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble) continue;
-      halves.push_back(gradient);
-      floats.push_back(gradient = at::empty_like(gradient, gradient.options().dtype(at::kFloat)));
-    }
-    if (!halves.empty()) at::_foreach_copy_(floats, halves);
     for (size_t i = 0; i < m; i++) out[i] = gradients[i].defined() ? new at::Tensor(gradients[i]) : nullptr;
   });
 }
@@ -211,9 +199,6 @@ char* pt_upload_into(Handle host, Handle out) {
     out->copy_(host->pin_memory(), true);
   });
 }
-
-// Whether what is computed now can have gradients.
-bool pt_grad_mode() { return c10::GradMode::is_enabled(); }
 
 // Makes a CUDA device this thread's own: recordings and generators are those of the current one. All that the thread asks of it
 // goes to one stream, which can be recorded, as the default one cannot; backward passes follow it. cuBLAS has a workspace a stream.

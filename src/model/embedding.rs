@@ -15,7 +15,7 @@ use super::dropout::{Masks, dropout};
 use super::parameters::Scope;
 use super::{Mode, Script, Site, Vocabulary};
 use crate::data::{Batch, VectorsConfig};
-use crate::libtorch::{bernoulli, embedding, upload};
+use crate::libtorch::{bernoulli, upload};
 use crate::onnx::{Attribute, Graph, Value};
 use crate::optim::Touched;
 
@@ -66,15 +66,15 @@ struct Table {
     parameter: Option<usize>,
 }
 
-/// The rows of the tables that a step reads, each once. Reading and training them alone costs what the step holds, not what
-/// the vocabulary does.
+/// The rows of the tables that a step reads. Reading and training them alone costs what the step holds, not what the vocabulary
+/// does.
 pub struct TableRows {
-    /// Padding, the unknown token, then the others, of the trained tables.
+    /// Padding, the unknown token, then the others, of the trained tables; where rows wait on the device every token, [T * B].
     pub touched: Touched,
-    /// These rows of each table [U, E], which take the gradient.
+    /// These rows of each table [U, E], or [T, B, E], which take the gradient.
     pub leaves: Vec<Tensor>,
-    /// Where each of `ids` stands in them, [V]; undefined for other tokens.
-    places: Tensor,
+    /// Where each of `ids` stands in them, `[V]`; undefined for other tokens. Without it they stand as the step reads them.
+    places: Option<Tensor>,
 }
 
 pub struct Embedding {
@@ -192,11 +192,6 @@ def forward(self, {inputs}) -> Tensor:
         self.learned.iter().chain(self.pretrained.iter().map(|table| &table.trained))
     }
 
-    /// The number of weights in tables that are trained.
-    pub fn n_weights(&self) -> usize {
-        self.tables().filter(|table| table.parameter.is_some()).map(|table| table.values.numel()).sum()
-    }
-
     /// What `token_ids` touch of the tables; they may hold one more than once.
     pub fn touched(&self, token_ids: &[i32]) -> Touched {
         // A tokenizer without padding has any token in its place, the unknown one among them.
@@ -207,8 +202,58 @@ def forward(self, {inputs}) -> Tensor:
         ids.dedup();
         ids.retain(|id| *id < self.n_trained && !special.contains(id));
         ids.splice(0..0, special);
-        let tables = self.tables().filter_map(|table| table.parameter).collect();
-        Touched { ids: upload(&ids, self.device), host: ids, tables }
+        Touched { ids: upload(&ids, self.device), host: ids, padding: self.still(), tables: self.trained_tables() }
+    }
+
+    /// The numbers of the tables that are trained among the parameters.
+    pub fn trained_tables(&self) -> Vec<usize> {
+        self.tables().filter_map(|table| table.parameter).collect()
+    }
+
+    /// The row that stays as it is, or -1.
+    fn still(&self) -> i64 {
+        if self.pads { self.padding } else { -1 }
+    }
+
+    /// What `token_ids` [B, T] touch of the tables, for a host that does not know them.
+    pub fn places(&self, token_ids: &Tensor, batch: &Batch) -> Touched {
+        // Time first, as cuDNN reads.
+        let ids = self.known(token_ids, batch).transpose(0, 1).contiguous();
+        Touched { ids: ids.flatten(0, 1), host: Vec::new(), padding: self.still(), tables: self.trained_tables() }
+    }
+
+    /// The rows at `places`, of a step of so many sentences.
+    pub fn rows_at(&self, places: Touched, n_sentences: i64) -> TableRows {
+        let leaf = |table: &Table| {
+            let rows = tch::no_grad(|| table.values.index_select(0, &places.ids));
+            rows.view([-1, n_sentences, rows.size()[1]]).set_requires_grad(true)
+        };
+        let leaves = self.tables().filter(|table| table.parameter.is_some()).map(leaf).collect();
+        TableRows { leaves, places: None, touched: places }
+    }
+
+    /// Whether tokens have vectors alone [B, T], if the set has such ones.
+    fn further(&self, token_ids: &Tensor, batch: &Batch) -> Option<Tensor> {
+        (batch.max_id >= self.n_trained).then(|| token_ids.ge(self.n_trained))
+    }
+
+    /// The rows of the trained tables that stand for `token_ids`.
+    fn known(&self, token_ids: &Tensor, batch: &Batch) -> Tensor {
+        match self.further(token_ids, batch) {
+            Some(further) => token_ids.masked_fill(&further, self.unknown),
+            None => token_ids.shallow_clone(),
+        }
+    }
+
+    /// `token_ids` [B, T], some of which are read as unknown.
+    pub fn drop_words(&self, token_ids: &Tensor, mode: Mode) -> Tensor {
+        match mode.draws(Site::WordDropout).filter(|_| self.config.word_dropout > 0.0) {
+            Some(draws) => {
+                let drawn = bernoulli(&token_ids.size(), self.config.word_dropout, draws, token_ids.device()).gt(0.5);
+                token_ids.masked_fill(&drawn, self.unknown)
+            }
+            None => token_ids.shallow_clone(),
+        }
     }
 
     /// Those rows as they are now.
@@ -218,23 +263,13 @@ def forward(self, {inputs}) -> Tensor:
         let _ = places.shallow_clone().index_copy_(0, ids, &Tensor::arange(ids.size()[0], (Kind::Int64, device)));
         let trained = self.tables().filter(|table| table.parameter.is_some());
         let leaf = |table: &Table| tch::no_grad(|| table.values.index_select(0, ids)).set_requires_grad(true);
-        TableRows { leaves: trained.map(leaf).collect(), places, touched }
+        TableRows { leaves: trained.map(leaf).collect(), places: Some(places), touched }
     }
 
     /// Ids [B, T] and, where words have characters, the batch's bytes [B, T, L] to [B, T, E].
-    pub fn forward(&self, token_ids: &Tensor, batch: &Batch, rows: Option<&TableRows>, mode: Mode) -> Tensor {
-        let mut ids = token_ids.shallow_clone();
-        if let Some(draws) = mode.draws(Site::WordDropout).filter(|_| self.config.word_dropout > 0.0) {
-            let drawn = bernoulli(&ids.size(), self.config.word_dropout, draws, ids.device()).gt(0.5);
-            ids = ids.masked_fill(&drawn, self.unknown);
-        }
-        let further = (batch.max_id >= self.n_trained).then(|| ids.ge(self.n_trained)); // [B, T]
-        let known = match &further {
-            Some(further) => ids.masked_fill(further, self.unknown),
-            None => ids.shallow_clone(),
-        };
-        let places = rows.map(|rows| rows.places.take(&known));
-        let still = |padding: i64| if self.pads { padding } else { -1 };
+    pub fn forward(&self, ids: &Tensor, batch: &Batch, rows: Option<&TableRows>, mode: Mode) -> Tensor {
+        let (further, known) = (self.further(ids, batch), self.known(ids, batch));
+        let places = rows.and_then(|rows| rows.places.as_ref()).map(|places| places.take(&known));
         let look_up = |table: &Table| {
             let leaf = rows.and_then(|rows| {
                 let at = rows.touched.tables.iter().position(|&index| Some(index) == table.parameter)?;
@@ -242,8 +277,9 @@ def forward(self, {inputs}) -> Tensor:
             });
             match (leaf, &places) {
                 // The first row is padding's.
-                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, still(0), false, false),
-                _ => embedding(&table.values, &known, still(self.padding)),
+                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, self.still().min(0), false, false),
+                (Some(leaf), None) => leaf.transpose(0, 1),
+                (None, _) => Tensor::embedding(&table.values, &known, self.still(), false, false),
             }
         };
         let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();
@@ -251,7 +287,7 @@ def forward(self, {inputs}) -> Tensor:
             let vectors = look_up(&table.trained);
             parts.push(match (&table.further, &further) {
                 (Some(rows), Some(further)) => {
-                    let rows = Tensor::embedding(rows, &(&ids - self.n_trained).clamp_min(0), -1, false, false);
+                    let rows = Tensor::embedding(rows, &(ids - self.n_trained).clamp_min(0), -1, false, false);
                     rows.where_self(&further.unsqueeze(-1), &vectors)
                 }
                 _ => vectors,
@@ -262,7 +298,7 @@ def forward(self, {inputs}) -> Tensor:
             let share = 1.0 - self.config.row_dropout;
             let n_types = if further.is_some() { batch.max_id + 1 } else { self.n_trained };
             let kept = bernoulli(&[1, n_types], share, draws, ids.device()) / share;
-            let kept = kept.take(&ids).unsqueeze(-1); // [B, T, 1]
+            let kept = kept.take(ids).unsqueeze(-1); // [B, T, 1]
             parts.iter_mut().for_each(|part| *part = &*part * &kept);
         }
         if let (Some(characters), Some(bytes)) = (&self.characters, &batch.bytes) {

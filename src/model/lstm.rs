@@ -2,19 +2,23 @@
 //!
 //! B rows, T positions, E inputs, H hidden, D directions.
 //!
-//! A layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run it, both directions side by side. (cuDNN's
-//! persistent kernels for H > 128 take one direction a call: on an H100 a float16 step of 64 x 30 tokens at H 256 took 1.48 ms
-//! with two of them one after the other, 1.39 ms without.) Where a batch has padding,
-//! the reverse direction reads each row turned round within its own length, which equals what packing computes.
+//! A layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run it, both directions side by side. Where
+//! cuDNN has a kernel for all of a sentence, a GPU has room for two of them: each direction is a call of its own, at the same time.
+//! Where a batch has padding, the reverse direction reads each row turned round within its own length, which equals what packing
+//! computes.
 
 use anyhow::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::parameters::Scope;
 use super::precision::{Halves, Precision};
 use super::{Mode, QuantizedCell, WeightDtype};
 use crate::data::Lengths;
+use crate::libtorch::both_directions;
 use crate::onnx::{Attribute, Element, Graph, Value};
+
+/// H for which cuDNN has kernels that take all of a sentence, backward too, as libtorch 2.11 chooses them.
+const LARGEST_IN_ONE_KERNEL: i64 = 128;
 
 /// The weights of one direction: weight_ih, weight_hh, bias_ih, bias_hh.
 type Direction = [Tensor; 4];
@@ -27,8 +31,10 @@ pub struct Lstm {
     suffix: String,
     /// The number of its first weight among the parameters; the others follow.
     first: usize,
-    /// Read in training, in the weights' place.
-    halves: Option<Halves>,
+    /// The memory that its weights lie in, on CUDA, a piece a call of cuDNN.
+    memory: Vec<Tensor>,
+    /// Read in training, in the weights' place; and theirs.
+    halves: Option<(Halves, Vec<Tensor>)>,
 }
 
 /// What the layers of one pass share: how rows turn round within their lengths.
@@ -63,8 +69,9 @@ impl Lstm {
         };
         let forward = direction("");
         let reverse = bidirectional.then(|| direction("_reverse"));
-        let lstm = Lstm { forward, reverse, hidden, suffix: format!("l{number}"), first, halves: None };
-        lstm.flatten(&lstm.weights());
+        let suffix = format!("l{number}");
+        let mut lstm = Lstm { forward, reverse, hidden, suffix, first, memory: Vec::new(), halves: None };
+        lstm.memory = lstm.flatten(&lstm.weights());
         lstm
     }
 
@@ -73,33 +80,43 @@ impl Lstm {
         self.forward.iter().chain(self.reverse.iter().flatten()).collect()
     }
 
-    /// Moves weights on CUDA into one piece of memory, in cuDNN's order: it would copy them there in each call.
-    fn flatten(&self, weights: &[&Tensor]) {
-        if weights[0].device() != tch::Device::Cpu {
-            let (inputs, both) = (weights[0].size()[1], self.reverse.is_some());
-            // 4 tensors a direction; 2 is an LSTM in cudnnRNNMode_t.
-            let moved =
-                || Tensor::internal_cudnn_rnn_flatten_weight(weights, 4, inputs, 2, self.hidden, 0, 1, true, both);
-            // The weights themselves are views of it from now on.
-            drop(tch::no_grad(moved));
+    /// Whether both directions go at the same time, each a call of its own. (On an H100 a step of 64 x 30 tokens at H 256 takes 1.87 ms
+    /// so, and 1.34 ms with both in one call.)
+    fn apart(&self, device: Device) -> bool {
+        device != Device::Cpu && self.reverse.is_some() && self.hidden <= LARGEST_IN_ONE_KERNEL
+    }
+
+    /// Moves weights on CUDA into one piece of memory a call, in cuDNN's order: it would copy them there each time.
+    fn flatten(&self, weights: &[&Tensor]) -> Vec<Tensor> {
+        let device = weights[0].device();
+        if device == Device::Cpu {
+            return Vec::new();
         }
+        let (inputs, n) = (weights[0].size()[1], if self.apart(device) { 4 } else { weights.len() });
+        let flatten = |call: &[&Tensor]| {
+            // 4 tensors a direction; 2 is an LSTM in cudnnRNNMode_t. The weights themselves are views of it from now on.
+            tch::no_grad(|| {
+                Tensor::internal_cudnn_rnn_flatten_weight(call, 4, inputs, 2, self.hidden, 0, 1, true, n == 8)
+            })
+        };
+        weights.chunks(n).map(flatten).collect()
     }
 
     /// Lets training compute in `precision`.
     pub fn set_precision(&mut self, precision: Precision) {
         self.halves = (precision != Precision::Float32).then(|| {
             let halves = Halves::of(&self.weights(), self.first, precision.kind());
-            self.flatten(&halves.copies.iter().collect::<Vec<_>>());
-            halves
+            let memory = self.flatten(&halves.copies.iter().collect::<Vec<_>>());
+            (halves, memory)
         });
     }
 
     pub fn halves(&self) -> Option<&Halves> {
-        self.halves.as_ref()
+        self.halves.as_ref().map(|(halves, _)| halves)
     }
 
     pub fn refresh_halves(&self) -> Result<()> {
-        self.halves.as_ref().map_or(Ok(()), |halves| halves.refresh(&self.weights()))
+        self.halves().map_or(Ok(()), |halves| halves.refresh(&self.weights()))
     }
 
     /// Features of a position in its output: D*H.
@@ -109,17 +126,31 @@ impl Lstm {
 
     /// [B, T, E] to [B, T, D*H]; what stands beyond a row's end has no meaning.
     pub fn forward(&self, input: &Tensor, turn: &Turn, mode: Mode) -> Tensor {
-        let (weights, kind) = match &self.halves {
-            Some(halves) if mode.training() => (halves.copies.iter().collect(), halves.copies[0].kind()),
-            _ => (self.weights(), input.kind()),
+        let (weights, memory) = match &self.halves {
+            Some((halves, memory)) if mode.training() => (halves.copies.iter().collect(), memory),
+            _ => (self.weights(), &self.memory),
         };
+        let kind = if mode.training() { weights[0].kind() } else { input.kind() };
         let x = input.to_kind(kind);
         let output = match (&turn.positions, weights.split_at(4)) {
-            (Some(turned), (forward, reverse)) if !reverse.is_empty() => {
+            (None, _) if !self.apart(x.device()) => self.run(&x, &weights, mode),
+            (_, (_, [])) => self.run(&x, &weights, mode),
+            (Some(turned), (forward, reverse)) if !self.apart(x.device()) => {
                 let backward = self.run(&reorder(&x, turned), reverse, mode);
                 Tensor::cat(&[self.run(&x, forward, mode), reorder(&backward, turned)], -1) // [B, T, 2*H]
             }
-            _ => self.run(&x, &weights, mode),
+            (turned, _) => {
+                let (memory, rows) = (memory.iter().collect::<Vec<_>>(), x.size()[0]);
+                // As cuDNN reads, positions first: place [t, b] is t * B + b.
+                let flat = |turned: &Tensor| {
+                    let row = Tensor::arange(rows, (Kind::Int64, turned.device()));
+                    (turned.transpose(0, 1) * rows + row).flatten(0, 1)
+                };
+                let places = turned.as_ref().map(flat);
+                both_directions(&x.transpose(0, 1), &weights, &memory, places.as_ref(), mode.training())
+                    .expect("invariant: the shapes are those of the layer")
+                    .transpose(0, 1) // [B, T, 2*H]
+            }
         };
         output.to_kind(input.kind())
     }

@@ -223,9 +223,9 @@ impl Model {
         &self.views[task.0].heads
     }
 
-    /// Numbers a token after the embedding, and weights of the tables that are trained.
-    pub fn embedding_size(&self) -> (i64, usize) {
-        (self.embedding.width(), self.embedding.n_weights())
+    /// Numbers a token after the embedding.
+    pub fn embedding_width(&self) -> i64 {
+        self.embedding.width()
     }
 
     /// Whether a batch needs the spelling of its words.
@@ -255,6 +255,12 @@ impl Model {
         self.trunk.refresh_halves()
     }
 
+    /// The 16-bit copies that training reads, by the number of their parameter.
+    pub fn halves(&self) -> Vec<(usize, &Tensor)> {
+        let halves = self.trunk.halves();
+        halves.flat_map(|own| own.copies.iter().enumerate().map(|(i, copy)| (own.first + i, copy))).collect()
+    }
+
     /// The rows of the embedding tables that `token_ids` need.
     pub fn touched(&self, token_ids: &[i32]) -> Touched {
         self.embedding.touched(token_ids)
@@ -265,13 +271,31 @@ impl Model {
         self.embedding.rows(touched)
     }
 
+    /// What `token_ids` [B, T] touch of the tables, for a host that does not know them; and these rows, which stand in for the
+    /// tables as a step reads them.
+    pub fn places(&self, token_ids: &Tensor, batch: &Batch) -> Touched {
+        self.embedding.places(token_ids, batch)
+    }
+
+    pub fn rows_at(&self, places: Touched, batch: &Batch) -> TableRows {
+        self.embedding.rows_at(places, batch.rows.len() as i64)
+    }
+
+    /// The numbers of the embedding's trained tables among the parameters.
+    pub fn trained_tables(&self) -> Vec<usize> {
+        self.embedding.trained_tables()
+    }
+
+    /// `token_ids` [B, T], some of which are read as unknown.
+    pub fn drop_words(&self, token_ids: &Tensor, mode: Mode) -> Tensor {
+        self.embedding.drop_words(token_ids, mode)
+    }
+
     /// What gradients are taken to: the parameters, or what training reads in their place, 16-bit copies and `rows` of tables.
     pub fn inputs<'a>(&'a self, rows: Option<&'a TableRows>) -> Vec<&'a Tensor> {
         let mut inputs = self.parameters.tensors();
-        for halves in self.trunk.halves() {
-            for (i, copy) in halves.copies.iter().enumerate() {
-                inputs[halves.first + i] = copy;
-            }
+        for (number, copy) in self.halves() {
+            inputs[number] = copy;
         }
         if let Some(rows) = rows {
             for (&table, leaf) in rows.touched.tables.iter().zip(&rows.leaves) {

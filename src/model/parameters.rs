@@ -166,8 +166,13 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// [..., inputs] to [..., outputs]; of [B, T, inputs] whose positions come first in memory, so do those of the output.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, Some(&self.bias))
+        let affine = |x: &Tensor| x.linear(&self.weight, Some(&self.bias));
+        match x.dim() == 3 && !x.is_contiguous() {
+            true => affine(&x.transpose(0, 1)).transpose(0, 1),
+            false => affine(x),
+        }
     }
 
     pub fn onnx(&self, graph: &mut Graph, x: &Value) -> Value {

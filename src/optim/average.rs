@@ -7,30 +7,20 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
-use crate::libtorch::{Kernel, LaunchConfig, Number, side_by_side, upload, workers};
-
-static KERNEL: Kernel = Kernel::new(include_str!("../libtorch/average.cu"), "average");
-
-/// Weights that a block of the kernel's threads works through.
-const BLOCK: usize = 4096;
+use crate::libtorch::{Number, side_by_side, workers};
 
 pub struct Average {
     decay: f64,
     /// The weights, and their averages.
     pairs: Vec<(String, Tensor, Tensor)>,
-    /// Where they lie, for the kernel, [blocks, 3]; uploaded before anything is recorded.
-    table: Option<Tensor>,
 }
 
 impl Average {
     pub fn new<'a>(decay: f64, parameters: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Self {
         let pair = |(name, tensor): (&str, &Tensor)| (name.to_owned(), tensor.detach(), tensor.detach().copy());
-        let pairs: Vec<_> = parameters.map(pair).collect();
-        let device = pairs.first().map_or(Device::Cpu, |(_, weight, _)| weight.device());
-        let table = (fits(&pairs) && KERNEL.serves(device)).then(|| table(&pairs, device));
-        Average { decay, pairs, table }
+        Average { decay, pairs: parameters.map(pair).collect() }
     }
 
     /// What the weights after step `number` (from 0) count: 1 - decay.
@@ -41,9 +31,6 @@ impl Average {
 
     /// Takes in the weights, which count `share`; but not those of `tables`, whose rows take part by themselves.
     pub(super) fn update(&mut self, share: Number, tables: &[usize]) -> Result<()> {
-        if let (Some(table), []) = (&self.table, tables) {
-            return by_kernel(table, share);
-        }
         let workers = workers();
         let lerp = |worker: usize| -> Result<()> {
             let own = self.pairs.iter().enumerate().filter(|(number, _)| !tables.contains(number));
@@ -66,7 +53,11 @@ impl Average {
         side_by_side(workers, &lerp).into_iter().collect()
     }
 
-    pub(super) fn of(&mut self, number: usize) -> &mut Tensor {
+    pub(super) fn of(&self, number: usize) -> &Tensor {
+        &self.pairs[number].2
+    }
+
+    pub(super) fn of_mut(&mut self, number: usize) -> &mut Tensor {
         &mut self.pairs[number].2
     }
 
@@ -97,61 +88,9 @@ impl Average {
     }
 }
 
-/// Whether the kernel can take them.
-fn fits(pairs: &[(String, Tensor, Tensor)]) -> bool {
-    let fits = |tensor: &Tensor| tensor.kind() == Kind::Float && tensor.is_contiguous();
-    pairs.iter().all(|(_, weight, average)| fits(weight) && fits(average))
-}
-
-/// The kernel's blocks: addresses of weights and of their averages, which never move, and how many there are.
-fn table(pairs: &[(String, Tensor, Tensor)], device: Device) -> Tensor {
-    let mut table = Vec::new();
-    for (_, weight, average) in pairs {
-        for start in (0..weight.numel()).step_by(BLOCK) {
-            let address = |tensor: &Tensor| (tensor.data_ptr() as usize + start * size_of::<f32>()) as i64;
-            table.extend([address(weight), address(average), BLOCK.min(weight.numel() - start) as i64]);
-        }
-    }
-    upload(&table, device).view([-1, 3])
-}
-
-fn by_kernel(table: &Tensor, share: Number) -> Result<()> {
-    let share = match share {
-        Number::Host(share) => Tensor::full([], share, (Kind::Float, table.device())),
-        Number::Device(share) => share.shallow_clone(),
-    };
-    let shape = LaunchConfig { grid: [table.size()[0] as usize, 1], block: [256, 1], shared: 0 };
-    KERNEL.launch(shape, &[table, &share], &[])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_kernel_computes_what_operators_do() {
-        tch::manual_seed(4);
-        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
-        // One number, a block and more, several; one number more than a block.
-        let sizes: [&[i64]; 4] = [&[], &[3, 1500], &[130, 100], &[BLOCK as i64 + 1]];
-        let weights: Vec<Tensor> = sizes.iter().map(|size| random(size)).collect();
-        let both = [0, 1].map(|_| Average::new(0.9, weights.iter().map(|weight| ("w", weight))));
-        let [ours, mut theirs] = both;
-        assert!(fits(&ours.pairs));
-        let table = table(&ours.pairs, Device::Cpu);
-        let on_device = Tensor::from(0.8f32);
-        for share in [Number::Host(0.2), Number::Host(0.5), Number::Device(&on_device)] {
-            for weight in &weights {
-                weight.shallow_clone().copy_(&random(&weight.size()));
-            }
-            by_kernel(&table, share).unwrap();
-            theirs.update(share, &[]).unwrap();
-            for ((_, _, a), (_, _, b)) in ours.pairs.iter().zip(&theirs.pairs) {
-                // The CPU's lerp rounds once where the product is added.
-                assert!(a.allclose(b, 1e-6, 1e-6, false), "{:?} at {share:?}", a.size());
-            }
-        }
-    }
 
     #[test]
     fn averages_follow_the_formula_swap_and_come_back() {

@@ -122,6 +122,19 @@ impl OptimizerConfig {
         Rates { keep: keep as f32, l2: l2 as f32, rule }
     }
 
+    /// The `Rule` of optimizer.cu: Adam or SGD, decoupled decay, both betas (SGD: momentum), epsilon, decay.
+    pub(super) fn rule(&self, decays: bool) -> [f64; 6] {
+        let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
+        match self {
+            OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => {
+                let decoupled = f64::from(u8::from(matches!(self, OptimizerConfig::Adamw(_))));
+                let (beta1, beta2) = config.betas;
+                [1.0, decoupled, beta1, beta2, config.epsilon, decay(config.weight_decay)]
+            }
+            OptimizerConfig::Sgd(config) => [0.0, 0.0, config.momentum, 0.0, 0.0, decay(config.weight_decay)],
+        }
+    }
+
     pub fn learning_rate(&self) -> f64 {
         match self {
             OptimizerConfig::Adamw(config) | OptimizerConfig::Adam(config) => config.learning_rate,

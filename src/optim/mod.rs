@@ -1,8 +1,12 @@
-//! Optimizers on libtorch's fused operators, with their state in the open so that a run resumes exactly; schedules.
+//! Optimizers on libtorch's fused operators, on a GPU on kernels of our own, with their state in the open so that a run resumes
+//! exactly; schedules.
 
 mod average;
 mod backlog;
 mod config;
+mod dense;
+mod device_backlog;
+mod on_device;
 mod scale;
 mod schedule;
 
@@ -14,6 +18,7 @@ use tch::{Kind, Tensor};
 pub use average::Average;
 use backlog::{Backlog, Numbers, Past};
 pub use config::{AdamConfig, OptimizerConfig, SgdConfig};
+use on_device::OnDevice;
 pub use scale::{LossScale, is_unsound};
 pub use schedule::{RangeConfig, ScheduleConfig};
 
@@ -41,9 +46,12 @@ struct Slot {
 
 /// Tables of which a step reads some rows alone.
 pub struct Touched {
-    /// `[U]`, each once; and the same on the host.
+    /// `[U]`, each once; where rows wait on the device `[N]`, as they stand in the step.
     pub ids: Tensor,
+    /// The same, where the host knows them.
     pub host: Vec<i64>,
+    /// The row that has no gradient; -1 is none.
+    pub padding: i64,
     /// Their numbers among the parameters.
     pub tables: Vec<usize>,
 }
@@ -123,6 +131,8 @@ impl Slot {
 pub struct Optimizer {
     config: OptimizerConfig,
     slots: Vec<Slot>,
+    /// Where kernels of our own do the work.
+    on_device: Option<OnDevice>,
 }
 
 impl Optimizer {
@@ -139,7 +149,7 @@ impl Optimizer {
             decays: config.decay_all() || !is_spared(name, parameter),
             backlog: None,
         };
-        Optimizer { config: config.clone(), slots: parameters.map(slot).collect() }
+        Optimizer { config: config.clone(), slots: parameters.map(slot).collect(), on_device: None }
     }
 
     pub fn lazy_rows(&self) -> bool {
@@ -148,9 +158,10 @@ impl Optimizer {
 
     /// Brings `rows` of their tables, or all of all tables, up to date with the steps since; and their `average`.
     pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Average>) -> Result<()> {
+        self.settle_on_device(average.as_deref())?;
         for (number, Slot { parameter, first, second, backlog, .. }) in self.slots.iter_mut().enumerate() {
             let Some(backlog) = backlog else { continue };
-            let average = average.as_mut().map(|average| average.of(number));
+            let average = average.as_mut().map(|average| average.of_mut(number));
             let numbers = Numbers::of(parameter, first, second, average)?;
             match rows {
                 Some(rows) => backlog.catch_up(&rows.host, numbers),
@@ -162,7 +173,7 @@ impl Optimizer {
 
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
     /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Gradients
-    /// are divided as `grad_scale` says, on CUDA in place, and where it says so nothing changes. Then the weights go into their
+    /// are divided as `grad_scale` says, by libtorch's operators in place, and where it says so nothing changes. Then the weights go into their
     /// average, in which they count the number beside it.
     pub fn step<'a>(
         &mut self,
@@ -173,6 +184,11 @@ impl Optimizer {
         mut average: Option<(&mut Average, Number)>,
     ) -> Result<()> {
         let (learning_rate, grad_scale) = (learning_rate.into(), grad_scale.into());
+        if let Some(on_device) = &self.on_device {
+            let share = average.as_ref().map(|(_, share)| *share);
+            let average = average.as_ref().map(|(average, _)| &**average);
+            return self.step_on_device(on_device, gradients, rows, (learning_rate, share), grad_scale, average);
+        }
         let waits = rows.filter(|_| !self.config.lazy_rows());
         let is_table = |rows: Option<&Touched>, number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));
         let mut pieces = Vec::new();
@@ -226,7 +242,7 @@ impl Optimizer {
             };
             let gradient = gradient.as_mut().map(floats).transpose()?;
             let backlog = backlog.get_or_insert_with(|| Backlog::new(parameter.size()[0] as usize));
-            let average = average.as_mut().map(|average| average.of(number));
+            let average = average.as_mut().map(|average| average.of_mut(number));
             backlog.step(now, &rows.host, gradient.as_deref(), Numbers::of(parameter, first, second, average)?);
         }
         Ok(())

@@ -37,6 +37,11 @@ impl LossScale {
         &self.scale
     }
 
+    /// S, the sound steps since it changed, and after how many of them it doubles.
+    pub fn parts(&mut self) -> (&Tensor, &Tensor, i64) {
+        (&self.scale, &self.steps, STEPS_TO_GROW)
+    }
+
     /// Whether the `norm` of a step's gradients is not finite, to which the scale is adapted.
     pub fn adapt(&mut self, norm: &Tensor) -> Result<Tensor> {
         let found = is_unsound(norm);

@@ -6,12 +6,14 @@
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use crate::libtorch::{GradScale, Kernel, LaunchConfig, clip_gradients, norms_of};
+use crate::libtorch::{GradScale, Kernel, LISTED, LaunchConfig, Listed, clip_gradients};
 use crate::optim::{LossScale, is_unsound};
 
-/// The gradients and the losses of a step, float32; `limit` 0 is none.
+/// The gradients of a step, and its losses in float32; `limit` 0 is none.
 pub struct Clip<'a> {
     pub gradients: &'a [&'a Tensor],
+    /// Parts of their squares `[n]`, where kernels have them; otherwise gradients are float32.
+    pub squares: Option<&'a Tensor>,
     pub losses: &'a [&'a Tensor],
     pub limit: f64,
     /// 1 since a loss or a gradient was not finite: it is brought up to date.
@@ -39,33 +41,52 @@ impl Clipped {
 impl Clip<'_> {
     /// With `loss_scale` the gradients are that much too large, and so are `norms`, which are put right with them.
     pub fn apply(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {
-        let floats = || self.gradients.iter().chain(self.losses).all(|x| x.kind() == Kind::Float);
-        let fits = loss_scale.is_none() && !self.gradients.is_empty() && floats();
-        match fits && KERNEL.serves(self.halted.device()) {
-            true => self.by_kernel(),
-            false => self.by_operators(loss_scale, norms),
+        let fits = self.losses.len() <= LISTED && self.losses.iter().all(|loss| loss.kind() == Kind::Float);
+        match self.squares.filter(|_| fits && KERNEL.serves(self.halted.device())) {
+            Some(squares) => self.by_kernel(squares, loss_scale, norms),
+            None => self.by_operators(loss_scale, norms),
         }
     }
 
-    fn by_kernel(&self) -> Result<Clipped> {
-        let given = norms_of(self.gradients, self.losses)?;
-        let (n, n_losses) = (self.gradients.len() as i64, self.losses.len() as i64);
-        let new = |size: i64| Tensor::empty([size], (Kind::Float, given.device()));
-        let (values, grad_scale, threads) = (new(n_losses + 1), new(3), 32);
-        KERNEL.launch(
+    fn by_kernel(
+        &self,
+        squares: &Tensor,
+        loss_scale: Option<&mut LossScale>,
+        norms: &mut Option<Tensor>,
+    ) -> Result<Clipped> {
+        let (n, n_losses) = (squares.numel() as i64, self.losses.len() as i64);
+        let new = |size: i64| Tensor::empty([size], (Kind::Float, squares.device()));
+        let (values, grad_scale, threads) = (new(n_losses + 1), new(4), 256);
+        let scaled = loss_scale.is_some();
+        if let Some(scale) = &loss_scale {
+            *norms = norms.take().map(|norms| norms / scale.value());
+        }
+        // Without a scale nobody reads what stands in its place.
+        let (scale, sound, to_grow) = loss_scale.map_or((squares, squares, 0), |scale| scale.parts());
+        KERNEL.launch_with(
             LaunchConfig { grid: [1, 1], block: [threads, 1], shared: threads * size_of::<f64>() },
-            &[&given, self.halted, &values, &grad_scale],
-            &[n, n_losses, i64::from((self.limit as f32).to_bits() as i32)],
+            &[squares, self.halted, &values, &grad_scale, scale, sound],
+            &[n, n_losses, i64::from((self.limit as f32).to_bits() as i32), to_grow],
+            Some(&Listed::of(self.losses)?),
         )?;
-        let divisor = (self.limit > 0.0).then(|| grad_scale.get(0));
-        Ok(Clipped { values, divisor, skip: grad_scale.get(1), taken: Some(grad_scale.get(2)) })
+        if scaled {
+            *norms = norms.take().map(|norms| norms.masked_fill(&grad_scale.get(3).gt(0.0), f64::NAN));
+        }
+        Ok(Clipped {
+            values,
+            divisor: Some(grad_scale.get(0)),
+            skip: grad_scale.get(1),
+            taken: Some(grad_scale.get(2)),
+        })
     }
 
     fn by_operators(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {
         let (mut norm, divisor) = match self.gradients.is_empty() {
             // All that the step has labels for is frozen.
             true => (Tensor::zeros([], (Kind::Float, self.halted.device())), None),
-            false => clip_gradients(self.gradients, self.limit, loss_scale.as_deref().map(LossScale::value))?,
+            false => {
+                clip_gradients(self.gradients, self.squares, self.limit, loss_scale.as_deref().map(LossScale::value))?
+            }
         };
         let overflow = match loss_scale {
             Some(scale) => {
@@ -88,21 +109,38 @@ impl Clip<'_> {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     fn check(gradients: &[f32], losses: &[f32], limit: f64, halted: f32) {
+        for scaled in [false, true] {
+            check_scaled(gradients, losses, limit, halted, scaled);
+        }
+    }
+
+    fn check_scaled(gradients: &[f32], losses: &[f32], limit: f64, halted: f32, scaled: bool) {
         let scalars = |values: &[f32]| values.iter().map(|&value| Tensor::from(value)).collect::<Vec<_>>();
         let gradients: Vec<Tensor> = scalars(gradients).iter().map(|g| g.expand([9], false).contiguous()).collect();
         let (gradients, losses) = (gradients.iter().collect::<Vec<_>>(), scalars(losses));
         let losses: Vec<&Tensor> = losses.iter().collect();
         let [ours, theirs] = [true, false].map(|by_kernel| {
             let halted = Tensor::from(halted);
-            let clip = Clip { gradients: &gradients, losses: &losses, limit, halted: &halted };
-            let clipped = if by_kernel { clip.by_kernel() } else { clip.by_operators(None, &mut None) }.unwrap();
+            let squares = Tensor::stack(&gradients.iter().map(|g| g.square().sum(Kind::Float)).collect::<Vec<_>>(), 0);
+            let clip = Clip { gradients: &gradients, squares: None, losses: &losses, limit, halted: &halted };
+            let mut scale = scaled.then(|| LossScale::new(Device::Cpu));
+            let mut norms = Some(Tensor::from_slice(&[2.0f64, f64::NAN]));
+            let (by, of) = (scale.as_mut(), &mut norms);
+            let clipped = if by_kernel { clip.by_kernel(&squares, by, of) } else { clip.by_operators(by, of) }.unwrap();
             assert!(clipped.taken.as_ref().is_none_or(|taken| *taken == 1.0 - &clipped.skip));
-            let divisor = clipped.divisor.as_ref().map_or(f64::NAN, |divisor| divisor.double_value(&[]));
+            // Nobody divides what is left out.
+            let divisor = clipped.divisor.as_ref().filter(|_| clipped.skip == Tensor::from(0f32));
+            let divisor = divisor.map_or(1.0, |divisor| divisor.double_value(&[]));
             let mut all = Vec::<f64>::try_from(clipped.values.to_kind(Kind::Double)).unwrap();
             all.extend([divisor, clipped.skip.double_value(&[]), halted.double_value(&[])]);
+            all.extend(Vec::<f64>::try_from(norms.unwrap()).unwrap());
+            let state = scale.iter().flat_map(LossScale::state).map(|(_, number)| number.double_value(&[]));
+            all.extend(state.collect::<Vec<_>>());
             all
         });
         let near =

@@ -10,7 +10,7 @@ use super::{Step, Trainer};
 use crate::data::Batch;
 use crate::libtorch::{Draws, Number, divide_list, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows, is_part};
-use crate::optim::LossScale;
+use crate::optim::{LossScale, Touched};
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
 
@@ -45,6 +45,9 @@ pub(super) struct Computed {
 impl Computed {
     /// The losses, `[T]` float64, 0 for absent tasks.
     pub fn losses(&self, present: &[bool]) -> Tensor {
+        if present.iter().all(|&present| present) {
+            return self.values.narrow(0, 0, present.len() as i64).to_kind(Kind::Double);
+        }
         let mut all = self.values.unbind(0).into_iter();
         let losses = present.iter().map(|&present| present.then(|| all.next()).flatten()).collect::<Vec<_>>();
         as_vector(&losses, self.values.device())
@@ -70,21 +73,27 @@ impl Trainer<'_> {
         inputs: &Inputs,
     ) -> Result<Computed> {
         let device = self.model.parameters.device();
-        self.model.refresh()?;
+        // What is recorded follows a step that was computed, and whoever keeps copies up to date does so from then on.
+        if !self.graphs.recording() || !self.optimizer.keeps_halves() {
+            self.model.refresh()?;
+        }
         let known: Option<Vec<Option<Tensor>>> = match inputs.wants {
             // A further pass without gradients: the step's losses are known only after its last batch.
             Wants::Losses if batches.len() > 1 => {
-                let all = (0..batches.len()).flat_map(|i| {
+                let mut all = (0..batches.len()).flat_map(|i| {
                     let parts = batches[i].as_ref();
-                    let losses = |part: usize| tch::no_grad(|| self.forward(step, i, &parts[part], inputs).1);
+                    let losses = |part: usize| tch::no_grad(|| self.forward(step, i, &parts[part], inputs));
                     side_by_side(parts.len(), &losses)
                 });
-                all.fold(None, add_losses)
+                all.try_fold(None, |sum, pass| Ok::<_, anyhow::Error>(add_losses(sum, pass?.losses)))?
             }
             _ => None,
         };
         let reference = reference(inputs.wants);
-        let backward = Backward { model: self.model, tasks: self.tasks, reference, rows: inputs.rows };
+        let halves = self.optimizer.keeps_halves() && batches.len() == 1;
+        let backward = Backward { model: self.model, tasks: self.tasks, reference, halves };
+        // Where rows of tables wait on the device, a step has one batch of one part.
+        let mut read: Option<TableRows> = None;
         let mut gradients = Gradients::default();
         let mut losses = None;
         // The tasks' gradients at the last layer, where they are compared: [T, n].
@@ -92,15 +101,15 @@ impl Trainer<'_> {
         let mut weights = inputs.weights.map(Tensor::shallow_clone);
         for (i, parts) in batches.iter().map(AsRef::as_ref).enumerate() {
             let forward = |part: usize| self.forward(step, i, &parts[part], inputs);
-            let passes = side_by_side(parts.len(), &forward);
-            let here = passes.iter().fold(None, |sum, (_, part)| add_losses(sum, copies(part))).unwrap_or_default();
+            let mut passes = side_by_side(parts.len(), &forward).into_iter().collect::<Result<Vec<_>>>()?;
+            let here = passes.iter().fold(None, |sum, pass| add_losses(sum, copies(&pass.losses))).unwrap_or_default();
             self.laps.end(Part::Forward);
             let weights = weights.get_or_insert_with(|| {
                 let losses = known.as_ref().unwrap_or(&here);
                 self.weighting.weights(step.number, inputs.present, Some(&as_vector(losses, device)))
             });
             if inputs.diagnose {
-                let of_part = |part: usize| at_last_layer(self.model, &passes[part].1);
+                let of_part = |part: usize| at_last_layer(self.model, &passes[part].losses);
                 for own in side_by_side(parts.len(), &of_part) {
                     let own = own?.to_kind(Kind::Double);
                     by_task = Some(by_task.map_or_else(|| own.shallow_clone(), |sum| sum + &own));
@@ -108,20 +117,23 @@ impl Trainer<'_> {
             }
             self.laps.end(Part::Weighting);
             let pass = |part: usize| {
-                let (shared, losses) = &passes[part];
+                let Pass { shared, losses, rows } = &passes[part];
                 let scale = self.loss_scale.as_ref().map(LossScale::value);
-                backward.pass(shared, Weighted { losses, weights, scale })
+                backward.pass(shared, rows.as_ref().or(inputs.rows), Weighted { losses, weights, scale })
             };
             for own in side_by_side(parts.len(), &pass) {
                 gradients.merge(own?)?;
             }
+            read = passes.iter_mut().find_map(|pass| pass.rows.take());
             losses = add_losses(losses, here);
             self.laps.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
         self.freeze(step.number, &mut gradients.sum);
-        let mut norms = reference.map(|reference| gradients.norms(reference, device));
-        let values = self.update(&gradients.sum, &losses, &mut norms, inputs)?;
+        let mut norms = reference.map(|_| gradients.norms(device));
+        let rows = read.as_ref().or(inputs.rows).map(|rows| &rows.touched);
+        let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
+        let values = self.update((&gradients.sum, rows), squares.as_ref(), &losses, &mut norms, inputs)?;
         self.laps.end(Part::Update);
         let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));
         Ok(Computed { values, weights, norms, gram: by_task.map(|own| own.matmul(&own.tr())) })
@@ -131,7 +143,8 @@ impl Trainer<'_> {
     /// then the gradient's norm before clipping.
     fn update(
         &mut self,
-        gradients: &[Tensor],
+        (gradients, rows): (&[Tensor], Option<&Touched>),
+        squares: Option<&Tensor>,
         losses: &[Option<Tensor>],
         norms: &mut Option<Tensor>,
         inputs: &Inputs,
@@ -140,6 +153,7 @@ impl Trainer<'_> {
         let defined: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
         let clip = Clip {
             gradients: &defined,
+            squares,
             losses: &losses.iter().flatten().collect::<Vec<_>>(),
             limit: self.config.clip_norm,
             halted: &self.halted,
@@ -149,7 +163,6 @@ impl Trainer<'_> {
         if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu) {
             divide_list(&defined, &divisor)?;
         }
-        let rows = inputs.rows.map(|rows| &rows.touched);
         let average = self.average.as_mut().map(|average| (average, inputs.share));
         self.optimizer.step(gradients, rows, inputs.learning_rate, clipped.grad_scale(), average)?;
         Ok(clipped.values)
@@ -185,7 +198,7 @@ impl Trainer<'_> {
     }
 
     /// The losses of a part of batch `i` of a step: its share of the means over the step's labels.
-    fn forward(&self, step: &Step, i: usize, batch: &Batch, inputs: &Inputs) -> (Shared, Vec<Option<Tensor>>) {
+    fn forward(&self, step: &Step, i: usize, batch: &Batch, inputs: &Inputs) -> Result<Pass> {
         let seed = self.dropout_seed(step, i);
         if batch.token_ids.device() != Device::Cpu && !self.graphs.recording() {
             tch::manual_seed(seed as i64);
@@ -195,7 +208,16 @@ impl Trainer<'_> {
             (Some(unknown), Some(draws)) => unknown.replace(&batch.token_ids, draws),
             _ => batch.token_ids.shallow_clone(),
         };
-        let shared = self.model.encode(batch, &token_ids, inputs.rows, mode);
+        let token_ids = self.model.drop_words(&token_ids, mode);
+        let rows = match self.optimizer.waits_on_device() {
+            true => {
+                let places = self.model.places(&token_ids, batch);
+                self.optimizer.read(&places, self.average.as_ref())?;
+                Some(self.model.rows_at(places, batch))
+            }
+            false => None,
+        };
+        let shared = self.model.encode(batch, &token_ids, rows.as_ref().or(inputs.rows), mode);
         let mut losses = self.model.losses(&shared, batch, mode);
         for ((loss, targets), &all) in losses.iter_mut().zip(&batch.targets).zip(inputs.n_decisions) {
             let n = targets.as_ref().map_or(0, |targets| targets.n_decisions);
@@ -203,8 +225,16 @@ impl Trainer<'_> {
                 *loss = loss.take().map(|loss| loss * (n as f64 / all as f64));
             }
         }
-        (shared, losses)
+        Ok(Pass { shared, losses, rows })
     }
+}
+
+/// A part of a batch, forward.
+struct Pass {
+    shared: Shared,
+    losses: Vec<Option<Tensor>>,
+    /// The rows of the tables that it reads, where they wait on the device.
+    rows: Option<TableRows>,
 }
 
 fn reference(wants: Wants) -> Option<Reference> {

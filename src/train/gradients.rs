@@ -5,7 +5,8 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::{add_lists, backward, norms_of};
+use super::taps::squared_norms;
+use crate::libtorch::{add_lists, backward, copy_lists};
 use crate::model::{Model, Shared, TableRows};
 use crate::task::Task;
 use crate::weighting::Reference;
@@ -17,7 +18,8 @@ pub struct Backward<'a> {
     pub tasks: &'a [Task],
     /// Where each task's own gradient is measured, if anywhere.
     pub reference: Option<Reference>,
-    pub rows: Option<&'a TableRows>,
+    /// Whether gradients to what is in 16 bits stay so, where one pass takes them all; else they become float32.
+    pub halves: bool,
 }
 
 /// The gradient of a part of a batch, of a batch or of a step.
@@ -25,8 +27,9 @@ pub struct Backward<'a> {
 pub struct Gradients {
     /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`TableRows`].
     pub sum: Vec<Tensor>,
-    /// By task: what its norm is taken of, unweighted. Squares of norms at the representation, or gradients of the last
-    /// layer's weights.
+    /// At the representation: squares of the norms of the tasks' unweighted gradients, `[T]` float64.
+    squares: Option<Tensor>,
+    /// At the last layer: by task, its unweighted gradients to that layer's weights.
     own: Vec<Vec<Tensor>>,
 }
 
@@ -68,21 +71,27 @@ impl Backward<'_> {
     ///
     /// # Errors
     /// A task whose loss does not depend on the reference of its norm.
-    pub fn pass(&self, shared: &Shared, losses: Weighted) -> Result<Gradients> {
+    pub fn pass(&self, shared: &Shared, rows: Option<&TableRows>, losses: Weighted) -> Result<Gradients> {
         let mut own: Vec<Vec<Tensor>> = self.tasks.iter().map(|_| Vec::new()).collect();
-        let sum = match self.reference {
-            Some(Reference::LastLayer) => self.by_task(shared, losses, &mut own)?,
-            _ => self.at_once(shared, losses, &mut own)?,
+        let mut squares = None;
+        let inputs = self.model.inputs(rows);
+        let mut sum = match self.reference {
+            Some(Reference::LastLayer) => self.by_task(shared, &inputs, losses, &mut own)?,
+            _ => self.at_once(shared, inputs, losses, &mut squares)?,
         };
-        Ok(Gradients { sum, own })
+        if !self.halves || self.reference == Some(Reference::LastLayer) {
+            widen(&mut sum)?;
+        }
+        Ok(Gradients { sum, squares, own })
     }
 
     /// One backward pass. The norms at the representation are read in passing, at the taps.
-    fn at_once(
+    fn at_once<'a>(
         &self,
-        shared: &Shared,
+        shared: &'a Shared,
+        mut inputs: Vec<&'a Tensor>,
         Weighted { losses, weights, scale }: Weighted,
-        squared_norms: &mut [Vec<Tensor>],
+        squares: &mut Option<Tensor>,
     ) -> Result<Vec<Tensor>> {
         let scaled = scale.map(|scale| weights * scale);
         let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) =
@@ -90,7 +99,6 @@ impl Backward<'_> {
         if outputs.is_empty() {
             return Ok(Vec::new());
         }
-        let mut inputs = self.model.inputs(self.rows);
         let n = inputs.len();
         let tapped: Vec<usize> = match self.reference {
             Some(_) => (0..losses.len()).filter(|&task| losses[task].is_some()).collect(),
@@ -102,20 +110,13 @@ impl Backward<'_> {
         if at_taps.is_empty() {
             return Ok(gradients);
         }
-        let mut starts = vec![0];
+        let mut tasks = Vec::new();
         for &task in &tapped {
-            let start = starts[starts.len() - 1];
-            self.ensure_path(task, &at_taps[start])?;
-            starts.push(start + shared.taps[task].len());
+            self.ensure_path(task, &at_taps[tasks.len()])?;
+            tasks.extend(shared.taps[task].iter().map(|_| task));
         }
-        let squares = norms_of(&at_taps.iter().collect::<Vec<_>>(), &[])?.to_kind(Kind::Double).square();
         // The taps have the gradient of w_i L_i.
-        let by = weights.square();
-        for (range, &task) in starts.windows(2).zip(&tapped) {
-            let own = squares.narrow(0, range[0] as i64, (range[1] - range[0]) as i64);
-            let own = if range[1] - range[0] == 1 { own.get(0) } else { own.sum(Kind::Double) };
-            squared_norms[task].push(own / by.get(task as i64));
-        }
+        *squares = Some(squared_norms(&at_taps, &tasks, weights)?);
         Ok(gradients)
     }
 
@@ -124,10 +125,11 @@ impl Backward<'_> {
     fn by_task(
         &self,
         shared: &Shared,
+        parameters: &[&Tensor],
         Weighted { losses, weights, scale }: Weighted,
         by_weights: &mut [Vec<Tensor>],
     ) -> Result<Vec<Tensor>> {
-        let (parameters, range) = (self.model.inputs(self.rows), self.model.last_layer.clone());
+        let range = self.model.last_layer.clone();
         let (below, above) = parameters.split_at(range.start);
         let mut inputs = above.to_vec();
         // Vectors that are not tuned lead nowhere.
@@ -139,7 +141,8 @@ impl Backward<'_> {
         let mut sum: Vec<Tensor> = Vec::new();
         for (task, loss) in losses.iter().enumerate() {
             let Some(loss) = loss else { continue };
-            let own = backward(&[loss], &[&one], &inputs, Some(task) != last)?;
+            let mut own = backward(&[loss], &[&one], &inputs, Some(task) != last)?;
+            widen(&mut own)?;
             self.ensure_path(task, &own[0])?;
             let weight = weights.get(task as i64);
             let weighted = own.iter().map(|g| if g.defined() { g * &weight } else { g.shallow_clone() }).collect();
@@ -174,21 +177,38 @@ impl Gradients {
         for (own, more) in self.own.iter_mut().zip(other.own) {
             accumulate(own, more)?;
         }
+        self.squares = match (self.squares.take(), other.squares) {
+            (Some(squares), Some(more)) => Some(squares + more),
+            (squares, more) => squares.or(more),
+        };
         accumulate(&mut self.sum, other.sum)
     }
 
     /// 2-norms of the tasks' unweighted gradients at the reference that they were taken with, `[T]` float64, 0 for absent tasks.
-    pub fn norms(&self, reference: Reference, device: Device) -> Tensor {
-        let square = |own: &Vec<Tensor>| match (own.is_empty(), reference) {
-            (true, _) => Tensor::zeros([], (Kind::Double, device)),
-            (_, Reference::Representation) => own[0].shallow_clone(),
-            (_, Reference::LastLayer) => {
-                let squares = own.iter().map(|g| g.norm().to_kind(Kind::Double).square());
-                squares.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (Kind::Double, device)))
-            }
+    pub fn norms(&self, device: Device) -> Tensor {
+        if let Some(squares) = &self.squares {
+            return squares.sqrt();
+        }
+        let square = |own: &Vec<Tensor>| {
+            let squares = own.iter().map(|g| g.norm().to_kind(Kind::Double).square());
+            squares.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (Kind::Double, device)))
         };
         Tensor::stack(&self.own.iter().map(square).collect::<Vec<_>>(), 0).sqrt()
     }
+}
+
+/// Makes gradients in 16 bits float32.
+fn widen(gradients: &mut [Tensor]) -> Result<()> {
+    let narrow: Vec<&mut Tensor> =
+        gradients.iter_mut().filter(|g| g.defined() && matches!(g.kind(), Kind::Half | Kind::BFloat16)).collect();
+    let floats: Vec<Tensor> =
+        narrow.iter().map(|gradient| Tensor::empty(gradient.size(), (Kind::Float, gradient.device()))).collect();
+    if floats.is_empty() {
+        return Ok(());
+    }
+    copy_lists(&floats.iter().collect::<Vec<_>>(), &narrow.iter().map(|gradient| &**gradient).collect::<Vec<_>>())?;
+    narrow.into_iter().zip(floats).for_each(|(gradient, float)| *gradient = float);
+    Ok(())
 }
 
 /// The gradients of the tasks' losses at the last layer's weights, one after the other, 0 for absent tasks: [T, n]. The graph

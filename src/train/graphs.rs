@@ -25,10 +25,7 @@ pub struct Graphs {
     steps: HashMap<Vec<i64>, Option<Recorded>>,
     pool: GraphPool,
     recording: bool,
-    /// What changes from step to step, on the device: the learning rate, what new weights count in their average, and the
-    /// weights of the losses `[T]`.
-    learning_rate: Tensor,
-    share: Tensor,
+    /// The weights of the losses on the device, `[T]`.
     weights: Tensor,
 }
 
@@ -42,7 +39,7 @@ enum How {
 
 struct Recorded {
     graph: Option<CudaGraph>,
-    /// What the device is told of a batch.
+    /// What the device is told of a step: a batch, then [`rates`].
     numbers: Tensor,
     computed: Option<Computed>,
 }
@@ -50,14 +47,11 @@ struct Recorded {
 impl Graphs {
     /// For `n_tasks` tasks; off where `on` is false or there is no CUDA.
     pub fn new(on: bool, n_tasks: usize, device: Device) -> Self {
-        let number = || Tensor::zeros([], (Kind::Float, device));
         Graphs {
             how: if on && device != Device::Cpu { How::Replayed } else { How::Off },
             steps: HashMap::new(),
             pool: GraphPool::default(),
             recording: false,
-            learning_rate: number(),
-            share: number(),
             weights: Tensor::ones([n_tasks as i64], (Kind::Float, device)),
         }
     }
@@ -118,15 +112,8 @@ impl Trainer<'_> {
         if let Some(weights) = inputs.weights {
             self.graphs.weights.f_copy_(weights)?;
         }
-        for (slot, number) in
-            [(&mut self.graphs.learning_rate, inputs.learning_rate), (&mut self.graphs.share, inputs.share)]
-        {
-            if let Number::Host(value) = number {
-                let _ = slot.f_fill_(value)?;
-            }
-        }
         tch::manual_seed(self.dropout_seed(step, 0) as i64);
-        upload_into(&self.train.numbers(plan), &recorded.numbers)?;
+        upload_into(&self.numbers(plan, inputs), &recorded.numbers)?;
         let again = match &recorded.graph {
             Some(graph) => {
                 graph.replay().map(|()| recorded.computed.as_ref().map(|computed| computed.copy(inputs.weights)))
@@ -155,7 +142,7 @@ impl Trainer<'_> {
     }
 
     fn record(&mut self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Result<Recorded> {
-        let numbers = upload(&self.train.numbers(plan), self.model.parameters.device());
+        let numbers = upload(&self.numbers(plan, inputs), self.model.parameters.device());
         if let How::Computed = self.graphs.how {
             return Ok(Recorded { graph: None, numbers, computed: None });
         }
@@ -170,10 +157,18 @@ impl Trainer<'_> {
         Ok(Recorded { graph: Some(graph), numbers, computed: Some(computed) })
     }
 
+    /// What the device is told of a step.
+    fn numbers(&self, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
+        let mut numbers = self.train.numbers(plan);
+        numbers.push(rates(inputs));
+        numbers
+    }
+
     /// A step from what graphs read.
     fn compute_kept(&mut self, step: &Step, plan: &BatchPlan, numbers: &Tensor, inputs: &Inputs) -> Result<Computed> {
         let weights = self.graphs.weights.shallow_clone();
-        let (rate, share) = (self.graphs.learning_rate.shallow_clone(), self.graphs.share.shallow_clone());
+        let both = numbers.narrow(0, numbers.size()[0] - 1, 1).view_dtype(Kind::Float);
+        let (rate, share) = (both.get(0), both.get(1));
         let kept = Inputs {
             weights: inputs.weights.map(|_| &weights),
             learning_rate: Number::Device(&rate),
@@ -183,4 +178,11 @@ impl Trainer<'_> {
         let batch = self.train.gather(plan, numbers);
         self.compute(step, &[[batch]], &kept)
     }
+}
+
+/// The learning rate, and what new weights count in their average, float32 one after the other in memory.
+fn rates(inputs: &Inputs) -> i64 {
+    let bytes = |number: Number| (number.on_host().unwrap_or_default() as f32).to_ne_bytes();
+    let (rate, share) = (bytes(inputs.learning_rate), bytes(inputs.share));
+    i64::from_ne_bytes([rate[0], rate[1], rate[2], rate[3], share[0], share[1], share[2], share[3]])
 }

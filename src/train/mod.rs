@@ -8,6 +8,7 @@ pub mod graphs;
 pub mod laps;
 mod state;
 mod step;
+mod taps;
 mod unknown;
 
 use std::path::Path;

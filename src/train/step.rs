@@ -81,6 +81,8 @@ impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         self.laps.start();
+        self.optimizer.begin(self.average.as_ref())?;
+        self.laps.end(Part::Update);
         let plans: Vec<Vec<BatchPlan>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
         let parts = || plans.iter().flatten();
         let decisions = |task: usize| -> i64 { parts().map(|part| part.n_decisions(TaskId(task))).sum() };
@@ -135,8 +137,8 @@ impl Trainer<'_> {
         Ok(parts().map(BatchPlan::n_tokens).sum())
     }
 
-    /// Whether tables are read and trained by the rows of a step. On CUDA whole tables cost less than a host that waits to know
-    /// the rows, and a recorded step has no lists of changing length.
+    /// Whether the host tells which rows of tables a step reads. On CUDA the device finds them, but for `lazy_rows`: a recorded step has
+    /// no lists of changing length.
     fn reads_rows(&self) -> bool {
         let on_cpu = self.model.parameters.device() == Device::Cpu && !self.graphs.on();
         on_cpu || self.optimizer.lazy_rows()

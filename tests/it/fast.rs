@@ -54,19 +54,34 @@ fn workers_share_a_batch_and_change_nothing_but_rounding() {
     }
 }
 
-fn gradients(model: &Model, s: &Setting, rows: bool, mode: Mode) -> Vec<Tensor> {
+/// Which numbers of tables gradients are taken to.
+#[derive(Clone, Copy, PartialEq)]
+enum Of {
+    Tables,
+    Rows,
+    Places,
+}
+
+fn gradients(model: &Model, s: &Setting, of: Of, mode: Mode) -> Vec<Tensor> {
     let all: Vec<usize> = (0..20).collect();
     let batch = s.train.batch(&all);
     let tokens: Vec<i32> = all.iter().flat_map(|&row| s.train.set.tokens(row)).copied().collect();
-    let rows = rows.then(|| model.rows(model.touched(&tokens)));
+    let rows = match of {
+        Of::Tables => None,
+        Of::Rows => Some(model.rows(model.touched(&tokens))),
+        Of::Places => Some(model.rows_at(model.places(&batch.token_ids, &batch), &batch)),
+    };
     let shared = model.encode(&batch, &batch.token_ids, rows.as_ref(), mode);
     let total = model.losses(&shared, &batch, mode).into_iter().flatten().reduce(|a, b| a + b).unwrap();
     let mut gradients = Tensor::run_backward(&[total], &model.inputs(rows.as_ref()), false, false);
     for (at, &table) in rows.iter().flat_map(|rows| rows.touched.tables.iter().enumerate()) {
         let whole = model.parameters.tensors()[table].zeros_like();
-        let ids = &rows.as_ref().unwrap().touched.ids;
-        assert_eq!(rows.as_ref().unwrap().leaves[at].size()[0], ids.size()[0]);
-        gradients[table] = tch::no_grad(|| whole.index_add(0, ids, &gradients[table]));
+        let Touched { ids, padding, .. } = &rows.as_ref().unwrap().touched;
+        let width = rows.as_ref().unwrap().leaves[at].size().pop().unwrap();
+        gradients[table] = tch::no_grad(|| whole.index_add(0, ids, &gradients[table].reshape([-1, width])));
+        if of == Of::Places {
+            let _ = gradients[table].get(*padding).zero_();
+        }
     }
     gradients
 }
@@ -76,9 +91,12 @@ fn rows_of_a_table_have_the_gradient_of_the_table() {
     let s = setting(&["model.embedding.vectors=[{file: vectors.txt}]"]);
     let model = build(&s);
     let mode = Mode::Train(DRAWS);
-    let (whole, rows) = (gradients(&model, &s, false, mode), gradients(&model, &s, true, mode));
-    for ((name, _), (whole, rows)) in model.parameters.iter().zip(whole.iter().zip(&rows)) {
-        assert!(off(whole, rows) < 1e-6, "{name}");
+    let whole = gradients(&model, &s, Of::Tables, mode);
+    for of in [Of::Rows, Of::Places] {
+        let rows = gradients(&model, &s, of, mode);
+        for ((name, _), (whole, rows)) in model.parameters.iter().zip(whole.iter().zip(&rows)) {
+            assert!(off(whole, rows) < 1e-6, "{name}");
+        }
     }
 }
 
@@ -106,7 +124,7 @@ fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
         let named = [("embedding.weight", &table)];
         let mut optimizer = Optimizer::new(&config, named.into_iter());
         for _ in 0..3 {
-            let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), tables: vec![0] };
+            let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), padding: -1, tables: vec![0] };
             let gradient = Tensor::full([ids.len() as i64, 2], 0.5, (Kind::Float, Device::Cpu));
             optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32), None).unwrap();
         }
@@ -133,7 +151,7 @@ fn rows_that_wait_take_the_steps_of_whole_tables() {
         let mut average = Average::new(0.9, named.into_iter());
         for number in 0..400usize {
             let ids: &[i64] = if number.is_multiple_of(5) { &[2, 0] } else { &[2] };
-            let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), tables: vec![0] };
+            let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), padding: -1, tables: vec![0] };
             let rows = in_rows.then_some(&touched);
             optimizer.catch_up(rows, Some(&mut average)).unwrap();
             let gradient = Tensor::full([ids.len() as i64, 20], (number as f64).cos(), (Kind::Float, Device::Cpu));
@@ -168,10 +186,10 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     let s = setting(&["model.trunk.layers=2", "model.trunk.connection=highway"]);
     let mut model = build(&s);
     let mode = Mode::Train(Draws { seed: 9, first_row: 0 });
-    let exact = gradients(&model, &s, false, mode);
+    let exact = gradients(&model, &s, Of::Tables, mode);
     model.set_precision(Precision::Bfloat16);
     model.refresh().unwrap();
-    let found: Vec<Tensor> = gradients(&model, &s, false, mode).iter().map(|g| g.to_kind(Kind::Float)).collect();
+    let found: Vec<Tensor> = gradients(&model, &s, Of::Tables, mode).iter().map(|g| g.to_kind(Kind::Float)).collect();
     let flat = |all: &[Tensor]| Tensor::cat(&all.iter().map(|x| x.flatten(0, -1)).collect::<Vec<_>>(), 0);
     let (exact, found) = (flat(&exact), flat(&found));
     let off = (&exact - found).norm().double_value(&[]) / exact.norm().double_value(&[]);

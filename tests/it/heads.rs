@@ -83,7 +83,7 @@ fn ensure_trains_saves_and_loads(overrides: &[&str]) {
                 );
             }
         }
-        let (_, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 5.0, None).unwrap();
+        let (_, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), None, 5.0, None).unwrap();
         let grad_scale = GradScale { divisor: divisor.as_ref(), ..GradScale::from(&never) };
         optimizer.step(&gradients, None, 1e-2, grad_scale, None).unwrap();
         losses.push(total.double_value(&[]));

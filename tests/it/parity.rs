@@ -88,7 +88,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         let encoded = model.encode(&batch, &batch.token_ids, None, Mode::Train(DRAWS));
         let losses: Vec<Tensor> = model.losses(&encoded, &batch, Mode::Train(DRAWS)).into_iter().flatten().collect();
         let gradients = Tensor::run_backward(&[&losses[0] + &losses[1]], &model.parameters.tensors(), false, false);
-        let (norm, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), 1.0, None).unwrap();
+        let (norm, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), None, 1.0, None).unwrap();
         let divisor = divisor.unwrap();
         if step == 0 {
             let theirs = of("gradient.");

@@ -78,8 +78,8 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     let weights = Tensor::ones([2], (Kind::Double, Device::Cpu));
     // Losses that do not come from these states.
     let reference = Some(Reference::Representation);
-    let backward = Backward { model: &model, tasks: &s.tasks, reference, rows: None };
-    let passed = backward.pass(&forward(), Weighted { losses: &losses, weights: &weights, scale: None });
+    let backward = Backward { model: &model, tasks: &s.tasks, reference, halves: false };
+    let passed = backward.pass(&forward(), None, Weighted { losses: &losses, weights: &weights, scale: None });
     let error = passed.err().unwrap().to_string();
     assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
 }
@@ -114,15 +114,15 @@ fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
         let plain = Tensor::run_backward(&[total], &parameters, false, false);
         for reference in [Reference::Representation, Reference::LastLayer] {
             let (shared, losses) = forward();
-            let backward = Backward { model: &model, tasks: &s.tasks, reference: Some(reference), rows: None };
+            let backward = Backward { model: &model, tasks: &s.tasks, reference: Some(reference), halves: false };
             let gradients =
-                backward.pass(&shared, Weighted { losses: &losses, weights: &weights, scale: None }).unwrap();
+                backward.pass(&shared, None, Weighted { losses: &losses, weights: &weights, scale: None }).unwrap();
             for (((name, _), plain), found) in model.parameters.iter().zip(&plain).zip(&gradients.sum) {
                 let off = (plain - found).abs().max().double_value(&[]) / plain.abs().max().double_value(&[]);
                 // float32 sums in another order.
                 assert!(off < 1e-4, "{options:?}, {reference:?}: the gradient of {name} is off by {off}");
             }
-            let norms = gradients.norms(reference, Device::Cpu);
+            let norms = gradients.norms(Device::Cpu);
             for task in 0..2 {
                 let (shared, losses) = forward();
                 let inputs: Vec<&Tensor> = match reference {

@@ -1,12 +1,11 @@
-//! What a training step cannot take less than, on this device: the trunk's products, its chain of steps in time, and on CUDA the
-//! traffic of the embedding tables.
+//! What a training step cannot take less than, on this device: the trunk's products, and on CUDA its chain of steps in time.
 //!
-//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P + 24 bytes * V E / M, since the recurrent products of both passes hide behind the
-//! latency of their steps. CPU: 3 (F_rec + F_in) / P, since rows that a step does not read need not move. P and M are measured on
-//! all threads: a product of square matrices, in float32 or in the trunk's numbers, by the faster of libtorch's libraries, and a copy
-//! of a large array. What heads, characters and dropout take is not in it.
+//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P, since the recurrent products of both passes hide behind the latency of their steps.
+//! CPU: 3 (F_rec + F_in) / P. P is measured on all threads: a product of square matrices, in float32 or in the trunk's numbers, by
+//! the faster of libtorch's libraries. Rows of tables that a step does not read need not move; what heads, characters and dropout
+//! take is not in it.
 //!
-//! B sentences, T tokens, L layers, D directions, E inputs of a layer, H hidden, V rows of a table;
+//! B sentences, T tokens, L layers, D directions, E inputs of a layer, H hidden;
 //! F_in = sum over layers of 2 B T E 4 H D, F_rec = L 2 B T H 4 H D.
 
 use std::time::Instant;
@@ -21,14 +20,10 @@ use crate::model::TrunkConfig;
 const PERSISTENT: f64 = 2.0e-6 + 3.1e-6;
 const STANDARD: f64 = 9e-6 + 14e-6;
 
-/// Bytes that a weight of a table moves in a step at least: itself and two moments, read and written.
-const BYTES_A_WEIGHT: f64 = 24.0;
-
 #[derive(Serialize)]
 pub struct Bound {
-    /// Floating-point operations a second, and bytes a second, of this device.
+    /// Floating-point operations a second of this device.
     pub flops_per_sec: f64,
-    pub bytes_per_sec: f64,
     pub ms_per_step: f64,
 }
 
@@ -38,58 +33,50 @@ pub struct Work<'a> {
     pub shapes: &'a [(i64, i64)],
     /// E of the first layer.
     pub inputs: i64,
-    /// V * E over the tables that are trained.
-    pub table_weights: usize,
     pub trunk: &'a TrunkConfig,
     pub kind: Kind,
 }
 
 impl Bound {
     pub fn new(work: &Work, device: Device) -> Bound {
-        let (flops_per_sec, bytes_per_sec) = rates(device, work.kind);
+        let flops_per_sec = rate(device, work.kind);
         let trunk = work.trunk;
         let (hidden, directions) = (trunk.hidden as f64, trunk.width() as f64 / trunk.hidden as f64);
         let inputs = (0..trunk.layers).map(|layer| if layer == 0 { work.inputs } else { trunk.width() } as f64);
         let inputs: f64 = inputs.sum();
-        let table = BYTES_A_WEIGHT * work.table_weights as f64 / bytes_per_sec;
         let chain = if trunk.hidden <= 128 { PERSISTENT } else { STANDARD };
         let seconds = |&(rows, tokens): &(i64, i64)| {
             let gates = 2.0 * (rows * tokens) as f64 * 4.0 * hidden * directions;
             let (f_in, f_rec) = (gates * inputs, gates * hidden * trunk.layers as f64);
             match device {
                 Device::Cpu => 3.0 * (f_in + f_rec) / flops_per_sec,
-                _ => (3.0 * f_in + f_rec) / flops_per_sec + (trunk.layers as f64) * tokens as f64 * chain + table,
+                _ => (3.0 * f_in + f_rec) / flops_per_sec + (trunk.layers as f64) * tokens as f64 * chain,
             }
         };
         let ms_per_step = 1000.0 * work.shapes.iter().map(seconds).sum::<f64>() / work.shapes.len() as f64;
-        Bound { flops_per_sec, bytes_per_sec, ms_per_step }
+        Bound { flops_per_sec, ms_per_step }
     }
 }
 
-/// Operations and bytes a second, the best of a few tries.
-fn rates(device: Device, kind: Kind) -> (f64, f64) {
+/// Operations a second, the best of a few tries.
+fn rate(device: Device, kind: Kind) -> f64 {
     let n = if device == Device::Cpu { 1024 } else { 8192 };
     let square = Tensor::ones([n, n], (kind, device));
-    let large = Tensor::ones([64 << 20], (Kind::Float, device)); // 256 MB, more than any cache
-    let target = large.zeros_like();
-    let length = large.size()[0] / workers() as i64;
-    let part = |x: &Tensor, worker: usize| x.narrow(0, worker as i64 * length, length);
-    let mut product = best(device, &|_| drop(square.matmul(&square)));
+    let mut product = best(device, &|| drop(square.matmul(&square)));
     if (device, kind) == (Device::Cpu, Kind::Float) {
         // Where MKL does not know the processor, oneDNN, whose LSTM kernels run there, is more than twice as fast.
         let square = square.to_mkldnn();
-        product = product.min(best(device, &|_| drop(square.mkldnn_linear(&square, None::<&Tensor>))));
+        product = product.min(best(device, &|| drop(square.mkldnn_linear(&square, None::<&Tensor>))));
     }
-    let copy = best(device, &|worker| part(&target, worker).copy_(&part(&large, worker)));
-    (2.0 * (n as f64).powi(3) * workers() as f64 / product, 8.0 * length as f64 * workers() as f64 / copy)
+    2.0 * (n as f64).powi(3) * workers() as f64 / product
 }
 
 /// Seconds that all workers take for `work`, at best.
-fn best(device: Device, work: &dyn Fn(usize)) -> f64 {
+fn best(device: Device, work: &dyn Fn()) -> f64 {
     let tries = (0..4).map(|_| {
         super::wait(device);
         let started = Instant::now();
-        side_by_side(workers(), &work);
+        side_by_side(workers(), &|_| work());
         super::wait(device);
         started.elapsed().as_secs_f64()
     });
@@ -104,7 +91,7 @@ mod tests {
     fn the_bound_grows_with_the_work() {
         let trunk = TrunkConfig { hidden: 64, ..TrunkConfig::default() };
         let of = |shapes: &[(i64, i64)]| {
-            Bound::new(&Work { shapes, inputs: 32, table_weights: 9, trunk: &trunk, kind: Kind::Float }, Device::Cpu)
+            Bound::new(&Work { shapes, inputs: 32, trunk: &trunk, kind: Kind::Float }, Device::Cpu)
         };
         let (small, large) = (of(&[(4, 5)]), of(&[(40, 50)]));
         // Both directions: 3 * 2 * 20 * 4 * 64 * 2 * (32 + 64) operations.

@@ -169,10 +169,10 @@ fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
         (rows.len() as i64, longest.unwrap_or(0))
     };
     let shapes: Vec<(i64, i64)> = steps.iter().flat_map(|batches| batches.iter()).map(shape).collect();
-    let (inputs, table_weights) = rehearsal.model.embedding_size();
+    let inputs = rehearsal.model.embedding_width();
     let trunk = &rehearsal.experiment.model.trunk;
     let kind = rehearsal.experiment.training.precision.kind();
-    bound::Bound::new(&bound::Work { shapes: &shapes, inputs, table_weights, trunk, kind }, rehearsal.device)
+    bound::Bound::new(&bound::Work { shapes: &shapes, inputs, trunk, kind }, rehearsal.device)
 }
 
 /// What one round of a strategy works through.
@@ -242,10 +242,9 @@ fn print(findings: &Findings) -> Result<()> {
     say(out)?;
     let bound = &findings.bound;
     say(format!(
-        "bound: {:.2} ms a step (products at {:.0} GFLOP/s, memory at {:.1} GB/s, measured here); time / bound {:.2}",
+        "bound: {:.2} ms a step (products at {:.0} GFLOP/s, measured here); time / bound {:.2}",
         bound.ms_per_step,
         bound.flops_per_sec / 1e9,
-        bound.bytes_per_sec / 1e9,
         findings.time_over_bound,
     ))?;
     if let Some(bytes) = findings.peak_memory_bytes {

@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 use super::cross_entropy::cross_entropy;
 use super::{ClassWeights, Decoded, Head, HeadSize, OnnxInputs};
 use crate::data::{Paths, Targets};
+use crate::libtorch::max_pool;
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::dropout::{Masks, dropout};
 use crate::model::lstm::{last_states_onnx, last_states_script};
@@ -125,7 +126,8 @@ impl Classification {
         };
         match self.pooling {
             Pooling::Last => encoded.last(),
-            Pooling::Max => filled(tokens, f64::NEG_INFINITY).amax([1], false),
+            Pooling::Max => max_pool(tokens, &encoded.lengths.device)
+                .unwrap_or_else(|| filled(tokens, f64::NEG_INFINITY).amax([1], false)),
             Pooling::Mean => {
                 let lengths = encoded.lengths.device.to_kind(tokens.kind()).unsqueeze(-1); // [b, 1]
                 filled(tokens, 0.0).sum_dim_intlist([1].as_slice(), false, tokens.kind()) / lengths

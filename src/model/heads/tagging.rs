@@ -167,8 +167,12 @@ impl Head for Tagging {
         match &self.crf {
             Some(crf) => crf.negative_log_likelihood(logits, &targets.labels) / targets.n_decisions as f64,
             None => {
-                let (flat, labels) = (logits.flatten(0, 1), targets.labels.flatten(0, 1)); // [b*W, C], [b*W]
-                cross_entropy(&flat, &labels, targets, (self.label_smoothing, mode))
+                // [b*W, C] and [b*W], in the order that lies in memory.
+                let flat = |x: &Tensor| match logits.is_contiguous() {
+                    true => x.flatten(0, 1),
+                    false => x.transpose(0, 1).flatten(0, 1),
+                };
+                cross_entropy(&flat(logits), &flat(&targets.labels), targets, (self.label_smoothing, mode))
             }
         }
     }

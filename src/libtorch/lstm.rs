@@ -1,0 +1,42 @@
+//! Both directions of an LSTM layer at the same time on a GPU.
+
+use std::ffi::c_char;
+
+use anyhow::{Result, ensure};
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use super::{List, checked, handles};
+
+unsafe extern "C" {
+    fn pt_both_directions(
+        x: *mut C_tensor,
+        weights: List,
+        buffers: List,
+        places: *mut C_tensor,
+        train: bool,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+}
+
+/// `x` [T, B, E] on CUDA to [T, B, 2*H], as `torch.lstm` with these eight `weights` has it. `buffers`: the memory of each direction's
+/// weights, as cuDNN wants them. `places` [T * B]: where the reverse direction reads each position of the flat
+/// `x`; each trades places with another or stays. Without them it reads from the last position to the first.
+pub fn both_directions(
+    x: &Tensor,
+    weights: &[&Tensor],
+    buffers: &[&Tensor],
+    places: Option<&Tensor>,
+    train: bool,
+) -> Result<Tensor> {
+    ensure!(weights.len() == 8 && buffers.len() == 2, "two directions have eight weights and two buffers");
+    let (x, weights, buffers) = (x.contiguous(), handles(weights), handles(buffers));
+    let places = places.map_or(std::ptr::null_mut(), |places| places.as_ptr().cast_mut());
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors and lists are live, eight weights and so many buffers; on success the shim hands over one new tensor.
+    unsafe {
+        let x = x.as_ptr().cast_mut();
+        checked(pt_both_directions(x, weights.as_ptr(), buffers.as_ptr(), places, train, &mut out))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}

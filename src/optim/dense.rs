@@ -1,0 +1,142 @@
+//! The update of whole parameters on a GPU by the kernels of `src/libtorch/optimizer.cu`: one launch for up to [`LISTED`] of them,
+//! their averages and 16-bit copies with them.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, upload};
+
+/// Numbers that a block of threads works through, and its threads.
+const PIECE: usize = 4096;
+const BLOCK: usize = 256;
+/// Numbers of the kernel's `Piece`.
+const FIELDS: i64 = 11;
+
+const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
+static SQUARES: Kernel = Kernel::new(SOURCE, "squares");
+static UPDATE: Kernel = Kernel::new(SOURCE, "update");
+
+/// What is updated; all float32, contiguous, and never moved.
+pub struct Parameter<'a> {
+    pub number: usize,
+    pub weights: &'a Tensor,
+    pub first: &'a Tensor,
+    /// Empty for SGD.
+    pub second: &'a Tensor,
+    pub average: Option<&'a Tensor>,
+    /// A copy of the weights in 16 bits.
+    pub half: Option<&'a Tensor>,
+    /// How many steps it has had.
+    pub step: &'a Tensor,
+    pub decays: bool,
+}
+
+pub struct Dense {
+    groups: Vec<Group>,
+    rule: Tensor,
+}
+
+/// The parameters of one launch.
+struct Group {
+    numbers: Vec<usize>,
+    /// The kernel's `Piece`s, [n, FIELDS].
+    pieces: Tensor,
+}
+
+impl Dense {
+    /// Whether the kernels can be had.
+    pub fn serves(device: Device) -> bool {
+        SQUARES.serves(device) && UPDATE.serves(device)
+    }
+
+    /// `rule` is the kernel's.
+    pub fn new(parameters: &[Parameter], rule: &[f64], device: Device) -> Self {
+        let group = |parameters: &[Parameter]| {
+            let pieces: Vec<i64> =
+                parameters.iter().enumerate().flat_map(|(i, parameter)| parameter.pieces(i as i64)).collect();
+            let pieces = upload(&pieces, device).view([-1, FIELDS]);
+            Group { numbers: parameters.iter().map(|parameter| parameter.number).collect(), pieces }
+        };
+        Dense { groups: parameters.chunks(LISTED).map(group).collect(), rule: upload(rule, device) }
+    }
+
+    pub fn n_pieces(&self) -> i64 {
+        self.groups.iter().map(|group| group.pieces.size()[0]).sum()
+    }
+
+    /// The parameters that it updates.
+    pub fn numbers(&self) -> impl Iterator<Item = usize> {
+        self.groups.iter().flat_map(|group| group.numbers.iter().copied())
+    }
+
+    /// Parts of the squares of the parameters' `gradients` into `sums` `[n_pieces]`.
+    pub fn squares(&self, gradients: &[Tensor], sums: &Tensor) -> Result<()> {
+        let (shape, mut start) = (launch_config(BLOCK * size_of::<f32>()), 0);
+        for group in &self.groups {
+            let (n, (_own, list, halves)) = (group.pieces.size()[0], group.of(gradients)?);
+            let sums = sums.narrow(0, start, n);
+            SQUARES.launch_with(shape(n), &[&group.pieces, &sums], &[halves], Some(&list))?;
+            start += n;
+        }
+        Ok(())
+    }
+
+    /// One step of all parameters that have a gradient, `divisor` times too large, where `skip` is 0; their `steps` count it. Weights
+    /// go into their averages in any case.
+    pub fn update(&self, gradients: &[Tensor], [rate, share, skip, divisor]: [&Tensor; 4]) -> Result<()> {
+        let shape = launch_config(8 * size_of::<f32>());
+        for group in &self.groups {
+            let (_own, list, halves) = group.of(gradients)?;
+            let tensors = [&group.pieces, &self.rule, rate, share, skip, divisor];
+            UPDATE.launch_with(shape(group.pieces.size()[0]), &tensors, &[halves], Some(&list))?;
+        }
+        Ok(())
+    }
+}
+
+fn launch_config(shared: usize) -> impl Fn(i64) -> LaunchConfig {
+    move |n_pieces| LaunchConfig { grid: [n_pieces as usize, 1], block: [BLOCK, 1], shared }
+}
+
+impl Group {
+    /// Its own of all gradients, which have to live until they are read, where they lie, and whether some are in 16 bits.
+    fn of(&self, gradients: &[Tensor]) -> Result<(Vec<Tensor>, Listed, i64)> {
+        let own = |&number: &usize| match gradients.get(number).filter(|gradient| gradient.defined()) {
+            Some(gradient) => gradient.contiguous(),
+            None => Tensor::new(),
+        };
+        let own: Vec<Tensor> = self.numbers.iter().map(own).collect();
+        let halves = own.iter().any(|gradient| gradient.defined() && gradient.kind() != Kind::Float);
+        let list = Listed::of(&own.iter().collect::<Vec<_>>())?;
+        Ok((own, list, halves.into()))
+    }
+}
+
+impl Parameter<'_> {
+    /// For the gradient at `place` of the list.
+    fn pieces(&self, place: i64) -> Vec<i64> {
+        let n = self.weights.numel();
+        let piece = |start: usize| {
+            let address = |tensor: &Tensor| match tensor.numel() == n {
+                true => tensor.data_ptr() as i64 + (start * tensor.kind().elt_size_in_bytes()) as i64,
+                false => 0,
+            };
+            let beside = |tensor: Option<&Tensor>| tensor.map_or(0, address);
+            let bfloat = self.half.is_some_and(|half| half.kind() == Kind::BFloat16);
+            [
+                place,
+                start as i64,
+                PIECE.min(n - start) as i64,
+                address(self.weights),
+                address(self.first),
+                address(self.second),
+                beside(self.average),
+                beside(self.half),
+                self.step.data_ptr() as i64,
+                self.decays.into(),
+                bfloat.into(),
+            ]
+        };
+        (0..n).step_by(PIECE).flat_map(piece).collect()
+    }
+}

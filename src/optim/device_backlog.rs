@@ -1,0 +1,193 @@
+//! Steps that rows of tables have not taken yet, on a GPU: as in `backlog.rs`, but that the device itself knows which rows a step
+//! reads, so that steps can be recorded. All rows catch up every [`MOST`] steps at the latest.
+//!
+//! V rows, E numbers a row, N tokens of a step.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::config::OptimizerConfig;
+use crate::libtorch::{Kernel, LaunchConfig, upload};
+
+/// Steps that rows wait at most. More would save little: all rows are moved once in so many steps.
+const MOST: i64 = 64;
+/// Numbers of the kernels' `Step`.
+const STEP: i64 = 8;
+
+const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
+static MARK: Kernel = Kernel::new(SOURCE, "mark_rows");
+static SUM: Kernel = Kernel::new(SOURCE, "sum_rows");
+static NOTE: Kernel = Kernel::new(SOURCE, "note_step");
+static STEP_ROWS: Kernel = Kernel::new(SOURCE, "step_rows");
+static SETTLE: Kernel = Kernel::new(SOURCE, "settle_rows");
+
+/// The tables of an embedding, which have the same rows.
+pub struct DeviceBacklog {
+    /// The first place of each id in the step at hand, and how many it has: `[V]`.
+    first: Tensor,
+    count: Tensor,
+    tables: Vec<Waiting>,
+    /// Steps since all rows were up to date.
+    n_waiting: i64,
+}
+
+/// What one table waits for.
+struct Waiting {
+    /// The kernel's `Rule`, and its `Step`s [MOST, STEP], of which there are `now`.
+    rule: Tensor,
+    steps: Tensor,
+    now: Tensor,
+    /// How many of them each row has taken, `[V]`.
+    taken: Tensor,
+}
+
+/// A table's numbers, [V, E] each; `second` is empty for SGD.
+#[derive(Clone, Copy)]
+pub struct Numbers<'a> {
+    pub weights: &'a Tensor,
+    pub first: &'a Tensor,
+    pub second: &'a Tensor,
+    pub average: Option<&'a Tensor>,
+}
+
+impl Numbers<'_> {
+    fn width(&self) -> i64 {
+        self.weights.size()[1]
+    }
+
+    /// As the kernels take them, and whether there is an average.
+    fn arguments(&self) -> ([&Tensor; 4], i64) {
+        ([self.weights, self.first, self.second, self.average.unwrap_or(self.weights)], self.average.is_some().into())
+    }
+}
+
+impl DeviceBacklog {
+    /// Whether the kernels can be had.
+    pub fn serves(device: Device) -> bool {
+        [&MARK, &SUM, &NOTE, &STEP_ROWS, &SETTLE].iter().all(|kernel| kernel.serves(device))
+    }
+
+    /// For tables of so many rows, and whether each decays.
+    pub fn new(config: &OptimizerConfig, n_rows: i64, decays: &[bool], device: Device) -> Self {
+        let ints = |size: &[i64], value: i64| Tensor::full(size, value, (Kind::Int, device));
+        let waiting = |&decays: &bool| Waiting {
+            rule: upload(&config.rule(decays), device),
+            steps: Tensor::zeros([MOST, STEP], (Kind::Float, device)),
+            now: ints(&[], 0),
+            taken: ints(&[n_rows], 0),
+        };
+        DeviceBacklog {
+            first: ints(&[n_rows], i32::MAX.into()),
+            count: ints(&[n_rows], 0),
+            tables: decays.iter().map(waiting).collect(),
+            n_waiting: 0,
+        }
+    }
+
+    /// Before a step that is computed, or recorded and replayed.
+    pub fn begin(&mut self, tables: &[Numbers]) -> Result<()> {
+        if self.n_waiting == MOST {
+            self.settle(tables)?;
+        }
+        self.n_waiting += 1;
+        Ok(())
+    }
+
+    /// Notes that the step reads the rows `ids` `[N]`, of which one may come more than once, and brings them up to date.
+    pub fn read(&self, ids: &Tensor, tables: &[Numbers]) -> Result<()> {
+        let n = ids.numel();
+        let block = n.next_multiple_of(32).min(256);
+        let shape = LaunchConfig { grid: [n.div_ceil(block), 1], block: [block, 1], shared: 0 };
+        MARK.launch(shape, &[ids, &self.first, &self.count], &[n as i64])?;
+        for (own, numbers) in self.tables.iter().zip(tables) {
+            self.step_rows(own, ids, numbers, None, false)?;
+        }
+        Ok(())
+    }
+
+    /// The sums by id of `gradients` [N, E] at the places `ids` `[N]`: [N, E], of which the first place of an id has its sum and all
+    /// others 0, as has the id `skipped`; and its squares, added up, into `squares` `[N]`.
+    pub fn sum(&self, gradients: &Tensor, ids: &Tensor, skipped: i64, squares: &Tensor) -> Result<Tensor> {
+        let (n, gradients) = (ids.numel(), gradients.contiguous());
+        let width = gradients.numel() / n;
+        let sums = Tensor::empty([n as i64, width as i64], (Kind::Float, ids.device()));
+        let block = width.next_multiple_of(32).min(512);
+        let shape = LaunchConfig { grid: [n, 1], block: [block, 1], shared: (block + block / 32) * size_of::<i32>() };
+        let numbers = [n as i64, width as i64, skipped];
+        SUM.launch(shape, &[&gradients, ids, &self.first, &self.count, &sums, squares], &numbers)?;
+        Ok(sums)
+    }
+
+    /// A step that the rows `ids` take at once, each table with the sums of its gradients where it moves, and all others later.
+    /// `moved` counts those in which a table moves.
+    pub fn step(
+        &self,
+        ids: &Tensor,
+        tables: &[(Numbers, Option<&Tensor>, &Tensor)],
+        [rate, share, skip, divisor]: [&Tensor; 4],
+    ) -> Result<()> {
+        for (i, (own, (numbers, sums, moved))) in self.tables.iter().zip(tables).enumerate() {
+            let note = [&own.rule, rate, share, skip, moved, &own.steps, &own.now];
+            NOTE.launch(LaunchConfig { grid: [1, 1], block: [1, 1], shared: 0 }, &note, &[sums.is_some().into()])?;
+            let last = i + 1 == self.tables.len();
+            self.step_rows(own, ids, numbers, Some((*sums, divisor)), last)?;
+        }
+        Ok(())
+    }
+
+    /// `now` is the step at hand, with the sums of its gradients and what divides them; without it rows catch up.
+    fn step_rows(
+        &self,
+        own: &Waiting,
+        ids: &Tensor,
+        numbers: &Numbers,
+        now: Option<(Option<&Tensor>, &Tensor)>,
+        last: bool,
+    ) -> Result<()> {
+        let (touched, (sums, divisor)) = match now {
+            Some((Some(sums), divisor)) => (1, (sums, divisor)),
+            // Nobody reads these.
+            _ => (0, (numbers.weights, numbers.weights)),
+        };
+        let ([weights, first, second, average], averaged) = numbers.arguments();
+        let tensors = [
+            ids,
+            &self.first,
+            &self.count,
+            weights,
+            first,
+            second,
+            average,
+            &own.taken,
+            &own.rule,
+            &own.steps,
+            &own.now,
+            sums,
+            divisor,
+        ];
+        let shape = launch_config(ids.numel(), numbers.width());
+        STEP_ROWS.launch(shape, &tensors, &[numbers.width(), averaged, touched, last.into()])
+    }
+
+    /// All rows of all tables take the steps that they have not, and the steps are forgotten.
+    pub fn settle(&mut self, tables: &[Numbers]) -> Result<()> {
+        if self.n_waiting == 0 {
+            return Ok(());
+        }
+        for (own, numbers) in self.tables.iter_mut().zip(tables) {
+            let ([weights, first, second, average], averaged) = numbers.arguments();
+            let tensors = [weights, first, second, average, &own.taken, &own.rule, &own.steps, &own.now];
+            let shape = launch_config(numbers.weights.size()[0] as usize, numbers.width());
+            SETTLE.launch(shape, &tensors, &[numbers.width(), averaged])?;
+            let _ = own.now.f_zero_()?;
+        }
+        self.n_waiting = 0;
+        Ok(())
+    }
+}
+
+/// A block a row, which has the steps in its memory.
+fn launch_config(n_rows: usize, width: i64) -> LaunchConfig {
+    let block = (width as usize).next_multiple_of(32).min(512);
+    LaunchConfig { grid: [n_rows, 1], block: [block, 1], shared: (MOST * STEP) as usize * size_of::<f32>() }
+}

@@ -1,0 +1,250 @@
+//! The optimizer on a GPU, by kernels of our own: whole parameters, and rows of tables that wait until a step reads them.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::dense::{Dense, Parameter};
+use super::device_backlog::{DeviceBacklog, Numbers};
+use super::{Average, Optimizer, Slot, Touched};
+use crate::libtorch::{GradScale, Number, count_up};
+
+pub(super) struct OnDevice {
+    dense: Dense,
+    /// The tables of which steps read some rows, and what the others wait for.
+    tables: Vec<usize>,
+    backlog: Option<DeviceBacklog>,
+}
+
+impl Optimizer {
+    /// Lets kernels do the work from now on, where the device has them. The rows of `tables` then wait until a step reads them;
+    /// `halves` are 16-bit copies of parameters, by number, which are kept up to date.
+    pub fn work_on_device(&mut self, tables: Vec<usize>, halves: &[(usize, &Tensor)], average: Option<&Average>) {
+        let device = self.slots.first().map_or(Device::Cpu, |slot| slot.parameter.device());
+        // On the CPU there are kernels for tests alone.
+        let serves = (Dense::serves(device) && DeviceBacklog::serves(device)) || cfg!(test);
+        if !serves || self.lazy_rows() {
+            return;
+        }
+        let parameter = |number: usize| Parameter {
+            number,
+            weights: &self.slots[number].parameter,
+            first: &self.slots[number].first,
+            second: &self.slots[number].second,
+            average: average.map(|average| average.of(number)),
+            half: halves.iter().find(|(own, _)| *own == number).map(|(_, half)| *half),
+            step: &self.slots[number].step,
+            decays: self.slots[number].decays,
+        };
+        let dense = (0..self.slots.len()).filter(|number| !tables.contains(number));
+        let dense = Dense::new(&dense.map(parameter).collect::<Vec<_>>(), &self.config.rule(true), device);
+        let decays: Vec<bool> = tables.iter().map(|&number| self.slots[number].decays).collect();
+        let backlog = tables.first().map(|&table| {
+            let n_rows = self.slots[table].parameter.size()[0];
+            DeviceBacklog::new(&self.config, n_rows, &decays, device)
+        });
+        self.on_device = Some(OnDevice { dense, tables, backlog });
+    }
+
+    /// Whether 16-bit copies of parameters are kept up to date, and gradients to them may stay in 16 bits. Whoever else writes weights
+    /// refreshes the copies, as every step does that is not recorded.
+    pub fn keeps_halves(&self) -> bool {
+        self.on_device.is_some()
+    }
+
+    /// Whether rows of tables wait on the device.
+    pub fn waits_on_device(&self) -> bool {
+        self.on_device.as_ref().is_some_and(|own| own.backlog.is_some())
+    }
+
+    /// Before a step is computed, or recorded and replayed.
+    pub fn begin(&mut self, average: Option<&Average>) -> Result<()> {
+        self.with_backlog(average, DeviceBacklog::begin)
+    }
+
+    pub(super) fn settle_on_device(&mut self, average: Option<&Average>) -> Result<()> {
+        self.with_backlog(average, DeviceBacklog::settle)
+    }
+
+    fn with_backlog(
+        &mut self,
+        average: Option<&Average>,
+        work: fn(&mut DeviceBacklog, &[Numbers]) -> Result<()>,
+    ) -> Result<()> {
+        let Some(mut own) = self.on_device.take() else { return Ok(()) };
+        let done = own.backlog.as_mut().map_or(Ok(()), |backlog| work(backlog, &self.numbers(&own.tables, average)));
+        self.on_device = Some(own);
+        done
+    }
+
+    /// Brings rows that wait on the device up to date, which the step at hand reads.
+    pub fn read(&self, rows: &Touched, average: Option<&Average>) -> Result<()> {
+        let Some(OnDevice { tables, backlog: Some(backlog), .. }) = &self.on_device else { return Ok(()) };
+        backlog.read(&rows.ids, &self.numbers(tables, average))
+    }
+
+    fn numbers<'a>(&'a self, tables: &[usize], average: Option<&'a Average>) -> Vec<Numbers<'a>> {
+        let numbers = |&number: &usize| {
+            let Slot { parameter, first, second, .. } = &self.slots[number];
+            Numbers { weights: parameter, first, second, average: average.map(|average| average.of(number)) }
+        };
+        tables.iter().map(numbers).collect()
+    }
+
+    /// Parts of the squares of all `gradients`, `[n]`, where kernels do the work. Those of tables whose rows wait, which come by place
+    /// of the step, become those of rows.
+    pub fn squares(&self, rows: Option<&Touched>, gradients: &mut [Tensor]) -> Result<Option<Tensor>> {
+        let Some(OnDevice { dense, tables, backlog }) = &self.on_device else { return Ok(None) };
+        let waiting: Vec<(&Touched, usize)> =
+            rows.iter().flat_map(|&rows| tables.iter().map(move |&t| (rows, t))).collect();
+        let (n, each) = (dense.n_pieces(), rows.map_or(0, |rows| rows.ids.numel() as i64));
+        let device = self.slots[0].parameter.device();
+        let squares = Tensor::empty([n + each * waiting.len() as i64], (Kind::Float, device));
+        for number in dense.numbers() {
+            if let Some(gradient) = gradients.get_mut(number).filter(|gradient| gradient.defined()) {
+                *gradient = gradient.contiguous();
+            }
+        }
+        dense.squares(gradients, &squares.narrow(0, 0, n))?;
+        for (i, (rows, table)) in waiting.into_iter().enumerate() {
+            let gradient = gradients.get_mut(table).filter(|gradient| gradient.defined());
+            let mut own = squares.narrow(0, n + each * i as i64, each);
+            match (backlog, gradient) {
+                (Some(backlog), Some(gradient)) => *gradient = backlog.sum(gradient, &rows.ids, rows.padding, &own)?,
+                _ => drop(own.f_zero_()?),
+            }
+        }
+        Ok(Some(squares))
+    }
+
+    pub(super) fn step_on_device(
+        &self,
+        OnDevice { dense, tables, backlog }: &OnDevice,
+        gradients: &[Tensor],
+        rows: Option<&Touched>,
+        (rate, share): (Number, Option<Number>),
+        grad_scale: GradScale,
+        average: Option<&Average>,
+    ) -> Result<()> {
+        let device = self.slots[0].parameter.device();
+        let (rate, share) = (rate.on(device), share.unwrap_or(Number::Host(0.0)).on(device));
+        let gradient = |number: usize| gradients.get(number).filter(|gradient| gradient.defined());
+        let moving = dense.numbers().filter(|&number| gradient(number).is_some());
+        let steps: Vec<&Tensor> = moving.map(|number| &self.slots[number].step).collect();
+        if !steps.is_empty() {
+            count_up(&steps, grad_scale)?;
+        }
+        let one = || Tensor::ones([], (Kind::Float, device));
+        let divisor = grad_scale.divisor.map_or_else(one, Tensor::shallow_clone);
+        let scalars = [&rate, &share, grad_scale.skip, &divisor];
+        dense.update(gradients, scalars)?;
+        let (Some(backlog), Some(rows)) = (backlog, rows) else { return Ok(()) };
+        let numbers = self.numbers(tables, average).into_iter().zip(tables);
+        let tables: Vec<_> =
+            numbers.map(|(numbers, &number)| (numbers, gradient(number), &self.slots[number].step)).collect();
+        backlog.step(&rows.ids, &tables, scalars)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::optim::OptimizerConfig;
+
+    const ROWS: i64 = 7;
+    const WIDTH: i64 = 20;
+
+    /// A table of which each step reads some rows, and a bias that every step moves; steps are left out where `skips` says so.
+    fn run(config: &OptimizerConfig, waits: bool, settle_every: usize, skips: fn(usize) -> bool) -> Vec<Tensor> {
+        let random = |size: &[i64], seed: i64| {
+            tch::manual_seed(seed);
+            Tensor::randn(size, (Kind::Float, Device::Cpu))
+        };
+        let parameters = [("embedding.weight", random(&[ROWS, WIDTH], 1)), ("bias", random(&[3], 2))];
+        let named = || parameters.iter().map(|(name, tensor)| (*name, tensor));
+        let (mut optimizer, mut average) = (Optimizer::new(config, named()), Average::new(0.9, named()));
+        if waits {
+            optimizer.work_on_device(vec![0], &[], Some(&average));
+        }
+        for step in 0..70 {
+            // Row 2 comes twice, row 0 as padding, row 6 at first alone.
+            let ids: &[i64] = if step == 0 { &[6, 2, 0, 2] } else { [&[2, 1, 2][..], &[4, 0, 3]][step % 2] };
+            let ids = Tensor::from_slice(ids);
+            let at_places = random(&[ids.size()[0], WIDTH], 10 + step as i64);
+            let bias = random(&[3], 1000 + step as i64);
+            optimizer.begin(Some(&average)).unwrap();
+            let touched = Touched { ids: ids.shallow_clone(), host: Vec::new(), padding: 0, tables: vec![0] };
+            optimizer.read(&touched, Some(&average)).unwrap();
+            let whole = Tensor::embedding_dense_backward(&at_places, &ids, ROWS, 0, false);
+            let mut gradients = [if waits { at_places } else { whole.shallow_clone() }, bias];
+            if waits {
+                let whole =
+                    (whole.square().sum(Kind::Double) + gradients[1].square().sum(Kind::Double)).double_value(&[]);
+                let squares = optimizer.squares(Some(&touched), &mut gradients).unwrap().unwrap();
+                assert!((squares.sum(Kind::Double).double_value(&[]) - whole).abs() < 1e-5 * whole);
+            }
+            let frozen = step % 10 == 9;
+            if frozen {
+                gradients[0] = Tensor::new();
+            }
+            let skip = Tensor::from(f32::from(u8::from(skips(step))));
+            let share = Number::Host(average.share(step));
+            let rows = waits.then_some(&touched);
+            let rate = 0.01 / (1.0 + step as f64);
+            optimizer.step(&gradients, rows, rate, &skip, Some((&mut average, share))).unwrap();
+            if step % settle_every == 0 {
+                optimizer.catch_up(None, Some(&mut average)).unwrap();
+            }
+        }
+        optimizer.catch_up(None, Some(&mut average)).unwrap();
+        let state = optimizer.state().into_iter().chain(average.state()).map(|(_, tensor)| tensor);
+        parameters.into_iter().map(|(_, tensor)| tensor).chain(state).collect()
+    }
+
+    #[test]
+    fn rows_that_wait_come_to_the_same() {
+        let options = [
+            json!({"adamw": {"weight_decay": 0.1, "decay_all": true}}),
+            json!({"adam": {"weight_decay": 0.1, "decay_all": true}}),
+            json!({"sgd": {"momentum": 0.9, "weight_decay": 0.1, "decay_all": true}}),
+        ];
+        let skips = |step: usize| step % 17 == 5;
+        for (i, options) in options.iter().enumerate() {
+            let config: OptimizerConfig = serde_json::from_value(options.clone()).unwrap();
+            let whole = run(&config, false, 1000, skips);
+            let together = run(&config, true, 1000, skips);
+            if i == 0 {
+                assert_eq!(together, run(&config, true, 1, skips), "how long steps wait changes no bit");
+            }
+            for (i, (a, b)) in whole.iter().zip(&together).enumerate() {
+                assert!(a.allclose(b, 1e-5, 1e-6, false), "{options}, {i}: {}", (a - b).abs().max());
+            }
+        }
+    }
+
+    #[test]
+    fn copies_in_16_bits_follow_the_weights_and_give_their_gradients() {
+        for kind in [Kind::Half, Kind::BFloat16] {
+            tch::manual_seed(5);
+            let weights = Tensor::randn([70, 70], (Kind::Float, Device::Cpu));
+            let named = || [("weights", &weights)].into_iter();
+            let half = weights.to_kind(kind);
+            let config: OptimizerConfig = serde_json::from_value(json!({"adamw": {}})).unwrap();
+            let mut optimizer = Optimizer::new(&config, named());
+            optimizer.work_on_device(Vec::new(), &[(0, &half)], None);
+            // From the smallest that are apart from 0 to the largest.
+            let scales = Tensor::logspace(-9.0, 4.0, 70, 10.0, (Kind::Float, Device::Cpu));
+            let gradient = (Tensor::randn([70, 70], (Kind::Float, Device::Cpu)) * scales).to_kind(kind);
+            let before = weights.copy();
+            let squares = optimizer.squares(None, &mut [gradient.shallow_clone()]).unwrap().unwrap();
+            let expected = gradient.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
+            assert!((squares.sum(Kind::Double).double_value(&[]) - expected).abs() < 1e-5 * expected);
+            optimizer.step(&[gradient.shallow_clone()], None, 0.1, &Tensor::from(0f32), None).unwrap();
+            assert_eq!(half, weights.to_kind(kind), "{kind:?}");
+            let mut other = Optimizer::new(&config, [("weights", &before)].into_iter());
+            other.step(&[gradient.to_kind(Kind::Float)], None, 0.1, &Tensor::from(0f32), None).unwrap();
+            assert!(weights.allclose(&before, 1e-5, 1e-6, false), "{kind:?}");
+        }
+    }
+}
