@@ -49,7 +49,7 @@ __device__ Step step_of(const Rule& rule, double rate, float share, double t) {
   return step;
 }
 
-// first [V] and count [V]: the first place of each id and how many it has, from `offset`.
+// first [V] and count [V]: the first place of each id and how many it has.
 extern "C" __global__ void mark_rows(const long long* ids, int* first, int* count, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
