@@ -33,6 +33,8 @@ pub struct DeviceBacklog {
 
 /// What one table waits for.
 struct Waiting {
+    /// Its number among the parameters.
+    number: usize,
     /// The kernel's `Rule`, and its `Step`s [MOST, STEP], of which there are `now`.
     rule: Tensor,
     steps: Tensor,
@@ -67,10 +69,11 @@ impl DeviceBacklog {
         [&MARK, &SUM, &NOTE, &STEP_ROWS, &SETTLE].iter().all(|kernel| kernel.serves(device))
     }
 
-    /// For tables of so many rows, and whether each decays.
-    pub fn new(config: &OptimizerConfig, n_rows: i64, decays: &[bool], device: Device) -> Self {
+    /// For tables of so many rows: their numbers among the parameters, and whether each decays.
+    pub fn new(config: &OptimizerConfig, n_rows: i64, tables: &[(usize, bool)], device: Device) -> Self {
         let ints = |size: &[i64], value: i64| Tensor::full(size, value, (Kind::Int, device));
-        let waiting = |&decays: &bool| Waiting {
+        let waiting = |&(number, decays): &(usize, bool)| Waiting {
+            number,
             rule: upload(&config.rule(decays), device),
             steps: Tensor::zeros([MOST, STEP], (Kind::Float, device)),
             now: ints(&[], 0),
@@ -79,9 +82,14 @@ impl DeviceBacklog {
         DeviceBacklog {
             first: ints(&[n_rows], i32::MAX.into()),
             count: ints(&[n_rows], 0),
-            tables: decays.iter().map(waiting).collect(),
+            tables: tables.iter().map(waiting).collect(),
             n_waiting: 0,
         }
+    }
+
+    /// The tables' numbers among the parameters.
+    pub fn tables(&self) -> impl Iterator<Item = usize> {
+        self.tables.iter().map(|own| own.number)
     }
 
     /// Before a step that is computed, or recorded and replayed.

@@ -10,8 +10,7 @@ use crate::libtorch::{GradScale, Number, count_up};
 
 pub(super) struct OnDevice {
     dense: Dense,
-    /// The tables of which steps read some rows, and what the others wait for.
-    tables: Vec<usize>,
+    /// Of the tables of which steps read some rows, if there are any.
     backlog: Option<DeviceBacklog>,
 }
 
@@ -37,12 +36,12 @@ impl Optimizer {
         };
         let dense = (0..self.slots.len()).filter(|number| !tables.contains(number));
         let dense = Dense::new(&dense.map(parameter).collect::<Vec<_>>(), &self.config.rule(true), device);
-        let decays: Vec<bool> = tables.iter().map(|&number| self.slots[number].decays).collect();
+        let decays: Vec<(usize, bool)> = tables.iter().map(|&number| (number, self.slots[number].decays)).collect();
         let backlog = tables.first().map(|&table| {
             let n_rows = self.slots[table].parameter.size()[0];
             DeviceBacklog::new(&self.config, n_rows, &decays, device)
         });
-        self.on_device = Some(OnDevice { dense, tables, backlog });
+        self.on_device = Some(OnDevice { dense, backlog });
     }
 
     /// Whether 16-bit copies of parameters are kept up to date, and gradients to them may stay in 16 bits. Whoever else writes weights
@@ -71,46 +70,47 @@ impl Optimizer {
         work: fn(&mut DeviceBacklog, &[Numbers]) -> Result<()>,
     ) -> Result<()> {
         let Some(mut own) = self.on_device.take() else { return Ok(()) };
-        let done = own.backlog.as_mut().map_or(Ok(()), |backlog| work(backlog, &self.numbers(&own.tables, average)));
+        let done = own.backlog.as_mut().map_or(Ok(()), |backlog| work(backlog, &self.numbers(backlog, average)));
         self.on_device = Some(own);
         done
     }
 
     /// Brings rows that wait on the device up to date, which the step at hand reads.
     pub fn read(&self, rows: &Touched, average: Option<&Average>) -> Result<()> {
-        let Some(OnDevice { tables, backlog: Some(backlog), .. }) = &self.on_device else { return Ok(()) };
-        backlog.read(&rows.ids, &self.numbers(tables, average))
+        let Some(OnDevice { backlog: Some(backlog), .. }) = &self.on_device else { return Ok(()) };
+        backlog.read(&rows.ids, &self.numbers(backlog, average))
     }
 
-    fn numbers<'a>(&'a self, tables: &[usize], average: Option<&'a Average>) -> Vec<Numbers<'a>> {
-        let numbers = |&number: &usize| {
+    fn numbers<'a>(&'a self, backlog: &DeviceBacklog, average: Option<&'a Average>) -> Vec<Numbers<'a>> {
+        let numbers = |number: usize| {
             let Slot { parameter, first, second, .. } = &self.slots[number];
             Numbers { weights: parameter, first, second, average: average.map(|average| average.of(number)) }
         };
-        tables.iter().map(numbers).collect()
+        backlog.tables().map(numbers).collect()
     }
 
     /// Parts of the squares of all `gradients`, `[n]`, where kernels do the work. Those of tables whose rows wait, which come by place
     /// of the step, become those of rows.
     pub fn squares(&self, rows: Option<&Touched>, gradients: &mut [Tensor]) -> Result<Option<Tensor>> {
-        let Some(OnDevice { dense, tables, backlog }) = &self.on_device else { return Ok(None) };
-        let waiting: Vec<(&Touched, usize)> =
-            rows.iter().flat_map(|&rows| tables.iter().map(move |&t| (rows, t))).collect();
-        let (n, each) = (dense.n_pieces(), rows.map_or(0, |rows| rows.ids.numel() as i64));
+        let Some(OnDevice { dense, backlog }) = &self.on_device else { return Ok(None) };
+        let waiting = backlog.as_ref().zip(rows);
+        let n = dense.n_pieces();
+        let n_of_tables = waiting.map_or(0, |(backlog, rows)| backlog.tables().count() * rows.ids.numel()) as i64;
         let device = self.slots[0].parameter.device();
-        let squares = Tensor::empty([n + each * waiting.len() as i64], (Kind::Float, device));
+        let squares = Tensor::empty([n + n_of_tables], (Kind::Float, device));
         for number in dense.numbers() {
             if let Some(gradient) = gradients.get_mut(number).filter(|gradient| gradient.defined()) {
                 *gradient = gradient.contiguous();
             }
         }
         dense.squares(gradients, &squares.narrow(0, 0, n))?;
-        for (i, (rows, table)) in waiting.into_iter().enumerate() {
-            let gradient = gradients.get_mut(table).filter(|gradient| gradient.defined());
+        let Some((backlog, rows)) = waiting else { return Ok(Some(squares)) };
+        let each = rows.ids.numel() as i64;
+        for (i, table) in backlog.tables().enumerate() {
             let mut own = squares.narrow(0, n + each * i as i64, each);
-            match (backlog, gradient) {
-                (Some(backlog), Some(gradient)) => *gradient = backlog.sum(gradient, &rows.ids, rows.padding, &own)?,
-                _ => drop(own.f_zero_()?),
+            match gradients.get_mut(table).filter(|gradient| gradient.defined()) {
+                Some(gradient) => *gradient = backlog.sum(gradient, &rows.ids, rows.padding, &own)?,
+                None => drop(own.f_zero_()?),
             }
         }
         Ok(Some(squares))
@@ -118,7 +118,7 @@ impl Optimizer {
 
     pub(super) fn step_on_device(
         &self,
-        OnDevice { dense, tables, backlog }: &OnDevice,
+        OnDevice { dense, backlog }: &OnDevice,
         gradients: &[Tensor],
         rows: Option<&Touched>,
         (rate, share): (Number, Option<Number>),
@@ -138,9 +138,9 @@ impl Optimizer {
         let scalars = [&rate, &share, grad_scale.skip, &divisor];
         dense.update(gradients, scalars)?;
         let (Some(backlog), Some(rows)) = (backlog, rows) else { return Ok(()) };
-        let numbers = self.numbers(tables, average).into_iter().zip(tables);
+        let numbers = self.numbers(backlog, average).into_iter().zip(backlog.tables());
         let tables: Vec<_> =
-            numbers.map(|(numbers, &number)| (numbers, gradient(number), &self.slots[number].step)).collect();
+            numbers.map(|(numbers, number)| (numbers, gradient(number), &self.slots[number].step)).collect();
         backlog.step(&rows.ids, &tables, scalars)
     }
 }
