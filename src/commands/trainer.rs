@@ -89,7 +89,7 @@ impl<'a> Parts<'a> {
         let mut optimizer = Optimizer::new(&config.optimizer, model.parameters.iter());
         if device != Device::Cpu {
             // Batches of one step would each have their own places.
-            let tables = if config.accumulate_steps == 1 { model.trained_tables() } else { Vec::new() };
+            let tables = if config.accumulate_steps == 1 { model.embedding.trained_tables() } else { Vec::new() };
             optimizer.work_on_device(tables, &model.halves(), average.as_ref());
         }
         Trainer {

@@ -20,6 +20,17 @@
 
 namespace {
 
+// What `work` throws, or null.
+template <typename Work>
+std::exception_ptr failure_of(Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (...) {
+    return std::current_exception();
+  }
+}
+
 // A thread that works beside whoever asks, on a stream of its own.
 class Helper {
  public:
@@ -45,12 +56,7 @@ class Helper {
       work_ = own;
     }
     changed_.notify_all();
-    std::exception_ptr mine;
-    try {
-      other();
-    } catch (...) {
-      mine = std::current_exception();
-    }
+    auto mine = failure_of(other);
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [this] { return !work_; });
     auto theirs = std::exchange(failed_, nullptr);
@@ -71,12 +77,7 @@ class Helper {
       changed_.wait(lock, [this] { return bool(work_); });
       auto work = work_;
       lock.unlock();
-      std::exception_ptr failed;
-      try {
-        work();
-      } catch (...) {
-        failed = std::current_exception();
-      }
+      auto failed = failure_of(work);
       lock.lock();
       failed_ = failed;
       work_ = nullptr;

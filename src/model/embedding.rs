@@ -77,6 +77,7 @@ pub struct TableRows {
     places: Option<Tensor>,
 }
 
+/// The tables, and the spelling of words.
 pub struct Embedding {
     learned: Option<Table>,
     pretrained: Vec<Pretrained>,
@@ -222,11 +223,11 @@ def forward(self, {inputs}) -> Tensor:
         Touched { ids: ids.flatten(0, 1), host: Vec::new(), padding: self.still(), tables: self.trained_tables() }
     }
 
-    /// The rows at `places`, of a step of so many sentences.
-    pub fn rows_at(&self, places: Touched, n_sentences: i64) -> TableRows {
+    /// The rows at `places`, which stand in for the tables as a batch reads them.
+    pub fn rows_at(&self, places: Touched, batch: &Batch) -> TableRows {
         let leaf = |table: &Table| {
             let rows = tch::no_grad(|| table.values.index_select(0, &places.ids));
-            rows.view([-1, n_sentences, rows.size()[1]]).set_requires_grad(true)
+            rows.view([-1, batch.rows.len() as i64, rows.size()[1]]).set_requires_grad(true)
         };
         let leaves = self.tables().filter(|table| table.parameter.is_some()).map(leaf).collect();
         TableRows { leaves, places: None, touched: places }

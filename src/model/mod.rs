@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 pub use characters::CharactersConfig;
-pub use embedding::{EmbeddingConfig, TableRows};
+pub use embedding::{Embedding, EmbeddingConfig, TableRows};
 use heads::HeadSize;
 pub use heads::{ClassWeights, Decoded, Head, HeadConfig};
 pub use mode::{Mode, Site};
@@ -34,7 +34,6 @@ pub use view::distribution_script;
 
 use crate::data::{Batch, Lengths, Targets};
 use crate::libtorch::{Draws, ScriptModule};
-use crate::optim::Touched;
 use crate::rng::{Purpose, Seed};
 use crate::task::{Task, TaskId, TaskKind};
 
@@ -141,7 +140,7 @@ pub struct Shared {
 
 pub struct Model {
     pub parameters: Parameters,
-    embedding: embedding::Embedding,
+    pub embedding: Embedding,
     trunk: trunk::Trunk,
     views: Vec<View>,
     heads: Vec<Box<dyn Head>>,
@@ -172,7 +171,7 @@ impl Model {
         seed.seed_torch(Purpose::Initialization, 0);
         let mut parameters = Parameters::new(device);
         let mut root = parameters.root();
-        let embedding = embedding::Embedding::new(root.sub("embedding"), &config.embedding, vocabulary);
+        let embedding = Embedding::new(root.sub("embedding"), &config.embedding, vocabulary);
         let (trunk, starts) = trunk::Trunk::new(root.sub("trunk"), &config.trunk, embedding.width());
         let mut scope = root.sub("heads");
         let (mut views, mut built): (Vec<View>, Vec<Box<dyn Head>>) = (Vec::new(), Vec::new());
@@ -223,11 +222,6 @@ impl Model {
         &self.views[task.0].heads
     }
 
-    /// Numbers a token after the embedding.
-    pub fn embedding_width(&self) -> i64 {
-        self.embedding.width()
-    }
-
     /// Whether a batch needs the spelling of its words.
     pub fn reads_bytes(&self) -> bool {
         self.embedding.characters_script().is_some()
@@ -259,36 +253,6 @@ impl Model {
     pub fn halves(&self) -> Vec<(usize, &Tensor)> {
         let halves = self.trunk.halves();
         halves.flat_map(|own| own.copies.iter().enumerate().map(|(i, copy)| (own.first + i, copy))).collect()
-    }
-
-    /// The rows of the embedding tables that `token_ids` need.
-    pub fn touched(&self, token_ids: &[i32]) -> Touched {
-        self.embedding.touched(token_ids)
-    }
-
-    /// These rows as they are now, to be read and given gradients in the place of the tables.
-    pub fn rows(&self, touched: Touched) -> TableRows {
-        self.embedding.rows(touched)
-    }
-
-    /// What `token_ids` [B, T] touch of the tables, for a host that does not know them; and these rows, which stand in for the
-    /// tables as a step reads them.
-    pub fn places(&self, token_ids: &Tensor, batch: &Batch) -> Touched {
-        self.embedding.places(token_ids, batch)
-    }
-
-    pub fn rows_at(&self, places: Touched, batch: &Batch) -> TableRows {
-        self.embedding.rows_at(places, batch.rows.len() as i64)
-    }
-
-    /// The numbers of the embedding's trained tables among the parameters.
-    pub fn trained_tables(&self) -> Vec<usize> {
-        self.embedding.trained_tables()
-    }
-
-    /// `token_ids` [B, T], some of which are read as unknown.
-    pub fn drop_words(&self, token_ids: &Tensor, mode: Mode) -> Tensor {
-        self.embedding.drop_words(token_ids, mode)
     }
 
     /// What gradients are taken to: the parameters, or what training reads in their place, 16-bit copies and `rows` of tables.

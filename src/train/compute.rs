@@ -208,12 +208,12 @@ impl Trainer<'_> {
             (Some(unknown), Some(draws)) => unknown.replace(&batch.token_ids, draws),
             _ => batch.token_ids.shallow_clone(),
         };
-        let token_ids = self.model.drop_words(&token_ids, mode);
+        let token_ids = self.model.embedding.drop_words(&token_ids, mode);
         let rows = match self.optimizer.waits_on_device() {
             true => {
-                let places = self.model.places(&token_ids, batch);
+                let places = self.model.embedding.places(&token_ids, batch);
                 self.optimizer.read(&places, self.average.as_ref())?;
-                Some(self.model.rows_at(places, batch))
+                Some(self.model.embedding.rows_at(places, batch))
             }
             false => None,
         };

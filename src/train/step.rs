@@ -91,13 +91,13 @@ impl Trainer<'_> {
         let touched = self.reads_rows().then(|| {
             let all = step.batches.iter().flatten();
             let tokens: Vec<i32> = all.flat_map(|&row| self.train.set.tokens(row)).copied().collect();
-            self.model.touched(&tokens)
+            self.model.embedding.touched(&tokens)
         });
         self.laps.end(Part::Batch);
         let rows = match touched {
             Some(touched) => {
                 self.optimizer.catch_up(Some(&touched), self.average.as_mut())?;
-                Some(self.model.rows(touched))
+                Some(self.model.embedding.rows(touched))
             }
             None => None,
         };

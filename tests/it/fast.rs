@@ -68,8 +68,8 @@ fn gradients(model: &Model, s: &Setting, of: Of, mode: Mode) -> Vec<Tensor> {
     let tokens: Vec<i32> = all.iter().flat_map(|&row| s.train.set.tokens(row)).copied().collect();
     let rows = match of {
         Of::Tables => None,
-        Of::Rows => Some(model.rows(model.touched(&tokens))),
-        Of::Places => Some(model.rows_at(model.places(&batch.token_ids, &batch), &batch)),
+        Of::Rows => Some(model.embedding.rows(model.embedding.touched(&tokens))),
+        Of::Places => Some(model.embedding.rows_at(model.embedding.places(&batch.token_ids, &batch), &batch)),
     };
     let shared = model.encode(&batch, &batch.token_ids, rows.as_ref(), mode);
     let total = model.losses(&shared, &batch, mode).into_iter().flatten().reduce(|a, b| a + b).unwrap();

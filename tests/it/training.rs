@@ -195,7 +195,7 @@ fn words_are_dropped_one_by_one_and_types_throughout_a_batch() {
         let s = setting(&[&PLAIN[..], &[option]].concat());
         let batch = s.train.batch(rows);
         let model = build(&s);
-        let shared = model.encode(&batch, &model.drop_words(&batch.token_ids, mode), None, mode);
+        let shared = model.encode(&batch, &model.embedding.drop_words(&batch.token_ids, mode), None, mode);
         model.head_logits(&shared.taps[0], Mode::Eval)
     };
     let alike = |logits: &Tensor| (logits - logits.narrow(0, 0, 1)).abs().max().double_value(&[]) < 1e-5;

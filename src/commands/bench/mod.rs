@@ -169,7 +169,7 @@ fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
         (rows.len() as i64, longest.unwrap_or(0))
     };
     let shapes: Vec<(i64, i64)> = steps.iter().flat_map(|batches| batches.iter()).map(shape).collect();
-    let inputs = rehearsal.model.embedding_width();
+    let inputs = rehearsal.model.embedding.width();
     let trunk = &rehearsal.experiment.model.trunk;
     let kind = rehearsal.experiment.training.precision.kind();
     bound::Bound::new(&bound::Work { shapes: &shapes, inputs, trunk, kind }, rehearsal.device)
