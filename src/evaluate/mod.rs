@@ -1,5 +1,7 @@
 //! `evaluate(model, data) -> Report`: losses and scores of every task over one split.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -216,9 +218,10 @@ pub fn predict(model: &Model, data: &DeviceSet) -> Result<Vec<Vec<Decoded>>> {
 
 /// What `work` makes of each of `n` batches without gradients, in order, by all workers.
 fn in_turn<T: Send>(n: usize, work: &dyn Fn(usize) -> T) -> Vec<T> {
-    let work = |i: usize| tch::no_grad(|| work(i));
-    match workers() {
-        1 => (0..n).map(work).collect(),
-        _ => side_by_side(n, &work),
-    }
+    let next = AtomicUsize::new(0);
+    let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < n);
+    let worker = |_| std::iter::from_fn(take).map(|i| (i, tch::no_grad(|| work(i)))).collect::<Vec<_>>();
+    let mut done: Vec<(usize, T)> = side_by_side(workers(), &worker).into_iter().flatten().collect();
+    done.sort_by_key(|(i, _)| *i);
+    done.into_iter().map(|(_, made)| made).collect()
 }

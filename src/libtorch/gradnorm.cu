@@ -1,7 +1,7 @@
 // GradNorm's update of src/weighting/gradnorm.rs, which operators take in two dozen launches: one thread, for some tasks.
 //
-// Float64 throughout. losses, norms, weights, moved, Adam's moments and steps, and initial [T]; seen [3, T]; `given` has the numbers
-// below, then priorities and presence (1 or 0), [T] each.
+// Float64 throughout. losses, norms, weights, moved, Adam's moments and steps, and initial [T]; seen [3, T]; `given` has the
+// numbers below, then priorities and presence (1 or 0), [T] each.
 
 // Of two numbers the larger; what is no number stays so.
 __device__ double at_least(double x, double least) { return x < least ? least : x; }
@@ -17,7 +17,7 @@ extern "C" __global__ void gradnorm(
     double priority = priorities[i] * here[i];
     magnitudes += weights[i] * norms[i] * priority;
     shares += priority;
-    ratios += losses[i] / at_least(initial[i], smallest_loss) * here[i];
+    ratios += at_least(losses[i], 0) / at_least(initial[i], smallest_loss) * here[i];
     count += here[i];
   }
   const double unknown = __longlong_as_double(0x7ff8000000000000);
@@ -30,10 +30,10 @@ extern "C" __global__ void gradnorm(
   double before = 0, after = 0;
   for (int i = 0; i < n; i++) {
     double slope = norms[i] * priorities[i] * here[i];
-    double training_rate = losses[i] / at_least(initial[i], smallest_loss) * here[i] / mean_ratio;
+    double training_rate = at_least(losses[i], 0) / at_least(initial[i], smallest_loss) * here[i] / mean_ratio;
     double target = priorities[i] * here[i] * mean * pow(training_rate, alpha);
     double off = weights[i] * slope - target;
-    double gradient = off > 0 ? slope : off < 0 ? -slope : 0 * off;
+    double gradient = off > 0 ? slope : off < 0 ? -slope : 0;
     double value = weights[i];
     if (here[i] > 0 && adam) {
       steps[i] += 1;
@@ -60,8 +60,8 @@ struct Listed {
   long long at[256];
 };
 
-// For src/train/taps.rs: parts of the squares of float32 tensors, added up in one order: parts [tensors, P], a block each. `tensors` has where they lie and how
-// many numbers they have, one pair after the other. Blocks of a power of two.
+// For src/train/taps.rs: parts of the squares of float32 tensors, added up in one order: parts [tensors, P], a block each.
+// `tensors` has where they lie and how many numbers they have, one pair after the other. Blocks of a power of two.
 extern "C" __global__ void squares_of(double* parts, Listed tensors) {
   extern __shared__ double shared[];
   const float* x = (const float*)tensors.at[2 * blockIdx.y];
@@ -77,8 +77,8 @@ extern "C" __global__ void squares_of(double* parts, Listed tensors) {
   if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = shared[0];
 }
 
-// squares [T]: what the parts [K, P] of the tensors of each task add up to, over the square of its weight; 0 where it has none. `tasks`
-// has whose each of the K tensors is. One block, a thread a task.
+// squares [T]: what the parts [K, P] of the tensors of each task add up to, over the square of its weight; 0 where it has none.
+// `tasks` has whose each of the K tensors is. One block, a thread a task.
 extern "C" __global__ void squares_by_task(
     const double* parts, const double* weights, double* squares, int n_tasks, int n_tensors, int n_parts, Listed tasks) {
   const int task = threadIdx.x;

@@ -9,7 +9,11 @@ use super::{checked, panic_text};
 
 /// The memory that the graphs of a training run share.
 #[derive(Default)]
-pub struct GraphPool([u64; 2]);
+pub struct GraphPool {
+    id: [u64; 2],
+    /// Whether a recording was broken off since this was last asked: libtorch replays none that came before it.
+    pub broken: bool,
+}
 
 pub struct CudaGraph {
     functions: &'static Functions,
@@ -27,7 +31,7 @@ impl CudaGraph {
         // What earlier steps left to the allocator is of no use to a recording. Giving it back waits for the device.
         // SAFETY: takes nothing.
         let make_room = || checked(unsafe { (functions.release_memory)() });
-        if pool.0 == [0, 0] {
+        if pool.id == [0, 0] {
             make_room()?;
         }
         match Self::try_to_record(functions, pool, &mut work) {
@@ -47,12 +51,15 @@ impl CudaGraph {
     ) -> Result<(CudaGraph, T)> {
         let mut recording = std::ptr::null_mut();
         // SAFETY: `begin` fills `recording` where it returns null, and reads and writes two numbers of `pool`.
-        checked(unsafe { (functions.graph_begin)(pool.0.as_mut_ptr(), &mut recording) })?;
+        let begun = checked(unsafe { (functions.graph_begin)(pool.id.as_mut_ptr(), &mut recording) });
+        pool.broken |= begun.is_err();
+        begun?;
         let graph = CudaGraph { functions, recording };
         // tch's operators panic where libtorch throws, and a recording that has begun must end.
         let done = catch_unwind(AssertUnwindSafe(work));
         // SAFETY: the recording is live and has begun.
         let ended = checked(unsafe { (functions.graph_end)(recording) });
+        pool.broken |= ended.is_err();
         let result = done.map_err(|panic| anyhow!(panic_text(panic.as_ref())))??;
         ended?;
         Ok((graph, result))

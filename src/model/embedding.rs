@@ -1,7 +1,7 @@
 //! Token embedding: a learned table, pretrained vectors and the spelling of words, side by side; with dropout.
 //!
-//! word dropout: a token is read as unknown (Iyyer 2015, section 3.2; Gal & Ghahramani 2016 drop word types).
-//! row dropout: all numbers of a word type are 0 wherever it stands in the batch (Merity 2018, arXiv 1708.02182, section 4.3).
+//! word dropout: a token is read as unknown (Iyyer 2015, section 3.2; Gal & Ghahramani 2016 drop word types). row dropout: the
+//! table's numbers of a word type are 0 wherever it stands in the batch (Merity 2018, arXiv 1708.02182, section 4.3).
 //!
 //! B sentences, T tokens, L bytes of the longest word, E embedding, V tokens of training, X further tokens, U different tokens of
 //! a step.
@@ -32,9 +32,9 @@ pub struct EmbeddingConfig {
     pub dropout: f64,
     /// One mask of `dropout` for all tokens of a sentence. Default true.
     pub locked_dropout: bool,
-    /// Share of the word types whose vectors are 0 throughout a batch. Default 0, from 0 to below 1.
+    /// Share of the word types whose vectors, but for their characters, are 0 throughout a batch. Default 0, from 0 to below 1.
     pub row_dropout: f64,
-    /// Share of the tokens that are read as unknown. Default 0, from 0 to below 1.
+    /// Share of the tokens that are read as unknown, but for their characters. Default 0, from 0 to below 1.
     pub word_dropout: f64,
 }
 

@@ -1,7 +1,8 @@
 //! A loss scale, so that small gradients do not vanish in float16.
 //!
 //! Losses are multiplied by S before the backward pass and gradients divided by it in the update. Where their norm is not finite
-//! the step is left out and S halved; after 2,000 steps without that S is doubled.
+//! the step is left out and S halved; after 2,000 steps without that S is doubled. Where S is 1 the gradients themselves are not
+//! finite, and that is an error as in float32.
 //!
 //! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.2; numbers as in PyTorch's GradScaler.
 
@@ -42,9 +43,9 @@ impl LossScale {
         (&self.scale, &self.steps, STEPS_TO_GROW)
     }
 
-    /// Whether the `norm` of a step's gradients is not finite, to which the scale is adapted.
+    /// Whether a step is left out, since the `norm` of its gradients is not finite and the scale, which is adapted, may be why.
     pub fn adapt(&mut self, norm: &Tensor) -> Result<Tensor> {
-        let found = is_unsound(norm);
+        let found = is_unsound(norm).logical_and(&self.scale.gt(1.0));
         let as_float = found.to_kind(Kind::Float);
         let _ = self.scale.f_internal_amp_update_scale_(&self.steps, &as_float, 2.0, 0.5, STEPS_TO_GROW)?;
         Ok(found)
@@ -79,6 +80,12 @@ mod tests {
             assert_eq!(scale.adapt(&Tensor::from(overflow)).unwrap().double_value(&[]), 1.0);
             assert_eq!(scale.value().double_value(&[]), left);
         }
+        for left in (0..13).rev() {
+            assert_eq!(scale.adapt(&Tensor::from(f32::NAN)).unwrap().double_value(&[]), 1.0);
+            assert_eq!(scale.value().double_value(&[]), 2f64.powi(left));
+        }
+        assert_eq!(scale.adapt(&Tensor::from(f32::NAN)).unwrap().double_value(&[]), 0.0);
+        scale.scale = Tensor::from(8192f32);
         let mut other = LossScale::new(Device::Cpu);
         for _ in 0..STEPS_TO_GROW - 1 {
             let _ = other.adapt(&fine).unwrap();

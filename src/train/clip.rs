@@ -21,7 +21,7 @@ pub struct Clip<'a> {
 }
 
 pub struct Clipped {
-    /// The losses, then the norm before clipping.
+    /// The losses, then the norm before clipping; -1 where float16 leaves the step out.
     pub values: Tensor,
     pub divisor: Option<Tensor>,
     /// 1 where the step is left out.
@@ -93,7 +93,7 @@ impl Clip<'_> {
                 *norms = norms.take().map(|norms| norms / scale.value());
                 let overflow = scale.adapt(&norm)?;
                 // The step is left out, and nobody learns from its gradients.
-                norm = norm.masked_fill(&overflow, 0.0);
+                norm = norm.masked_fill(&overflow, -1.0);
                 *norms = norms.take().map(|norms| norms.masked_fill(&overflow, f64::NAN));
                 Some(overflow)
             }

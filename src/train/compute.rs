@@ -108,8 +108,9 @@ impl Trainer<'_> {
                 let losses = known.as_ref().unwrap_or(&here);
                 self.weighting.weights(step.number, inputs.present, Some(&as_vector(losses, device)))
             });
+            let scale = self.loss_scale.as_ref().map(LossScale::value);
             if inputs.diagnose {
-                let of_part = |part: usize| at_last_layer(self.model, &passes[part].losses);
+                let of_part = |part: usize| at_last_layer(self.model, &passes[part].losses, scale);
                 for own in side_by_side(parts.len(), &of_part) {
                     let own = own?.to_kind(Kind::Double);
                     by_task = Some(by_task.map_or_else(|| own.shallow_clone(), |sum| sum + &own));
@@ -118,7 +119,6 @@ impl Trainer<'_> {
             self.laps.end(Part::Weighting);
             let pass = |part: usize| {
                 let Pass { shared, losses, rows } = &passes[part];
-                let scale = self.loss_scale.as_ref().map(LossScale::value);
                 backward.pass(shared, rows.as_ref().or(inputs.rows), Weighted { losses, weights, scale })
             };
             for own in side_by_side(parts.len(), &pass) {
@@ -139,8 +139,8 @@ impl Trainer<'_> {
         Ok(Computed { values, weights, norms, gram: by_task.map(|own| own.matmul(&own.tr())) })
     }
 
-    /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks present, in order,
-    /// then the gradient's norm before clipping.
+    /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks present, in
+    /// order, then the gradient's norm before clipping.
     fn update(
         &mut self,
         (gradients, rows): (&[Tensor], Option<&Touched>),
@@ -160,7 +160,9 @@ impl Trainer<'_> {
         };
         let mut clipped = clip.apply(self.loss_scale.as_mut(), norms)?;
         // On the CPU the rows of tables read their gradients by themselves.
-        if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu) {
+        if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu)
+            && divisor.double_value(&[]) > 1.0
+        {
             divide_list(&defined, &divisor)?;
         }
         let average = self.average.as_mut().map(|average| (average, inputs.share));

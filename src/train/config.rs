@@ -29,8 +29,8 @@ pub struct TrainingConfig {
     /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
     /// `heads.TASK`, or a parameter by its whole name. Default: none.
     pub freeze_epochs: IndexMap<String, usize>,
-    /// Precision in which the trunk's LSTM layers train: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and losses
-    /// are float32, and so is evaluation. Default `float32`, whose products are TF32 on CUDA.
+    /// Precision in which the trunk's LSTM layers train: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and
+    /// losses are float32, and so is evaluation. Default `float32`, whose products are TF32 on CUDA.
     pub precision: Precision,
     /// Steps of one shape are recorded once and replayed as one call, on CUDA. Default true.
     pub cuda_graphs: bool,
@@ -42,8 +42,8 @@ pub struct TrainingConfig {
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses; where an epoch has fewer, one record an epoch. Default 50, at least 1.
     pub log_every_steps: usize,
-    /// Every `log_every_steps` times so many steps a record also holds the norms of the tasks' gradients at the last LSTM
-    /// layer and the cosines between them; 0 is off. Default 4.
+    /// Every `log_every_steps` times so many steps a record also holds the norms of the tasks' gradients at the highest
+    /// LSTM layer that all read, and the cosines between them; 0 is off. Default 4.
     pub log_gradients_every: usize,
     /// Steps between checkpoints within an epoch. Default: at the end of each epoch alone.
     pub checkpoint_every_steps: Option<usize>,

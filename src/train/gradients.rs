@@ -212,22 +212,24 @@ fn widen(gradients: &mut [Tensor]) -> Result<()> {
 }
 
 /// The gradients of the tasks' losses at the last layer's weights, one after the other, 0 for absent tasks: [T, n]. The graph
-/// stays as it was.
-pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>]) -> Result<Tensor> {
+/// stays as it was. `scale` multiplies losses on the way, so that small gradients do not vanish in float16.
+pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>], scale: Option<&Tensor>) -> Result<Tensor> {
     let parameters = &model.inputs(None)[model.last_layer.clone()];
     let n: usize = parameters.iter().map(|parameter| parameter.numel()).sum();
     let row = |loss: &Option<Tensor>| {
         let Some(loss) = loss else {
             return Ok(Tensor::zeros([n as i64], (Kind::Float, parameters[0].device())));
         };
-        let gradients = backward(&[loss], &[&loss.ones_like()], parameters, true)?;
+        let one = scale.map_or_else(|| loss.ones_like(), Tensor::shallow_clone);
+        let gradients = backward(&[loss], &[&one], parameters, true)?;
         let flat = gradients.iter().zip(parameters).map(|(gradient, parameter)| match gradient.defined() {
             true => gradient.flatten(0, -1).to_kind(Kind::Float),
             false => Tensor::zeros([parameter.numel() as i64], (Kind::Float, parameter.device())),
         });
         Ok(Tensor::cat(&flat.collect::<Vec<_>>(), 0))
     };
-    Ok(Tensor::stack(&losses.iter().map(row).collect::<Result<Vec<_>>>()?, 0))
+    let rows = Tensor::stack(&losses.iter().map(row).collect::<Result<Vec<_>>>()?, 0);
+    Ok(scale.map_or(rows.shallow_clone(), |scale| rows / scale))
 }
 
 /// Adds gradients; those of heads that a batch did not need are undefined.

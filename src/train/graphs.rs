@@ -92,9 +92,11 @@ impl Trainer<'_> {
             return Ok(None);
         }
         let key = self.shape(step, plan, inputs);
+        if self.graphs.steps.get(&key).is_some_and(Option::is_none) && self.graphs.n_recorded() == MOST {
+            return Ok(None);
+        }
         let recorded = match self.graphs.steps.remove(&key) {
             Some(Some(recorded)) => recorded,
-            Some(None) if self.graphs.n_recorded() == MOST => return Ok(None),
             Some(None) => match self.record(step, plan, inputs) {
                 Ok(recorded) => recorded,
                 Err(error) => {
@@ -152,6 +154,9 @@ impl Trainer<'_> {
         self.graphs.recording = true;
         let recorded = CudaGraph::record(&mut pool, || self.compute_kept(step, plan, &numbers, inputs));
         self.graphs.recording = false;
+        if std::mem::take(&mut pool.broken) {
+            self.graphs.steps.clear();
+        }
         (self.graphs.pool, self.laps) = (pool, laps);
         let (graph, computed) = recorded?;
         Ok(Recorded { graph: Some(graph), numbers, computed: Some(computed) })

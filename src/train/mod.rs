@@ -145,15 +145,12 @@ impl Trainer<'_> {
                 let index = state.step % per_epoch;
                 let first = index * self.config.accumulate_steps;
                 let batches = &plan[first..(first + self.config.accumulate_steps).min(plan.len())];
-                let step = Step { number: state.step, n_steps, batches, diagnose: self.diagnoses(state.step) };
+                let (log, epoch_ends) = (self.logs_after(state.step), self.ends_epoch(state.step));
+                let diagnose = log && self.compares_after(state.step);
+                let step = Step { number: state.step, n_steps, batches, diagnose };
                 let n_tokens = self.take(&step, &mut pending).map_err(|error| self.out_of_memory(error, batches))?;
                 interval.1 += n_tokens;
                 state.step += 1;
-                let epoch_ends = state.step.is_multiple_of(per_epoch) || state.step == n_steps;
-                let log = match per_epoch < self.config.log_every_steps {
-                    true => epoch_ends,
-                    false => state.step.is_multiple_of(self.config.log_every_steps),
-                };
                 let save = self.config.checkpoint_every_steps.is_some_and(|every| state.step.is_multiple_of(every));
                 let stopping = stop.load(Ordering::Relaxed);
                 let mut fresh = None;
@@ -189,10 +186,25 @@ impl Trainer<'_> {
         Ok(Outcome::Finished)
     }
 
-    /// Whether the record after `step` (from 0) compares the tasks' gradients.
-    fn diagnoses(&self, step: usize) -> bool {
+    /// Whether an epoch, or all, ends with `step` (from 0).
+    fn ends_epoch(&self, step: usize) -> bool {
+        (step + 1).is_multiple_of(self.steps_per_epoch()) || step + 1 == self.n_steps()
+    }
+
+    /// Whether a record is due after `step` (from 0).
+    fn logs_after(&self, step: usize) -> bool {
+        match self.steps_per_epoch() < self.config.log_every_steps {
+            true => self.ends_epoch(step),
+            false => (step + 1).is_multiple_of(self.config.log_every_steps),
+        }
+    }
+
+    /// Whether the record after `step` (from 0) compares the tasks' gradients: the first at which so many steps are done, or
+    /// more.
+    fn compares_after(&self, step: usize) -> bool {
         let every = self.config.log_every_steps * self.config.log_gradients_every;
-        every > 0 && (step + 1).is_multiple_of(every)
+        let before = (0..step).rev().find(|&before| self.logs_after(before)).map_or(0, |before| before + 1);
+        every > 0 && (step + 1) / every > before / every
     }
 
     fn record_training(
@@ -215,6 +227,10 @@ impl Trainer<'_> {
             ("learning_rate".to_owned(), json!(self.learning_rate(state.step - 1, self.n_steps()))),
             ("tokens_per_sec".to_owned(), json!(speed.round())),
         ]);
+        if let Some(scale) = &self.loss_scale {
+            values.insert("loss_scale".to_owned(), json!(scale.value().double_value(&[])));
+            values.insert("steps_left_out".to_owned(), json!(state.interval.left_out));
+        }
         if let Some((weights, present)) = &pending.weights {
             let report = self.weighting.report(weights, present);
             values.insert("weight".to_owned(), named(&report.weights));

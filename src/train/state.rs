@@ -26,7 +26,7 @@ pub struct State {
 
 impl State {
     pub fn new(n_tasks: usize) -> Self {
-        let sums = Sums { losses: vec![(0.0, 0); n_tasks], norms: (0.0, 0) };
+        let sums = Sums { losses: vec![(0.0, 0); n_tasks], norms: (0.0, 0), left_out: 0 };
         State { best_by_task: vec![None; n_tasks], interval: sums.clone(), epoch: sums, ..State::default() }
     }
 
@@ -49,17 +49,22 @@ impl State {
 pub struct Sums {
     losses: Vec<(f64, u64)>,
     norms: (f64, u64),
+    /// Steps that float16 left out.
+    #[serde(default)]
+    pub left_out: u64,
 }
 
 impl Sums {
-    /// Adds a step; `losses` by task, without those that were absent.
-    pub fn add(&mut self, losses: &[Option<f64>], norm: f64) {
+    /// Adds a step; `losses` by task, without those that were absent, and no norm where float16 left it out.
+    pub fn add(&mut self, losses: &[Option<f64>], norm: Option<f64>) {
         for ((sum, n), loss) in self.losses.iter_mut().zip(losses) {
             *sum += loss.unwrap_or(0.0);
             *n += u64::from(loss.is_some());
         }
-        self.norms.0 += norm;
-        self.norms.1 += 1;
+        match norm {
+            Some(norm) => self.norms = (self.norms.0 + norm, self.norms.1 + 1),
+            None => self.left_out += 1,
+        }
     }
 
     pub fn means(&self) -> Vec<Option<f64>> {
@@ -73,5 +78,6 @@ impl Sums {
     pub fn reset(&mut self) {
         self.losses.fill((0.0, 0));
         self.norms = (0.0, 0);
+        self.left_out = 0;
     }
 }

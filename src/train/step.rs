@@ -26,7 +26,7 @@ pub struct Pending {
 
 struct Waiting {
     number: usize,
-    /// The losses of the tasks present, in order, then the gradient norm.
+    /// The losses of the tasks present, in order, then the gradient norm; -1 where float16 left the step out.
     values: Tensor,
     present: Vec<bool>,
 }
@@ -70,6 +70,7 @@ impl Pending {
             if !norm.is_finite() {
                 return Err(NotFinite { step: waiting.number, what: format!("the gradient norm ({norm})") });
             }
+            let norm = (norm >= 0.0).then_some(norm);
             state.interval.add(&losses, norm);
             state.epoch.add(&losses, norm);
         }
@@ -137,8 +138,8 @@ impl Trainer<'_> {
         Ok(parts().map(BatchPlan::n_tokens).sum())
     }
 
-    /// Whether the host tells which rows of tables a step reads. On CUDA the device finds them, but for `lazy_rows`: a recorded step has
-    /// no lists of changing length.
+    /// Whether the host tells which rows of tables a step reads. On CUDA the device finds them, but for `lazy_rows`: a recorded
+    /// step has no lists of changing length.
     fn reads_rows(&self) -> bool {
         let on_cpu = self.model.parameters.device() == Device::Cpu && !self.graphs.on();
         on_cpu || self.optimizer.lazy_rows()

@@ -16,9 +16,11 @@ static BY_TASK: Kernel = Kernel::new(SOURCE, "squares_by_task");
 const PARTS: usize = 32;
 const BLOCK: usize = 256;
 
-/// Squares of the 2-norms of the tasks' gradients, `[T]` float64, 0 for those of no tensor. `gradients` are those of w_i L_i, `tasks`
-/// whose each is, and `weights` `[T]` the w.
+/// Squares of the 2-norms of the tasks' gradients, `[T]` float64, 0 for those of no tensor. `gradients` are those of w_i L_i,
+/// `tasks` whose each is, and `weights` `[T]` float64 the w.
 pub fn squared_norms(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result<Tensor> {
+    // What the losses were multiplied by is float32.
+    let weights = &weights.to_kind(Kind::Float).to_kind(Kind::Double);
     let fits = gradients.len() <= LISTED / 2 && gradients.iter().all(|x| x.kind() == Kind::Float);
     let serve = |kernel: &Kernel| kernel.serves(weights.device());
     match fits && weights.numel() <= BLOCK && serve(&SQUARES) && serve(&BY_TASK) {
@@ -43,8 +45,6 @@ fn by_kernels(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result
     let gradients: Vec<Tensor> = gradients.iter().map(dense).collect();
     let pairs = gradients.iter().flat_map(|x| [x.data_ptr() as i64, x.numel() as i64]).collect::<Vec<_>>();
     let tasks = tasks.iter().map(|&task| task as i64).collect::<Vec<_>>();
-    // Recorded steps have them in float32.
-    let weights = &weights.to_kind(Kind::Double);
     let (n, double) = (gradients.len(), (Kind::Double, weights.device()));
     let (parts, squares) = (Tensor::empty([n as i64, PARTS as i64], double), weights.empty_like());
     let shape = LaunchConfig { grid: [PARTS, n], block: [BLOCK, 1], shared: BLOCK * size_of::<f64>() };
@@ -68,8 +68,7 @@ mod tests {
         let of_mean = random(&[3, 1, 4]).expand([3, 6, 4], false);
         let gradients = [random(&[3, 5, 40]), random(&[7, 2, 3]).transpose(0, 1), of_mean];
         let weights = Tensor::from_slice(&[0.5f64, 2.0, 1.0]);
-        for (tasks, kind) in [([0, 1, 2], Kind::Double), ([0, 0, 2], Kind::Float)] {
-            let weights = weights.to_kind(kind);
+        for tasks in [[0, 1, 2], [0, 0, 2]] {
             let (ours, theirs) = (by_kernels(&gradients, &tasks, &weights), by_operators(&gradients, &tasks, &weights));
             let (ours, theirs) = (ours.unwrap(), theirs.unwrap());
             assert_eq!([ours.kind(), theirs.kind()], [Kind::Double; 2]);

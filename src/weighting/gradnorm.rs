@@ -30,8 +30,8 @@ pub struct GradnormConfig {
     pub learning_rate: f64,
     /// Optimizer of the weights: `adam` or `sgd`. Default `adam`.
     pub optimizer: WeightOptimizerKind,
-    /// Where norms are taken: `representation` (what a head reads of the trunk, after its mix of layers; nearly free) or `last_layer` (the weights of the last
-    /// LSTM layer, as in the paper). Default `representation`.
+    /// Where norms are taken: `representation` (what a head reads of the trunk, after its mix of layers; nearly free) or
+    /// `last_layer` (the weights of the highest LSTM layer that all tasks read, as in the paper). Default `representation`.
     pub reference: Reference,
     /// Steps between updates of the weights; 1 is the paper. Default: 1 with `representation`, 4 with `last_layer`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -150,7 +150,8 @@ impl Gradnorm {
         let slopes = norms * &priorities; // dG_i / dw_i
         let magnitudes = &self.weights * &slopes;
         let mean = magnitudes.sum(Kind::Double) / priorities.sum(Kind::Double);
-        let ratios = losses / self.initial.clamp_min(SMALLEST_LOSS) * &here;
+        // Rounding may leave a loss of 0 below it.
+        let ratios = losses.clamp_min(0.0) / self.initial.clamp_min(SMALLEST_LOSS) * &here;
         let rates = &ratios / (ratios.sum(Kind::Double) / count(present) as f64).clamp_min(f64::MIN_POSITIVE);
         let targets = priorities * mean * rates.pow_tensor_scalar(self.config.alpha);
         let off = magnitudes - &targets;
@@ -306,7 +307,10 @@ mod tests {
             for step in 0..12 {
                 let present = [true, step % 3 != 1, step % 4 != 2];
                 let random = || Tensor::rand([3], (Kind::Double, Device::Cpu)) + 0.1;
-                let (losses, mut norms) = (random() * mask(&present, Device::Cpu), random());
+                let (mut losses, mut norms) = (random() * mask(&present, Device::Cpu), random());
+                if step == 5 {
+                    losses = losses.index_put(&[Some(Tensor::from(0i64))], &Tensor::from(-1e-15f64), false);
+                }
                 if step == 7 {
                     norms = &norms * f64::NAN;
                 }

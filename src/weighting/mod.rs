@@ -74,7 +74,8 @@ pub struct FixedConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
-    /// At the weights of the last LSTM layer, as in the paper: a backward pass of that layer for each task.
+    /// At the weights of the highest LSTM layer that all tasks read, the last shared one of the paper: a backward pass of that
+    /// layer for each task.
     LastLayer,
     /// At what a head reads of the trunk, after its mix of layers: nearly free.
     #[default]

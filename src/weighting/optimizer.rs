@@ -43,8 +43,8 @@ impl WeightOptimizer {
         WeightOptimizer { kind, learning_rate, first: zeros(), second: zeros(), steps: zeros() }
     }
 
-    /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged, and all are where `gradient` is
-    /// not finite.
+    /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged, and all are where
+    /// `gradient` is not finite.
     pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
         let device = values.device();
         let here = mask(present, device).gt(0.0).logical_and(&gradient.sum(Kind::Double).isfinite());

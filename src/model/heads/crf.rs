@@ -187,7 +187,6 @@ impl Crf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Lengths;
     use crate::model::Parameters;
     use tch::Device;
 
@@ -227,7 +226,7 @@ mod tests {
         let x = Tensor::randn([3, 4, 5], (Kind::Float, Device::Cpu)) * scale;
         let labels = Tensor::from_slice(&[1i64, 2, 0, 3, 0, -1, -1, -1, 3, 4, 0, -1]).view([3, 4]);
         let mut expected = 0.0;
-        let decoded = crf.decode(&x, &Lengths::new(lengths.to_vec(), Device::Cpu));
+        let decoded = crf.decode(&x, &lengths);
         for (b, &n) in lengths.iter().enumerate() {
             let all = paths(&crf, &x.get(b as i64).narrow(0, 0, n));
             let top = all.iter().map(|(_, score)| *score).fold(f64::MIN, f64::max);
@@ -314,7 +313,7 @@ mod tests {
     fn constraints_hold_whatever_the_logits_say() {
         let (crf, _) = crf(&["O", "B-a", "I-a", "B-b", "I-b"], true);
         let x = Tensor::randn([20, 6, 5], (Kind::Float, Device::Cpu)) * 20.0;
-        for decoded in crf.decode(&x, &Lengths::new(vec![6; 20], Device::Cpu)) {
+        for decoded in crf.decode(&x, &[6; 20]) {
             let mut previous = 0;
             for tag in decoded.labels {
                 assert!(tag != 2 || previous == 1 || previous == 2);

@@ -197,8 +197,8 @@ pub trait Head {
     /// Over the task's labels, and `more` after them, which the data has and the head does not know.
     fn metric(&self, more: &[String]) -> Box<dyn Metric>;
 
-    /// Methods `forward(tokens, lengths, words, beside)`, which gives logits, and `decode(logits, n_words)`, which gives the ids of
-    /// the best labels: `[B]` for classes, [B, W] for tags with -1 beyond a sentence's end. Shapes are those of
+    /// Methods `forward(tokens, lengths, words, beside)`, which gives logits, and `decode(logits, n_words)`, which gives the
+    /// ids of the best labels: `[B]` for classes, [B, W] for tags with -1 beyond a sentence's end. Shapes are those of
     /// [`OnnxInputs`].
     fn script(&self) -> Script;
 

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use super::crf::Crf;
 use super::cross_entropy::cross_entropy;
 use super::{ClassWeights, Decoded, Head, HeadSize, OnnxInputs};
-use crate::data::{Lengths, Paths, Targets};
+use crate::data::{Paths, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::dropout::{Masks, dropout};
 use crate::model::parameters::{Linear, Scope};
@@ -31,7 +31,8 @@ pub struct TaggingConfig {
     /// those of the training rows, sorted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<Vec<String>>,
-    /// How the data writes spans, which are BIO inside: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without spans. Default `bio`.
+    /// How the data writes spans, which are BIO inside: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without
+    /// spans. Default `bio`.
     #[serde(default = "default_scheme")]
     pub scheme: Scheme,
     /// `softmax` (each word alone) or `crf` (the best sequence). Default: `crf` over spans, `softmax` over plain tags.
@@ -179,7 +180,7 @@ impl Head for Tagging {
 
     fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded> {
         if let Some(crf) = &self.crf {
-            return crf.decode(logits, &Lengths::new(n_words.to_vec(), logits.device()));
+            return crf.decode(logits, n_words);
         }
         let (scores, labels) = logits.softmax(-1, Kind::Float).max_dim(-1, false); // [b, W]
         let width = logits.size()[1] as usize;

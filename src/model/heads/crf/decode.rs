@@ -5,7 +5,6 @@ use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::Crf;
-use crate::data::Lengths;
 use crate::model::heads::Decoded;
 
 /// Transitions [C, C] row by row, start [C] and end [C].
@@ -23,8 +22,8 @@ fn floats(x: &Tensor) -> Vec<f32> {
 }
 
 impl Crf {
-    /// The best sequence of each row of `x` [b, W, C] (Viterbi), with each tag's marginal probability.
-    pub fn decode(&self, x: &Tensor, lengths: &Lengths) -> Vec<Decoded> {
+    /// The best sequence of each row of `x` [b, W, C] (Viterbi), with each tag's marginal probability; `lengths` in words.
+    pub fn decode(&self, x: &Tensor, lengths: &[i64]) -> Vec<Decoded> {
         let (transitions, start, end) = tch::no_grad(|| self.scores());
         let steps = |x: &Tensor| -> Vec<f64> {
             // A common factor of all paths of one length changes no probability.
@@ -45,7 +44,7 @@ impl Crf {
             let scores = marginals(x, &labels, &scores);
             Decoded { labels, scores, distribution: Vec::new() }
         };
-        lengths.host.par_iter().enumerate().map(row).collect()
+        lengths.par_iter().enumerate().map(row).collect()
     }
 }
 
