@@ -61,6 +61,11 @@ impl Problem {
     pub fn general(severity: Severity, message: impl Into<String>) -> Self {
         Problem { severity, place: None, message: message.into() }
     }
+
+    /// Whether it keeps `path`, a file or a folder, from being read.
+    pub fn is_error_in(&self, path: &Path) -> bool {
+        self.severity == Severity::Error && self.place.as_ref().is_some_and(|place| place.file.starts_with(path))
+    }
 }
 
 impl fmt::Display for Problem {

@@ -12,8 +12,9 @@ use super::{End, oddities, prepare, say, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, LoadedSet, Rows, Split, Tokenizer};
 use crate::libtorch;
+use crate::model::HeadConfig;
 use crate::problem::{InvalidInput, Problem, Severity, counted, shown};
-use crate::task::{TaskId, TaskKind};
+use crate::task::TaskId;
 
 /// Of each kind of finding, so many are shown without --all.
 const SHOWN: usize = 5;
@@ -54,7 +55,7 @@ pub fn run(args: &CheckArgs) -> Result<End> {
     }
     problems.sort_by_key(|problem| problem.severity);
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
-        say(label_counts(TaskId(i), name, head.kind(), &corpus, args.all))?;
+        say(label_counts(TaskId(i), (name, head), &corpus, args.all))?;
     }
     for severity in [Severity::Error, Severity::Warning] {
         let name = if severity == Severity::Error { "error" } else { "warning" };
@@ -162,8 +163,10 @@ fn unknown_words(tokenizer: &Tokenizer, corpus: &Corpus) -> Result<comfy_table::
 }
 
 /// How often each label, or type of span, stands in each split.
-fn label_counts(task: TaskId, name: &str, kind: TaskKind, corpus: &Corpus, all: bool) -> comfy_table::Table {
-    let mut counts: BTreeMap<&str, [usize; 3]> = BTreeMap::new();
+fn label_counts(task: TaskId, (name, head): (&str, &HeadConfig), corpus: &Corpus, all: bool) -> comfy_table::Table {
+    let kind = head.kind();
+    let named = head.labels().into_iter().flatten().map(|label| (label.as_str(), [0; 3]));
+    let mut counts: BTreeMap<&str, [usize; 3]> = named.collect();
     for (set, column) in corpus.columns_of(task) {
         for split in Split::ALL {
             for (label, _) in oddities::occurrences(kind, &set.splits[split as usize], column) {

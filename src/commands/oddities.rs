@@ -12,6 +12,10 @@ use crate::task::{Tag, TaskId, TaskKind, spans_of};
 /// From this share of the different words on, punctuation at their ends is worth a word.
 const STUCK: f64 = 0.05;
 
+/// Rows of a label that may be a slip, and how many times more those of the label have that was meant.
+const RARE: usize = 2;
+const OFTEN: usize = 10;
+
 /// More words than sentences have.
 const LONG: usize = 1000;
 
@@ -53,21 +57,44 @@ pub fn occurrences(kind: TaskKind, rows: &Rows, column: usize) -> Vec<(&str, usi
     (0..rows.len()).flat_map(|row| of_row(row).into_iter().map(move |label| (label, row))).collect()
 }
 
+/// The labels of a task in a split: where each stands first, and how often.
+fn used(corpus: &Corpus, (task, kind): (TaskId, TaskKind), split: Split) -> BTreeMap<&str, (Place, usize)> {
+    let mut used: BTreeMap<&str, (Place, usize)> = BTreeMap::new();
+    for (set, column) in corpus.columns_of(task) {
+        let rows = &set.splits[split as usize];
+        for (label, row) in occurrences(kind, rows, column) {
+            used.entry(label).or_insert_with(|| (rows.place(row), 0)).1 += 1;
+        }
+    }
+    used
+}
+
+/// Training labels that are none of those that their task names: errors.
+pub fn unnamed_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (i, (name, head)) in experiment.tasks.iter().enumerate() {
+        let Some(named) = head.labels() else { continue };
+        for (label, (place, _)) in used(corpus, (TaskId(i), head.kind()), Split::Train) {
+            if !named.iter().any(|known| known == label) {
+                let message = format!("`{name}`: label `{label}` is none of `tasks.{name}.labels`");
+                problems.push(Problem::error(place, message));
+            }
+        }
+    }
+    problems
+}
+
+/// Whether a label is another with a letter more, less, wrong or in the wrong place; numbers are no letters.
+fn misspelled(label: &str, other: &str) -> bool {
+    let letters = |text: &str| text.chars().filter(|c| !c.is_numeric()).collect::<String>();
+    label.chars().count() >= 4 && letters(label) != letters(other) && strsim::osa_distance(label, other) == 1
+}
+
 /// Labels that dev or test have and train has not, and tasks of which train or dev have too few.
 fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
-        let used = |split: Split| {
-            let mut used: BTreeMap<&str, Place> = BTreeMap::new();
-            for (set, column) in corpus.columns_of(TaskId(i)) {
-                let rows = &set.splits[split as usize];
-                for (label, row) in occurrences(head.kind(), rows, column) {
-                    used.entry(label).or_insert_with(|| rows.place(row));
-                }
-            }
-            used
-        };
-        let [train, dev, test] = Split::ALL.map(used);
+        let [train, dev, test] = Split::ALL.map(|split| used(corpus, (TaskId(i), head.kind()), split));
         if corpus.columns_of(TaskId(i)).all(|(set, _)| set.splits[Split::Train as usize].is_empty()) {
             continue; // Said as an error.
         }
@@ -76,7 +103,7 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
             problems.push(odd(format!("`{name}`: train has no span: there is nothing to find")));
         }
         let mut folded: BTreeMap<String, (&str, &Place)> = BTreeMap::new();
-        for (label, place) in &train {
+        for (label, (place, _)) in &train {
             let fold = label.to_lowercase().split_whitespace().collect();
             if let Some((other, before)) = folded.insert(fold, (label, place)) {
                 let message = format!("`{name}`: labels `{other}` and `{label}` differ in case or white space alone");
@@ -86,12 +113,17 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
         if train.len() == 1 && !head.kind().has_spans() {
             problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
         }
-        for (label, place) in train
-            .iter()
-            .filter(|(label, _)| head.labels().is_some_and(|named| !named.iter().any(|known| known == *label)))
-        {
-            let message = format!("`{name}`: label `{label}` is none of `tasks.{name}.labels`");
-            problems.push(Problem::error((*place).clone(), message));
+        for (label, (place, n)) in train.iter().filter(|(_, (_, n))| *n <= RARE) {
+            let likes = train.iter().filter(|(other, (_, many))| *many >= OFTEN * n && misspelled(label, other));
+            if let Some((other, (_, many))) = likes.max_by_key(|(_, (_, many))| *many) {
+                let message = format!(
+                    "`{name}`: label `{label}` is rare, and one letter from `{other}`, of which there are {many}"
+                );
+                problems.push(Problem::warning(place.clone(), message));
+            }
+        }
+        for label in head.labels().into_iter().flatten().filter(|label| !train.contains_key(label.as_str())) {
+            problems.push(odd(format!("`{name}`: label `{label}` of `tasks.{name}.labels` is in no training row")));
         }
         if dev.is_empty() && !train.is_empty() {
             problems.push(odd(format!(
@@ -99,7 +131,7 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
             )));
         }
         for (split, used) in [(Split::Dev, dev), (Split::Test, test)] {
-            for (label, place) in used.into_iter().filter(|(label, _)| !train.contains_key(label)) {
+            for (label, (place, _)) in used.into_iter().filter(|(label, _)| !train.contains_key(label)) {
                 let message = format!(
                     "`{name}`: label `{label}` is in {} but never in train: it can only be missed",
                     split.name()
@@ -199,14 +231,14 @@ fn stuck_punctuation(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
 }
 
 /// Training sentences of more than [`LONG`] words.
-fn long_sentences(corpus: &Corpus) -> Vec<Problem> {
+pub fn long_sentences(corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for rows in corpus.rows(Split::Train) {
         for row in (0..rows.len()).filter(|&row| rows.words_of(row).len() > LONG) {
             let n = rows.words_of(row).len();
             let message = format!(
-                "a sentence of {n} words: a batch is as long as its longest, and takes memory for it; `data.max_words` leaves out \
-                 longer ones"
+                "a sentence of {n} words: a batch is as long as its longest, and takes memory for it; `data.max_words` leaves \
+                 out longer ones"
             );
             problems.push(Problem::warning(rows.place(row), message));
         }

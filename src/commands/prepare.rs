@@ -6,7 +6,7 @@ use anyhow::Result;
 use tch::Device;
 
 use super::cli::Machine;
-use super::{table, trained};
+use super::{oddities, table, trained};
 use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, TokenizerConfig, Unseen, labels};
@@ -17,11 +17,19 @@ use crate::rng::Seed;
 use crate::run::RunDirectory;
 use crate::task::{Task, TaskId};
 
+/// Threads that a core may be asked to serve.
+const MOST_PER_CORE: usize = 8;
+
 /// Sets the number of threads and opens the device.
 pub fn machine(machine: &Machine) -> Result<(Device, usize)> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = machine.threads.map_or(cores, usize::from);
     let device = libtorch::device(&machine.device).map_err(|error| invalid(format!("{error:#}")))?;
+    if threads > MOST_PER_CORE * cores {
+        return Err(invalid(format!(
+            "--threads {threads}: this machine has {cores} cores, and more threads wait for each other"
+        )));
+    }
     let workers = match device {
         Device::Cpu => machine.workers.map_or(threads, usize::from),
         _ => 1,
@@ -39,7 +47,9 @@ pub fn device_name(device: Device) -> String {
 
 /// Reads all data of an experiment, saying which file is being read.
 pub fn corpus(experiment: &Experiment) -> Result<(Corpus, Vec<Problem>)> {
-    read(experiment, &Split::ALL)
+    let (corpus, mut problems) = read(experiment, &Split::ALL)?;
+    problems.extend(oddities::unnamed_labels(experiment, &corpus));
+    Ok((corpus, problems))
 }
 
 /// Reads one split alone, and the training rows where it is cut off them. What is wrong in it is an error.
@@ -93,11 +103,6 @@ pub fn training(
     device: Device,
 ) -> Result<DeviceSet> {
     let mut train = encoded(corpus, Split::Train, tokenizer, tasks, device)?;
-    if let Some((id, unseen)) = train.set.unseen.first_key_value() {
-        let Task { name, kind, .. } = &tasks[id.0];
-        let lacking = labels::names(*kind, &unseen.labels).join(", ");
-        return Err(invalid(format!("tasks.{name}.labels: training has others too: {lacking}")));
-    }
     for (i, head) in experiment.tasks.values().enumerate() {
         if head.class_weights() == ClassWeights::Balanced {
             train.balance(TaskId(i), tasks[i].labels.len());

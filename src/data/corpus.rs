@@ -30,12 +30,7 @@ pub struct LoadedSet {
 impl LoadedSet {
     /// The labels of a row in a column: one, or that of each word; `None` where it has none.
     pub fn labels_of<'a>(&self, rows: &'a Rows, column: usize, row: usize) -> Option<&'a [u32]> {
-        match self.wanted[column].kind {
-            TaskKind::Classification => {
-                Some(&rows.columns[column].values[row..=row]).filter(|label| label[0] != ABSENT)
-            }
-            TaskKind::Tagging(_) => rows.tags_of(column, row),
-        }
+        rows.labels_of(self.wanted[column].kind, column, row)
     }
 }
 
@@ -104,9 +99,12 @@ pub fn load(
         let (tasks, mut wanted): (Vec<_>, Vec<_>) = carried.map(|(i, column)| (TaskId(i), wanted(column))).unzip();
         let n_wanted = wanted.len();
         let strata = strata(set, &mut wanted);
+        let layout = layout(set, splitter);
         let mut rows = Split::ALL.map(|split| {
-            let paths = set.paths(split, splits).map_or(&[][..], |paths| &paths.0);
-            read_split(config, set, paths, &wanted, splitter, progress, &mut problems)
+            let paths = set.paths(split, splits).into_iter().flat_map(|paths| &paths.0);
+            let (rows, found) = read_files(paths.map(|path| config.root.join(path)), &layout, &wanted, progress);
+            problems.extend(found);
+            rows
         });
         for (i, wanted) in wanted[..n_wanted].iter().enumerate() {
             if let TaskKind::Tagging(scheme) = columns[tasks[i].0].kind {
@@ -138,7 +136,11 @@ pub fn load(
         problems.extend(config.max_words.and_then(|max| leave_out_long(&mut rows[0], &wanted, max)));
         sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits: rows });
     }
-    problems.extend(check_presence(config, columns, &sets, splits));
+    // What is wrong in a file says why nothing comes of it.
+    let wrong = |file: &Path| problems.iter().any(|found| found.is_error_in(file));
+    let mut absent = check_presence(config, columns, &sets, splits);
+    absent.retain(|absent| absent.place.as_ref().is_none_or(|place| !wrong(&place.file)));
+    problems.extend(absent);
     Ok((Corpus { sets }, problems))
 }
 
@@ -180,31 +182,26 @@ fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)], splits: 
     if problems.is_empty() { Ok(()) } else { Err(InvalidInput(problems).into()) }
 }
 
-fn read_split(
-    config: &DataConfig,
-    set: &SetConfig,
-    paths: &[String],
+fn read_files(
+    paths: impl Iterator<Item = PathBuf>,
+    layout: &Layout,
     wanted: &[Wanted],
-    splitter: Splitter,
     progress: &dyn Fn(&Path),
-    problems: &mut Vec<Problem>,
-) -> Rows {
-    let layout = layout(set, splitter);
-    let mut rows = Rows::new(wanted.len());
+) -> (Rows, Vec<Problem>) {
+    let (mut rows, mut problems) = (Rows::new(wanted.len()), Vec::new());
     for path in paths {
-        let path = config.root.join(path);
         progress(&path);
-        let (parts, found) = cache::read(&path, &layout, wanted);
+        let (parts, found) = cache::read(&path, layout, wanted);
         // A parallel folder's rows stand in its file of words.
         let main = layout.tokens.as_deref().or(layout.text.as_deref()).unwrap_or("seq.in");
-        let file = match set.format {
+        let file = match layout.format {
             Format::Parallel => path.join(main),
             format => formats::file_of(&path, format),
         };
         rows.append_file(&file, parts);
         problems.extend(found);
     }
-    rows
+    (rows, problems)
 }
 
 fn layout(set: &SetConfig, splitter: Splitter) -> Layout {

@@ -9,10 +9,7 @@ use crate::task::TaskKind;
 /// Takes rows that carry no label at all out of a training split: a batch of them would have no loss.
 pub fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Problem> {
     let labelled = |row: usize| {
-        wanted.iter().enumerate().any(|(column, wanted)| match wanted.kind {
-            TaskKind::Classification => train.columns[column].values[row] != ABSENT,
-            TaskKind::Tagging(_) => train.tags_of(column, row).is_some(),
-        })
+        wanted.iter().enumerate().any(|(column, wanted)| train.labels_of(wanted.kind, column, row).is_some())
     };
     let unlabelled: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
     if !unlabelled.contains(&false) {

@@ -143,6 +143,16 @@ impl Rows {
         (values.first() != Some(&ABSENT)).then_some(values)
     }
 
+    /// The labels of `row` in a column of a kind: one, or that of each word; `None` where it has none.
+    pub fn labels_of(&self, kind: TaskKind, column: usize, row: usize) -> Option<&[u32]> {
+        match kind {
+            TaskKind::Classification => {
+                Some(&self.columns[column].values[row..=row]).filter(|label| label[0] != ABSENT)
+            }
+            TaskKind::Tagging(_) => self.tags_of(column, row),
+        }
+    }
+
     pub fn text_of(&self, row: usize) -> String {
         self.words_of(row).iter().map(|&word| self.words.get(word)).collect::<Vec<_>>().join(" ")
     }

@@ -25,6 +25,14 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=none.jsonl"]);
     assert!(text.contains("`slots`: label `thing` is in dev but never in train"), "{text}");
     assert!(text.contains("`slots`: train has no span"), "{text}");
+    // A letter in the wrong place, and a label that nothing has.
+    folder.file("slip.jsonl", rows(60) + "{\"tokens\": [\"play\"], \"topic\": \"muisc\", \"slots\": [\"O\"]}\n");
+    let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=slip.jsonl"]);
+    assert!(text.contains("slip.jsonl:61: `topic`: label `muisc` is rare, and one letter from `music`"), "{text}");
+    let text = said(&folder, &["small.yaml", "--set", "tasks.topic.labels=[music, food, travel, muisc]"]);
+    assert!(text.contains("label `muisc` of `tasks.topic.labels` is in no training row"), "{text}");
+    let row = text.lines().find(|line| line.trim().starts_with("muisc")).unwrap();
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["muisc", "0", "0", "0"]);
     let raw = |n: usize| format!("{{\"text\": \"{}now, or never.\", \"topic\": \"a\"}}\n", "very ".repeat(n));
     folder.file("raw.jsonl", raw(1) + &raw(2000) + &raw(1).replace("\"a\"", "\"b\""));
     let raw =

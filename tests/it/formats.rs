@@ -88,11 +88,57 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
         (sentences(&corpus), labels(&corpus, 0)),
         (vec!["a".into(), "# b".into(), ": c".into()], vec!["news".into(), "o=d".into(), "-".into()])
     );
+    // Columns without names are as many as those of the sentence's last line; where that has tabs, a comment has none.
+    folder.file("t.conll", "# doc 17\na B-x\n\n# doc\nb\tO\n\n# O\nc O\n");
+    let numbered = &BOTH.replace("column: tags", "column: '1'");
+    let (corpus, _) = read(&folder, "format: conll, train: t.conll, dev: t.conll", numbered);
+    assert_eq!(sentences(&corpus), ["a", "b", "# c"]);
     let text = "# topic = a\n# topic = b\nx O\n\n# topic = a\n# topic = a\n# topic =\n# more = a\n# more = b\ny O\n";
     folder.file("t.conll", text);
     let (corpus, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
     assert_eq!((sentences(&corpus), labels(&corpus, 0)), (vec!["y".into()], vec!["a".into()]));
     assert_eq!(messages(&problems)[0], "t.conll:2: a second `topic`, `b`, of a sentence that has `a`");
+}
+
+#[test]
+fn a_key_twice_and_a_quote_that_stays_open_are_errors() {
+    let folder = Folder::new();
+    let row = "{\"tokens\": [\"a\"], \"topic\": \"x\", \"tags\": [\"O\"]}\n";
+    folder.file("t.jsonl", row.to_owned() + &row.replace("\"tags\"", "\"topic\": \"y\", \"tags\"") + "{}\n");
+    let (corpus, problems) = read(&folder, "format: jsonl, tokens: tokens, train: t.jsonl, dev: t.jsonl", BOTH);
+    assert_eq!(labels(&corpus, 0), ["x"]);
+    let expected = ["t.jsonl:2: the key `topic` stands twice (column 44)", "t.jsonl:3: no `tokens`: the row is empty"];
+    assert_eq!(messages(&problems)[..2], expected);
+    let topic = "  topic: {type: classification, set: s, column: topic}";
+    let set = "format: csv, train: t.csv, dev: t.csv";
+    for (text, topics, line) in [
+        ("text,topic\na,x\nb,\"y\nc,z\nd,x\n", vec!["x"], Some(3)),
+        ("text,topic\r\n\"a \"\"b\"\"\",x\r\n\"b\nb\",\"y\r\n", vec!["x"], Some(4)),
+        ("text,topic\na \"b,x\n\"c\"\"\",\"y\"", vec!["x", "y"], None),
+    ] {
+        folder.file("t.csv", text);
+        let (corpus, problems) = read(&folder, set, topic);
+        assert_eq!(labels(&corpus, 0), topics, "{text}");
+        let told = line.map(|line| format!("t.csv:{line}: a `\"` that is never closed"));
+        let open = messages(&problems).into_iter().find(|message| message.contains("never closed"));
+        assert!(open.is_some() == told.is_some(), "{problems:?}");
+        assert!(open.zip(told).is_none_or(|(open, told)| open.starts_with(&told)), "{problems:?}");
+    }
+}
+
+#[test]
+fn rasa_leaves_entities_away_where_there_are_none_and_spans_are_of_the_text_they_name() {
+    let folder = Folder::new();
+    let examples = "[{\"text\": \"to Rome\", \"intent\": \"go\", \"entities\": [{\"start\": 3, \"end\": 7, \"entity\": \"city\"}]},\n\
+                    {\"text\": \"hello Rome\", \"intent\": \"greet\"}]";
+    folder.file("t.json", format!("{{\"rasa_nlu_data\": {{\"common_examples\": {examples}}}}}"));
+    let tasks = "  tags: {type: tagging, set: s, column: entities}";
+    let (corpus, problems) = read(&folder, "format: rasa, train: t.json, dev: t.json", tasks);
+    assert_eq!((labels(&corpus, 0), problems.len()), (["O", "B-city", "O", "O"].map(str::to_owned).to_vec(), 0));
+    let span = "{\"start\": 3, \"end\": 7, \"label\": \"city\", \"text\": \"Oslo\"}";
+    folder.file("t.jsonl", format!("{{\"text\": \"to Rome\", \"entities\": [{span}]}}\n"));
+    let (_, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", tasks);
+    assert_eq!(messages(&problems)[0], "t.jsonl:1: span 3..7 `city` is of the text `Oslo`, but `Rome` stands there");
 }
 
 #[test]
@@ -313,8 +359,9 @@ fn csv_tsv_and_lines() {
     assert_eq!(messages(&problems)[0], "t.csv:1: this line names the columns: leave `columns:` away");
     folder.file("t.csv", "topic,text\na,\"one\nb,two\nc,three\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
-    assert_eq!(messages(&problems)[0], "t.csv:2: 1 row of several lines, held together by `\"`; this is the first");
-    folder.file("t.csv", "topic,text\nc,three\n\"a,one\nb,two\n");
+    let open = "a `\"` that is never closed; what follows is not read (`quotes: false` takes it as it stands)";
+    assert_eq!(messages(&problems)[0], format!("t.csv:2: {open}"));
+    folder.file("t.csv", "topic,text\nc,three\n\"a,one\nb,two\"\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
     assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but the header has 2; a `\"` holds several together");
     folder.file("t.csv", "topic,text,topic\na,one,b\n");

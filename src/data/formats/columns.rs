@@ -18,7 +18,13 @@ fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<u
             }
             found.ok_or_else(|| match names {
                 [] => "nothing here: the first line names the columns".to_owned(),
-                _ => format!("no column `{name}`; the columns are {}", names.join(", ")),
+                [one] if one.contains([';', ',', '\t', '|']) => {
+                    format!("no column `{name}`, but one, `{one}`: `separator:` says what stands between columns")
+                }
+                _ => format!(
+                    "no column `{name}`; the columns are {} (`columns:` names them where the first line does not)",
+                    names.join(", ")
+                ),
             })
         })
         .collect()
@@ -38,6 +44,9 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
     let default = if layout.format == Format::Tsv { b'\t' } else { b',' };
     let delimiter = layout.separator.as_ref().and_then(|separator| separator.bytes().next()).unwrap_or(default);
     let has_header = layout.columns.is_empty();
+    let open = Some(text).filter(|_| layout.quotes).and_then(|text| open_quote(text, delimiter));
+    let whole = text;
+    let text = open.map_or(text, |(record, _)| &text[..record]);
     let mut reader = csv::ReaderBuilder::new();
     let reader = reader.delimiter(delimiter).quoting(layout.quotes).flexible(true).has_headers(has_header);
     let mut reader = reader.from_reader(text.as_bytes());
@@ -91,11 +100,44 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
             builder.error(line, format!("{found}, but {what} {}{hint}", names.len()));
         }
     }
+    if let Some((_, quote)) = open {
+        let line = 1 + whole[..quote].matches('\n').count();
+        builder.error(
+            line,
+            "a `\"` that is never closed; what follows is not read (`quotes: false` takes it as it stands)",
+        );
+    }
     if let Some((first, n)) = long_rows {
         let found = counted(n, "row");
         builder.warning(first, format!("{found} of several lines, held together by `\"`; this is the first"));
     }
     (vec![builder.rows], builder.problems)
+}
+
+/// Where a quote opens that nothing closes, and before it where its record begins. As the csv crate reads, a quote opens where a
+/// value begins, and two within it stand for one.
+fn open_quote(text: &str, delimiter: u8) -> Option<(usize, usize)> {
+    enum At {
+        Start,
+        Value,
+        Quoted(usize),
+        QuoteIn(usize),
+    }
+    let (mut record, mut state) = (0, At::Start);
+    for (at, &byte) in text.as_bytes().iter().enumerate() {
+        state = match (state, byte) {
+            (At::Quoted(quote), b'"') => At::QuoteIn(quote),
+            (At::Quoted(quote), _) | (At::QuoteIn(quote), b'"') => At::Quoted(quote),
+            (At::Start, b'"') => At::Quoted(at),
+            (_, b'\n' | b'\r') => {
+                record = at + 1;
+                At::Start
+            }
+            (_, byte) if byte == delimiter => At::Start,
+            _ => At::Value,
+        };
+    }
+    if let At::Quoted(quote) = state { Some((record, quote)) } else { None }
 }
 
 pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {

@@ -62,8 +62,8 @@ impl ConllLayout {
         (!self.conllu && !self.names.is_empty()).then_some(self.names.len())
     }
 
-    /// `within`: whether a word of the sentence stands before it.
-    pub fn line<'a>(&self, line: &'a str, within: bool) -> ConllLine<'a> {
+    /// `within`: whether a word of the sentence stands before it; `last` is the sentence's last line, which is a word's.
+    pub fn line<'a>(&self, line: &'a str, within: bool, last: &str) -> ConllLine<'a> {
         if line.starts_with("-DOCSTART-") {
             return ConllLine::Other;
         }
@@ -87,14 +87,22 @@ impl ConllLayout {
         if boundary || self.conllu && line.starts_with('#') {
             return ConllLine::Other;
         }
-        let fields: Vec<&str> = match &self.separator {
+        let fields = self.fields(line);
+        let other = self.conllu && fields[0].contains(['-', '.']);
+        let unlike = || {
+            let n_columns = self.n_columns().unwrap_or_else(|| self.fields(last).len());
+            n_columns != fields.len() || (last.contains('\t') && !line.contains('\t'))
+        };
+        let prose = line.starts_with("# ") && !within && unlike();
+        if other || prose { ConllLine::Other } else { ConllLine::Word(fields) }
+    }
+
+    fn fields<'a>(&self, line: &'a str) -> Vec<&'a str> {
+        match &self.separator {
             Some(separator) => line.split(separator.as_str()).collect(),
             None if self.conllu || line.contains('\t') => line.split('\t').collect(),
             None => line.split_ascii_whitespace().collect(),
-        };
-        let other = self.conllu && fields[0].contains(['-', '.']);
-        let prose = self.n_columns().is_some_and(|n| n != fields.len()) && line.starts_with("# ") && !within;
-        if other || prose { ConllLine::Other } else { ConllLine::Word(fields) }
+        }
     }
 
     /// The word of a line, by its columns; of one that has fewer than are named, the first.
@@ -147,15 +155,17 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
     }
     let plan = Plan { layout: own, word, sources };
     in_parts((path, text), Cut::EmptyLine, wanted, |part, first_line, builder| {
-        let mut sentence = Sentence::default();
-        for (number, line) in lines(part, first_line) {
-            if line.trim().is_empty() {
-                sentence.finish(&plan, builder);
-            } else {
-                sentence.add(number, line, &plan, builder);
+        let mut block = Vec::new();
+        for (number, line) in lines(part, first_line).chain([(0, "")]) {
+            if !line.trim().is_empty() {
+                block.push((number, line));
+                continue;
             }
+            let (mut sentence, last) = (Sentence::default(), block.last().map_or("", |(_, last)| last));
+            block.iter().for_each(|&line| sentence.add(line, last, &plan, builder));
+            sentence.finish(&plan, builder);
+            block.clear();
         }
-        sentence.finish(&plan, builder);
     })
 }
 
@@ -171,8 +181,8 @@ struct Sentence<'a> {
 }
 
 impl<'a> Sentence<'a> {
-    fn add(&mut self, number: usize, line: &'a str, plan: &Plan, builder: &mut RowsBuilder) {
-        let fields = match plan.layout.line(line, !self.words.is_empty()) {
+    fn add(&mut self, (number, line): (usize, &'a str), last: &str, plan: &Plan, builder: &mut RowsBuilder) {
+        let fields = match plan.layout.line(line, !self.words.is_empty(), last) {
             ConllLine::Word(fields) => fields,
             ConllLine::Other => return,
             ConllLine::Named(name, value) => {
@@ -214,38 +224,37 @@ impl<'a> Sentence<'a> {
         }
     }
 
-    fn finish(&mut self, plan: &Plan, builder: &mut RowsBuilder) {
-        let sentence = std::mem::take(self);
-        if sentence.broken || sentence.words.is_empty() {
+    fn finish(self, plan: &Plan, builder: &mut RowsBuilder) {
+        if self.broken || self.words.is_empty() {
             return;
         }
         let mut fields = Vec::with_capacity(plan.sources.len());
-        for (i, (source, tags)) in plan.sources.iter().zip(sentence.tags).enumerate() {
+        for (i, (source, tags)) in plan.sources.iter().zip(self.tags).enumerate() {
             // No feature is a value of its own; no part of speech is none.
             let unset = plan.layout.conllu
                 && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
             let missing = |tag: &&str| tag.is_empty() || (unset && *tag == "_");
             let n_missing = tags.iter().filter(|tag| missing(tag)).count();
             fields.push(match source {
-                Source::Comment(name) => match sentence.comments.iter().find(|(known, _)| known == name) {
+                Source::Comment(name) => match self.comments.iter().find(|(known, _)| known == name) {
                     Some((_, value)) => Field::Class(value),
                     None => Field::Absent,
                 },
                 Source::Column(_) if n_missing == tags.len() => Field::Absent,
                 Source::Column(_) if n_missing > 0 => {
                     let (first, n) = (tags.iter().position(missing).unwrap_or(0), tags.len());
-                    let (column, word) = (&builder.wanted[i].column, sentence.words[first]);
+                    let (column, word) = (&builder.wanted[i].column, self.words[first]);
                     let message =
                         format!("`{column}`: {n_missing} of {n} words have no tag, first `{word}`; tag all or none");
-                    let line = sentence.first_line + if sentence.gaps { 0 } else { first };
+                    let line = self.first_line + if self.gaps { 0 } else { first };
                     return builder.error(line, message);
                 }
                 Source::Column(_) => Field::Tags(tags),
             });
         }
-        match sentence.gaps {
-            false => builder.push_by_word(sentence.first_line, &sentence.words, &fields),
-            true => builder.push(sentence.first_line, &sentence.words, &fields),
+        match self.gaps {
+            false => builder.push_by_word(self.first_line, &self.words, &fields),
+            true => builder.push(self.first_line, &self.words, &fields),
         }
     }
 }

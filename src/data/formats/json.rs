@@ -3,8 +3,10 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde::Deserializer;
+use serde::de::{Error, MapAccess, Visitor};
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use super::{Cut, Format, Layout, Offsets, Parsed, WrittenSpan, in_parts, lines, tags_of_spans, words_of};
 use crate::data::rows::{Field, RowsBuilder, Wanted};
@@ -17,11 +19,43 @@ pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -
             if line.trim().is_empty() {
                 continue;
             }
-            match serde_json::from_str::<Value>(line) {
+            match row_of(line) {
                 Ok(row) => add_row(number, &row, layout, builder),
-                Err(error) => builder.error(number, format!("not JSON: {}", without_line(&error))),
+                Err(message) => builder.error(number, message),
             }
         }
+    })
+}
+
+/// A row from its text; a key of it that stands twice is an error.
+pub fn row_of(text: &str) -> Result<Value, String> {
+    struct Row;
+    impl<'de> Visitor<'de> for Row {
+        type Value = Map<String, Value>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut row = Map::new();
+            while let Some((key, value)) = entries.next_entry::<String, Value>()? {
+                if row.contains_key(&key) {
+                    return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                }
+                row.insert(key, value);
+            }
+            Ok(row)
+        }
+    }
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let row = match text.trim_start().starts_with('{') {
+        true => reader.deserialize_map(Row).map(Value::Object).and_then(|row| reader.end().map(|()| row)),
+        false => serde_json::from_str(text),
+    };
+    row.map_err(|error| match error.is_data() {
+        true => without_line(&error),
+        false => format!("not JSON: {}", without_line(&error)),
     })
 }
 
@@ -34,11 +68,15 @@ fn without_line(error: &serde_json::Error) -> String {
     }
 }
 
-/// `file.json#a/b` as the file and the path to the array of rows in it.
+/// `file.json#a/b` as the file and the path to the array of rows in it. A `#` may stand in the names of folders and files too.
 pub fn split_pointer(path: &Path, format: Format) -> (PathBuf, Vec<String>) {
     let text = path.to_string_lossy();
     let default = if format == Format::Rasa { "rasa_nlu_data/common_examples" } else { "" };
-    let (file, pointer) = text.split_once('#').unwrap_or((&text, default));
+    let whole = path.is_file().then_some((&*text, default));
+    let cut = |at| (&text[..at], &text[at + 1..]);
+    let mut cuts = text.match_indices('#').map(|(at, _)| cut(at));
+    let found = whole.or_else(|| cuts.find(|(file, _)| Path::new(file).is_file()));
+    let (file, pointer) = found.or_else(|| text.rsplit_once('#')).unwrap_or((&text, default));
     let steps = pointer.split('/').filter(|step| !step.is_empty()).map(str::to_owned);
     (PathBuf::from(file), steps.collect())
 }
@@ -56,9 +94,9 @@ pub fn read_array(path: &Path, text: &str, pointer: &[String], layout: &Layout, 
                 line += text.as_bytes()[seen..start(row)].iter().filter(|&&byte| byte == b'\n').count();
                 seen = start(row);
                 let line = if in_a_line { Place::row(i + 1) } else { line };
-                match serde_json::from_str::<Value>(row.get()) {
+                match row_of(row.get()) {
                     Ok(row) => add_row(line, &row, layout, &mut builder),
-                    Err(error) => builder.error(line, format!("not JSON: {error}")),
+                    Err(message) => builder.error(line, message),
                 }
             }
         }
@@ -101,9 +139,14 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     if layout.offsets == Offsets::Words {
         (ranges, length) = ((0..words.len()).map(|i| (i, i + 1)).collect(), words.len());
     }
-    // An empty list of classes and a list of nulls are no label.
+    // An empty list of classes and a list of nulls are no label; Rasa leaves `entities` away where there are none.
+    static NONE: Value = Value::Array(Vec::new());
+    let none = |wanted: &Wanted| {
+        let left_away = layout.format == Format::Rasa && row.get(&wanted.column).is_none();
+        (left_away && wanted.kind != TaskKind::Classification).then_some(&NONE)
+    };
     let labels = |wanted: &Wanted| {
-        value(row, &wanted.column).filter(|found| match (found, wanted.kind) {
+        value(row, &wanted.column).or_else(|| none(wanted)).filter(|found| match (found, wanted.kind) {
             (Value::Array(all), TaskKind::Classification) => !all.is_empty(),
             (Value::Array(all), TaskKind::Tagging(_)) => all.is_empty() || !all.iter().all(Value::is_null),
             _ => true,
@@ -125,10 +168,14 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
         made.push(match spans {
             None => None,
             Some((_, Err(message))) => return builder.error(line, format!("`{}`: {message}", wanted.column)),
-            Some((scheme, Ok(spans))) => match tags_of_spans((&ranges, length), spans, (line, builder)) {
-                Some(tags) => Some(from_bio(scheme, &tags.iter().map(String::as_str).collect::<Vec<_>>())),
-                None => return,
-            },
+            Some((scheme, Ok(spans))) => {
+                let said = spans.iter().filter_map(|span| other_text(span, row, layout));
+                said.for_each(|message| builder.warning(line, message));
+                match tags_of_spans((&ranges, length), spans, (line, builder)) {
+                    Some(tags) => Some(from_bio(scheme, &tags.iter().map(String::as_str).collect::<Vec<_>>())),
+                    None => return,
+                }
+            }
         });
     }
     let mut scalars: Vec<Option<Cow<str>>> = Vec::new();
@@ -164,6 +211,17 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
         });
     }
     builder.push(line, &words, &fields);
+}
+
+/// What to say of a span that names another text than stands there.
+fn other_text(span: &WrittenSpan, row: &Value, layout: &Layout) -> Option<String> {
+    let WrittenSpan { start, end, label, text: said } = span;
+    let column = layout.text.as_deref().unwrap_or("text");
+    let characters = layout.tokens.is_none() && layout.offsets == Offsets::Characters;
+    let text = value(row, column)?.as_str().filter(|_| characters)?;
+    let there: String = text.chars().skip(*start).take(end.saturating_sub(*start)).collect();
+    let said = said.filter(|said| *said != there && !there.is_empty())?;
+    Some(format!("span {start}..{end} `{label}` is of the text `{said}`, but `{there}` stands there"))
 }
 
 /// Tags that are numbers.
@@ -222,6 +280,7 @@ fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
 fn missing(row: &Value, column: &str) -> String {
     match row {
         Value::Object(object) if object.contains_key(column) => format!("`{column}` is null"),
+        Value::Object(object) if object.is_empty() => format!("no `{column}`: the row is empty"),
         Value::Object(object) => {
             let keys: Vec<String> = object.keys().map(|key| format!("`{key}`")).collect();
             format!("no `{column}`; the keys are {}", keys.join(", "))
@@ -246,6 +305,7 @@ fn spans(value: &Value) -> Option<Result<Vec<WrittenSpan<'_>>, String>> {
     }
     fn read(item: &Value) -> Result<WrittenSpan<'_>, String> {
         let number = |value: Option<&Value>| value.and_then(Value::as_u64).map(|n| n as usize);
+        let text = item.get("text").and_then(Value::as_str);
         let (start, end, label) = match item {
             Value::Object(object) => {
                 let of = |keys: &[&str]| keys.iter().find_map(|key| object.get(*key));
@@ -258,7 +318,7 @@ fn spans(value: &Value) -> Option<Result<Vec<WrittenSpan<'_>>, String>> {
         let label = label
             .map(|label| label.get(0).filter(|_| label.as_array().is_some_and(|all| all.len() == 1)).unwrap_or(label));
         match (start, end, label.and_then(Value::as_str)) {
-            (Some(start), Some(end), Some(label)) => Ok(WrittenSpan { start, end, label }),
+            (Some(start), Some(end), Some(label)) => Ok(WrittenSpan { start, end, label, text }),
             _ => {
                 let item = item.to_string().replace('`', "'");
                 Err(format!("`{item}` is no span: it needs `start` and `end`, whole numbers from 0, and a `label`"))

@@ -6,7 +6,7 @@ mod json;
 mod parallel;
 
 pub use conll::{ConllLayout, ConllLine};
-pub use json::value as json_value;
+pub use json::{row_of as json_row, value as json_value};
 
 use std::path::Path;
 
@@ -66,7 +66,7 @@ impl Offsets {
 #[derive(Clone, Debug)]
 pub struct Layout {
     pub format: Format,
-    /// The column with raw text, or with words: exactly one of the two.
+    /// The column with raw text, or with words; where neither is given, the format's own.
     pub text: Option<String>,
     pub tokens: Option<String>,
     pub columns: Vec<String>,
@@ -135,7 +135,10 @@ fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
         Err(error) => {
             let broken = error.as_bytes().split(|&byte| byte == b'\n').enumerate();
             let broken = broken.filter(|(_, line)| std::str::from_utf8(line).is_err());
-            let message = "invalid UTF-8; if the file is in another encoding, name it with `encoding:`";
+            let message = match error.as_bytes() {
+                [0x1f, 0x8b, ..] => return Err(vec![Problem::error(Place::new(path, 0), "is compressed: gunzip it")]),
+                _ => "invalid UTF-8; if the file is in another encoding, name it with `encoding:`",
+            };
             Err(broken.map(|(i, _)| Problem::error(Place::new(path, i + 1), message)).collect())
         }
     }
@@ -224,6 +227,8 @@ struct WrittenSpan<'a> {
     start: usize,
     end: usize,
     label: &'a str,
+    /// What it says of itself that stands there.
+    text: Option<&'a str>,
 }
 
 /// BIO tags of `words` (ranges in the unit of the spans) for spans. Where a span ends inside a word it takes the whole
