@@ -13,7 +13,7 @@ use super::finished::{self, Finished};
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Group, Run, RunTask, compare};
-use crate::config::Experiment;
+use crate::config::{Experiment, join};
 use crate::problem::invalid;
 use crate::run::RunDirectory;
 
@@ -34,6 +34,8 @@ struct Found {
     path: PathBuf,
     /// The study's folder, or the experiment's name.
     source: String,
+    /// Of a run that is of no study: what may not differ from one seed to another, by dotted path.
+    settings: BTreeMap<String, String>,
 }
 
 pub fn run(args: &CompareArgs) -> Result<End> {
@@ -113,6 +115,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     }
     let mut seen = BTreeSet::new();
     found.retain(|found| seen.insert(found.path.canonicalize().unwrap_or(found.path.clone())));
+    tell_settings(&mut found);
     tell_apart(&mut found);
     warn_of_other_data(&found);
     match found.is_empty() {
@@ -133,6 +136,72 @@ fn warn_of_other_data(found: &[Found]) {
                 let (run, other) = (run.display(), found.path.display());
                 log::warn!("`{name}` is not scored on the same rows in {run} and {other}: do not compare them");
             }
+        }
+    }
+}
+
+/// What runs may differ in and still be seeds of one row, with what lies below it.
+const NOT_SETTINGS: [&str; 9] = [
+    "name",
+    "seed",
+    "study",
+    "data.root",
+    "data.train_fraction",
+    "training.cuda_graphs",
+    "training.log_every_steps",
+    "training.log_gradients_every",
+    "training.checkpoint_every_steps",
+];
+
+fn settings(experiment: &Experiment) -> Result<BTreeMap<String, String>> {
+    fn walk(value: &Value, path: &str, out: &mut BTreeMap<String, String>) {
+        match value {
+            _ if NOT_SETTINGS.contains(&path) => {}
+            Value::Object(object) => object.iter().for_each(|(key, value)| walk(value, &join(path, key), out)),
+            value => drop(out.insert(path.to_owned(), value.to_string().replace('"', ""))),
+        }
+    }
+    let mut out = BTreeMap::new();
+    walk(&serde_yaml::from_str(&experiment.to_yaml()?)?, "", &mut out);
+    Ok(out)
+}
+
+/// Runs that no study holds together have a row in common where they differ in nothing but their seeds. Else what differs
+/// stands in the label of a strategy. A task alone has it for its study, and the strategies that agree with it have that too.
+fn tell_settings(found: &mut [Found]) {
+    let bare: Vec<usize> = (0..found.len()).filter(|&i| found[i].run.study.is_none()).collect();
+    let labels: BTreeSet<String> = bare.iter().map(|&i| found[i].run.label.clone()).collect();
+    for label in labels {
+        let own: Vec<usize> = bare.iter().copied().filter(|&i| found[i].run.label == label).collect();
+        let paths: BTreeSet<&String> = own.iter().flat_map(|&i| found[i].settings.keys()).collect();
+        let value = |i: usize, path: &str| found[i].settings.get(path);
+        let differs = |path: &&&String| own.iter().any(|&i| value(i, path) != value(own[0], path));
+        let paths: Vec<&String> = paths.iter().filter(differs).copied().collect();
+        if paths.is_empty() {
+            continue;
+        }
+        let told = |i: usize| -> Vec<String> {
+            paths.iter().filter_map(|path| Some(format!("{path}={}", value(i, path)?))).collect()
+        };
+        // Where too much differs to be told, the first such run gives its name.
+        let tag = |i: usize| match (told(i), own.iter().find(|&&first| told(first) == told(i))) {
+            (told, Some(&first)) if told.len() > 3 => name_of(&found[first].path),
+            (told, _) => told.join(", "),
+        };
+        let tags: Vec<(usize, String)> = own.iter().map(|&i| (i, tag(i))).collect();
+        let agrees = |i: usize, twin: usize| paths.iter().all(|path| value(i, path) == value(twin, path));
+        let twins = found[own[0]].run.is_twin();
+        let others = bare.iter().copied().filter(|&i| twins && !found[i].run.is_twin());
+        let others = others.map(|i| (i, tags.iter().find(|(twin, _)| agrees(i, *twin)).map(|(_, tag)| tag.clone())));
+        let others: Vec<(usize, Option<String>)> = others.collect();
+        for (i, tag) in tags {
+            match twins {
+                true => found[i].run.study = Some(tag),
+                false => found[i].run.label += &format!(" ({tag})"),
+            }
+        }
+        for (i, tag) in others.into_iter().filter(|(_, tag)| tag.is_some()) {
+            found[i].run.study = tag;
         }
     }
 }
@@ -187,7 +256,8 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         training_secs: finished.training_secs,
         n_parameters: finished.parameters,
     };
-    Ok(Found { run, scored_on, path: directory.path.clone(), source: experiment.name })
+    let settings = if label.is_none() { settings(&experiment)? } else { BTreeMap::new() };
+    Ok(Found { run, scored_on, path: directory.path.clone(), source: experiment.name, settings })
 }
 
 /// Sums and counts by step.

@@ -77,6 +77,14 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         done.len(),
         out.display()
     );
+    let n_other = std::fs::read_dir(out.join("runs"))?
+        .flatten()
+        .filter(|entry| entry.path().join(finished::FILE).is_file())
+        .filter(|entry| !done.iter().any(|job| job.run == entry.path()))
+        .count();
+    if n_other > 0 {
+        log::info!("{n_other} finished runs in it are of no part of this study any more, and are left out");
+    }
     let n_open = open.len();
     let outcomes = work(open, args, n_side_by_side)?;
     let failed: Vec<&(Job, Outcome)> =
@@ -106,13 +114,10 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Writes an experiment file a run, and `plan.json`.
+/// Writes `plan.json`, which makes the folder a study, and an experiment file a run.
 fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
-    for folder in ["experiments", "runs", "logs"] {
-        std::fs::create_dir_all(out.join(folder))
-            .map_err(|error| invalid(format!("{} cannot be made: {error}", out.join(folder).display())))?;
-    }
     let mut jobs = Vec::new();
+    let mut files = Vec::new();
     for run in runs {
         let file = out.join("experiments").join(format!("{}.yaml", run.name));
         let yaml = run.experiment.to_yaml()?;
@@ -123,7 +128,7 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
                 "{out} holds a run {name} of another experiment than this; name another folder with --out"
             )));
         }
-        atomic::write(&file, yaml.as_bytes())?;
+        files.push((file.clone(), yaml));
         jobs.push(Job {
             name: run.name.clone(),
             experiment: file,
@@ -134,6 +139,11 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
     let plan: Vec<Planned> =
         runs.iter().map(|run| Planned { name: run.name.clone(), label: run.label.clone() }).collect();
     atomic::write(&out.join(PLAN), serde_json::to_string_pretty(&plan)?.as_bytes())?;
+    for folder in ["experiments", "runs", "logs"] {
+        std::fs::create_dir_all(out.join(folder))
+            .map_err(|error| invalid(format!("{} cannot be made: {error}", out.join(folder).display())))?;
+    }
+    files.iter().try_for_each(|(file, yaml)| atomic::write(file, yaml.as_bytes()))?;
     Ok(jobs)
 }
 
@@ -215,7 +225,7 @@ fn train(program: &Path, job: &Job, device: &str, threads: usize, stop: &AtomicB
 
 fn interrupt(child: &Child) {
     // It may have ended by itself in the meantime.
-    let _ = i32::try_from(child.id()).map(|id| kill(Pid::from_raw(id), Signal::SIGINT));
+    let _ = i32::try_from(child.id()).map(|id| kill(Pid::from_raw(id), Signal::SIGTERM));
 }
 
 fn last_line(log: &Path) -> Option<String> {

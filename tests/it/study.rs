@@ -60,11 +60,51 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     let path = |name: &str| format!("runs/small-study/runs/{name}");
     let (table, _) = said(&folder, &["compare", &path("equal-f1-s1"), &path("only-topic-f1-s1")], 0);
     assert!(table.contains("unknown: no spread over seeds"), "{table}");
+    // Killed while its files are written.
+    std::fs::remove_dir_all(folder.path().join("runs/small-study/experiments")).unwrap();
+    assert!(said(&folder, &command, 0).1.contains("16 runs, 16 of them done"));
     let (_, error) = said(&folder, &["compare", "study.yaml"], 2);
     assert!(error.contains("is no run directory"), "{error}");
     folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));
     let (_, error) = said(&folder, &command, 2);
     assert!(error.contains("of another experiment"), "{error}");
+}
+
+#[test]
+fn runs_of_no_study_share_a_row_where_nothing_but_the_seed_differs() {
+    let folder = small();
+    let mut runs = Vec::new();
+    for seed in [1, 2] {
+        for hidden in [8, 12] {
+            for (name, task) in [("both", None), ("alone", Some("tasks.slots=null"))] {
+                let run = format!("{name}-{hidden}-{seed}");
+                let (seed, hidden) = (format!("seed={seed}"), format!("model.trunk.hidden={hidden}"));
+                folder
+                    .train(&run, &[&["training.max_epochs=1", &*seed, &*hidden][..], task.as_slice()].concat())
+                    .success();
+                runs.push(run);
+            }
+        }
+    }
+    let arguments: Vec<&str> = ["compare", "--json"].into_iter().chain(runs.iter().map(String::as_str)).collect();
+    let json: Value = serde_json::from_str(&said(&folder, &arguments, 0).0).unwrap();
+    let rows = |kind: &str| -> Vec<(String, usize)> {
+        let row =
+            |row: &Value| (format!("{} | {}", row["label"], row["study"]), row["seeds"].as_array().unwrap().len());
+        json[kind].as_array().unwrap().iter().map(row).collect()
+    };
+    let (eight, twelve) = ("model.trunk.hidden=8", "model.trunk.hidden=12");
+    let both = |value| (format!("\"equal ({value})\" | \"{value}\""), 2);
+    let alone = |value| (format!("\"only-topic\" | \"{value}\""), 2);
+    assert_eq!((rows("groups"), rows("twins")), (vec![both(eight), both(twelve)], vec![alone(eight), alone(twelve)]));
+    for (group, twin) in json["groups"].as_array().unwrap().iter().zip(json["twins"].as_array().unwrap()) {
+        let (mean, alone) = (group["tasks"][0]["mean"].as_f64().unwrap(), twin["tasks"][0]["mean"].as_f64().unwrap());
+        let difference = group["tasks"][0]["difference"]["mean"].as_f64().unwrap();
+        assert!((mean - alone - difference).abs() < 1e-12, "each is held to the twin that is like it");
+    }
+    // What is alike but for its seed is one row, whatever else is beside it.
+    let (table, _) = said(&folder, &["compare", "both-8-1", "both-8-2", "alone-8-1", "alone-8-2"], 0);
+    assert!(table.contains(" equal ") && !table.contains("hidden"), "{table}");
 }
 
 #[test]
