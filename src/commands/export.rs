@@ -37,6 +37,9 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         }
         _ => {}
     }
+    if args.run.is_file() {
+        return Err(invalid(format!("{} is exported already: export the run that it was made of", args.run.display())));
+    }
     let trained = trained::open(&args.run, &args.checkpoint, Device::Cpu)?;
     if args.format == ExportFormat::Triton && !matches!(trained.experiment.tokenizer, TokenizerConfig::Word(_)) {
         return Err(invalid(
@@ -53,6 +56,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     // Built under another name beside its place; dropped, and so removed, when anything fails.
     let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
     let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
+    let unfinished = atomic::Unfinished::new(partial.path());
     let built = partial.path().join("new");
     let content = Content { args, trained: &trained, dev, made_up: &made_up, report, dtype };
     let found = match args.format {
@@ -67,6 +71,8 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             None
         }
     };
+    // From here on it may hold what was there before.
+    drop(unfinished);
     put_in_place(&built, out, partial)?;
     if let Some((off, scores)) = found {
         log::info!(
@@ -176,6 +182,18 @@ impl Content<'_> {
         self.dev.unwrap_or(self.made_up)
     }
 
+    /// Those that a server can be sent.
+    fn sentences_of_whole_words(&self) -> Result<&DeviceSet> {
+        let whole = |data: &&DeviceSet| data.set.first_tokens.is_none();
+        if !whole(&self.sentences()) {
+            log::warn!(
+                "some words of dev are cut in pieces, by spaces within them perhaps: no server can be sent such words"
+            );
+        }
+        let found = [self.sentences(), self.made_up].into_iter().find(whole);
+        found.ok_or_else(|| invalid("--format triton: the tokenizer cuts its own words in pieces"))
+    }
+
     /// [`FILES`] with their texts.
     fn files(&self) -> Result<Vec<(&'static str, String)>> {
         let (trained, experiment) = (self.trained, &self.trained.experiment);
@@ -250,9 +268,8 @@ impl Content<'_> {
     fn onnx(&self, file: &Path) -> Result<()> {
         let trained = self.trained;
         let pieces = match trained.experiment.tokenizer {
-            TokenizerConfig::Word(_) => false,
-            // What it does is known by trying.
-            TokenizerConfig::File(_) => {
+            // Whether words are cut is known by trying: a file's rules may, and words may hold spaces.
+            TokenizerConfig::Word(_) | TokenizerConfig::File(_) => {
                 [self.sentences(), self.made_up].iter().any(|data| data.set.first_tokens.is_some())
             }
             _ => true,
@@ -309,7 +326,7 @@ impl Content<'_> {
         let file = version.join("model.pt");
         module.save(&file, &self.files()?)?;
         // The server's form, read back and run.
-        let cases = Cases::new(&self.trained.model, self.sentences(), tasks);
+        let cases = Cases::new(&self.trained.model, self.sentences_of_whole_words()?, tasks);
         cases.check(&exported::open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
-use super::keys::{join, tag_key};
+use super::keys::{default_kind, join, tag_key};
 use super::source::Layer;
 use crate::problem::{Place, Problem, Severity};
 
@@ -34,16 +34,13 @@ fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(St
             let kind = path.rsplit('.').next().unwrap_or_default().to_owned();
             Value::Object(Map::from_iter([(kind, Value::Object(out))]))
         }
-        None => {
-            let default = defaults.pointer(&format!("/{}", path.replace('.', "/")));
-            match default.and_then(|kinds| kinds.as_object()?.keys().next()) {
-                Some(kind) => Value::Object(Map::from_iter([(kind.clone(), Value::Object(out))])),
-                None => {
-                    missing.push((path.to_owned(), tag));
-                    Value::Null
-                }
+        None => match default_kind(path, defaults) {
+            Some(kind) => Value::Object(Map::from_iter([(kind.to_owned(), Value::Object(out))])),
+            None => {
+                missing.push((path.to_owned(), tag));
+                Value::Null
             }
-        }
+        },
     }
 }
 
@@ -232,9 +229,10 @@ fn remove(value: &mut Value, path: &[String]) -> bool {
 
 /// The nearest of the known names, or all of them.
 pub fn suggestion(name: &str, known: &[&str]) -> String {
-    let near = known.iter().min_by_key(|known| strsim::damerau_levenshtein(name, known));
+    let distance = |known: &str| strsim::damerau_levenshtein(&name.to_lowercase(), &known.to_lowercase());
+    let near = known.iter().min_by_key(|known| distance(known));
     match near {
-        Some(near) if strsim::damerau_levenshtein(name, near) <= 1 + near.len() / 4 => {
+        Some(near) if distance(near) <= 1 + near.len() / 4 => {
             format!("; did you mean `{near}`?")
         }
         _ if known.is_empty() => "; there are none here".to_owned(),

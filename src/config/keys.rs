@@ -1,5 +1,7 @@
 //! Dotted paths of keys, `tasks.topic.type`, and which mappings name their kind by a key.
 
+use serde_json::Value;
+
 /// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
 const TAGGED: [(&str, &str); 8] = [
     ("tasks.*", "type"),
@@ -19,6 +21,12 @@ pub fn tag_key(path: &str) -> Option<&'static str> {
         None => path == pattern,
     };
     TAGGED.iter().find(|(pattern, _)| fits(pattern)).map(|(_, key)| *key)
+}
+
+/// The kind of the mapping at `path` where it names none: what `defaults` has there, as types are read.
+pub fn default_kind<'a>(path: &str, defaults: &'a Value) -> Option<&'a str> {
+    let default = defaults.pointer(&format!("/{}", path.replace('.', "/")))?;
+    default.as_object()?.keys().next().map(String::as_str)
 }
 
 /// The dotted path of `key` within `parent`.

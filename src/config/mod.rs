@@ -67,14 +67,14 @@ impl Experiment {
     /// # Errors
     /// [`InvalidInput`] with everything that is wrong, each with file and line.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Experiment> {
-        let layer = source::load(path, overrides)?;
-        let mut problems: Vec<Problem> = layer.problems.clone();
         // Not that of the loss weighting: whoever gives it options means one.
         let defaults = json!({
             "tokenizer": TokenizerConfig::default(),
             "model": ModelConfig::default(),
             "training": TrainingConfig::default(),
         });
+        let layer = source::load(path, overrides, &defaults)?;
+        let mut problems: Vec<Problem> = layer.problems.clone();
         let decoded = decode::decode::<Experiment>(&layer, &defaults, &mut problems);
         let Some(mut experiment) = decoded else { return Err(InvalidInput(problems).into()) };
         problems.extend(check::check(&experiment, &layer));
@@ -329,6 +329,18 @@ training:
         std::fs::write(&child, "extends: base.yaml\ntraining: {optimizer: {kind: sgd, momentum: 0.5}}\n").unwrap();
         let experiment = Experiment::load(&child, &[]).unwrap();
         assert_eq!(experiment.training.optimizer.learning_rate(), 0.1);
+        // A kind that the base took for granted is no other when it is named.
+        for kinds in ["optimizer: {learning_rate: 0.05}", "optimizer: {kind: adamw, learning_rate: 0.05}"] {
+            let base = GOOD.replace("optimizer: {kind: adamw, learning_rate: 1e-3}", kinds);
+            std::fs::write(folder.path().join("base.yaml"), base).unwrap();
+            std::fs::write(&child, "extends: base.yaml\ntraining: {optimizer: {kind: adamw, weight_decay: 0}}\n")
+                .unwrap();
+            assert_eq!(Experiment::load(&child, &[]).unwrap().training.optimizer.learning_rate(), 0.05);
+        }
+        std::fs::write(folder.path().join("base.yaml"), format!("extends: ./child.yaml\n{GOOD}")).unwrap();
+        let error = Experiment::load(&child, &[]).unwrap_err().to_string();
+        assert!(error.contains("base.yaml:1: extends: ") && error.contains("child.yaml extends itself"), "{error}");
+        std::fs::write(folder.path().join("base.yaml"), GOOD.replace("1e-3", "oops")).unwrap();
         std::fs::write(&child, "extends: base.yaml\nseed: x\n").unwrap();
         let error = Experiment::load(&child, &[]).unwrap_err().to_string();
         assert!(error.contains("base.yaml:13") && error.contains("child.yaml:2"), "{error}");

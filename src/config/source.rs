@@ -7,7 +7,7 @@ use anyhow::Result;
 use saphyr_parser::{Event, Parser};
 use serde_json::{Map, Value};
 
-use super::keys::{join, tag_key};
+use super::keys::{default_kind, join, tag_key};
 use crate::problem::{InvalidInput, Place, Problem, invalid};
 use crate::run::atomic::folder_of;
 
@@ -35,12 +35,13 @@ impl Layer {
     }
 }
 
-pub fn load(path: &Path, overrides: &[String]) -> Result<Layer> {
-    let mut layer = load_file(path, &mut Vec::new())?;
+/// `defaults` has the kinds of mappings that name none.
+pub fn load(path: &Path, overrides: &[String], defaults: &Value) -> Result<Layer> {
+    let mut layer = load_file(path, &mut Vec::new(), defaults)?;
     for text in overrides {
         let mut over = override_layer(text)?;
         anchor(&mut over.value, path);
-        overlay(&mut layer, over, "");
+        overlay(&mut layer, over, defaults);
     }
     let mut value = std::mem::take(&mut layer.value);
     substitute(&mut value, "", &mut |path, message| {
@@ -51,7 +52,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Layer> {
     Ok(layer)
 }
 
-fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
+fn load_file(path: &Path, chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<Layer> {
     let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => invalid(format!("experiment file {} does not exist", path.display())),
         _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
@@ -83,16 +84,18 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>) -> Result<Layer> {
         return Err(fail(line, "extends: expected the path of an experiment file".to_owned()).into());
     };
     let base = path.parent().unwrap_or(Path::new("")).join(base);
-    chain.push(path.to_owned());
-    if chain.contains(&base) {
-        return Err(fail(line, format!("extends: {} extends itself", base.display())).into());
-    }
     if !base.exists() {
         return Err(fail(line, format!("extends: {} does not exist", base.display())).into());
     }
-    let mut whole = load_file(&base, chain)?;
+    // By one name, however it is spelled.
+    let one = |path: &Path| path.canonicalize().unwrap_or(path.to_owned());
+    chain.push(one(path));
+    if chain.contains(&one(&base)) {
+        return Err(fail(line, format!("extends: {} extends itself", base.display())).into());
+    }
+    let mut whole = load_file(&base, chain, defaults)?;
     layer.places.remove("extends");
-    overlay(&mut whole, layer, "");
+    overlay(&mut whole, layer, defaults);
     Ok(whole)
 }
 
@@ -242,8 +245,8 @@ fn override_layer(text: &str) -> Result<Layer> {
 
 /// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind
 /// (`strategy:`, `type:`, ...) and `over` names another, the options of the old kind go.
-fn overlay(base: &mut Layer, over: Layer, at: &str) {
-    merge(&mut base.value, over.value, at, &mut base.places);
+fn overlay(base: &mut Layer, over: Layer, defaults: &Value) {
+    Merge { places: &mut base.places, defaults }.merge(&mut base.value, over.value, "");
     for (path, place) in over.places {
         if !path.is_empty() {
             // A mapping that both files have keeps the place of the first, so that its own errors are found there.
@@ -258,41 +261,51 @@ fn place_in(items: &[Value], key: &str) -> Option<usize> {
     key.parse().ok().filter(|&i| i < items.len())
 }
 
-fn merge(base: &mut Value, over: Value, path: &str, places: &mut BTreeMap<String, Place>) {
-    // A kind that stands alone takes options as the mapping that it is short for.
-    if let (Value::String(kind), Value::Object(_), Some(key)) = (&*base, &over, tag_key(path)) {
-        *base = Value::Object(Map::from_iter([(key.to_owned(), Value::String(kind.clone()))]));
-    }
-    match (base, over) {
-        (Value::Object(base), Value::Object(over)) => {
-            if let Some(key) = tag_key(path)
-                && over.get(key).is_some_and(|kind| base.get(key) != Some(kind))
+struct Merge<'a> {
+    places: &'a mut BTreeMap<String, Place>,
+    defaults: &'a Value,
+}
+
+impl Merge<'_> {
+    fn merge(&mut self, base: &mut Value, over: Value, path: &str) {
+        // A kind that stands alone takes options as the mapping that it is short for.
+        if let (Value::String(kind), Value::Object(_), Some(key)) = (&*base, &over, tag_key(path)) {
+            *base = Value::Object(Map::from_iter([(key.to_owned(), Value::String(kind.clone()))]));
+        }
+        match (base, over) {
+            (Value::Object(base), Value::Object(over)) => {
+                if let Some(key) = tag_key(path)
+                    && let Some(new) = over.get(key)
+                {
+                    let old = base.get(key).and_then(Value::as_str).or_else(|| default_kind(path, self.defaults));
+                    if old != new.as_str() {
+                        base.clear();
+                    }
+                }
+                for (key, value) in over {
+                    let path = join(path, &key);
+                    match base.get_mut(&key) {
+                        // null takes a key of the base away, so that its default holds.
+                        Some(_) if value.is_null() => drop(base.shift_remove(&key)),
+                        Some(old) => self.merge(old, value, &path),
+                        None => drop(base.insert(key, value)),
+                    }
+                }
+            }
+            (Value::Array(items), Value::Object(over))
+                if !over.is_empty() && over.keys().all(|key| place_in(items, key).is_some()) =>
             {
-                base.clear();
-            }
-            for (key, value) in over {
-                let path = join(path, &key);
-                match base.get_mut(&key) {
-                    // null takes a key of the base away, so that its default holds.
-                    Some(_) if value.is_null() => drop(base.shift_remove(&key)),
-                    Some(old) => merge(old, value, &path, places),
-                    None => drop(base.insert(key, value)),
+                for (key, value) in over {
+                    if let Some(i) = place_in(items, &key) {
+                        self.merge(&mut items[i], value, &join(path, &key));
+                    }
                 }
             }
-        }
-        (Value::Array(items), Value::Object(over))
-            if !over.is_empty() && over.keys().all(|key| place_in(items, key).is_some()) =>
-        {
-            for (key, value) in over {
-                if let Some(i) = place_in(items, &key) {
-                    merge(&mut items[i], value, &format!("{path}.{key}"), places);
-                }
+            (base, over) => {
+                let inner = format!("{path}.");
+                self.places.retain(|known, _| !known.starts_with(&inner));
+                *base = over;
             }
-        }
-        (base, over) => {
-            let inner = format!("{path}.");
-            places.retain(|known, _| !known.starts_with(&inner));
-            *base = over;
         }
     }
 }

@@ -1,4 +1,5 @@
-// Labels sentences with an exported model whose tokens are words: predict model.pt < sentences. Needs libtorch alone.
+// Labels sentences with an exported model whose tokens are words between white space: predict model.pt < sentences.
+// Needs libtorch alone; of letters only those of ASCII are made lower case.
 #include <torch/script.h>
 
 #include <cctype>
@@ -38,6 +39,10 @@ int main(int, char** arguments) {
       }
       auto found = ids.find(word);
       tokens.push_back(found == ids.end() ? ids.at("[UNK]") : found->second);
+    }
+    if (tokens.empty()) {
+      std::cout << "{}\n";
+      continue;
     }
     auto input = torch::tensor(tokens).unsqueeze(0);
     std::vector<torch::IValue> inputs{input, torch::tensor({static_cast<int64_t>(tokens.size())})};
