@@ -27,9 +27,10 @@
 //! [`model::Model`] runs the trunk once and each head on its own rows, a [`weighting::LossWeighting`] makes one loss of
 //! theirs, and [`train::Trainer`] clips, updates and records without waiting for the device.
 //!
-//! Tables are read and trained by the rows that a step holds; the updates of the others wait until they are read. On the CPU a batch is
-//! cut in parts, which workers take forward and backward side by side. On CUDA a step of a shape that was met before is
-//! [replayed](train::graphs) as one call. Either way it is the same [`train`] code, and the tests hold it to the same numbers.
+//! Tables are read and trained by the rows that a step holds; the updates of the others wait until they are read. On the CPU a
+//! batch is cut in parts, which workers take forward and backward side by side. On CUDA a step of a shape that was met before
+//! is [replayed](train::graphs) as one call. Either way it is the same [`train`] code, and the tests hold it to the same
+//! numbers.
 
 pub mod commands;
 pub mod compare;

@@ -13,7 +13,7 @@ use crate::export::Dtype;
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
-    /// More of what happens (-v), or all of it (-vv)
+    /// More of what happens (-v); RUST_LOG takes the filters of env_logger
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Errors alone
@@ -277,7 +277,8 @@ pub struct SelftestArgs {
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "experiment")]
     pub overrides: Vec<String>,
     /// Steps to take
-    #[arg(long, value_name = "N", default_value = "20", requires = "experiment", value_parser = clap::value_parser!(u16).range(2..))]
+    #[arg(long, value_name = "N", default_value = "20", requires = "experiment")]
+    #[arg(value_parser = clap::value_parser!(u16).range(2..))]
     pub steps: u16,
     #[command(flatten)]
     pub machine: Machine,

@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::cli::EvaluateArgs;
+use super::predict::probability;
 use super::trained::{self, Trained};
 use super::{End, output, prepare, say, table};
 use crate::data::{Corpus, DeviceSet, Split, labels};
@@ -32,6 +33,10 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     }
     prepare::warn_of_unseen(&data, split, &trained.tasks);
     let report = evaluate(&trained.model, &data, &trained.tasks)?;
+    if predictions.is_none() && report.tasks.iter().all(|task| task.n_sentences == 0) {
+        let message = "has no label of any task: nothing is scored (--predictions FILE tells what the model says)";
+        return Err(invalid(format!("{} {message}", split.name())));
+    }
     for task in report.tasks.iter().filter(|task| task.n_sentences == 0) {
         log::warn!("`{}`: no row of {} has a label, so there is no score", task.name, split.name());
     }
@@ -90,12 +95,14 @@ fn write_predictions(
             };
             let (mut entry, predicted) = (Map::new(), written(&decoded.labels));
             if let Some(gold) = data.set.gold(TaskId(i), number) {
-                let gold = written(&gold.iter().map(|&id| id as usize).collect::<Vec<_>>());
-                entry.insert("right".to_owned(), json!(gold == predicted));
-                entry.insert("gold".to_owned(), gold);
+                let gold: Vec<usize> = gold.iter().map(|&id| id as usize).collect();
+                // As sentence accuracy counts; tags that stand for the same spans are written alike, whatever they are.
+                entry.insert("right".to_owned(), json!(gold == decoded.labels));
+                entry.insert("gold".to_owned(), written(&gold));
             }
             entry.insert("predicted".to_owned(), predicted);
-            entry.insert("scores".to_owned(), json!(decoded.scores));
+            let scores: Vec<f64> = decoded.scores.iter().copied().map(probability).collect();
+            entry.insert("scores".to_owned(), json!(scores));
             object.insert(task.name.clone(), entry.into());
         }
         writeln!(out, "{}", Value::Object(object))?;

@@ -6,7 +6,7 @@
 
 use std::io::Write;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::cli::FindLrArgs;
@@ -87,7 +87,16 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     for (number, batches) in batches.chunks(config.accumulate_steps).take(n_steps).enumerate() {
         let mut state = State::new(tasks.len());
         trainer.take(&Step { number, n_steps, batches, diagnose: false }, &mut pending)?;
-        if pending.drain(&mut state, tasks).is_err() {
+        if let Err(diverged) = pending.drain(&mut state, tasks) {
+            // Later on it is the end of the curve.
+            if points.is_empty() {
+                let rate = args.from * config.schedule.factor(number, n_steps);
+                bail!(
+                    "{} is not finite at step {} already, with a learning rate of {rate:.1e}: try a lower --from",
+                    diverged.what,
+                    number + 1
+                );
+            }
             break;
         }
         // Each task apart, so that tasks that come in turn do not look like a rise and a fall.

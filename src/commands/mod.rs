@@ -19,6 +19,7 @@ mod progress;
 mod rehearsal;
 mod reproduce;
 mod selftest;
+mod signals;
 mod study;
 mod table;
 mod train;
@@ -31,16 +32,15 @@ use std::io::Write;
 use std::panic::catch_unwind;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 
-use crate::libtorch::{self, panic_text};
+use crate::libtorch::panic_text;
 use crate::problem::{InvalidInput, invalid};
 use crate::run::atomic::Partial;
 use cli::{Cli, Command};
+use signals::{end_on_signals, stop_flag};
 
 /// How a command that did not fail came to its end.
 pub enum End {
@@ -64,6 +64,7 @@ pub fn main() -> ExitCode {
     let mut logger = env_logger::Builder::new();
     logger.filter_level(level).parse_default_env().format(|out, record| match record.level() {
         log::Level::Info => writeln!(out, "{}", record.args()),
+        log::Level::Warn => writeln!(out, "warning: {}", record.args()),
         level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
     });
     logger.init();
@@ -100,38 +101,27 @@ pub fn main() -> ExitCode {
 fn run(command: &Command) -> Result<End> {
     match command {
         Command::Train(args) => train::run(args),
-        Command::Evaluate(args) => evaluate::run(args),
+        Command::Evaluate(args) => end_on_signals().and_then(|()| evaluate::run(args)),
         Command::Predict(args) => predict::run(args),
         Command::Check(args) => check::run(args),
-        Command::Export(args) => export::run(args),
+        Command::Export(args) => end_on_signals().and_then(|()| export::run(args)),
         Command::VerifyExport(args) => export::verify(args),
         Command::Study(args) => study::run(args),
-        Command::Compare(args) => compare::run(args),
-        Command::FindLr(args) => find_lr::run(args),
+        Command::Compare(args) => end_on_signals().and_then(|()| compare::run(args)),
+        Command::FindLr(args) => end_on_signals().and_then(|()| find_lr::run(args)),
         Command::Bench(args) => bench::run(args),
         Command::Options(args) => options::run(args),
         Command::Selftest(args) => selftest::run(args),
     }
 }
 
-/// Set by the first Ctrl-C or SIGTERM, which says `message`; the second ends the process.
-fn stop_flag(message: &'static str) -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    let handler = move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            libtorch::exit_at_once(130);
-        }
-        eprintln!("\n{message}; once more to stop at once");
-    };
-    ctrlc::set_handler(handler).context("signals cannot be handled")?;
-    Ok(stop)
-}
-
 /// The file that a command writes its result to, before the work begins; not one of those that it reads.
 fn output(path: &Path, read: &[&Path]) -> Result<Partial> {
     let same =
         |other: &&Path| path.canonicalize().is_ok_and(|path| other.canonicalize().is_ok_and(|other| path == other));
+    if path == Path::new("-") {
+        return Err(invalid("`-` is no file; /dev/stdout writes to standard output"));
+    }
     if path.is_file() && read.iter().any(same) {
         return Err(invalid(format!("{} is what is read: name another file", path.display())));
     }

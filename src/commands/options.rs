@@ -3,6 +3,7 @@
 use anyhow::Result;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::Value;
+use terminal_size::terminal_size;
 
 use super::cli::OptionsArgs;
 use super::{End, say};
@@ -29,8 +30,9 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
         }
     }
     let outer = rows.iter().map(|row| row.depth).min().unwrap_or(0);
+    let width = terminal_size().map_or(WIDTH, |(width, _)| width.0.min(WIDTH));
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
     for row in rows {
         table.add_row([format!("{}{}", "  ".repeat(row.depth - outer), row.key), row.meaning]);
     }
@@ -38,7 +40,7 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Columns of the listing.
+/// Columns of the listing at most.
 const WIDTH: u16 = 120;
 /// Stands for the keys of a mapping that may have any.
 const NAME: &str = "NAME";

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::path::Path;
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use super::cli::{PredictArgs, PredictFormat};
 use super::trained::{self, Trained};
 use super::{End, conll, output, prepare, stop_flag};
 use crate::data::words::character_ranges;
-use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, json_value, labels};
+use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, json_row, json_value, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
@@ -185,16 +186,25 @@ fn sentence(
         let (text, words) = joined(words.into_iter());
         return Ok(Sentence { text, words, rest: Map::new(), lines });
     }
-    if format == PredictFormat::Text || !line.trim_start().starts_with('{') {
-        return Ok(split(line.to_owned(), trained));
+    let is_array = |line: &str| {
+        let in_json = number == 1 && file.extension().is_some_and(|extension| extension == "json");
+        line.starts_with('[') && (in_json || serde_json::from_str::<Vec<Value>>(line).is_ok())
+    };
+    match line.trim_start() {
+        line if format == PredictFormat::Text || !line.starts_with(['{', '[']) => {}
+        array if is_array(array) => {
+            let message = "a JSON array, where each line is an object; --format text takes lines as they are";
+            return Err(wrong(message.to_owned()).into());
+        }
+        row if row.starts_with('{') => return Ok(of_json(row, trained).map_err(wrong)?),
+        _ => {}
     }
-    Ok(of_json(line, trained).map_err(wrong)?)
+    Ok(split(line.to_owned(), trained))
 }
 
 /// A sentence from a JSON object, whose fields may be called what the run's data calls them.
 fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
-    let row: Value = serde_json::from_str(line)
-        .map_err(|error| format!("not JSON: {error}; --format text takes lines as they are"))?;
+    let row = json_row(line).map_err(|message| format!("{message}; --format text takes lines as they are"))?;
     let field = |own: &dyn Fn(&SetConfig) -> Option<&String>, default: &'static str| {
         let names = trained.experiment.data.sets.values().filter_map(own).map(String::as_str);
         names.chain([default]).find_map(|name| Some((name.to_owned(), json_value(&row, name)?)))
@@ -224,10 +234,15 @@ fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
             return Err(needed.to_owned());
         }
     };
-    let mut taken = vec!["text".to_owned(), "words".to_owned()];
-    taken.extend([tokens, text].into_iter().flatten().map(|(name, _)| name));
+    let read: Vec<String> = [tokens, text].into_iter().flatten().map(|(name, _)| name).collect();
     let Value::Object(mut rest) = row else { return Err("a JSON line is an object".to_owned()) };
-    rest.retain(|key, _| !taken.contains(key));
+    rest.retain(|key, _| !read.contains(key));
+    let ours = |key: &str| ["text", "words"].contains(&key) || trained.tasks.iter().any(|task| task.name == key);
+    if let Some(key) = rest.keys().find(|key| ours(key)) {
+        static TOLD: Once = Once::new();
+        TOLD.call_once(|| log::warn!("`{key}` of the input is not handed on: the model's stands in its place"));
+        rest.retain(|key, _| !ours(key));
+    }
     Ok(Sentence { text: whole, words, rest, lines: Vec::new() })
 }
 
@@ -282,6 +297,11 @@ fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Ve
     Ok(all)
 }
 
+/// To as many decimals as float32 has.
+pub fn probability(score: f32) -> f64 {
+    (f64::from(score) * 1e6).round() / 1e6
+}
+
 /// A JSON object of a sentence, with the `top` most probable classes if any are wished. Without words it has null for every task.
 fn object(sentence: &Sentence, decoded: Option<&[Decoded]>, tasks: &[Task], top: usize) -> Value {
     let ranges = character_ranges(&sentence.text, &sentence.words);
@@ -294,15 +314,17 @@ fn object(sentence: &Sentence, decoded: Option<&[Decoded]>, tasks: &[Task], top:
             continue;
         };
         let (written, spans) = labels::written(task, &decoded.labels);
+        let scores: Vec<f64> = decoded.scores.iter().copied().map(probability).collect();
         let value = match task.kind {
             TaskKind::Classification if top > 0 => {
                 let mut classes: Vec<(&String, f32)> = task.labels.iter().zip(decoded.distribution.clone()).collect();
                 classes.sort_by(|a, b| b.1.total_cmp(&a.1));
-                let shown = classes.iter().take(top).map(|(label, score)| json!({"label": label, "score": score}));
-                json!({"label": written[0], "score": decoded.scores[0], "top": shown.collect::<Vec<_>>()})
+                let named = |(label, score): &(&String, f32)| json!({"label": label, "score": probability(*score)});
+                let shown: Vec<Value> = classes.iter().take(top).map(named).collect();
+                json!({"label": written[0], "score": scores[0], "top": shown})
             }
-            TaskKind::Classification => json!({"label": written[0], "score": decoded.scores[0]}),
-            TaskKind::Tagging(_) if !task.kind.has_spans() => json!({"tags": written, "scores": decoded.scores}),
+            TaskKind::Classification => json!({"label": written[0], "score": scores[0]}),
+            TaskKind::Tagging(_) if !task.kind.has_spans() => json!({"tags": written, "scores": scores}),
             TaskKind::Tagging(_) => {
                 let spans = spans.iter().map(|span| {
                     let (bytes, characters) = (&sentence.words, &ranges);
@@ -312,10 +334,10 @@ fn object(sentence: &Sentence, decoded: Option<&[Decoded]>, tasks: &[Task], top:
                         "start": characters[span.start].0,
                         "end": characters[span.end - 1].1,
                         // As sure as of its least sure word.
-                        "score": decoded.scores[span.start..span.end].iter().copied().fold(1.0, f32::min),
+                        "score": scores[span.start..span.end].iter().copied().fold(1.0, f64::min),
                     })
                 });
-                json!({"tags": written, "scores": decoded.scores, "spans": spans.collect::<Vec<_>>()})
+                json!({"tags": written, "scores": scores, "spans": spans.collect::<Vec<_>>()})
             }
         };
         out.insert(task.name.clone(), value);

@@ -13,14 +13,14 @@ use tch::Device;
 use super::cli::TrainArgs;
 use super::finished::Finished;
 use super::progress::TrainingProgress;
-use super::{End, onednn, prepare, say, stop_flag, table, trained, trainer, transfer};
+use super::{End, oddities, onednn, prepare, say, stop_flag, table, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
-use crate::run::{NewRun, RunDirectory, checkpoint, numbered};
+use crate::run::{NewRun, RunDirectory, checkpoint, is_numbered};
 use crate::task::{Task, TaskId};
 use crate::train::{Course, Outcome, State, TrainingConfig};
 
@@ -64,8 +64,16 @@ fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
         return Ok(out.clone());
     }
     let name = &experiment.name;
-    let paths = (1..).map(|n| Path::new(RUNS).join(numbered(name, n)));
-    let last = paths.take_while(|path| path.exists()).last();
+    let entries = std::fs::read_dir(RUNS).into_iter().flatten().flatten();
+    let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
+    let (written, yaml) = (|run: &PathBuf| run.join("resolved.yaml"), experiment.to_yaml()?);
+    // Another experiment may have such a name: the first line is that of the experiment's own.
+    let ours = |run: &PathBuf| {
+        std::fs::read_to_string(written(run)).is_ok_and(|old| old.lines().next() == yaml.lines().next())
+    };
+    // The file is written once, when a run begins.
+    let began = |run: &PathBuf| written(run).metadata().and_then(|file| file.modified()).ok();
+    let last = runs.map(|entry| entry.path()).filter(ours).max_by_key(began);
     last.ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))
 }
 
@@ -78,7 +86,8 @@ fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
         changed => {
             let detail = changed.map_or(String::new(), |(new, old)| format!(": `{}` was `{}`", new.trim(), old.trim()));
             Err(invalid(format!(
-                "the experiment is not the one that {} began with{detail}; resume with {} instead",
+                "the experiment is not the one that {0} began with{detail}; resume with {1} instead, or begin another run with \
+                 its weights, --set init_from={0}",
                 run.path.display(),
                 run.file("resolved.yaml").display()
             )))
@@ -91,12 +100,14 @@ fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)
     // Said before the data is read.
     transfer::earlier(experiment)?;
     let (corpus, problems) = prepare::corpus(experiment)?;
-    let warnings = fail_on_errors(problems)?;
+    let mut warnings = fail_on_errors(problems)?;
+    warnings.extend(oddities::long_sentences(&corpus));
     if let Some(first) = warnings.first() {
         log::warn!("{first}");
         if warnings.len() > 1 {
-            let file = args.experiment.display();
-            log::warn!("{} more warnings about the data; `polytask check {file}` lists them", warnings.len() - 1);
+            let mut check = vec![program(), "check".to_owned(), quoted(&args.experiment), "--all".to_owned()];
+            check.extend(args.overrides.iter().map(|value| format!("--set {}", quoted(value))));
+            log::warn!("{} more warnings about the data; `{}` lists them", warnings.len() - 1, check.join(" "));
         }
     }
     let (tokenizer, coverage) = prepare::tokenizer(experiment, &corpus)?;
@@ -127,7 +138,7 @@ fn write(
         "device": prepare::device_name(machine.0),
         "threads": machine.1,
         "workers": libtorch::workers(),
-        "command": std::env::args().collect::<Vec<_>>(),
+        "command": std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>(),
     });
     run.write(ENVIRONMENT, &serde_json::to_string_pretty(&environment)?)?;
     run.write("resolved.yaml", &experiment.to_yaml()?)

@@ -27,8 +27,8 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-/// The gradients to `inputs` of sum_i weights_i . outputs_i, each weight of its output's shape; undefined where nothing depends on
-/// an input, and in 16 bits where that is.
+/// The gradients to `inputs` of sum_i weights_i . outputs_i, each weight of its output's shape; undefined where nothing depends
+/// on an input, and in 16 bits where that is.
 pub fn backward(outputs: &[&Tensor], weights: &[&Tensor], inputs: &[&Tensor], keep_graph: bool) -> Result<Vec<Tensor>> {
     ensure!(outputs.len() == weights.len(), "every output needs a weight");
     let (outputs, weights, inputs) = (handles(outputs), handles(weights), handles(inputs));

@@ -103,8 +103,8 @@ extern "C" __global__ void __launch_bounds__(1024) crf_sentences(
   }
 }
 
-// Sums over the batch. A block for each tag before a transition, then one each for first tags, last tags and the loss; its threads
-// are tags across, and rows apart down.
+// Sums over the batch. A block for each tag before a transition, then one each for first tags, last tags and the loss; its
+// threads are tags across, and rows apart down.
 extern "C" __global__ void __launch_bounds__(1024) crf_batch(
     const double* left, const double* right, const double* step, const int* pairs, const float* to_x, const int* lasts,
     const double* losses, float* to_transitions, float* to_start, float* to_end, float* loss, int n_rows, int n_words,

@@ -2,8 +2,8 @@
 //
 // N rows of C logits; float32, sums in float64. A sum has one order, whatever the GPU does at once.
 
-// A block a row: x and the gradient to_x [N, C], labels and losses [N]; rows labelled -1 do not count. `smoothing` has the bits of
-// a float.
+// A block a row: x and the gradient to_x [N, C], labels and losses [N]; rows labelled -1 do not count. `smoothing` has the bits
+// of a float.
 extern "C" __global__ void cross_entropy_rows(
     const float* x, const long long* labels, float* to_x, float* losses, int n_classes, int n_decisions, int smoothing) {
   extern __shared__ double shared[];

@@ -161,8 +161,8 @@ char* pt_kernel_find(const char* source, const char* name, void** out) {
   });
 }
 
-// `tensors` come first among a kernel's arguments, as pointers to their memory, `numbers` after them, as int, and in the end the list,
-// unless it is null.
+// `tensors` come first among a kernel's arguments, as pointers to their memory, `numbers` after them, as int, and in the end
+// the list, unless it is null.
 char* pt_kernel_launch(
     void* kernel, const uint32_t grid[2], const uint32_t block[2], uint32_t shared, size_t n, const Handle* tensors, size_t m,
     const int32_t* numbers, const void* listed) {
@@ -173,7 +173,8 @@ char* pt_kernel_launch(
   });
 }
 
-// The largest state of each sentence of x [B, T, F], float32, within lengths [B], none of them 0; the kernels are those of max_pool.cu.
+// The largest state of each sentence of x [B, T, F], float32, within lengths [B], none of them 0; the kernels are those of
+// max_pool.cu.
 char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {

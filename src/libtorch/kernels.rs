@@ -135,8 +135,8 @@ const MAX_POOL_SOURCE: &str = include_str!("max_pool.cu");
 static MAX_POOL: Kernel = Kernel::new(MAX_POOL_SOURCE, "max_pool");
 static MAX_POOL_GRADIENT: Kernel = Kernel::new(MAX_POOL_SOURCE, "max_pool_gradient");
 
-/// The largest state of each sentence of `x` [B, T, F] within `lengths` `[B]`, none of which is 0: [B, F]. Nothing where there is no
-/// kernel for it.
+/// The largest state of each sentence of `x` [B, T, F] within `lengths` `[B]`, none of which is 0: [B, F]. Nothing where there
+/// is no kernel for it.
 pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
     let fits = x.kind() == Kind::Float && x.numel() > 0 && x.numel() < i32::MAX as usize && x.device() != Device::Cpu;
     let (kernel, gradient) = (fits.then(|| MAX_POOL.get()).flatten()?, MAX_POOL_GRADIENT.get()?);

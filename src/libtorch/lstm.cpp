@@ -1,5 +1,6 @@
-// Both directions of an LSTM layer at the same time on a GPU, by cuDNN, forward and backward. A cuDNN handle does one thing after the
-// other, whatever the streams, and a thread has one handle: the reverse direction is another thread's, on a stream of its own.
+// Both directions of an LSTM layer at the same time on a GPU, by cuDNN, forward and backward. A cuDNN handle does one thing
+// after the other, whatever the streams, and a thread has one handle: the reverse direction is another thread's, on a stream of
+// its own.
 #include "guarded.h"
 
 #include <ATen/ops/_cudnn_rnn.h>
@@ -43,7 +44,8 @@ class Helper {
     }).detach();
   }
 
-  // Does `other` here and `own` there, after all that this thread's stream was asked for; what it is asked for next comes after both.
+  // Does `other` here and `own` there, after all that this thread's stream was asked for; what it is asked for next comes after
+  // both.
   template <typename Own, typename Other>
   void beside(Own own, Other other) {
     std::lock_guard<std::mutex> alone(turn_);
@@ -186,9 +188,9 @@ struct BothDirections : torch::autograd::Function<BothDirections> {
 
 extern "C" {
 
-// x [T, B, E], contiguous on a GPU, to [T, B, 2 * H]. weights: those of one direction, then those of the other, as torch.lstm takes
-// them; buffers: the memory of each direction's, as cuDNN wants them. `places` [T * B]: where the reverse direction reads what, flat,
-// or null.
+// x [T, B, E], contiguous on a GPU, to [T, B, 2 * H]. weights: those of one direction, then those of the other, as torch.lstm
+// takes them; buffers: the memory of each direction's, as cuDNN wants them. `places` [T * B]: where the reverse direction reads
+// what, flat, or null.
 char* pt_both_directions(Handle x, const Handle* weights, const Handle* buffers, Handle places, bool train, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {

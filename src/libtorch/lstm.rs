@@ -19,9 +19,9 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-/// `x` [T, B, E] on CUDA to [T, B, 2*H], as `torch.lstm` with these eight `weights` has it. `buffers`: the memory of each direction's
-/// weights, as cuDNN wants them. `places` [T * B]: where the reverse direction reads each position of the flat
-/// `x`; each trades places with another or stays. Without them it reads from the last position to the first.
+/// `x` [T, B, E] on CUDA to [T, B, 2*H], as `torch.lstm` with these eight `weights` has it. `buffers`: the memory of each
+/// direction's weights, as cuDNN wants them. `places` [T * B]: where the reverse direction reads each position of the flat `x`;
+/// each trades places with another or stays. Without them it reads from the last position to the first.
 pub fn both_directions(
     x: &Tensor,
     weights: &[&Tensor],

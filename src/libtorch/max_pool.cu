@@ -1,7 +1,7 @@
 // The largest state of a sentence, feature by feature, and its gradient, shared evenly by states that are as large.
 //
-// x and to_x: B sentences of F features, whose sentences are `by_row` numbers apart and their positions `by_position`; lengths [B];
-// most, counts and the gradient [B, F]. A block a sentence and some features.
+// x and to_x: B sentences of F features, whose sentences are `by_row` numbers apart and their positions `by_position`; lengths
+// [B]; most, counts and the gradient [B, F]. A block a sentence and some features.
 
 extern "C" __global__ void max_pool(
     const float* x, const long long* lengths, float* most, float* counts, int features, int by_row, int by_position) {

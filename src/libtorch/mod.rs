@@ -139,8 +139,8 @@ pub struct Draws {
     pub first_row: u64,
 }
 
-/// 1 at probability `p`, else 0, float32 `[rows, ...]`. On the CPU each row has a stream of its own (Philox), so that the rows of a
-/// batch draw the same however it is cut; on CUDA libtorch's generator draws.
+/// 1 at probability `p`, else 0, float32 `[rows, ...]`. On the CPU each row has a stream of its own (Philox), so that the rows
+/// of a batch draw the same however it is cut; on CUDA libtorch's generator draws.
 pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
     if device != Device::Cpu {
         return Tensor::empty(size, (Kind::Float, device)).bernoulli_float_(p);

@@ -23,8 +23,8 @@ __device__ unsigned short float_to_half(float x) {
 struct Step {
   // Factor of the weights, share of the weights in the gradient; rate / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t).
   float keep, l2, size, spread;
-  // What the weights count in their average; whether the table moves; whether updates that are nothing are looked for. The last fills
-  // up to eight.
+  // What the weights count in their average; whether the table moves; whether updates that are nothing are looked for. The last
+  // fills up to eight.
   float share, moves, looks, rest;
 };
 
@@ -73,8 +73,8 @@ __device__ void add_up(float own, float* sum, float* shared) {
   *sum = own;
 }
 
-// sums [N, E] of gradients [N, E] at the places `ids`: at the first place of an id what all its places have, in their order; 0 at the
-// others, and for the id `skipped`; and its squares, added up, [N]. A block a place.
+// sums [N, E] of gradients [N, E] at the places `ids`: at the first place of an id what all its places have, in their order; 0
+// at the others, and for the id `skipped`; and its squares, added up, [N]. A block a place.
 extern "C" __global__ void sum_rows(
     const float* gradients, const long long* ids, const int* first, const int* count, float* sums, float* squares, int n, int width,
     int skipped) {
@@ -125,8 +125,8 @@ extern "C" __global__ void note_step(
   ((Step*)steps)[(*now)++] = moved ? step_of(*(const Rule*)rule, *rate, *share, *table_steps += 1) : still;
 }
 
-// What a thread has of a row. Operations are named one by one, so that no compiler joins some here and others there: how long steps
-// wait changes no bit.
+// What a thread has of a row. Operations are named one by one, so that no compiler joins some here and others there: how long
+// steps wait changes no bit.
 struct Number {
   float weight, first, second, average;
 };
@@ -175,8 +175,9 @@ __device__ void advance_row(
   }
 }
 
-// The rows of `ids` take the steps that they have not: `taken` [V] of `now`. With `gradients` [N, E], which are `divisor` times too
-// large, that is the step of these. A block a place. In the end first and count are as before the step where `last` says so.
+// The rows of `ids` take the steps that they have not: `taken` [V] of `now`. With `gradients` [N, E], which are `divisor` times
+// too large, that is the step of these. A block a place. In the end first and count are as before the step where `last` says
+// so.
 extern "C" __global__ void step_rows(
     const long long* ids, int* first, int* count, float* weights, float* firsts, float* seconds, float* averages, int* taken,
     const double* rule, const float* steps, const int* now, const float* gradients, const float* divisor, int width, int averaged,
@@ -216,8 +217,8 @@ struct Listed {
   const void* at[256];
 };
 
-// A piece of a parameter: which of the gradients is its own, from which of its numbers, how many; then where they lie. `average` is 0
-// where there is none, `half` where nothing reads 16-bit copies of the weights.
+// A piece of a parameter: which of the gradients is its own, from which of its numbers, how many; then where they lie.
+// `average` is 0 where there is none, `half` where nothing reads 16-bit copies of the weights.
 struct Piece {
   long long gradient, start, n;
   float *weights, *first, *second, *average;
@@ -254,8 +255,8 @@ extern "C" __global__ void squares(const long long* pieces, float* sums, int hal
   add_up(sum, sums + blockIdx.x, (float*)shared);
 }
 
-// The update of all pieces whose parameter has a gradient, which is `divisor` times too large, where `skip` is 0; their weights go into
-// the averages in any case. `steps` of a parameter count the one at hand.
+// The update of all pieces whose parameter has a gradient, which is `divisor` times too large, where `skip` is 0; their weights
+// go into the averages in any case. `steps` of a parameter count the one at hand.
 extern "C" __global__ void update(
     const long long* pieces, const double* rule_numbers, const float* rate, const float* share, const float* skip, const float* divisor,
     int halves, Listed gradients) {

@@ -178,9 +178,9 @@ pub fn fused_sgd(
     })
 }
 
-/// The common 2-norm of `gradients`, whose squares add up to those of `squares` where they are known, and what divides them so that it is at most `limit` (0: no limit), if anything: scalars on the
-/// device, for which the host does not wait. With `loss_scale`, the gradients are that much too large: the norm is that of the right ones,
-/// and the divisor puts them right.
+/// The common 2-norm of `gradients`, whose squares add up to those of `squares` where they are known, and what divides them so
+/// that it is at most `limit` (0: no limit), if anything: scalars on the device, for which the host does not wait. With
+/// `loss_scale`, the gradients are that much too large: the norm is that of the right ones, and the divisor puts them right.
 pub fn clip_gradients(
     gradients: &[&Tensor],
     squares: Option<&Tensor>,

@@ -104,8 +104,9 @@ char* pt_fused_sgd(
   });
 }
 
-// The common norm of the gradients, or what `squares` come to where it is not null, which are `loss_scale` times too large unless it is null, and what an optimizer has to divide
-// them by, so that their norm is at most `limit` (0: no limit); null for nothing.
+// The common norm of the gradients, or what `squares` come to where it is not null, which are `loss_scale` times too large
+// unless it is null, and what an optimizer has to divide them by, so that their norm is at most `limit` (0: no limit); null for
+// nothing.
 char* pt_clip(
     size_t n, const Handle* gradients, Handle squares, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
   return guarded([&] {
@@ -201,7 +202,8 @@ char* pt_upload_into(Handle host, Handle out) {
 }
 
 // Makes a CUDA device this thread's own: recordings and generators are those of the current one. All that the thread asks of it
-// goes to one stream, which can be recorded, as the default one cannot; backward passes follow it. cuBLAS has a workspace a stream.
+// goes to one stream, which can be recorded, as the default one cannot; backward passes follow it. cuBLAS has a workspace a
+// stream.
 char* pt_use_cuda(int8_t index) {
   return guarded([&] {
     auto* guard = c10::impl::getDeviceGuardImpl(at::kCUDA);

@@ -1,9 +1,9 @@
 //! Steps that rows of a table have not taken yet.
 //!
-//! Where a step reads some rows of a table, all others have a gradient of 0: their update needs nothing but the row and the step's
-//! rates, so that it can wait until a step reads the row or all rows are wanted. Steps taken one after another while the row is in
-//! the processor's cache cost arithmetic alone, where each by itself moves the whole table through memory. The numbers do not
-//! depend on how long steps wait, bit for bit.
+//! Where a step reads some rows of a table, all others have a gradient of 0: their update needs nothing but the row and the
+//! step's rates, so that it can wait until a step reads the row or all rows are wanted. Steps taken one after another while the
+//! row is in the processor's cache cost arithmetic alone, where each by itself moves the whole table through memory. The
+//! numbers do not depend on how long steps wait, bit for bit.
 //!
 //! V rows, E numbers a row.
 
@@ -18,8 +18,8 @@ use crate::libtorch::floats;
 const LANES: usize = 16;
 /// Rows below which it costs more to share them out than to do them.
 const LEAST: usize = 8;
-/// Updates below this share of the learning rate are as small as rounding. Their first moment counts as 0, which spares rare words
-/// most of their steps.
+/// Updates below this share of the learning rate are as small as rounding. Their first moment counts as 0, which spares rare
+/// words most of their steps.
 const NOTHING: f32 = 1e-7;
 /// Steps from one look for such updates to the next.
 const LOOK_EVERY: u64 = 16;

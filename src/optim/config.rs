@@ -34,7 +34,8 @@ pub struct AdamConfig {
     pub epsilon: f64,
     /// Weight decay, in the way of the kind. Default 0.01.
     pub weight_decay: f64,
-    /// Whether biases and all of `embedding`, characters too, decay as well. Default false.
+    /// Whether biases, other vectors (as of a CRF's first tags) and all of `embedding`, characters too, decay as well.
+    /// Default false.
     pub decay_all: bool,
     /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
     /// are. Cheaper for large vocabularies, and another optimizer. Default false.
@@ -63,7 +64,8 @@ pub struct SgdConfig {
     pub momentum: f64,
     /// Factor of the weights in their own gradient. Default 0.
     pub weight_decay: f64,
-    /// Whether biases and all of `embedding`, characters too, decay as well. Default false.
+    /// Whether biases, other vectors (as of a CRF's first tags) and all of `embedding`, characters too, decay as well.
+    /// Default false.
     pub decay_all: bool,
     /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
     /// are. Cheaper for large vocabularies, and another optimizer. Default false.

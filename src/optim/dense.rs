@@ -1,5 +1,5 @@
-//! The update of whole parameters on a GPU by the kernels of `src/libtorch/optimizer.cu`: one launch for up to [`LISTED`] of them,
-//! their averages and 16-bit copies with them.
+//! The update of whole parameters on a GPU by the kernels of `src/libtorch/optimizer.cu`: one launch for up to [`LISTED`] of
+//! them, their averages and 16-bit copies with them.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -81,8 +81,8 @@ impl Dense {
         Ok(())
     }
 
-    /// One step of all parameters that have a gradient, `divisor` times too large, where `skip` is 0; their `steps` count it. Weights
-    /// go into their averages in any case.
+    /// One step of all parameters that have a gradient, `divisor` times too large, where `skip` is 0; their `steps` count it.
+    /// Weights go into their averages in any case.
     pub fn update(&self, gradients: &[Tensor], [rate, share, skip, divisor]: [&Tensor; 4]) -> Result<()> {
         let shape = launch_config(8 * size_of::<f32>());
         for group in &self.groups {

@@ -113,8 +113,8 @@ impl DeviceBacklog {
         Ok(())
     }
 
-    /// The sums by id of `gradients` [N, E] at the places `ids` `[N]`: [N, E], of which the first place of an id has its sum and all
-    /// others 0, as has the id `skipped`; and its squares, added up, into `squares` `[N]`.
+    /// The sums by id of `gradients` [N, E] at the places `ids` `[N]`: [N, E], of which the first place of an id has its sum
+    /// and all others 0, as has the id `skipped`; and its squares, added up, into `squares` `[N]`.
     pub fn sum(&self, gradients: &Tensor, ids: &Tensor, skipped: i64, squares: &Tensor) -> Result<Tensor> {
         let (n, gradients) = (ids.numel(), gradients.contiguous());
         let width = gradients.numel() / n;

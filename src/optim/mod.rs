@@ -173,8 +173,8 @@ impl Optimizer {
 
     /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
     /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Gradients
-    /// are divided as `grad_scale` says, by libtorch's operators in place, and where it says so nothing changes. Then the weights go into their
-    /// average, in which they count the number beside it.
+    /// are divided as `grad_scale` says, by libtorch's operators in place, and where it says so nothing changes. Then the
+    /// weights go into their average, in which they count the number beside it.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],

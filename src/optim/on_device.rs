@@ -44,8 +44,8 @@ impl Optimizer {
         self.on_device = Some(OnDevice { dense, backlog });
     }
 
-    /// Whether 16-bit copies of parameters are kept up to date, and gradients to them may stay in 16 bits. Whoever else writes weights
-    /// refreshes the copies, as every step does that is not recorded.
+    /// Whether 16-bit copies of parameters are kept up to date, and gradients to them may stay in 16 bits. Whoever else writes
+    /// weights refreshes the copies, as every step does that is not recorded.
     pub fn keeps_halves(&self) -> bool {
         self.on_device.is_some()
     }
@@ -89,8 +89,8 @@ impl Optimizer {
         backlog.tables().map(numbers).collect()
     }
 
-    /// Parts of the squares of all `gradients`, `[n]`, where kernels do the work. Those of tables whose rows wait, which come by place
-    /// of the step, become those of rows.
+    /// Parts of the squares of all `gradients`, `[n]`, where kernels do the work. Those of tables whose rows wait, which come
+    /// by place of the step, become those of rows.
     pub fn squares(&self, rows: Option<&Touched>, gradients: &mut [Tensor]) -> Result<Option<Tensor>> {
         let Some(OnDevice { dense, backlog }) = &self.on_device else { return Ok(None) };
         let waiting = backlog.as_ref().zip(rows);

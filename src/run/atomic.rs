@@ -4,9 +4,42 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io::{Error as IoError, ErrorKind, Result as IoResult, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use tempfile::NamedTempFile;
+
+/// Files and folders on their way, which a signal that ends the process leaves to [`clear`].
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished(change: impl FnOnce(&mut Vec<PathBuf>)) {
+    change(&mut UNFINISHED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+}
+
+/// Stands for a file or folder on its way; dropped when it has come to its end.
+pub struct Unfinished(PathBuf);
+
+impl Unfinished {
+    pub fn new(path: &Path) -> Self {
+        unfinished(|paths| paths.push(path.to_owned()));
+        Unfinished(path.to_owned())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        unfinished(|paths| paths.retain(|path| *path != self.0));
+    }
+}
+
+/// Removes all that is on its way, before the process ends without coming back to it.
+pub fn clear() {
+    unfinished(|paths| {
+        for path in paths.drain(..) {
+            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
+        }
+    });
+}
 
 /// A file on its way. It vanishes unless it is kept.
 pub struct Partial {
@@ -16,7 +49,7 @@ pub struct Partial {
 
 enum Way {
     /// Beside its place, which it takes in the end.
-    Beside(NamedTempFile),
+    Beside(NamedTempFile, Unfinished),
     /// What is no regular file, such as a pipe, has no place to take.
     Itself(File),
 }
@@ -40,14 +73,15 @@ impl Partial {
         if let Ok(old) = path.metadata() {
             file.as_file().set_permissions(old.permissions())?;
         }
-        Ok(Partial { path, way: Way::Beside(file) })
+        let unfinished = Unfinished::new(file.path());
+        Ok(Partial { path, way: Way::Beside(file, unfinished) })
     }
 
     /// Flushes it to disk and renames it into place.
     pub fn keep(self) -> Result<()> {
         let Partial { path, way } = self;
         let attempt = || -> IoResult<()> {
-            let Way::Beside(file) = way else { return Ok(()) };
+            let Way::Beside(file, _unfinished) = way else { return Ok(()) };
             file.as_file().sync_all()?;
             file.persist(&path)?;
             // The rename itself must reach the disk too.
@@ -58,7 +92,7 @@ impl Partial {
 
     fn file(&mut self) -> &mut File {
         match &mut self.way {
-            Way::Beside(file) => file.as_file_mut(),
+            Way::Beside(file, _) => file.as_file_mut(),
             Way::Itself(file) => file,
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! `experiment.yaml` as written, `resolved.yaml` with every default, `environment.json`, `tokenizer.json`, `labels.json`,
 //! `vectors.safetensors` (pretrained vectors, where there are some),
-//! `metrics.jsonl`, TensorBoard event files, `checkpoints/{last,best,best-TASK}.safetensors`, `report.json`.
+//! `metrics.jsonl`, TensorBoard event files, `checkpoints/{last,best,best-TASK}.safetensors`, `timing.json`, `report.json`.
 
 pub mod atomic;
 pub mod checkpoint;
@@ -85,8 +85,14 @@ impl NewRun {
 }
 
 /// The name of the `n`th run of an experiment.
-pub fn numbered(name: &str, n: usize) -> String {
+fn numbered(name: &str, n: usize) -> String {
     if n == 1 { name.to_owned() } else { format!("{name}-{n}") }
+}
+
+/// Whether a folder's name is that of a run of an experiment: `name`, `name-2`, ...
+pub fn is_numbered(name: &str, folder: &str) -> bool {
+    let number = folder.strip_prefix(name).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
+    folder == number.map_or(name.to_owned(), |n| numbered(name, n))
 }
 
 fn cannot_make(path: &Path, error: &std::io::Error) -> anyhow::Error {

@@ -154,6 +154,17 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     assert!(String::from_utf8_lossy(&printed.stderr).contains("in.txt:3: not JSON"));
     assert!(failed(&folder, &["predict", "run", "--input", "in.txt", "--output", "new"], 2).contains("in.txt:3"));
     assert!(!exists(&folder, "new"));
+    // Keys that the answer has too, an array, data without labels.
+    folder.file("in.txt", "{\"text\": \"play\", \"topic\": \"old\", \"id\": 3}\n[\"play\"]\n");
+    let printed = folder.polytask(&["predict", "run", "--input", "in.txt"]).assert().code(2).get_output().clone();
+    let said = String::from_utf8_lossy(&printed.stderr).into_owned();
+    assert!(said.contains("warning: `topic` of the input is not handed on") && said.contains("in.txt:2: a JSON array"));
+    let first: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
+    assert!(first["id"] == 3 && first["topic"]["label"].is_string(), "{first}");
+    folder.file("bare.jsonl", "{\"tokens\": [\"play\"]}\n");
+    let bare = ["evaluate", "run", "--set", "data.sets.toy.test=bare.jsonl"];
+    assert!(failed(&folder, &bare, 2).contains("test has no label of any task"));
+    folder.polytask(&[&bare[..], &["--predictions", "told.jsonl"]].concat()).assert().code(0);
     // Damage that leaves the file's form whole.
     let path = folder.path().join("run/checkpoints/best.safetensors");
     let mut content = std::fs::read(&path).unwrap();
@@ -161,6 +172,26 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     content[at..].fill(0xff);
     std::fs::write(&path, content).unwrap();
     assert!(failed(&folder, &["predict", "run", "--input", "in.txt"], 1).contains("are no numbers"));
+}
+
+#[test]
+fn an_interrupt_leaves_nothing_half_written() {
+    let folder = small();
+    folder.file("train.jsonl", crate::util::rows(20_000));
+    let arguments = ["find-lr", "small.yaml", "--html", "page.html", "--steps", "60000", "--from", "1e-9"];
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"));
+    let mut child = command.args(arguments).current_dir(folder.path()).spawn().unwrap();
+    let begun = || {
+        let mut names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.any(|name| name.to_string_lossy().starts_with(".partial"))
+    };
+    while !begun() {
+        assert!(child.try_wait().unwrap().is_none());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    crate::cli::interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!begun() && !exists(&folder, "page.html"));
 }
 
 #[test]
@@ -213,7 +244,7 @@ fn labels_that_are_named_are_the_model_s() {
         failed(&folder, &command, code)
     };
     let text = train("[travel, food]", 2);
-    assert!(text.contains("tasks.topic.labels: training has others too: music"), "{text}");
+    assert!(text.contains("train.jsonl:1: `topic`: label `music` is none of `tasks.topic.labels`"), "{text}");
     assert!(train("[food, food]", 2).contains("tasks.topic.labels: name at least one, and each once"));
     let check = ["check", "small.yaml", "--set", "tasks.topic.labels=[travel, food]"];
     let output = folder.polytask(&check).assert().code(2).get_output().clone();

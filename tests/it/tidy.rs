@@ -110,7 +110,10 @@ fn files_can_be_held_in_the_head() {
     let mut files = Vec::new();
     sources(&root, &mut files);
     for file in files {
-        let n = std::fs::read_to_string(&file).unwrap().lines().count();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let n = text.lines().count();
         assert!(n <= 420, "{} has {n} lines", file.display());
+        let long = text.lines().find(|line| line.chars().count() > 130);
+        assert!(long.is_none(), "{}: no editor shows all of `{}`", file.display(), long.unwrap_or_default());
     }
 }

@@ -1,9 +1,9 @@
 //! What a training step cannot take less than, on this device: the trunk's products, and on CUDA its chain of steps in time.
 //!
-//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P, since the recurrent products of both passes hide behind the latency of their steps.
-//! CPU: 3 (F_rec + F_in) / P. P is measured on all threads: a product of square matrices, in float32 or in the trunk's numbers, by
-//! the faster of libtorch's libraries. Rows of tables that a step does not read need not move; what heads, characters and dropout
-//! take is not in it.
+//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P, since the recurrent products of both passes hide behind the latency of their
+//! steps. CPU: 3 (F_rec + F_in) / P. P is measured on all threads: a product of square matrices, in float32 or in the trunk's
+//! numbers, by the faster of libtorch's libraries. Rows of tables that a step does not read need not move; what heads,
+//! characters and dropout take is not in it.
 //!
 //! B sentences, T tokens, L layers, D directions, E inputs of a layer, H hidden;
 //! F_in = sum over layers of 2 B T E 4 H D, F_rec = L 2 B T H 4 H D.

@@ -84,8 +84,8 @@ fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>>
 pub fn run(args: &BenchArgs) -> Result<End> {
     let yaml = args.experiment.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
     if args.experiment.is_dir() || (args.experiment.is_file() && !yaml) {
-        if !(args.overrides.is_empty() && args.only.is_empty()) {
-            return Err(invalid("--set and --only are for experiments; a trained model is as it is"));
+        if !(args.overrides.is_empty() && args.only.is_empty() && args.write.is_none()) {
+            return Err(invalid("--set, --only and --write are for experiments; a trained model is as it is"));
         }
         return labelling(args);
     }
