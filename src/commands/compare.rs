@@ -34,8 +34,6 @@ struct Found {
     path: PathBuf,
     /// The study's folder, or the experiment's name.
     source: String,
-    /// Of a run that is of no study: what may not differ from one seed to another, by dotted path.
-    settings: BTreeMap<String, String>,
 }
 
 pub fn run(args: &CompareArgs) -> Result<End> {
@@ -49,6 +47,13 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
     let found = find(paths)?;
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);
+    for group in comparison.groups.iter().filter(|group| group.study.is_none()) {
+        let has_twin = |task: &str| comparison.twins.iter().any(|twin| twin.tasks.iter().any(|own| own.name == task));
+        for task in group.tasks.iter().filter(|task| task.difference.is_none() && has_twin(&task.name)) {
+            let (name, group) = (&task.name, group.name());
+            log::warn!("`{name}` alone was not trained with the settings and a seed of {group}: there is no verdict");
+        }
+    }
     if json {
         say(serde_json::to_string_pretty(&comparison)?)?;
     }
@@ -140,19 +145,21 @@ fn warn_of_other_data(found: &[Found]) {
     }
 }
 
-/// What runs may differ in and still be seeds of one row, with what lies below it.
-const NOT_SETTINGS: [&str; 9] = [
+/// What runs may differ in and still be seeds of one row, with what lies below it. Of learning rates dev chooses.
+const NOT_SETTINGS: [&str; 10] = [
     "name",
     "seed",
     "study",
     "data.root",
     "data.train_fraction",
+    "training.optimizer.learning_rate",
     "training.cuda_graphs",
     "training.log_every_steps",
     "training.log_gradients_every",
     "training.checkpoint_every_steps",
 ];
 
+/// What is to be alike in the runs of a row, by dotted path.
 fn settings(experiment: &Experiment) -> Result<BTreeMap<String, String>> {
     fn walk(value: &Value, path: &str, out: &mut BTreeMap<String, String>) {
         match value {
@@ -163,46 +170,33 @@ fn settings(experiment: &Experiment) -> Result<BTreeMap<String, String>> {
     }
     let mut out = BTreeMap::new();
     walk(&serde_yaml::from_str(&experiment.to_yaml()?)?, "", &mut out);
+    // One task has nothing to be weighted against.
+    let alone = experiment.tasks.len() == 1;
+    out.retain(|path, _| !alone || !(path.starts_with("weighting.") || path.ends_with(".priority")));
     Ok(out)
 }
 
-/// Runs that no study holds together have a row in common where they differ in nothing but their seeds. Else what differs
-/// stands in the label of a strategy. A task alone has it for its study, and the strategies that agree with it have that too.
+/// Tells runs of one label that no study holds together apart by what differs in them, or where that is much by their paths.
 fn tell_settings(found: &mut [Found]) {
     let bare: Vec<usize> = (0..found.len()).filter(|&i| found[i].run.study.is_none()).collect();
-    let labels: BTreeSet<String> = bare.iter().map(|&i| found[i].run.label.clone()).collect();
-    for label in labels {
-        let own: Vec<usize> = bare.iter().copied().filter(|&i| found[i].run.label == label).collect();
-        let paths: BTreeSet<&String> = own.iter().flat_map(|&i| found[i].settings.keys()).collect();
-        let value = |i: usize, path: &str| found[i].settings.get(path);
-        let differs = |path: &&&String| own.iter().any(|&i| value(i, path) != value(own[0], path));
-        let paths: Vec<&String> = paths.iter().filter(differs).copied().collect();
-        if paths.is_empty() {
-            continue;
-        }
-        let told = |i: usize| -> Vec<String> {
-            paths.iter().filter_map(|path| Some(format!("{path}={}", value(i, path)?))).collect()
+    for &i in &bare {
+        // Strategies of other experiments are told apart by the name, tasks alone are not.
+        let is_like = |other: &&Found| {
+            let Found { run, source, .. } = &found[i];
+            other.run.label == run.label && (run.is_twin() || other.source == *source)
         };
-        // Where too much differs to be told, the first such run gives its name.
-        let tag = |i: usize| match (told(i), own.iter().find(|&&first| told(first) == told(i))) {
-            (told, Some(&first)) if told.len() > 3 => name_of(&found[first].path),
-            (told, _) => told.join(", "),
+        let alike: Vec<&Found> = bare.iter().map(|&other| &found[other]).filter(is_like).collect();
+        let value = |run: &Run, path: &str| run.settings.get(path).map_or("default", String::as_str).to_owned();
+        let own = &found[i].run;
+        let paths: BTreeSet<&String> = alike.iter().flat_map(|other| other.run.settings.keys()).collect();
+        let differs = |path: &&&String| alike.iter().any(|other| value(&other.run, path) != value(own, path));
+        let told: Vec<String> =
+            paths.iter().filter(differs).map(|path| format!("{path}={}", value(own, path))).collect();
+        let first = alike.iter().find(|other| other.run.settings == own.settings);
+        found[i].run.variant = match first {
+            Some(first) if told.len() > 3 => first.path.display().to_string(),
+            _ => told.join(", "),
         };
-        let tags: Vec<(usize, String)> = own.iter().map(|&i| (i, tag(i))).collect();
-        let agrees = |i: usize, twin: usize| paths.iter().all(|path| value(i, path) == value(twin, path));
-        let twins = found[own[0]].run.is_twin();
-        let others = bare.iter().copied().filter(|&i| twins && !found[i].run.is_twin());
-        let others = others.map(|i| (i, tags.iter().find(|(twin, _)| agrees(i, *twin)).map(|(_, tag)| tag.clone())));
-        let others: Vec<(usize, Option<String>)> = others.collect();
-        for (i, tag) in tags {
-            match twins {
-                true => found[i].run.study = Some(tag),
-                false => found[i].run.label += &format!(" ({tag})"),
-            }
-        }
-        for (i, tag) in others.into_iter().filter(|(_, tag)| tag.is_some()) {
-            found[i].run.study = tag;
-        }
     }
 }
 
@@ -210,7 +204,9 @@ fn tell_settings(found: &mut [Found]) {
 /// labels get the source, or the run, in front. Tasks alone keep theirs: they are told apart by their study.
 fn tell_apart(found: &mut [Found]) {
     let several = found.windows(2).any(|pair| pair[0].source != pair[1].source);
-    let key = |run: &Run| (run.label.clone(), run.seed, run.fraction.to_bits(), run.learning_rate.to_bits());
+    let key = |run: &Run| {
+        (run.label.clone(), run.variant.clone(), run.seed, run.fraction.to_bits(), run.learning_rate.to_bits())
+    };
     let keys: Vec<_> = found.iter().map(|found| (found.source.clone(), key(&found.run))).collect();
     for (found, own) in found.iter_mut().zip(&keys).filter(|(found, _)| !found.run.is_twin()) {
         let twice = keys.iter().filter(|key| *key == own).count() > 1;
@@ -249,6 +245,8 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let run = Run {
         label: label.map_or(own, str::to_owned),
         study: None,
+        settings: settings(&experiment)?,
+        variant: String::new(),
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),
         fraction: experiment.data.train_fraction,
@@ -256,8 +254,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         training_secs: finished.training_secs,
         n_parameters: finished.parameters,
     };
-    let settings = if label.is_none() { settings(&experiment)? } else { BTreeMap::new() };
-    Ok(Found { run, scored_on, path: directory.path.clone(), source: experiment.name, settings })
+    Ok(Found { run, scored_on, path: directory.path.clone(), source: experiment.name })
 }
 
 /// Sums and counts by step.
@@ -267,19 +264,19 @@ type Sums = BTreeMap<u64, (f64, u32)>;
 fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     let groups = || comparison.groups.iter().chain(&comparison.twins);
     let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
-    let several = comparison.twins.iter().any(|twin| twin.study != comparison.twins[0].study);
-    let named = |twin: &Group| match &twin.study {
-        Some(study) if several => format!("{study}: {}", twin.label),
+    let several = comparison.twins.iter().any(|twin| twin.family() != comparison.twins[0].family());
+    let named = |twin: &Group| match twin.family() {
+        family if several && !family.is_empty() => format!("{family}: {}", twin.label),
         _ => twin.label.clone(),
     };
-    let strategies = comparison.groups.iter().map(|group| (group, group.label.clone()));
+    let strategies = comparison.groups.iter().map(|group| (group, group.name()));
     let all = strategies.chain(comparison.twins.iter().map(|twin| (twin, named(twin))));
     // By title and label.
     let mut curves: Vec<(String, String, Sums)> = Vec::new();
     for (group, label) in all.filter(|(group, _)| group.fraction == largest) {
         let chosen = found.iter().filter(|found| {
             let run = &found.run;
-            (&run.label, &run.study) == (&group.label, &group.study)
+            (&run.label, &run.study, &run.variant) == (&group.label, &group.study, &group.variant)
                 && run.fraction == largest
                 && run.learning_rate == group.learning_rate
         });

@@ -4,6 +4,9 @@ pub mod html;
 mod sheets;
 pub mod stats;
 
+use std::collections::BTreeMap;
+
+use indexmap::IndexMap;
 use serde::Serialize;
 
 pub use sheets::{Sheet, percent};
@@ -17,6 +20,10 @@ pub struct Run {
     pub label: String,
     /// The study that it is of, if any: twins are those of the same study.
     pub study: Option<String>,
+    /// What it was trained with, but for seed, learning rate and share of the rows, by dotted path.
+    pub settings: BTreeMap<String, String>,
+    /// What tells it from other runs of its label that are of no study; empty where nothing has to.
+    pub variant: String,
     pub seed: u64,
     pub learning_rate: f64,
     /// Share of the training rows.
@@ -42,6 +49,22 @@ impl Run {
     /// A run of one task is the twin of every multi-task run of the same task.
     pub fn is_twin(&self) -> bool {
         self.label.starts_with("only-")
+    }
+
+    /// Whether `twin`, one of `all` runs of a task alone, is what this run is compared with: of its study, where that has some,
+    /// and for a run of none trained as it was; or else one of the only study there is.
+    fn is_held_to<'a>(&self, twin: &Run, mut all: impl Iterator<Item = &'a Run> + Clone) -> bool {
+        match all.clone().any(|other| other.study == self.study) {
+            true => twin.study == self.study && (self.study.is_some() || self.agrees_with(twin)),
+            false => all.all(|other| other.study == twin.study),
+        }
+    }
+
+    /// Whether two runs have the same model, tokenizer and training, as far as both have them.
+    fn agrees_with(&self, other: &Run) -> bool {
+        let shared = |path: &str| ["model.", "tokenizer.", "training."].iter().any(|part| path.starts_with(part));
+        let mut own = self.settings.iter().filter(|(path, _)| shared(path));
+        own.all(|(path, value)| other.settings.get(path).is_none_or(|others| others == value))
     }
 
     fn task(&self, name: &str) -> Option<&RunTask> {
@@ -89,6 +112,8 @@ pub struct TaskResult {
 pub struct Group {
     pub label: String,
     pub study: Option<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub variant: String,
     pub fraction: f64,
     /// The one that dev chose, of so many.
     pub learning_rate: f64,
@@ -99,6 +124,18 @@ pub struct Group {
     /// Mean of the runs.
     pub training_secs: f64,
     pub n_parameters: u64,
+}
+
+impl Group {
+    /// The strategy, with what tells it from others of its name.
+    pub fn name(&self) -> String {
+        if self.variant.is_empty() { self.label.clone() } else { format!("{} ({})", self.label, self.variant) }
+    }
+
+    /// What tasks alone that were trained together have in common.
+    pub fn family(&self) -> &str {
+        self.study.as_deref().unwrap_or(&self.variant)
+    }
 }
 
 /// How much of the data a task alone needs to be as good as a strategy at `fraction`.
@@ -121,15 +158,12 @@ pub struct Comparison {
 
 /// Groups runs by label and share of the data; of several learning rates dev's best is kept.
 pub fn compare(runs: &[Run]) -> Comparison {
-    let mut keys: Vec<(f64, &Option<String>, &str)> = Vec::new();
-    for run in runs {
-        if !keys.contains(&(run.fraction, &run.study, &run.label)) {
-            keys.push((run.fraction, &run.study, &run.label));
-        }
-    }
-    keys.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let of = |key| runs.iter().filter(|run| (run.fraction, &run.study, run.label.as_str()) == key).collect();
-    let chosen: Vec<Chosen> = keys.into_iter().map(|key| choose(of(key))).collect();
+    let key = |run: &Run| (run.fraction.to_bits(), run.study.clone(), run.label.clone(), run.variant.clone());
+    let mut groups: IndexMap<_, Vec<&Run>> = IndexMap::new();
+    runs.iter().for_each(|run| groups.entry(key(run)).or_default().push(run));
+    let mut groups: Vec<Vec<&Run>> = groups.into_values().collect();
+    groups.sort_by(|a, b| a[0].fraction.total_cmp(&b[0].fraction));
+    let chosen: Vec<Chosen> = groups.into_iter().map(choose).collect();
     let (twins, multi): (Vec<&Chosen>, Vec<&Chosen>) = chosen.iter().partition(|group| group.runs[0].is_twin());
     let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &twins)).collect();
     let twins: Vec<Group> = twins.iter().map(|group| summarize(group, &[])).collect();
@@ -166,9 +200,8 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
     let (group, first) = (&chosen.runs, chosen.runs[0]);
     let twin = |run: &Run, task: &str| -> Option<RunTask> {
         let alone = || twins.iter().flat_map(|twins| &twins.runs).filter(|twin| twin.task(task).is_some());
-        let study = study_of_twins(&run.study, alone().map(|twin| &twin.study))?;
-        let same = |twin: &&&Run| twin.seed == run.seed && twin.fraction == run.fraction && twin.study == *study;
-        alone().find(same)?.task(task).cloned()
+        let held_to = alone().filter(|twin| run.is_held_to(twin, alone().copied()));
+        held_to.copied().find(|twin| twin.seed == run.seed && twin.fraction == run.fraction)?.task(task).cloned()
     };
     let result = |task: &RunTask| {
         let values: Vec<f64> = group.iter().filter_map(|run| Some(run.task(&task.name)?.value)).collect();
@@ -199,6 +232,7 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
     Group {
         label: first.label.clone(),
         study: first.study.clone(),
+        variant: first.variant.clone(),
         fraction: first.fraction,
         learning_rate: first.learning_rate,
         n_learning_rates: chosen.n_rates,
@@ -208,16 +242,6 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
         training_secs: mean(&group.iter().map(|run| run.training_secs).collect::<Vec<_>>()),
         n_parameters: first.n_parameters,
     }
-}
-
-/// The study whose runs of a task alone a run is held to, of those that have some: its own, or else the only one.
-fn study_of_twins<'a>(
-    own: &Option<String>,
-    mut studies: impl Iterator<Item = &'a Option<String>> + Clone,
-) -> Option<&'a Option<String>> {
-    let first = studies.clone().next()?;
-    let all_one = studies.clone().all(|study| study == first);
-    studies.find(|study| *study == own).or(all_one.then_some(first))
 }
 
 fn verdict(difference: &Estimate) -> Verdict {
@@ -235,9 +259,8 @@ fn savings(groups: &[Group], twins: &[Group]) -> Vec<Saving> {
     for group in groups {
         for task in &group.tasks {
             let of_task = |twin: &&Group| twin.tasks.iter().any(|own| own.name == task.name);
-            let studies = twins.iter().filter(of_task).map(|twin| &twin.study);
-            let Some(study) = study_of_twins(&group.study, studies) else { continue };
-            let alone = twins.iter().filter(|twin| twin.study == *study).filter_map(|twin| {
+            let own = twins.iter().filter(of_task).any(|twin| twin.study == group.study);
+            let alone = twins.iter().filter(|twin| !own || twin.study == group.study).filter_map(|twin| {
                 let own = twin.tasks.iter().find(|own| own.name == task.name)?;
                 Some((twin.fraction, own.mean))
             });
@@ -246,7 +269,7 @@ fn savings(groups: &[Group], twins: &[Group]) -> Vec<Saving> {
                 continue;
             }
             savings.push(Saving {
-                label: group.label.clone(),
+                label: group.name(),
                 task: task.name.clone(),
                 fraction: group.fraction,
                 alone_needs: share_that_reaches(&curve, task.mean),
@@ -269,10 +292,11 @@ mod tests {
             dev: Some(value),
         };
         let tasks = scores.iter().map(task).collect();
-        let study = None;
         Run {
             label: label.into(),
-            study,
+            study: None,
+            settings: BTreeMap::new(),
+            variant: String::new(),
             seed,
             learning_rate,
             fraction: 1.0,

@@ -65,11 +65,11 @@ impl Comparison {
         let mut fractions: Vec<f64> = groups().map(|group| group.fraction).collect();
         fractions.sort_by(f64::total_cmp);
         fractions.dedup();
-        let studies: BTreeSet<Option<&str>> = self.twins.iter().map(|group| group.study.as_deref()).collect();
+        let families: BTreeSet<&str> = self.twins.iter().map(Group::family).collect();
         for fraction in fractions {
             for group in self.groups.iter().filter(|group| group.fraction == fraction) {
                 let tasks: Vec<&TaskResult> = group.tasks.iter().collect();
-                let mut row = vec![percent_of_data(fraction), group.label.clone()];
+                let mut row = vec![percent_of_data(fraction), group.name()];
                 row.extend(rates.then(|| format!("{:e}", group.learning_rate)));
                 row.push(group.seeds.len().to_string());
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
@@ -78,15 +78,16 @@ impl Comparison {
                 row.push(thousands(group.n_parameters));
                 rows.push(row);
             }
-            for study in &studies {
-                let here = |group: &&Group| group.fraction == fraction && group.study.as_deref() == *study;
+            for family in &families {
+                let here = |group: &&Group| group.fraction == fraction && group.family() == *family;
                 let twins: Vec<&Group> = self.twins.iter().filter(here).collect();
                 if twins.is_empty() {
                     continue;
                 }
                 let tasks: Vec<&TaskResult> = twins.iter().flat_map(|group| &group.tasks).collect();
                 let n_seeds = twins.iter().map(|group| group.seeds.len()).min().unwrap_or(0);
-                let of = study.filter(|_| studies.len() > 1).map_or(String::new(), |study| format!("{study}: "));
+                let told = families.len() > 1 && !family.is_empty();
+                let of = if told { format!("{family}: ") } else { String::new() };
                 let mut row = vec![percent_of_data(fraction), of + "each task alone"];
                 let own = twins.iter().map(|group| format!("{:e}", group.learning_rate)).collect::<BTreeSet<_>>();
                 row.extend(rates.then(|| own.into_iter().collect::<Vec<_>>().join(", ")));
@@ -108,7 +109,7 @@ impl Comparison {
                 let (Some(difference), Some(verdict)) = (&task.difference, task.verdict) else { continue };
                 rows.push(vec![
                     percent_of_data(group.fraction),
-                    group.label.clone(),
+                    group.name(),
                     task.name.clone(),
                     interval(difference),
                     verdict.name().to_owned(),

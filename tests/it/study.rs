@@ -88,23 +88,32 @@ fn runs_of_no_study_share_a_row_where_nothing_but_the_seed_differs() {
     }
     let arguments: Vec<&str> = ["compare", "--json"].into_iter().chain(runs.iter().map(String::as_str)).collect();
     let json: Value = serde_json::from_str(&said(&folder, &arguments, 0).0).unwrap();
-    let rows = |kind: &str| -> Vec<(String, usize)> {
-        let row =
-            |row: &Value| (format!("{} | {}", row["label"], row["study"]), row["seeds"].as_array().unwrap().len());
+    let rows = |kind: &str| -> Vec<(String, String, usize)> {
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let row = |row: &Value| (text(&row["label"]), text(&row["variant"]), row["seeds"].as_array().unwrap().len());
         json[kind].as_array().unwrap().iter().map(row).collect()
     };
-    let (eight, twelve) = ("model.trunk.hidden=8", "model.trunk.hidden=12");
-    let both = |value| (format!("\"equal ({value})\" | \"{value}\""), 2);
-    let alone = |value| (format!("\"only-topic\" | \"{value}\""), 2);
-    assert_eq!((rows("groups"), rows("twins")), (vec![both(eight), both(twelve)], vec![alone(eight), alone(twelve)]));
+    let both = |label: &str| [8, 12].map(|n| (label.to_owned(), format!("model.trunk.hidden={n}"), 2)).to_vec();
+    assert_eq!((rows("groups"), rows("twins")), (both("equal"), both("only-topic")));
     for (group, twin) in json["groups"].as_array().unwrap().iter().zip(json["twins"].as_array().unwrap()) {
         let (mean, alone) = (group["tasks"][0]["mean"].as_f64().unwrap(), twin["tasks"][0]["mean"].as_f64().unwrap());
         let difference = group["tasks"][0]["difference"]["mean"].as_f64().unwrap();
         assert!((mean - alone - difference).abs() < 1e-12, "each is held to the twin that is like it");
     }
-    // What is alike but for its seed is one row, whatever else is beside it.
-    let (table, _) = said(&folder, &["compare", "both-8-1", "both-8-2", "alone-8-1", "alone-8-2"], 0);
-    assert!(table.contains(" equal ") && !table.contains("hidden"), "{table}");
+    // What is alike but for its seed is one row, whatever else is beside it; what is not has no verdict.
+    let alike = ["both-8-1", "both-8-2", "alone-8-1", "alone-8-2"];
+    let (table, log) = said(&folder, &[&["compare"], &alike[..]].concat(), 0);
+    assert!(table.contains(" equal ") && !table.contains("hidden") && !log.contains("no verdict"), "{table}{log}");
+    let (table, log) = said(&folder, &["compare", "both-8-1", "both-8-2", "alone-12-1"], 0);
+    assert!(!table.contains("Against the task alone"), "{table}");
+    assert!(log.contains("`topic` alone was not trained with the settings and a seed of equal"), "{log}");
+    // Much that differs is told by the path, and the rate is dev's choice.
+    let much = ["model.trunk.hidden=9", "model.embedding.dim=9", "model.embedding.dropout=0", "model.trunk.dropout=0"];
+    folder.train("other/both-8-1", &[&["training.max_epochs=1", "seed=1"], &much[..]].concat()).success();
+    let rate = ["training.max_epochs=1", "seed=2", "model.trunk.hidden=8", "training.optimizer.learning_rate=1e-4"];
+    folder.train("slow", &rate).success();
+    let (table, _) = said(&folder, &["compare", "both-8-1", "both-8-2", "slow", "other/both-8-1"], 0);
+    assert!(table.contains("equal (other/both-8-1)") && table.contains("1e-2") && !table.contains("1e-4"), "{table}");
 }
 
 #[test]
