@@ -19,7 +19,7 @@ use crate::run::atomic;
 const SMALLEST: u64 = 16 << 20;
 
 /// A new number where older caches would be misread.
-const FORMAT: &str = "5";
+const FORMAT: &str = "6";
 
 /// [`formats::read`], from the cache where there is one that holds.
 pub fn read(path: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {

@@ -235,7 +235,10 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 };
                 let message = format!("set `{}` has no usable row in {}{after}", set.name, split.name());
                 problems.push(match paths {
-                    Some(paths) => Problem::error(Place::new(&root.join(&paths.0[0]), 0), message),
+                    Some(paths) => {
+                        let file = formats::file_of(&root.join(&paths.0[0]), config.format);
+                        Problem::error(Place::new(&file, 0), message)
+                    }
                     None => Problem::general(Severity::Error, message),
                 });
             }

@@ -1,10 +1,9 @@
 """Labels sentences with an exported model: python predict.py model.pt < sentences. Needs torch and tokenizers alone."""
 import json
-import re
 import sys
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 files = {"tokenizer.json": "", "labels.json": "", "polytask.json": ""}
 model = torch.jit.load(sys.argv[1], map_location="cpu", _extra_files=files)
@@ -13,7 +12,12 @@ tasks = json.loads(files["labels.json"])
 about = json.loads(files["polytask.json"])
 max_bytes = about["max_bytes"]  # null where the model reads no characters
 (settings,) = about["tokenizer"].values()
-word = {"whitespace": r"\S+", "punctuation": r"\w+|[^\w\s]+", "character": r"\S"}[settings["split"]]
+cutters = {
+    "whitespace": pre_tokenizers.WhitespaceSplit(),
+    "punctuation": pre_tokenizers.Whitespace(),
+    "character": pre_tokenizers.Split(Regex(r"\s+|\S"), "isolated"),
+}
+cutter = cutters[settings["split"]]
 
 
 def spelled(owners, words):
@@ -24,7 +28,7 @@ def spelled(owners, words):
 
 
 for line in map(str.strip, sys.stdin):
-    words = re.findall(word, line)
+    words = [word for word, _ in cutter.pre_tokenize_str(line) if not word.isspace()]
     encoding = tokenizer.encode(words, is_pretokenized=True, add_special_tokens=False)
     if not encoding.ids:
         print("{}")

@@ -89,7 +89,7 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
         (vec!["a".into(), "# b".into(), ": c".into()], vec!["news".into(), "o=d".into(), "-".into()])
     );
     // Columns without names are as many as those of the sentence's last line; where that has tabs, a comment has none.
-    folder.file("t.conll", "# doc 17\na B-x\n\n# doc\nb\tO\n\n# O\nc O\n");
+    folder.file("t.conll", "# made by hand, see LICENSE\n\n# doc 17\na B-x\n\n# doc\nb\tO\n\n# O\nc O\n");
     let numbered = &BOTH.replace("column: tags", "column: '1'");
     let (corpus, _) = read(&folder, "format: conll, train: t.conll, dev: t.conll", numbered);
     assert_eq!(sentences(&corpus), ["a", "b", "# c"]);
@@ -109,12 +109,16 @@ fn a_key_twice_and_a_quote_that_stays_open_are_errors() {
     assert_eq!(labels(&corpus, 0), ["x"]);
     let expected = ["t.jsonl:2: the key `topic` stands twice (column 44)", "t.jsonl:3: no `tokens`: the row is empty"];
     assert_eq!(messages(&problems)[..2], expected);
+    folder.file("t.jsonl", "{\"data\": {\"text\": \"a\", \"text\": \"b\"}, \"topic\": \"x\"}\n");
     let topic = "  topic: {type: classification, set: s, column: topic}";
+    let (_, problems) = read(&folder, "format: jsonl, text: data.text, train: t.jsonl, dev: t.jsonl", topic);
+    assert_eq!(messages(&problems)[0], "t.jsonl:1: the key `text` stands twice (column 35)");
     let set = "format: csv, train: t.csv, dev: t.csv";
     for (text, topics, line) in [
         ("text,topic\na,x\nb,\"y\nc,z\nd,x\n", vec!["x"], Some(3)),
         ("text,topic\r\n\"a \"\"b\"\"\",x\r\n\"b\nb\",\"y\r\n", vec!["x"], Some(4)),
         ("text,topic\na \"b,x\n\"c\"\"\",\"y\"", vec!["x", "y"], None),
+        ("text,\"topic\na,x\nb,y\n", vec![], Some(1)),
     ] {
         folder.file("t.csv", text);
         let (corpus, problems) = read(&folder, set, topic);
@@ -133,6 +137,9 @@ fn rasa_leaves_entities_away_where_there_are_none_and_spans_are_of_the_text_they
                     {\"text\": \"hello Rome\", \"intent\": \"greet\"}]";
     folder.file("t.json", format!("{{\"rasa_nlu_data\": {{\"common_examples\": {examples}}}}}"));
     let tasks = "  tags: {type: tagging, set: s, column: entities}";
+    let misnamed = tasks.replace("column: entities", "column: entites");
+    let (_, problems) = read(&folder, "format: rasa, train: t.json, dev: t.json", &misnamed);
+    assert!(messages(&problems)[0].contains("no row has a `entites`"), "{problems:?}");
     let (corpus, problems) = read(&folder, "format: rasa, train: t.json, dev: t.json", tasks);
     assert_eq!((labels(&corpus, 0), problems.len()), (["O", "B-city", "O", "O"].map(str::to_owned).to_vec(), 0));
     let span = "{\"start\": 3, \"end\": 7, \"label\": \"city\", \"text\": \"Oslo\"}";

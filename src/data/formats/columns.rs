@@ -45,8 +45,15 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
     let delimiter = layout.separator.as_ref().and_then(|separator| separator.bytes().next()).unwrap_or(default);
     let has_header = layout.columns.is_empty();
     let open = Some(text).filter(|_| layout.quotes).and_then(|text| open_quote(text, delimiter));
-    let whole = text;
+    let unclosed = open.map(|(_, quote)| {
+        let place = Place::new(path, 1 + text[..quote].matches('\n').count());
+        let message = "a `\"` that is never closed; what follows is not read (`quotes: false` takes it as it stands)";
+        Problem::error(place, message)
+    });
     let text = open.map_or(text, |(record, _)| &text[..record]);
+    if let (Some(unclosed), true) = (&unclosed, text.is_empty()) {
+        return (Vec::new(), vec![unclosed.clone()]);
+    }
     let mut reader = csv::ReaderBuilder::new();
     let reader = reader.delimiter(delimiter).quoting(layout.quotes).flexible(true).has_headers(has_header);
     let mut reader = reader.from_reader(text.as_bytes());
@@ -100,13 +107,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
             builder.error(line, format!("{found}, but {what} {}{hint}", names.len()));
         }
     }
-    if let Some((_, quote)) = open {
-        let line = 1 + whole[..quote].matches('\n').count();
-        builder.error(
-            line,
-            "a `\"` that is never closed; what follows is not read (`quotes: false` takes it as it stands)",
-        );
-    }
+    builder.problems.extend(unclosed);
     if let Some((first, n)) = long_rows {
         let found = counted(n, "row");
         builder.warning(first, format!("{found} of several lines, held together by `\"`; this is the first"));

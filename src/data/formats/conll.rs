@@ -62,7 +62,8 @@ impl ConllLayout {
         (!self.conllu && !self.names.is_empty()).then_some(self.names.len())
     }
 
-    /// `within`: whether a word of the sentence stands before it; `last` is the sentence's last line, which is a word's.
+    /// `within`: whether a word of the sentence stands before it; `last` is the sentence's last line, or another that is a
+    /// word's.
     pub fn line<'a>(&self, line: &'a str, within: bool, last: &str) -> ConllLine<'a> {
         if line.starts_with("-DOCSTART-") {
             return ConllLine::Other;
@@ -154,6 +155,8 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
         return (Vec::new(), problems);
     }
     let plan = Plan { layout: own, word, sources };
+    let is_plain = |line: &&str| !line.trim().is_empty() && !line.starts_with('#');
+    let of_a_word = text.lines().find(is_plain).unwrap_or_default();
     in_parts((path, text), Cut::EmptyLine, wanted, |part, first_line, builder| {
         let mut block = Vec::new();
         for (number, line) in lines(part, first_line).chain([(0, "")]) {
@@ -161,7 +164,9 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
                 block.push((number, line));
                 continue;
             }
-            let (mut sentence, last) = (Sentence::default(), block.last().map_or("", |(_, last)| last));
+            let last = block.last().map_or("", |(_, last)| last);
+            let last = if last.starts_with("# ") { of_a_word } else { last };
+            let mut sentence = Sentence::default();
             block.iter().for_each(|&line| sentence.add(line, last, &plan, builder));
             sentence.finish(&plan, builder);
             block.clear();

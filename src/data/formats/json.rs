@@ -3,14 +3,15 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use serde::Deserializer;
-use serde::de::{Error, MapAccess, Visitor};
+use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::{Cut, Format, Layout, Offsets, Parsed, WrittenSpan, in_parts, lines, tags_of_spans, words_of};
 use crate::data::rows::{Field, RowsBuilder, Wanted};
 use crate::problem::{Place, Problem};
+use crate::run::atomic::folder_of;
 use crate::task::{TaskKind, from_bio};
 
 pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Parsed {
@@ -27,32 +28,73 @@ pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -
     })
 }
 
-/// A row from its text; a key of it that stands twice is an error.
-pub fn row_of(text: &str) -> Result<Value, String> {
-    struct Row;
-    impl<'de> Visitor<'de> for Row {
-        type Value = Map<String, Value>;
+/// A value of which no object has a key twice.
+struct Unique(Value);
 
-        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-            f.write_str("an object")
-        }
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(reader: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Value;
 
-        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
-            let mut row = Map::new();
-            while let Some((key, value)) = entries.next_entry::<String, Value>()? {
-                if row.contains_key(&key) {
-                    return Err(A::Error::custom(format!("the key `{key}` stands twice")));
-                }
-                row.insert(key, value);
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("JSON")
             }
-            Ok(row)
+
+            fn visit_unit<E>(self) -> Result<Value, E> {
+                Ok(Value::Null)
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_string<E>(self, value: String) -> Result<Value, E> {
+                Ok(value.into())
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+                let mut all = Vec::new();
+                while let Some(Unique(item)) = items.next_element()? {
+                    all.push(item);
+                }
+                Ok(all.into())
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+                let mut object = Map::new();
+                while let Some((key, Unique(value))) = entries.next_entry::<String, Unique>()? {
+                    if object.contains_key(&key) {
+                        return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                    }
+                    object.insert(key, value);
+                }
+                Ok(object.into())
+            }
         }
+        reader.deserialize_any(Any).map(Unique)
     }
-    let mut reader = serde_json::Deserializer::from_str(text);
-    let row = match text.trim_start().starts_with('{') {
-        true => reader.deserialize_map(Row).map(Value::Object).and_then(|row| reader.end().map(|()| row)),
-        false => serde_json::from_str(text),
-    };
+}
+
+/// A row from its text.
+pub fn row_of(text: &str) -> Result<Value, String> {
+    let row = serde_json::from_str(text).map(|Unique(row)| row);
     row.map_err(|error| match error.is_data() {
         true => without_line(&error),
         false => format!("not JSON: {}", without_line(&error)),
@@ -72,11 +114,21 @@ fn without_line(error: &serde_json::Error) -> String {
 pub fn split_pointer(path: &Path, format: Format) -> (PathBuf, Vec<String>) {
     let text = path.to_string_lossy();
     let default = if format == Format::Rasa { "rasa_nlu_data/common_examples" } else { "" };
-    let whole = path.is_file().then_some((&*text, default));
     let cut = |at| (&text[..at], &text[at + 1..]);
     let mut cuts = text.match_indices('#').map(|(at, _)| cut(at));
-    let found = whole.or_else(|| cuts.find(|(file, _)| Path::new(file).is_file()));
-    let (file, pointer) = found.or_else(|| text.rsplit_once('#')).unwrap_or((&text, default));
+    let whole = (&*text, default);
+    let found = match cuts.find(|(file, _)| Path::new(file).is_file()) {
+        _ if path.is_file() => Some(whole),
+        Some(found) => Some(found),
+        // It is missing, and told by its name.
+        None if path.file_name().is_some_and(|name| !name.to_string_lossy().contains('#'))
+            && folder_of(path).is_dir() =>
+        {
+            Some(whole)
+        }
+        None => text.rfind('#').map(cut),
+    };
+    let (file, pointer) = found.unwrap_or(whole);
     let steps = pointer.split('/').filter(|step| !step.is_empty()).map(str::to_owned);
     (PathBuf::from(file), steps.collect())
 }
@@ -142,8 +194,8 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     // An empty list of classes and a list of nulls are no label; Rasa leaves `entities` away where there are none.
     static NONE: Value = Value::Array(Vec::new());
     let none = |wanted: &Wanted| {
-        let left_away = layout.format == Format::Rasa && row.get(&wanted.column).is_none();
-        (left_away && wanted.kind != TaskKind::Classification).then_some(&NONE)
+        let rasa = layout.format == Format::Rasa && wanted.column == "entities" && wanted.kind.has_spans();
+        (rasa && row.get("entities").is_none()).then_some(&NONE)
     };
     let labels = |wanted: &Wanted| {
         value(row, &wanted.column).or_else(|| none(wanted)).filter(|found| match (found, wanted.kind) {
