@@ -71,9 +71,10 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             None
         }
     };
-    // From here on it may hold what was there before.
-    drop(unfinished);
+    // From here on it holds the folder that was there before.
+    let unfinished = Some(unfinished).filter(|_| !out.is_dir());
     put_in_place(&built, out, partial)?;
+    drop(unfinished);
     if let Some((off, scores)) = found {
         log::info!(
             "{}: agrees with the live model to {off:.1e} of the largest logit, in a process of its own",

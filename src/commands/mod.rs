@@ -40,7 +40,7 @@ use crate::libtorch::panic_text;
 use crate::problem::{InvalidInput, invalid};
 use crate::run::atomic::Partial;
 use cli::{Cli, Command};
-use signals::{end_on_signals, stop_flag};
+use signals::stop_flag;
 
 /// How a command that did not fail came to its end.
 pub enum End {
@@ -99,16 +99,17 @@ pub fn main() -> ExitCode {
 }
 
 fn run(command: &Command) -> Result<End> {
+    signals::listen()?;
     match command {
         Command::Train(args) => train::run(args),
-        Command::Evaluate(args) => end_on_signals().and_then(|()| evaluate::run(args)),
+        Command::Evaluate(args) => evaluate::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Check(args) => check::run(args),
-        Command::Export(args) => end_on_signals().and_then(|()| export::run(args)),
+        Command::Export(args) => export::run(args),
         Command::VerifyExport(args) => export::verify(args),
         Command::Study(args) => study::run(args),
-        Command::Compare(args) => end_on_signals().and_then(|()| compare::run(args)),
-        Command::FindLr(args) => end_on_signals().and_then(|()| find_lr::run(args)),
+        Command::Compare(args) => compare::run(args),
+        Command::FindLr(args) => find_lr::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Options(args) => options::run(args),
         Command::Selftest(args) => selftest::run(args),

@@ -51,7 +51,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         Some(path) if path.is_dir() => return Err(invalid(format!("{} is a folder", path.display()))),
         Some(path) => Box::new(File::open(path).map_err(|error| invalid(format!("{}: {error}", path.display())))?),
     };
-    let stop = stop_flag("stopping after this batch")?;
+    let stop = stop_flag("stopping after this batch");
     let read: Vec<&Path> = args.input.as_deref().into_iter().chain([args.run.as_path()]).collect();
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
@@ -187,8 +187,10 @@ fn sentence(
         return Ok(Sentence { text, words, rest: Map::new(), lines });
     }
     let is_array = |line: &str| {
-        let in_json = number == 1 && file.extension().is_some_and(|extension| extension == "json");
-        line.starts_with('[') && (in_json || serde_json::from_str::<Vec<Value>>(line).is_ok())
+        let in_json = file.extension().is_some_and(|extension| extension == "json" || extension == "jsonl");
+        let items: Vec<Value> = serde_json::from_str(line).unwrap_or_default();
+        let are_rows = items.iter().all(Value::is_object) || items.iter().all(Value::is_string);
+        line.starts_with('[') && ((in_json && number == 1) || (!items.is_empty() && are_rows))
     };
     match line.trim_start() {
         line if format == PredictFormat::Text || !line.starts_with(['{', '[']) => {}

@@ -1,7 +1,7 @@
 //! Ctrl-C and its kin: a command stops where it can save, or ends and leaves nothing half written.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -10,36 +10,35 @@ use signal_hook::iterator::Signals;
 use crate::libtorch;
 use crate::run::atomic;
 
-/// Ends the process, and nothing half written stays.
-fn end() -> ! {
-    atomic::clear();
-    libtorch::exit_at_once(130)
-}
+/// What a signal sets, and says then; without it the process ends.
+static STOP: Mutex<Option<(Arc<AtomicBool>, &str)>> = Mutex::new(None);
 
-/// Has signals end a command that has nothing to save.
-pub fn end_on_signals() -> Result<()> {
-    on_signals(|| end())
-}
-
-/// Set by the first signal, which says `message`; the second ends the process.
-pub fn stop_flag(message: &'static str) -> Result<Arc<AtomicBool>> {
+/// Set by the next signal, which says `message`; the one after it ends the process.
+pub fn stop_flag(message: &'static str) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    on_signals(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            end();
-        }
-        eprintln!("\n{message}; once more to stop at once");
-    })?;
-    Ok(stop)
+    *STOP.lock().unwrap_or_else(PoisonError::into_inner) = Some((stop.clone(), message));
+    stop
 }
 
-/// Calls `handler` for SIGINT, SIGTERM and SIGHUP, but for those that whoever started the process has it ignore, as `nohup` does.
-fn on_signals(handler: impl Fn() + Send + 'static) -> Result<()> {
-    let heeded = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored() >> (signal - 1) & 1 == 0);
+/// Heeds SIGINT, SIGTERM and SIGHUP, but for those that whoever started the process has it ignore, as `nohup` does.
+pub fn listen() -> Result<()> {
+    let ignored = ignored();
+    let heeded = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
     let mut signals = Signals::new(heeded).context("signals cannot be handled")?;
-    std::thread::spawn(move || signals.forever().for_each(|_| handler()));
+    std::thread::spawn(move || signals.forever().for_each(|_| heed()));
     Ok(())
+}
+
+fn heed() {
+    match &*STOP.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some((stop, message)) if !stop.swap(true, Ordering::Relaxed) => {
+            eprintln!("\n{message}; once more to stop at once");
+        }
+        _ => {
+            atomic::clear();
+            libtorch::exit_at_once(130)
+        }
+    }
 }
 
 /// A bit a signal, from the lowest; none where the system does not tell.

@@ -152,7 +152,7 @@ fn work(jobs: Vec<Job>, args: &StudyArgs, n: usize) -> Result<Vec<(Job, Outcome)
     let program = std::env::current_exe().context("the program's own path is unknown")?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = args.threads.map_or((cores / n).max(1), usize::from);
-    let stop = super::stop_flag("stopping the runs after their steps")?;
+    let stop = super::stop_flag("stopping the runs after their steps");
     let n_jobs = jobs.len();
     let (queue, results) = (Mutex::new(VecDeque::from(jobs)), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {

@@ -34,14 +34,14 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         fail_on_change(&run, &experiment)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
-        return go(args, &run, device, &corpus, stop_flag(STOPPING)?.as_ref());
+        return go(args, &run, device, &corpus, stop_flag(STOPPING).as_ref());
     }
     if let Some(out) = &args.out {
         NewRun::fail_if_occupied(out)?;
     }
     let (corpus, tokenizer) = read(args, &experiment)?;
     // A signal before this point leaves nothing behind, one after it a run that goes on.
-    let stop = stop_flag(STOPPING)?;
+    let stop = stop_flag(STOPPING);
     let new = match &args.out {
         Some(out) => NewRun::create(out)?,
         None => NewRun::create_free(Path::new(RUNS), &experiment.name)?,

@@ -12,6 +12,9 @@ use tempfile::NamedTempFile;
 /// Files and folders on their way, which a signal that ends the process leaves to [`clear`].
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// How often a folder is removed that others write to.
+const TRIES: usize = 100;
+
 fn unfinished(change: impl FnOnce(&mut Vec<PathBuf>)) {
     change(&mut UNFINISHED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
 }
@@ -36,7 +39,10 @@ impl Drop for Unfinished {
 pub fn clear() {
     unfinished(|paths| {
         for path in paths.drain(..) {
-            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
+            // Whoever fills a folder may still be at it.
+            let gone =
+                || std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path)).is_ok() || !path.exists();
+            (0..TRIES).find(|_| gone());
         }
     });
 }
