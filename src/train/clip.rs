@@ -114,12 +114,12 @@ mod tests {
     use super::*;
 
     fn check(gradients: &[f32], losses: &[f32], limit: f64, halted: f32) {
-        for scaled in [false, true] {
-            check_scaled(gradients, losses, limit, halted, scaled);
+        for scale in [None, Some(65536.0), Some(1.0)] {
+            check_scaled(gradients, losses, limit, halted, scale);
         }
     }
 
-    fn check_scaled(gradients: &[f32], losses: &[f32], limit: f64, halted: f32, scaled: bool) {
+    fn check_scaled(gradients: &[f32], losses: &[f32], limit: f64, halted: f32, scale: Option<f32>) {
         let scalars = |values: &[f32]| values.iter().map(|&value| Tensor::from(value)).collect::<Vec<_>>();
         let gradients: Vec<Tensor> = scalars(gradients).iter().map(|g| g.expand([9], false).contiguous()).collect();
         let (gradients, losses) = (gradients.iter().collect::<Vec<_>>(), scalars(losses));
@@ -128,7 +128,11 @@ mod tests {
             let halted = Tensor::from(halted);
             let squares = Tensor::stack(&gradients.iter().map(|g| g.square().sum(Kind::Float)).collect::<Vec<_>>(), 0);
             let clip = Clip { gradients: &gradients, squares: None, losses: &losses, limit, halted: &halted };
-            let mut scale = scaled.then(|| LossScale::new(Device::Cpu));
+            let mut scale = scale.map(|scale| {
+                let mut new = LossScale::new(Device::Cpu);
+                let _ = new.parts().0.shallow_clone().fill_(f64::from(scale));
+                new
+            });
             let mut norms = Some(Tensor::from_slice(&[2.0f64, f64::NAN]));
             let (by, of) = (scale.as_mut(), &mut norms);
             let clipped = if by_kernel { clip.by_kernel(&squares, by, of) } else { clip.by_operators(by, of) }.unwrap();

@@ -53,12 +53,13 @@ impl Computed {
         as_vector(&losses, self.values.device())
     }
 
-    /// The same numbers, which the next replay leaves alone; `weights` where they were given.
+    /// The same numbers, which the next replay leaves alone, but for the norms, which are learned from before it; `weights` where
+    /// they were given.
     pub fn copy(&self, weights: Option<&Tensor>) -> Computed {
         Computed {
             values: self.values.detach_copy(),
             weights: weights.map_or_else(|| self.weights.detach_copy(), Tensor::shallow_clone),
-            norms: self.norms.as_ref().map(Tensor::detach_copy),
+            norms: self.norms.as_ref().map(Tensor::shallow_clone),
             gram: None,
         }
     }

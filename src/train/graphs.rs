@@ -27,6 +27,8 @@ pub struct Graphs {
     recording: bool,
     /// The weights of the losses on the device, `[T]`.
     weights: Tensor,
+    /// What they were copied from. Strategies give new weights in another tensor.
+    given: Option<Tensor>,
 }
 
 /// How steps of one shape are taken.
@@ -53,6 +55,7 @@ impl Graphs {
             pool: GraphPool::default(),
             recording: false,
             weights: Tensor::ones([n_tasks as i64], (Kind::Float, device)),
+            given: None,
         }
     }
 
@@ -111,8 +114,10 @@ impl Trainer<'_> {
                 return Ok(None);
             }
         };
-        if let Some(weights) = inputs.weights {
+        let given = self.graphs.given.as_ref().map(Tensor::data_ptr);
+        if let Some(weights) = inputs.weights.filter(|weights| given != Some(weights.data_ptr())) {
             self.graphs.weights.f_copy_(weights)?;
+            self.graphs.given = Some(weights.shallow_clone());
         }
         tch::manual_seed(self.dropout_seed(step, 0) as i64);
         upload_into(&self.numbers(plan, inputs), &recorded.numbers)?;
