@@ -86,13 +86,16 @@ pub struct EvaluateArgs {
     /// Which split
     #[arg(long, value_enum, default_value = "test")]
     pub split: Split,
+    /// A file in the place of that split, written as the run's data is
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
     /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
-    /// Change where the data lies, as in --set data.sets.chats.test=/data/new.jsonl
+    /// Change what the data is, as in --set data.sets.chats.test=/data/new.jsonl
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
     /// Print the scores of every class, tag or type of span too, and what it is most often taken for

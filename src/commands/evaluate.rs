@@ -10,6 +10,7 @@ use super::cli::EvaluateArgs;
 use super::predict::probability;
 use super::trained::{self, Trained};
 use super::{End, output, prepare, say, table};
+use crate::config::Experiment;
 use crate::data::{Corpus, DeviceSet, Split, labels};
 use crate::evaluate::{evaluate, predict};
 use crate::problem::invalid;
@@ -17,8 +18,10 @@ use crate::task::{Scheme, Task, TaskId, TaskKind};
 
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
-    let trained = trained::open_with(&args.run, &args.checkpoint, device, &args.overrides)?;
+    let mut trained = trained::open(&args.run, &args.checkpoint, device)?;
     let split = args.split;
+    let input = args.input.as_deref().map(|file| in_place_of(&trained.experiment, split, file)).transpose()?;
+    trained.change_data(&input.into_iter().flatten().chain(args.overrides.iter().cloned()).collect::<Vec<_>>())?;
     let data = &trained.experiment.data;
     let mut read: Vec<PathBuf> = data.sets.values().flat_map(|set| set.files(&data.root, &Split::ALL)).collect();
     read.push(args.run.clone());
@@ -60,6 +63,22 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
         }
     }
     Ok(End::Done)
+}
+
+/// What puts a file in the place of a split.
+fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec<String>> {
+    let sets: Vec<&str> = experiment.data.sets.keys().map(String::as_str).collect();
+    let [set] = sets.as_slice() else {
+        let (known, split) = (sets.join(", "), split.name());
+        return Err(invalid(format!(
+            "the run has the sets {known}: say which, as in --set data.sets.{}.{split}=FILE",
+            sets[0]
+        )));
+    };
+    let path = std::path::absolute(file)?;
+    let given = format!("data.sets.{set}.{}={}", split.name(), serde_json::to_string(&path.to_string_lossy())?);
+    let cut = (split == Split::Dev).then(|| format!("data.sets.{set}.dev_fraction=null"));
+    Ok([given].into_iter().chain(cut).collect())
 }
 
 /// A JSON object a sentence, in the data's order: where it stands, its words, and by task what is right, where the data says so,

@@ -90,7 +90,8 @@ fn misspelled(label: &str, other: &str) -> bool {
     label.chars().count() >= 4 && letters(label) != letters(other) && strsim::osa_distance(label, other) == 1
 }
 
-/// Labels that dev or test have and train has not, and tasks of which train or dev have too few.
+/// Labels that dev or test have and train has not, those that may be slips, names that no row has, and tasks of which train or
+/// dev have too few.
 fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {

@@ -103,6 +103,12 @@ pub fn training(
     device: Device,
 ) -> Result<DeviceSet> {
     let mut train = encoded(corpus, Split::Train, tokenizer, tasks, device)?;
+    // Those of a run that goes on are the ones that it began with.
+    if let Some((id, unseen)) = train.set.unseen.first_key_value() {
+        let Task { name, kind, .. } = &tasks[id.0];
+        let lacking = labels::names(*kind, &unseen.labels).join(", ");
+        return Err(invalid(format!("`{name}`: training has labels that the run did not begin with: {lacking}")));
+    }
     for (i, head) in experiment.tasks.values().enumerate() {
         if head.class_weights() == ClassWeights::Balanced {
             train.balance(TaskId(i), tasks[i].labels.len());

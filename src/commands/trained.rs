@@ -43,14 +43,6 @@ fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
     Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter(), max_bytes)
 }
 
-/// An experiment from its text.
-fn experiment_of(yaml: &str, overrides: &[String]) -> Result<Experiment> {
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("resolved.yaml");
-    std::fs::write(&file, yaml)?;
-    Experiment::load(&file, overrides)
-}
-
 /// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
 /// on the CPU.
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
@@ -58,7 +50,7 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
         return Err(invalid(format!("{} lacks files", path.display())));
     };
-    let experiment = experiment_of(yaml, &[])?;
+    let experiment = Experiment::of_text((path, yaml), &[])?;
     let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
     let mut tokenizer = tokenizer_of(&experiment, tokenizer)?;
     let weights = exported.module.parameters()?;
@@ -108,16 +100,18 @@ pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> 
     Ok((experiment, run.read_tasks()?, tokenizer))
 }
 
-/// A trained model with other data: `overrides` change the experiment's `data:`.
-pub fn open_with(path: &Path, name: &str, device: Device, overrides: &[String]) -> Result<Trained> {
-    if let Some(other) = overrides.iter().find(|text| !text.starts_with("data.")) {
-        return Err(invalid(format!("--set {other}: of a trained model the data alone can be changed")));
+impl Trained {
+    /// Gives it other data: `overrides` change the experiment's `data:`.
+    pub fn change_data(&mut self, overrides: &[String]) -> Result<()> {
+        if let Some(other) = overrides.iter().find(|text| !text.starts_with("data.")) {
+            return Err(invalid(format!("--set {other}: of a trained model the data alone can be changed")));
+        }
+        if !overrides.is_empty() {
+            let yaml = self.experiment.to_yaml()?;
+            self.experiment = Experiment::of_text((Path::new("resolved.yaml"), &yaml), overrides)?;
+        }
+        Ok(())
     }
-    let mut trained = open(path, name, device)?;
-    if !overrides.is_empty() {
-        trained.experiment = experiment_of(&trained.experiment.to_yaml()?, overrides)?;
-    }
-    Ok(trained)
 }
 
 /// The model of a run directory or of an exported file; of a file the checkpoint is the one it was made of.

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
-use super::keys::{default_kind, join, tag_key};
+use super::keys::{default_kind, is_tag, join, tag_key};
 use super::source::Layer;
 use crate::problem::{Place, Problem, Severity};
 
@@ -29,11 +29,6 @@ fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(St
     match out.shift_remove(tag) {
         Some(Value::String(kind)) => Value::Object(Map::from_iter([(kind, Value::Object(out))])),
         Some(other) => Value::Object(Map::from_iter([(other.to_string(), Value::Object(out))])),
-        // A strategy of a study may go by its own name.
-        None if path.starts_with("study.strategies.") => {
-            let kind = path.rsplit('.').next().unwrap_or_default().to_owned();
-            Value::Object(Map::from_iter([(kind, Value::Object(out))]))
-        }
         None => match default_kind(path, defaults) {
             Some(kind) => Value::Object(Map::from_iter([(kind.to_owned(), Value::Object(out))])),
             None => {
@@ -149,7 +144,12 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
             raw.pop();
         }
         let owner = shown.join(".");
-        let message = format!("{}unknown key `{key}`{}", after(&owner), suggestion(key, &quoted[1..]));
+        let hint = match tag_key(&owner) {
+            // What names the kind of other mappings.
+            Some(tag) if is_tag(key) => format!("; did you mean `{tag}`?"),
+            tag => suggestion(key, &tag.into_iter().chain(quoted[1..].iter().copied()).collect::<Vec<_>>()),
+        };
+        let message = format!("{}unknown key `{key}`{hint}", after(&owner));
         raw.push(key.to_owned());
         return Diagnosis { path: join(&owner, key), message, missing: None, owner, remove: raw };
     }

@@ -23,8 +23,17 @@ pub fn tag_key(path: &str) -> Option<&'static str> {
     TAGGED.iter().find(|(pattern, _)| fits(pattern)).map(|(_, key)| *key)
 }
 
+/// Whether some mapping names its kind by `key`.
+pub fn is_tag(key: &str) -> bool {
+    TAGGED.iter().any(|(_, tag)| *tag == key)
+}
+
 /// The kind of the mapping at `path` where it names none: what `defaults` has there, as types are read.
-pub fn default_kind<'a>(path: &str, defaults: &'a Value) -> Option<&'a str> {
+pub fn default_kind<'a>(path: &'a str, defaults: &'a Value) -> Option<&'a str> {
+    // A strategy of a study may go by its own name.
+    if let Some(name) = path.strip_prefix("study.strategies.") {
+        return Some(name);
+    }
     let default = defaults.pointer(&format!("/{}", path.replace('.', "/")))?;
     default.as_object()?.keys().next().map(String::as_str)
 }

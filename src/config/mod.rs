@@ -67,13 +67,18 @@ impl Experiment {
     /// # Errors
     /// [`InvalidInput`] with everything that is wrong, each with file and line.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Experiment> {
+        Experiment::of_text((path, &source::text_of(path)?), overrides)
+    }
+
+    /// The same from a text that `path` stands for.
+    pub fn of_text((path, text): (&Path, &str), overrides: &[String]) -> Result<Experiment> {
         // Not that of the loss weighting: whoever gives it options means one.
         let defaults = json!({
             "tokenizer": TokenizerConfig::default(),
             "model": ModelConfig::default(),
             "training": TrainingConfig::default(),
         });
-        let layer = source::load(path, overrides, &defaults)?;
+        let layer = source::load((path, text), overrides, &defaults)?;
         let mut problems: Vec<Problem> = layer.problems.clone();
         let decoded = decode::decode::<Experiment>(&layer, &defaults, &mut problems);
         let Some(mut experiment) = decoded else { return Err(InvalidInput(problems).into()) };
@@ -246,6 +251,13 @@ training:
                 "model.embedding.characters.width: must be an odd number from 1",
             ],
         );
+        check_error(
+            &(GOOD.to_owned() + "  sampling: {kind: temperature, temprature: 2}\n"),
+            &[
+                "training.sampling: unknown key `kind`; did you mean `strategy`?",
+                "unknown key `temprature`; one of strategy",
+            ],
+        );
         // An error takes no other with it.
         let told = load(&GOOD.replace("dev: dev", "dev_fraction: 10%"), &[]).unwrap_err().to_string();
         assert!(told.contains("expected a number") && !told.contains("give `dev:`"), "{told}");
@@ -337,6 +349,11 @@ training:
                 .unwrap();
             assert_eq!(Experiment::load(&child, &[]).unwrap().training.optimizer.learning_rate(), 0.05);
         }
+        let study = "study: {seeds: [1], strategies: {gradnorm: {";
+        std::fs::write(folder.path().join("base.yaml"), format!("{GOOD}{study}alpha: 0.7}}}}}}\n")).unwrap();
+        std::fs::write(&child, format!("extends: base.yaml\n{study}strategy: gradnorm, floor: 0.5}}}}}}\n")).unwrap();
+        let resolved = Experiment::load(&child, &[]).unwrap().to_yaml().unwrap();
+        assert!(resolved.contains("alpha: 0.7") && resolved.contains("floor: 0.5"), "{resolved}");
         std::fs::write(folder.path().join("base.yaml"), format!("extends: ./child.yaml\n{GOOD}")).unwrap();
         let error = Experiment::load(&child, &[]).unwrap_err().to_string();
         assert!(error.contains("base.yaml:1: extends: ") && error.contains("child.yaml extends itself"), "{error}");

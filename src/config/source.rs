@@ -36,8 +36,8 @@ impl Layer {
 }
 
 /// `defaults` has the kinds of mappings that name none.
-pub fn load(path: &Path, overrides: &[String], defaults: &Value) -> Result<Layer> {
-    let mut layer = load_file(path, &mut Vec::new(), defaults)?;
+pub fn load((path, text): (&Path, &str), overrides: &[String], defaults: &Value) -> Result<Layer> {
+    let mut layer = layer((path, text), &mut Vec::new(), defaults)?;
     for text in overrides {
         let mut over = override_layer(text)?;
         anchor(&mut over.value, path);
@@ -52,14 +52,19 @@ pub fn load(path: &Path, overrides: &[String], defaults: &Value) -> Result<Layer
     Ok(layer)
 }
 
-fn load_file(path: &Path, chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<Layer> {
-    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+/// The text of an experiment file.
+pub fn text_of(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => invalid(format!("experiment file {} does not exist", path.display())),
         _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
-    })?;
+    })
+}
+
+/// What a file says, laid over what the files that it extends say.
+fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<Layer> {
     let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
-    let (places, twice) = places(path, &text);
-    let yaml: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| match (error.to_string(), &twice) {
+    let (places, twice) = places(path, text);
+    let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| match (error.to_string(), &twice) {
         (message, Some((key, first, second))) if message.contains("duplicate entry") => {
             fail(*second, format!("{key} stands in line {first} already"))
         }
@@ -77,9 +82,9 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<
     object.retain(|key, _| !key.starts_with("x-"));
     let extends = object.shift_remove("extends");
     anchor(&mut value, path);
-    let mut layer = Layer { value, places, problems: Vec::new() };
-    let Some(extends) = extends else { return Ok(layer) };
-    let line = layer.place("extends").map_or(0, |place| place.line);
+    let mut own = Layer { value, places, problems: Vec::new() };
+    let Some(extends) = extends else { return Ok(own) };
+    let line = own.place("extends").map_or(0, |place| place.line);
     let Value::String(base) = extends else {
         return Err(fail(line, "extends: expected the path of an experiment file".to_owned()).into());
     };
@@ -93,9 +98,9 @@ fn load_file(path: &Path, chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<
     if chain.contains(&one(&base)) {
         return Err(fail(line, format!("extends: {} extends itself", base.display())).into());
     }
-    let mut whole = load_file(&base, chain, defaults)?;
-    layer.places.remove("extends");
-    overlay(&mut whole, layer, defaults);
+    let mut whole = layer((&base, &text_of(&base)?), chain, defaults)?;
+    own.places.remove("extends");
+    overlay(&mut whole, own, defaults);
     Ok(whole)
 }
 

@@ -181,7 +181,6 @@ fn two_runs_of_one_file_are_identical_and_take_directories_of_their_own() {
     assert_ne!(metrics(&folder, "runs/small"), metrics(&folder, "other"));
 }
 
-/// The step after which a run says that it goes on.
 #[test]
 fn the_run_that_began_last_is_resumed() {
     let folder = small();
@@ -198,6 +197,7 @@ fn the_run_that_began_last_is_resumed() {
     assert!(train(&["--resume"]).contains("runs/small-2"));
 }
 
+/// The step after which a run says that it goes on.
 fn resumed_at(said: &str) -> u64 {
     let step = said.split("going on after step ").nth(1).and_then(|rest| rest.split(' ').next());
     step.unwrap_or_else(|| panic!("it begins anew: {said}")).parse().unwrap()

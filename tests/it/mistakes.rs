@@ -162,9 +162,15 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     let first: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
     assert!(first["id"] == 3 && first["topic"]["label"].is_string(), "{first}");
     folder.file("bare.jsonl", "{\"tokens\": [\"play\"]}\n");
-    let bare = ["evaluate", "run", "--set", "data.sets.toy.test=bare.jsonl"];
+    let bare = ["evaluate", "run", "--input", "bare.jsonl"];
     assert!(failed(&folder, &bare, 2).contains("test has no label of any task"));
     folder.polytask(&[&bare[..], &["--predictions", "told.jsonl"]].concat()).assert().code(0);
+    folder
+        .train("cut", &["data.sets.toy.dev=null", "data.sets.toy.dev_fraction=0.2", "training.max_epochs=1"])
+        .success();
+    let scored = folder.polytask(&["evaluate", "cut", "--split", "dev", "--input", "dev.jsonl", "--json"]).assert();
+    let scored: serde_json::Value = serde_json::from_slice(&scored.code(0).get_output().stdout).unwrap();
+    assert_eq!(scored["report"]["tasks"][0]["n_sentences"], 26, "of 30 rows every seventh has no topic: {scored}");
     // Damage that leaves the file's form whole.
     let path = folder.path().join("run/checkpoints/best.safetensors");
     let mut content = std::fs::read(&path).unwrap();
@@ -305,6 +311,17 @@ fn data_that_changed_under_a_run_is_told() {
     }
     let missed = new[1]["labels"].as_array().unwrap().iter().find(|label| label["label"] == "team").unwrap();
     assert_eq!((missed["recall"].as_f64(), missed["n"].as_u64()), (Some(0.0), Some(1)));
+    // A run that was killed before its first checkpoint goes on with the labels that it began with.
+    trained(&folder, "killed");
+    std::fs::remove_file(folder.path().join("killed/report.json")).unwrap();
+    for checkpoint in ["last", "best", "best-topic", "best-slots"] {
+        std::fs::remove_file(folder.path().join(format!("killed/checkpoints/{checkpoint}.safetensors"))).unwrap();
+    }
+    let train = folder.read("train.jsonl");
+    folder.file("train.jsonl", train.replace("food", "meal"));
+    let text = failed(&folder, &["train", "killed/resolved.yaml", "--out", "killed", "--resume"], 2);
+    assert!(text.contains("`topic`: training has labels that the run did not begin with: meal"), "{text}");
+    folder.file("train.jsonl", train);
     // Spelling that characters read, though its tokens are the same.
     let cased = ["train", "small.yaml", "--out", "cased", "--set", "tokenizer={model: word, lowercase: true}"];
     let more =
