@@ -177,7 +177,8 @@ impl Setting {
     /// The same through the path that reads norms, and the norms.
     fn watched(&self, reference: Reference) -> Result<(Vec<Tensor>, Tensor)> {
         let (shared, losses) = self.forward();
-        let backward = Backward { model: &self.model, tasks: &self.tasks, reference: Some(reference), halves: false };
+        let backward =
+            Backward { model: &self.model, tasks: &self.tasks, reference: Some(reference), halves: false, frozen: &[] };
         let gradients =
             backward.pass(&shared, None, Weighted { losses: &losses, weights: &self.weights(), scale: None })?;
         let norms = gradients.norms(self.device());

@@ -204,7 +204,7 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
             c.error(&inputs, format!("no task `{other}`{}", suggestion(other, &known)));
         }
     }
-    let mut others: Vec<&str> = head.other_inputs().collect();
+    let mut others: Vec<&str> = head.inputs().iter().map(String::as_str).collect();
     others.sort_unstable();
     c.require(&inputs, others.windows(2).all(|pair| pair[0] != pair[1]), "each once");
     // All that it sees, directly or through others.
@@ -286,7 +286,10 @@ fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, exp
         WeightingConfig::Equal(_) | WeightingConfig::Random(_) => {}
         WeightingConfig::Fixed(fixed) => check_fixed(c, &at("weights"), fixed, experiment),
         WeightingConfig::Uncertainty(config) => c.positive(&at("learning_rate"), config.learning_rate),
-        WeightingConfig::UncertaintySoftmax(config) => c.positive(&at("temperature"), config.temperature),
+        WeightingConfig::UncertaintySoftmax(config) => {
+            c.positive(&at("temperature"), config.temperature);
+            c.require(path, !one_task_a_step(experiment), &several_tasks("uncertainty_softmax"));
+        }
         WeightingConfig::Dwa(config) => c.positive(&at("temperature"), config.temperature),
         WeightingConfig::Gradnorm(config) => {
             c.require(&at("alpha"), config.alpha >= 0.0, "must not be negative");
@@ -295,11 +298,17 @@ fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, exp
             c.require(&at("update_every"), config.update_every != Some(0), "must be at least 1");
             let some = config.initial_loss != InitialLoss::MeanOfFirst(0);
             c.require(&at("initial_loss"), some, "mean_of_first must be at least 1");
-            let message = "gradnorm balances the tasks of one step, and with round_robin sampling over separate sets each step \
-                           has one: give training.accumulate_steps the number of sets, or sample proportional";
-            c.require(path, !one_task_a_step(experiment), message);
+            c.require(path, !one_task_a_step(experiment), &several_tasks("gradnorm"));
         }
     }
+}
+
+/// What to say of a strategy where every step has one task.
+fn several_tasks(strategy: &str) -> String {
+    format!(
+        "{strategy} balances the tasks of one step, and with round_robin sampling over separate sets each step has one: give \
+         training.accumulate_steps the number of sets, or sample proportional"
+    )
 }
 
 /// Whether no step ever has labels of two tasks.

@@ -214,10 +214,13 @@ training:
         let apart = GOOD
             .replace("tasks:\n", "    other: {format: parallel, train: train, dev: dev}\ntasks:\n")
             .replace("slots: {type: tagging, set: snips", "slots: {type: tagging, set: other");
-        check_error(
-            &(apart + "  sampling: {strategy: round_robin}\nweighting: {strategy: gradnorm}\n"),
-            &["e.yaml:16: weighting: gradnorm balances the tasks of one step"],
-        );
+        for strategy in ["gradnorm", "uncertainty_softmax"] {
+            check_error(
+                &format!("{apart}  sampling: {{strategy: round_robin}}\nweighting: {{strategy: {strategy}}}\n"),
+                &[&format!("e.yaml:16: weighting: {strategy} balances the tasks of one step")],
+            );
+        }
+        check_error(&GOOD.replace("label}", "label, inputs: [trunk, trunk]}"), &["tasks.intent.inputs: each once"]);
         let seen = |intent: &str, slots: &str| {
             GOOD.replace("label}", &format!("label, inputs: [{intent}]}}"))
                 .replace("decoder: crf}", &format!("decoder: crf, inputs: [{slots}]}}"))

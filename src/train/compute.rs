@@ -92,7 +92,8 @@ impl Trainer<'_> {
         };
         let reference = reference(inputs.wants);
         let halves = self.optimizer.keeps_halves() && batches.len() == 1;
-        let backward = Backward { model: self.model, tasks: self.tasks, reference, halves };
+        let frozen = self.frozen_numbers(step.number);
+        let backward = Backward { model: self.model, tasks: self.tasks, reference, halves, frozen: &frozen };
         // Where rows of tables wait on the device, a step has one batch of one part.
         let mut read: Option<TableRows> = None;
         let mut gradients = Gradients::default();
@@ -130,7 +131,12 @@ impl Trainer<'_> {
             self.laps.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
-        self.freeze(step.number, &mut gradients.sum);
+        // Passes by task go everywhere.
+        for (number, gradient) in gradients.sum.iter_mut().enumerate() {
+            if frozen.contains(&number) {
+                *gradient = Tensor::new();
+            }
+        }
         let mut norms = reference.map(|_| gradients.norms(device));
         let rows = read.as_ref().or(inputs.rows).map(|rows| &rows.touched);
         let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
@@ -182,17 +188,11 @@ impl Trainer<'_> {
         self.frozen(step).len()
     }
 
-    /// Takes the gradients of the parts that are frozen at this step away.
-    fn freeze(&self, step: usize, gradients: &mut [Tensor]) {
+    /// Numbers of the parameters that are frozen at a step.
+    fn frozen_numbers(&self, step: usize) -> Vec<usize> {
         let frozen = self.frozen(step);
-        if frozen.is_empty() {
-            return;
-        }
-        for ((name, _), gradient) in self.model.parameters.iter().zip(gradients) {
-            if frozen.iter().any(|part| is_part(name, part)) {
-                *gradient = Tensor::new();
-            }
-        }
+        let names = self.model.parameters.iter().enumerate().filter(|_| !frozen.is_empty());
+        names.filter(|(_, (name, _))| frozen.iter().any(|part| is_part(name, part))).map(|(number, _)| number).collect()
     }
 
     /// What dropout draws from in batch `i` of a step.

@@ -23,8 +23,8 @@ pub struct TrainingConfig {
     pub schedule: ScheduleConfig,
     /// Limit of the gradient's 2-norm over all parameters; 0 is off. Default 5.
     pub clip_norm: f64,
-    /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. Default 0.999, which
-    /// averages over about 1,000 steps; below 1.
+    /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. It rises to this
+    /// number, as (1 + t) / (10 + t) after t steps. Default 0.999, which averages over about 1,000 steps; below 1.
     pub ema_decay: f64,
     /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
     /// `heads.TASK`, or a parameter by its whole name. Default: none.

@@ -20,6 +20,8 @@ pub struct Backward<'a> {
     pub reference: Option<Reference>,
     /// Whether gradients to what is in 16 bits stay so, where one pass takes them all; else they become float32.
     pub halves: bool,
+    /// Numbers of the parameters that are to have no gradient: where one pass takes all, it does not go to them.
+    pub frozen: &'a [usize],
 }
 
 /// The gradient of a part of a batch, of a batch or of a step.
@@ -100,13 +102,20 @@ impl Backward<'_> {
             return Ok(Vec::new());
         }
         let n = inputs.len();
+        let moving: Vec<usize> = (0..n).filter(|number| !self.frozen.contains(number)).collect();
+        inputs = moving.iter().map(|&number| inputs[number]).collect();
         let tapped: Vec<usize> = match self.reference {
             Some(_) => (0..losses.len()).filter(|&task| losses[task].is_some()).collect(),
             None => Vec::new(),
         };
         inputs.extend(tapped.iter().flat_map(|&task| &shared.taps[task]).map(|(_, tap)| &tap.tokens));
-        let mut gradients = backward(&outputs, &own.iter().collect::<Vec<_>>(), &inputs, false)?;
-        let at_taps = gradients.split_off(n);
+        if inputs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut moved = backward(&outputs, &own.iter().collect::<Vec<_>>(), &inputs, false)?;
+        let at_taps = moved.split_off(moving.len());
+        let mut gradients: Vec<Tensor> = (0..n).map(|_| Tensor::new()).collect();
+        moving.into_iter().zip(moved).for_each(|(number, gradient)| gradients[number] = gradient);
         if at_taps.is_empty() {
             return Ok(gradients);
         }

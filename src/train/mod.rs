@@ -314,10 +314,13 @@ impl Trainer<'_> {
         self.settle()?;
         let model = self.model.parameters.named();
         let state = State { weighting: self.weighting.save(), ..state.clone() };
+        let mut about = serde_json::to_value(&state)?;
+        // As the best checkpoints have it.
+        about["epoch"] = json!(state.step.div_ceil(self.steps_per_epoch()));
         let mut moments = self.optimizer.state();
         moments.extend(self.average.iter().flat_map(Average::state));
         moments.extend(self.loss_scale.iter().flat_map(LossScale::state));
-        checkpoint::save(&run.checkpoint("last"), &model, &moments, &serde_json::to_value(state)?)
+        checkpoint::save(&run.checkpoint("last"), &model, &moments, &about)
     }
 
     fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {

@@ -17,6 +17,7 @@ pub struct State {
     pub epochs_without_gain: usize,
     /// Losses since the last record, and since the start of the epoch.
     pub interval: Sums,
+    #[serde(rename = "epoch_sums")]
     pub epoch: Sums,
     pub weighting: Value,
     /// A fingerprint of the data that the run began with.

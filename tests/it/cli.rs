@@ -58,6 +58,9 @@ fn a_run_trains_evaluates_and_predicts() {
     let report: serde_json::Value = serde_json::from_str(&folder.read("runs/small/report.json")).unwrap();
     assert_eq!(json["report"], report["splits"]["test"]);
     assert!(json["report"]["tasks"][1]["scores"][0]["value"].as_f64().unwrap() > 0.9, "{json}");
+    let last = folder.polytask(&["evaluate", "runs/small", "--json", "--checkpoint", "last"]).assert().success();
+    let last: serde_json::Value = serde_json::from_slice(&last.get_output().stdout).unwrap();
+    assert_eq!(last["epoch"], 6);
     let table = folder.polytask(&["evaluate", "runs/small", "--by-label"]).assert().success().get_output().clone();
     let table = String::from_utf8(table.stdout).unwrap();
     for part in ["precision", "food", "travel", "thing"] {

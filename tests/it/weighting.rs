@@ -78,7 +78,7 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     let weights = Tensor::ones([2], (Kind::Double, Device::Cpu));
     // Losses that do not come from these states.
     let reference = Some(Reference::Representation);
-    let backward = Backward { model: &model, tasks: &s.tasks, reference, halves: false };
+    let backward = Backward { model: &model, tasks: &s.tasks, reference, halves: false, frozen: &[] };
     let passed = backward.pass(&forward(), None, Weighted { losses: &losses, weights: &weights, scale: None });
     let error = passed.err().unwrap().to_string();
     assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
@@ -114,7 +114,8 @@ fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
         let plain = Tensor::run_backward(&[total], &parameters, false, false);
         for reference in [Reference::Representation, Reference::LastLayer] {
             let (shared, losses) = forward();
-            let backward = Backward { model: &model, tasks: &s.tasks, reference: Some(reference), halves: false };
+            let backward =
+                Backward { model: &model, tasks: &s.tasks, reference: Some(reference), halves: false, frozen: &[] };
             let gradients =
                 backward.pass(&shared, None, Weighted { losses: &losses, weights: &weights, scale: None }).unwrap();
             for (((name, _), plain), found) in model.parameters.iter().zip(&plain).zip(&gradients.sum) {

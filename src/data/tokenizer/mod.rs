@@ -47,7 +47,8 @@ impl Default for TokenizerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WordConfig {
-    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. Default `whitespace`.
+    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. A word that the data gives stays one, of several
+    /// tokens where it is cut. Default `whitespace`.
     pub split: Splitter,
     /// Upper and lower case are one. Default false.
     pub lowercase: bool,
@@ -79,7 +80,8 @@ impl Default for WordConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PieceConfig {
-    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. Default `whitespace`.
+    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. A word that the data gives stays one, of several
+    /// tokens where it is cut. Default `whitespace`.
     pub split: Splitter,
     /// Upper and lower case are one. Default false.
     pub lowercase: bool,

@@ -89,7 +89,7 @@ impl HeadConfig {
         metric.scores().into_iter().map(|score| score.name).chain(["loss".to_owned()]).collect()
     }
 
-    fn inputs(&self) -> &[String] {
+    pub fn inputs(&self) -> &[String] {
         common!(self, inputs)
     }
 
