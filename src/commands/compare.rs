@@ -51,7 +51,9 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
         let has_twin = |task: &str| comparison.twins.iter().any(|twin| twin.tasks.iter().any(|own| own.name == task));
         for task in group.tasks.iter().filter(|task| task.difference.is_none() && has_twin(&task.name)) {
             let (name, group) = (&task.name, group.name());
-            log::warn!("`{name}` alone was not trained with the settings and a seed of {group}: there is no verdict");
+            log::warn!(
+                "`{name}` alone has no run of the settings, seed and share of the data of {group}: there is no verdict"
+            );
         }
     }
     if json {

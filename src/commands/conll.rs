@@ -23,7 +23,8 @@ pub fn layout_of(experiment: &Experiment, conllu: bool) -> ConllLayout {
 pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<Written>, Vec<&'a str>) {
     let (mut lines, mut words) = (Vec::new(), Vec::new());
     let said = |name: &str| tasks.iter().any(|task| task.name == name && task.kind == TaskKind::Classification);
-    let last = block.lines().last().unwrap_or_default();
+    // A block of comments alone has no word.
+    let last = block.lines().last().filter(|line| !line.starts_with("# ")).unwrap_or_default();
     for line in block.lines() {
         let mut word = None;
         match layout.line(line, !words.is_empty(), last) {

@@ -75,6 +75,9 @@ fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec
             sets[0]
         )));
     };
+    if split == Split::Train {
+        return Err(invalid("--input stands in the place of dev or test: training rows are cut and chosen from"));
+    }
     let path = std::path::absolute(file)?;
     let given = format!("data.sets.{set}.{}={}", split.name(), serde_json::to_string(&path.to_string_lossy())?);
     let cut = (split == Split::Dev).then(|| format!("data.sets.{set}.dev_fraction=null"));

@@ -87,7 +87,9 @@ pub fn unnamed_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> 
 /// Whether a label is another with a letter more, less, wrong or in the wrong place; numbers are no letters.
 fn misspelled(label: &str, other: &str) -> bool {
     let letters = |text: &str| text.chars().filter(|c| !c.is_numeric()).collect::<String>();
-    label.chars().count() >= 4 && letters(label) != letters(other) && strsim::osa_distance(label, other) == 1
+    // A letter has up to 4 bytes.
+    let alike = label.chars().count() >= 4 && label.len().abs_diff(other.len()) <= 4;
+    alike && strsim::osa_distance(label, other) == 1 && letters(label) != letters(other)
 }
 
 /// Labels that dev or test have and train has not, those that may be slips, names that no row has, and tasks of which train or

@@ -189,7 +189,7 @@ fn sentence(
     let is_array = |line: &str| {
         let in_json = file.extension().is_some_and(|extension| extension == "json" || extension == "jsonl");
         let items: Vec<Value> = serde_json::from_str(line).unwrap_or_default();
-        let are_rows = items.iter().all(Value::is_object) || items.iter().all(Value::is_string);
+        let are_rows = [Value::is_object, Value::is_string, Value::is_array].iter().any(|are| items.iter().all(are));
         line.starts_with('[') && ((in_json && number == 1) || (!items.is_empty() && are_rows))
     };
     match line.trim_start() {

@@ -60,11 +60,22 @@ impl Run {
         }
     }
 
-    /// Whether two runs have the same model, tokenizer and training, as far as both have them.
-    fn agrees_with(&self, other: &Run) -> bool {
-        let shared = |path: &str| ["model.", "tokenizer.", "training."].iter().any(|part| path.starts_with(part));
-        let mut own = self.settings.iter().filter(|(path, _)| shared(path));
-        own.all(|(path, value)| other.settings.get(path).is_none_or(|others| others == value))
+    /// Whether a task alone was trained as it was here: with the same model, tokenizer, training and head. What other tasks
+    /// have to do with, it does not have.
+    fn agrees_with(&self, twin: &Run) -> bool {
+        let Some(RunTask { name, .. }) = twin.tasks.first() else { return false };
+        let (head, frozen) = (format!("tasks.{name}."), format!("training.freeze_epochs.heads.{name}"));
+        let of_others = |path: &str| {
+            let of_several = ["training.early_stopping.", "training.sampling.", "training.freeze_epochs.heads."];
+            let several = of_several.iter().any(|part| path.starts_with(part)) && !path.starts_with(&frozen);
+            several || path.ends_with(".inputs") || path.ends_with(".priority")
+        };
+        let matters = |path: &&String| {
+            let parts = ["model.", "tokenizer.", "training.", "init_from", &head];
+            parts.iter().any(|part| path.starts_with(part)) && !of_others(path)
+        };
+        let mut paths = self.settings.keys().chain(twin.settings.keys()).filter(matters);
+        paths.all(|path| self.settings.get(path) == twin.settings.get(path))
     }
 
     fn task(&self, name: &str) -> Option<&RunTask> {
@@ -164,10 +175,10 @@ pub fn compare(runs: &[Run]) -> Comparison {
     let mut groups: Vec<Vec<&Run>> = groups.into_values().collect();
     groups.sort_by(|a, b| a[0].fraction.total_cmp(&b[0].fraction));
     let chosen: Vec<Chosen> = groups.into_iter().map(choose).collect();
-    let (twins, multi): (Vec<&Chosen>, Vec<&Chosen>) = chosen.iter().partition(|group| group.runs[0].is_twin());
-    let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &twins)).collect();
-    let twins: Vec<Group> = twins.iter().map(|group| summarize(group, &[])).collect();
-    let savings = savings(&groups, &twins);
+    let (alone, multi): (Vec<&Chosen>, Vec<&Chosen>) = chosen.iter().partition(|group| group.runs[0].is_twin());
+    let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &alone)).collect();
+    let twins: Vec<Group> = alone.iter().map(|group| summarize(group, &[])).collect();
+    let savings = savings(&multi, &groups, &alone);
     Comparison { groups, twins, savings }
 }
 
@@ -253,19 +264,19 @@ fn verdict(difference: &Estimate) -> Verdict {
     }
 }
 
-/// Read off the learning curves of the tasks alone, where there are several shares of the data.
-fn savings(groups: &[Group], twins: &[Group]) -> Vec<Saving> {
+/// Read off the learning curves of the tasks alone, where there are several shares of the data. `groups` are those of `multi`.
+fn savings(multi: &[&Chosen], groups: &[Group], alone: &[&Chosen]) -> Vec<Saving> {
     let mut savings = Vec::new();
-    for group in groups {
+    for (run, group) in multi.iter().map(|chosen| chosen.runs[0]).zip(groups) {
         for task in &group.tasks {
-            let of_task = |twin: &&Group| twin.tasks.iter().any(|own| own.name == task.name);
-            let own = twins.iter().filter(of_task).any(|twin| twin.study == group.study);
-            let alone = twins.iter().filter(|twin| !own || twin.study == group.study).filter_map(|twin| {
-                let own = twin.tasks.iter().find(|own| own.name == task.name)?;
-                Some((twin.fraction, own.mean))
-            });
-            let curve: Vec<(f64, f64)> = alone.collect();
-            if curve.len() < 2 {
+            let of_task = || alone.iter().filter(|twin| twin.runs[0].task(&task.name).is_some());
+            let own = of_task().filter(|twin| run.is_held_to(twin.runs[0], of_task().map(|twin| twin.runs[0])));
+            let point = |twin: &&Chosen| {
+                let values: Vec<f64> = twin.runs.iter().filter_map(|run| Some(run.task(&task.name)?.value)).collect();
+                (twin.runs[0].fraction, mean(&values))
+            };
+            let curve: Vec<(f64, f64)> = own.map(point).collect();
+            if curve.iter().all(|(fraction, _)| *fraction == curve[0].0) {
                 continue;
             }
             savings.push(Saving {
@@ -350,6 +361,33 @@ mod tests {
         let text: Vec<String> = comparison.sheets().iter().flat_map(|sheet| sheet.rows.concat()).collect();
         assert!(text.contains(&"one: each task alone".to_owned()), "{text:?}");
         assert!(text.contains(&"two: each task alone".to_owned()), "{text:?}");
+    }
+
+    #[test]
+    fn a_loose_run_is_held_to_what_was_trained_as_it_was() {
+        let with = |label: &str, score: f64, settings: &[&str]| {
+            let settings = settings.iter().map(|setting| setting.split_once('=').unwrap());
+            let settings = settings.map(|(path, value)| (path.to_owned(), value.to_owned())).collect();
+            let variant = format!("{settings:?}");
+            Run { settings, variant, ..run(label, 1, 0.1, &[("a", score)]) }
+        };
+        let both =
+            with("equal", 0.5, &["model.dim=8", "tasks.a.decoder=crf", "tasks.a.inputs=b", "weighting.strategy=x"]);
+        for (settings, held) in [
+            (&["model.dim=8", "tasks.a.decoder=crf"][..], true),
+            (&["model.dim=8", "tasks.a.decoder=crf", "training.sampling.strategy=y"], true),
+            (&["model.dim=8", "tasks.a.decoder=softmax"], false),
+            (&["model.dim=9", "tasks.a.decoder=crf"], false),
+            (&["model.dim=8", "tasks.a.decoder=crf", "training.freeze_epochs.trunk=2"], false),
+            (&["model.dim=8", "tasks.a.decoder=crf", "init_from=b"], false),
+        ] {
+            let comparison =
+                compare(&[both.clone(), with("only-a", 0.1, &["model.dim=7"]), with("only-a", 0.4, settings)]);
+            let difference = comparison.groups[0].tasks[0].difference.as_ref().map(|found| found.mean);
+            assert_eq!(difference.is_some(), held, "{settings:?}");
+            assert!(difference.is_none_or(|difference| (difference - 0.1).abs() < 1e-12));
+            assert!(comparison.savings.is_empty(), "of one share of the data there is no curve");
+        }
     }
 
     #[test]

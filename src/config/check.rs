@@ -315,7 +315,8 @@ fn several_tasks(strategy: &str) -> String {
 fn one_task_a_step(experiment: &Experiment) -> bool {
     let in_turn = matches!(experiment.training.sampling, SamplingConfig::RoundRobin(_));
     let shared = |name: &String| experiment.tasks.values().filter(|head| head.sets().contains(name)).count() > 1;
-    in_turn && experiment.training.accumulate_steps == 1 && !experiment.data.sets.keys().any(shared)
+    let several = experiment.tasks.len() > 1;
+    several && in_turn && experiment.training.accumulate_steps == 1 && !experiment.data.sets.keys().any(shared)
 }
 
 fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {

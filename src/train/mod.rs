@@ -107,7 +107,12 @@ impl Trainer<'_> {
     pub fn resume(&mut self, run: &RunDirectory) -> Result<State> {
         let path = run.checkpoint("last");
         let saved = checkpoint::load(&path)?;
-        let state: State = serde_json::from_value(saved.state).with_context(|| format!("{}", path.display()))?;
+        let mut about = saved.state;
+        // Programs before this one wrote the sums under the name that the number of the epoch has.
+        if about.get("epoch_sums").is_none() {
+            about["epoch_sums"] = about["epoch"].take();
+        }
+        let state: State = serde_json::from_value(about).with_context(|| format!("{}", path.display()))?;
         let mut moments = saved.optimizer;
         self.model.parameters.load(saved.model)?;
         if let Some(average) = &mut self.average {

@@ -106,7 +106,7 @@ fn runs_of_no_study_share_a_row_where_nothing_but_the_seed_differs() {
     assert!(table.contains(" equal ") && !table.contains("hidden") && !log.contains("no verdict"), "{table}{log}");
     let (table, log) = said(&folder, &["compare", "both-8-1", "both-8-2", "alone-12-1"], 0);
     assert!(!table.contains("Against the task alone"), "{table}");
-    assert!(log.contains("`topic` alone was not trained with the settings and a seed of equal"), "{log}");
+    assert!(log.contains("`topic` alone has no run of the settings, seed and share of the data of equal"), "{log}");
     // Much that differs is told by the path, and the rate is dev's choice.
     let much = ["model.trunk.hidden=9", "model.embedding.dim=9", "model.embedding.dropout=0", "model.trunk.dropout=0"];
     folder.train("other/both-8-1", &[&["training.max_epochs=1", "seed=1"], &much[..]].concat()).success();

@@ -155,7 +155,7 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
         return (Vec::new(), problems);
     }
     let plan = Plan { layout: own, word, sources };
-    let is_plain = |line: &&str| !line.trim().is_empty() && !line.starts_with('#');
+    let is_plain = |line: &&str| !line.trim().is_empty() && !line.starts_with('#') && !line.starts_with("-DOCSTART-");
     let of_a_word = text.lines().find(is_plain).unwrap_or_default();
     in_parts((path, text), Cut::EmptyLine, wanted, |part, first_line, builder| {
         let mut block = Vec::new();
