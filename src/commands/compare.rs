@@ -12,8 +12,8 @@ use super::cli::CompareArgs;
 use super::finished::{self, Finished};
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
-use crate::compare::{Comparison, Group, Run, RunTask, compare};
-use crate::config::{Experiment, join};
+use crate::compare::{Comparison, Group, Run, RunTask, Settings, compare};
+use crate::config::Experiment;
 use crate::problem::invalid;
 use crate::run::RunDirectory;
 
@@ -147,37 +147,6 @@ fn warn_of_other_data(found: &[Found]) {
     }
 }
 
-/// What runs may differ in and still be seeds of one row, with what lies below it. Of learning rates dev chooses.
-const NOT_SETTINGS: [&str; 10] = [
-    "name",
-    "seed",
-    "study",
-    "data.root",
-    "data.train_fraction",
-    "training.optimizer.learning_rate",
-    "training.cuda_graphs",
-    "training.log_every_steps",
-    "training.log_gradients_every",
-    "training.checkpoint_every_steps",
-];
-
-/// What is to be alike in the runs of a row, by dotted path.
-fn settings(experiment: &Experiment) -> Result<BTreeMap<String, String>> {
-    fn walk(value: &Value, path: &str, out: &mut BTreeMap<String, String>) {
-        match value {
-            _ if NOT_SETTINGS.contains(&path) => {}
-            Value::Object(object) => object.iter().for_each(|(key, value)| walk(value, &join(path, key), out)),
-            value => drop(out.insert(path.to_owned(), value.to_string().replace('"', ""))),
-        }
-    }
-    let mut out = BTreeMap::new();
-    walk(&serde_yaml::from_str(&experiment.to_yaml()?)?, "", &mut out);
-    // One task has nothing to be weighted against.
-    let alone = experiment.tasks.len() == 1;
-    out.retain(|path, _| !alone || !(path.starts_with("weighting.") || path.ends_with(".priority")));
-    Ok(out)
-}
-
 /// Tells runs of one label that no study holds together apart by what differs in them, or where that is much by their paths.
 fn tell_settings(found: &mut [Found]) {
     let bare: Vec<usize> = (0..found.len()).filter(|&i| found[i].run.study.is_none()).collect();
@@ -188,12 +157,8 @@ fn tell_settings(found: &mut [Found]) {
             other.run.label == run.label && (run.is_twin() || other.source == *source)
         };
         let alike: Vec<&Found> = bare.iter().map(|&other| &found[other]).filter(is_like).collect();
-        let value = |run: &Run, path: &str| run.settings.get(path).map_or("default", String::as_str).to_owned();
         let own = &found[i].run;
-        let paths: BTreeSet<&String> = alike.iter().flat_map(|other| other.run.settings.keys()).collect();
-        let differs = |path: &&&String| alike.iter().any(|other| value(&other.run, path) != value(own, path));
-        let told: Vec<String> =
-            paths.iter().filter(differs).map(|path| format!("{path}={}", value(own, path))).collect();
+        let told = own.settings.told_apart(alike.iter().map(|other| &other.run.settings));
         let first = alike.iter().find(|other| other.run.settings == own.settings);
         found[i].run.variant = match first {
             Some(first) if told.len() > 3 => first.path.display().to_string(),
@@ -247,7 +212,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let run = Run {
         label: label.map_or(own, str::to_owned),
         study: None,
-        settings: settings(&experiment)?,
+        settings: Settings::new(&serde_yaml::from_str(&experiment.to_yaml()?)?, experiment.tasks.len() == 1),
         variant: String::new(),
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),

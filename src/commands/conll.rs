@@ -1,7 +1,7 @@
 //! CoNLL files to be labelled: a word a line in, the same lines with what the model says out.
 
 use crate::config::Experiment;
-use crate::data::{ConllLayout, ConllLine, Format, labels};
+use crate::data::{ConllLayout, ConllLine, Format, labels, line_of_a_word};
 use crate::model::Decoded;
 use crate::task::{Task, TaskKind};
 
@@ -24,7 +24,7 @@ pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<W
     let (mut lines, mut words) = (Vec::new(), Vec::new());
     let said = |name: &str| tasks.iter().any(|task| task.name == name && task.kind == TaskKind::Classification);
     // A block of comments alone has no word.
-    let last = block.lines().last().filter(|line| !line.starts_with("# ")).unwrap_or_default();
+    let last = line_of_a_word(block.lines().last().unwrap_or_default(), "");
     for line in block.lines() {
         let mut word = None;
         match layout.line(line, !words.is_empty(), last) {

@@ -14,11 +14,11 @@ use super::trained::{self, Trained};
 use super::{End, prepare, say, table};
 use crate::data::{DeviceSet, EncodedSet, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
-use crate::export::{self, Cases, Dtype, Mismatch, Output, card};
+use crate::export::{self, Cases, Dtype, Mismatch, Output, card, triton};
 use crate::metrics::Score;
 use crate::problem::invalid;
 use crate::run::{atomic, checkpoint};
-use crate::task::{Task, TaskKind};
+use crate::task::Task;
 
 pub fn run(args: &ExportArgs) -> Result<End> {
     let out = &args.out;
@@ -332,46 +332,10 @@ impl Content<'_> {
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(
             folder.join(name).join("config.pbtxt"),
-            config_pbtxt(name, tasks, self.dtype, self.trained.model.reads_bytes()),
+            triton::config(name, tasks, self.dtype, self.trained.model.reads_bytes()),
         )?;
         Ok(found)
     }
-}
-
-/// Triton's description of inputs and outputs; outputs go by position, which `__N` says.
-fn config_pbtxt(name: &str, tasks: &[Task], dtype: Dtype, bytes: bool) -> String {
-    let bytes = match bytes {
-        true => ",\n  {\n    name: \"bytes__2\"\n    data_type: TYPE_INT64\n    dims: [ -1, -1 ]\n  }",
-        false => "",
-    };
-    let float = match dtype {
-        Dtype::Float32 | Dtype::Int8 => "TYPE_FP32",
-        Dtype::Float16 => "TYPE_FP16",
-        Dtype::Bfloat16 => "TYPE_BF16",
-    };
-    let mut outputs = Vec::new();
-    for task in tasks {
-        let n = task.labels.len();
-        let (logits, labels) = match task.kind {
-            TaskKind::Classification => (format!("[ {n} ]"), "[ 1 ]\n    reshape { shape: [ ] }"),
-            TaskKind::Tagging(_) => (format!("[ -1, {n} ]"), "[ -1 ]"),
-        };
-        outputs.push((format!("{}.logits", task.name), float, logits));
-        outputs.push((format!("{}.labels", task.name), "TYPE_INT64", labels.to_owned()));
-    }
-    let outputs: Vec<String> = outputs
-        .into_iter()
-        .enumerate()
-        .map(|(i, (name, kind, dims))| {
-            format!("  {{\n    name: \"{name}__{i}\"\n    data_type: {kind}\n    dims: {dims}\n  }}")
-        })
-        .collect();
-    format!(
-        "name: \"{name}\"\nplatform: \"pytorch_libtorch\"\nmax_batch_size: 64\ninput [\n  {{\n    name: \"token_ids__0\"\n    \
-         data_type: TYPE_INT64\n    dims: [ -1 ]\n    allow_ragged_batch: false\n  }},\n  {{\n    name: \"lengths__1\"\n    \
-         data_type: TYPE_INT64\n    dims: [ 1 ]\n  }}{bytes}\n]\noutput [\n{}\n]\n",
-        outputs.join(",\n")
-    )
 }
 
 fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy_table::Table {

@@ -192,14 +192,16 @@ fn sentence(
         let are_rows = [Value::is_object, Value::is_string, Value::is_array].iter().any(|are| items.iter().all(are));
         line.starts_with('[') && ((in_json && number == 1) || (!items.is_empty() && are_rows))
     };
-    match line.trim_start() {
-        line if format == PredictFormat::Text || !line.starts_with(['{', '[']) => {}
-        array if is_array(array) => {
-            let message = "a JSON array, where each line is an object; --format text takes lines as they are";
-            return Err(wrong(message.to_owned()).into());
-        }
-        row if row.starts_with('{') => return Ok(of_json(row, trained).map_err(wrong)?),
-        _ => {}
+    let trimmed = line.trim_start();
+    if format == PredictFormat::Text {
+        return Ok(split(line.to_owned(), trained));
+    }
+    if trimmed.starts_with('{') {
+        return Ok(of_json(trimmed, trained).map_err(wrong)?);
+    }
+    if is_array(trimmed) {
+        let message = "a JSON array, where each line is an object; --format text takes lines as they are";
+        return Err(wrong(message.to_owned()).into());
     }
     Ok(split(line.to_owned(), trained))
 }

@@ -20,7 +20,7 @@ use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
-use crate::run::{NewRun, RunDirectory, checkpoint, is_numbered};
+use crate::run::{NewRun, RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
 use crate::train::{Course, Outcome, State, TrainingConfig};
 
@@ -64,17 +64,8 @@ fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
         return Ok(out.clone());
     }
     let name = &experiment.name;
-    let entries = std::fs::read_dir(RUNS).into_iter().flatten().flatten();
-    let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
-    let (written, yaml) = (|run: &PathBuf| run.join("resolved.yaml"), experiment.to_yaml()?);
-    // Another experiment may have such a name: the first line is that of the experiment's own.
-    let ours = |run: &PathBuf| {
-        std::fs::read_to_string(written(run)).is_ok_and(|old| old.lines().next() == yaml.lines().next())
-    };
-    // The file is written once, when a run begins.
-    let began = |run: &PathBuf| written(run).metadata().and_then(|file| file.modified()).ok();
-    let last = runs.map(|entry| entry.path()).filter(ours).max_by_key(began);
-    last.ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))
+    let newest = RunDirectory::newest(Path::new(RUNS), name, &experiment.to_yaml()?);
+    newest.ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))
 }
 
 /// A run goes on with the experiment that it began with, or not at all.

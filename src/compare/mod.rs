@@ -1,14 +1,14 @@
 //! Did multi-task help? Runs grouped by strategy, against the same tasks trained alone.
 
 pub mod html;
+mod settings;
 mod sheets;
 pub mod stats;
-
-use std::collections::BTreeMap;
 
 use indexmap::IndexMap;
 use serde::Serialize;
 
+pub use settings::Settings;
 pub use sheets::{Sheet, percent};
 
 use stats::{Estimate, Needed, delta_m, deviation, estimate, mean, share_that_reaches};
@@ -20,8 +20,7 @@ pub struct Run {
     pub label: String,
     /// The study that it is of, if any: twins are those of the same study.
     pub study: Option<String>,
-    /// What it was trained with, but for seed, learning rate and share of the rows, by dotted path.
-    pub settings: BTreeMap<String, String>,
+    pub settings: Settings,
     /// What tells it from other runs of its label that are of no study; empty where nothing has to.
     pub variant: String,
     pub seed: u64,
@@ -60,22 +59,9 @@ impl Run {
         }
     }
 
-    /// Whether a task alone was trained as it was here: with the same model, tokenizer, training and head. What other tasks
-    /// have to do with, it does not have.
+    /// Whether `twin` was trained as its task was here.
     fn agrees_with(&self, twin: &Run) -> bool {
-        let Some(RunTask { name, .. }) = twin.tasks.first() else { return false };
-        let (head, frozen) = (format!("tasks.{name}."), format!("training.freeze_epochs.heads.{name}"));
-        let of_others = |path: &str| {
-            let of_several = ["training.early_stopping.", "training.sampling.", "training.freeze_epochs.heads."];
-            let several = of_several.iter().any(|part| path.starts_with(part)) && !path.starts_with(&frozen);
-            several || path.ends_with(".inputs") || path.ends_with(".priority")
-        };
-        let matters = |path: &&String| {
-            let parts = ["model.", "tokenizer.", "training.", "init_from", &head];
-            parts.iter().any(|part| path.starts_with(part)) && !of_others(path)
-        };
-        let mut paths = self.settings.keys().chain(twin.settings.keys()).filter(matters);
-        paths.all(|path| self.settings.get(path) == twin.settings.get(path))
+        twin.tasks.iter().all(|task| self.settings.agree_on(&task.name, &twin.settings))
     }
 
     fn task(&self, name: &str) -> Option<&RunTask> {
@@ -292,6 +278,8 @@ fn savings(multi: &[&Chosen], groups: &[Group], alone: &[&Chosen]) -> Vec<Saving
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn run(label: &str, seed: u64, learning_rate: f64, scores: &[(&str, f64)]) -> Run {
@@ -306,7 +294,7 @@ mod tests {
         Run {
             label: label.into(),
             study: None,
-            settings: BTreeMap::new(),
+            settings: Settings::default(),
             variant: String::new(),
             seed,
             learning_rate,
@@ -365,26 +353,15 @@ mod tests {
 
     #[test]
     fn a_loose_run_is_held_to_what_was_trained_as_it_was() {
-        let with = |label: &str, score: f64, settings: &[&str]| {
-            let settings = settings.iter().map(|setting| setting.split_once('=').unwrap());
-            let settings = settings.map(|(path, value)| (path.to_owned(), value.to_owned())).collect();
-            let variant = format!("{settings:?}");
-            Run { settings, variant, ..run(label, 1, 0.1, &[("a", score)]) }
+        let with = |label: &str, score: f64, decoder: &str| {
+            let settings = Settings::new(&json!({"tasks": {"a": {"decoder": decoder}}}), false);
+            Run { settings, variant: decoder.into(), ..run(label, 1, 0.1, &[("a", score)]) }
         };
-        let both =
-            with("equal", 0.5, &["model.dim=8", "tasks.a.decoder=crf", "tasks.a.inputs=b", "weighting.strategy=x"]);
-        for (settings, held) in [
-            (&["model.dim=8", "tasks.a.decoder=crf"][..], true),
-            (&["model.dim=8", "tasks.a.decoder=crf", "training.sampling.strategy=y"], true),
-            (&["model.dim=8", "tasks.a.decoder=softmax"], false),
-            (&["model.dim=9", "tasks.a.decoder=crf"], false),
-            (&["model.dim=8", "tasks.a.decoder=crf", "training.freeze_epochs.trunk=2"], false),
-            (&["model.dim=8", "tasks.a.decoder=crf", "init_from=b"], false),
-        ] {
-            let comparison =
-                compare(&[both.clone(), with("only-a", 0.1, &["model.dim=7"]), with("only-a", 0.4, settings)]);
+        for (decoder, held) in [("crf", true), ("softmax", false)] {
+            let runs = [with("equal", 0.5, "crf"), with("only-a", 0.1, "other"), with("only-a", 0.4, decoder)];
+            let comparison = compare(&runs);
             let difference = comparison.groups[0].tasks[0].difference.as_ref().map(|found| found.mean);
-            assert_eq!(difference.is_some(), held, "{settings:?}");
+            assert_eq!(difference.is_some(), held, "{decoder}");
             assert!(difference.is_none_or(|difference| (difference - 0.1).abs() < 1e-12));
             assert!(comparison.savings.is_empty(), "of one share of the data there is no curve");
         }

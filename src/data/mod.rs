@@ -19,7 +19,7 @@ pub use batch::{Batch, BatchPlan, Lengths, Targets};
 pub use corpus::{Corpus, LoadedSet, load};
 pub use device_set::DeviceSet;
 pub use encoded::{EncodedSet, TargetValues, Unseen};
-pub use formats::{ConllLayout, ConllLine, Format, Offsets, json_row, json_value};
+pub use formats::{ConllLayout, ConllLine, Format, Offsets, json_row, json_value, line_of_a_word};
 pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted};
 pub use sampler::{Sampler, SamplingConfig};
 pub use set::{DataConfig, Paths, SetConfig, Split, TaskColumn};

@@ -9,6 +9,7 @@
 //! UTF-8 of each token's word, each byte plus 1, cut at `max_bytes`, with 0 beyond its end.
 
 pub mod card;
+pub mod triton;
 mod verify;
 
 use anyhow::{Result, ensure};

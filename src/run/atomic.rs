@@ -15,7 +15,7 @@ static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 /// How often a folder is removed that others write to.
 const TRIES: usize = 100;
 
-fn unfinished(change: impl FnOnce(&mut Vec<PathBuf>)) {
+fn with_unfinished(change: impl FnOnce(&mut Vec<PathBuf>)) {
     change(&mut UNFINISHED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
 }
 
@@ -24,20 +24,20 @@ pub struct Unfinished(PathBuf);
 
 impl Unfinished {
     pub fn new(path: &Path) -> Self {
-        unfinished(|paths| paths.push(path.to_owned()));
+        with_unfinished(|paths| paths.push(path.to_owned()));
         Unfinished(path.to_owned())
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        unfinished(|paths| paths.retain(|path| *path != self.0));
+        with_unfinished(|paths| paths.retain(|path| *path != self.0));
     }
 }
 
 /// Removes all that is on its way, before the process ends without coming back to it.
 pub fn clear() {
-    unfinished(|paths| {
+    with_unfinished(|paths| {
         for path in paths.drain(..) {
             // Whoever fills a folder may still be at it.
             let gone =

@@ -90,7 +90,7 @@ fn numbered(name: &str, n: usize) -> String {
 }
 
 /// Whether a folder's name is that of a run of an experiment: `name`, `name-2`, ...
-pub fn is_numbered(name: &str, folder: &str) -> bool {
+fn is_numbered(name: &str, folder: &str) -> bool {
     let number = folder.strip_prefix(name).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
     folder == number.map_or(name.to_owned(), |n| numbered(name, n))
 }
@@ -144,6 +144,20 @@ impl RunDirectory {
             // Not every file system has locks.
             Err(_) => Ok(None),
         }
+    }
+
+    /// The run of an experiment in `folder` that began last; `resolved` is its `resolved.yaml`, of which the first line names it.
+    pub fn newest(folder: &Path, name: &str, resolved: &str) -> Option<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
+        let written = |run: &PathBuf| run.join("resolved.yaml");
+        // The run of another experiment may be in a folder of such a name.
+        let ours = |run: &PathBuf| {
+            std::fs::read_to_string(written(run)).is_ok_and(|old| old.lines().next() == resolved.lines().next())
+        };
+        // The file is written once, when a run begins.
+        let began = |run: &PathBuf| written(run).metadata().and_then(|file| file.modified()).ok();
+        runs.map(|entry| entry.path()).filter(ours).max_by_key(began)
     }
 
     /// Opens the directory of an earlier run.

@@ -131,12 +131,6 @@ impl Trainer<'_> {
             self.laps.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
-        // Passes by task go everywhere.
-        for (number, gradient) in gradients.sum.iter_mut().enumerate() {
-            if frozen.contains(&number) {
-                *gradient = Tensor::new();
-            }
-        }
         let mut norms = reference.map(|_| gradients.norms(device));
         let rows = read.as_ref().or(inputs.rows).map(|rows| &rows.touched);
         let squares = self.optimizer.squares(rows, &mut gradients.sum)?;

@@ -81,6 +81,10 @@ impl Backward<'_> {
             Some(Reference::LastLayer) => self.by_task(shared, &inputs, losses, &mut own)?,
             _ => self.at_once(shared, inputs, losses, &mut squares)?,
         };
+        // Passes by task go everywhere.
+        for &number in self.frozen {
+            sum.get_mut(number).into_iter().for_each(|gradient| *gradient = Tensor::new());
+        }
         if !self.halves || self.reference == Some(Reference::LastLayer) {
             widen(&mut sum)?;
         }

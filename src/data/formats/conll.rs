@@ -19,6 +19,11 @@ enum Source<'a> {
     Comment(&'a str),
 }
 
+/// A sentence's last line, which is a word's unless it may be a comment: then `other`.
+pub fn line_of_a_word<'a>(last: &'a str, other: &'a str) -> &'a str {
+    if last.starts_with("# ") { other } else { last }
+}
+
 /// How the lines of words are written.
 pub struct ConllLayout {
     conllu: bool,
@@ -165,7 +170,7 @@ pub fn read(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> Pars
                 continue;
             }
             let last = block.last().map_or("", |(_, last)| last);
-            let last = if last.starts_with("# ") { of_a_word } else { last };
+            let last = line_of_a_word(last, of_a_word);
             let mut sentence = Sentence::default();
             block.iter().for_each(|&line| sentence.add(line, last, &plan, builder));
             sentence.finish(&plan, builder);

@@ -3,11 +3,10 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use serde::de::{Error, MapAccess, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
+use super::unique::Unique;
 use super::{Cut, Format, Layout, Offsets, Parsed, WrittenSpan, in_parts, lines, tags_of_spans, words_of};
 use crate::data::rows::{Field, RowsBuilder, Wanted};
 use crate::problem::{Place, Problem};
@@ -26,70 +25,6 @@ pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -
             }
         }
     })
-}
-
-/// A value of which no object has a key twice.
-struct Unique(Value);
-
-impl<'de> Deserialize<'de> for Unique {
-    fn deserialize<D: Deserializer<'de>>(reader: D) -> Result<Self, D::Error> {
-        struct Any;
-        impl<'de> Visitor<'de> for Any {
-            type Value = Value;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("JSON")
-            }
-
-            fn visit_unit<E>(self) -> Result<Value, E> {
-                Ok(Value::Null)
-            }
-
-            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-                Ok(value.into())
-            }
-
-            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-                Ok(value.into())
-            }
-
-            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-                Ok(value.into())
-            }
-
-            fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-                Ok(value.into())
-            }
-
-            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-                Ok(value.into())
-            }
-
-            fn visit_string<E>(self, value: String) -> Result<Value, E> {
-                Ok(value.into())
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
-                let mut all = Vec::new();
-                while let Some(Unique(item)) = items.next_element()? {
-                    all.push(item);
-                }
-                Ok(all.into())
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-                let mut object = Map::new();
-                while let Some((key, Unique(value))) = entries.next_entry::<String, Unique>()? {
-                    if object.contains_key(&key) {
-                        return Err(A::Error::custom(format!("the key `{key}` stands twice")));
-                    }
-                    object.insert(key, value);
-                }
-                Ok(object.into())
-            }
-        }
-        reader.deserialize_any(Any).map(Unique)
-    }
 }
 
 /// A row from its text.
@@ -114,21 +49,15 @@ fn without_line(error: &serde_json::Error) -> String {
 pub fn split_pointer(path: &Path, format: Format) -> (PathBuf, Vec<String>) {
     let text = path.to_string_lossy();
     let default = if format == Format::Rasa { "rasa_nlu_data/common_examples" } else { "" };
-    let cut = |at| (&text[..at], &text[at + 1..]);
-    let mut cuts = text.match_indices('#').map(|(at, _)| cut(at));
-    let whole = (&*text, default);
-    let found = match cuts.find(|(file, _)| Path::new(file).is_file()) {
-        _ if path.is_file() => Some(whole),
-        Some(found) => Some(found),
-        // It is missing, and told by its name.
-        None if path.file_name().is_some_and(|name| !name.to_string_lossy().contains('#'))
-            && folder_of(path).is_dir() =>
-        {
-            Some(whole)
-        }
-        None => text.rfind('#').map(cut),
+    let cuts = text.match_indices('#').map(|(at, _)| (&text[..at], &text[at + 1..]));
+    let ways: Vec<(&str, &str)> = std::iter::once((&*text, default)).chain(cuts).collect();
+    let is_there = |(file, _): &&(&str, &str)| Path::new(file).is_file();
+    // A missing file is told by its name.
+    let could_be = |(file, _): &&(&str, &str)| {
+        let file = Path::new(file);
+        file.file_name().is_some_and(|name| !name.to_string_lossy().contains('#')) && folder_of(file).is_dir()
     };
-    let (file, pointer) = found.unwrap_or(whole);
+    let (file, pointer) = ways.iter().find(is_there).or_else(|| ways.iter().find(could_be)).unwrap_or(&ways[0]);
     let steps = pointer.split('/').filter(|step| !step.is_empty()).map(str::to_owned);
     (PathBuf::from(file), steps.collect())
 }

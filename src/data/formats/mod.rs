@@ -4,8 +4,9 @@ mod columns;
 mod conll;
 mod json;
 mod parallel;
+mod unique;
 
-pub use conll::{ConllLayout, ConllLine};
+pub use conll::{ConllLayout, ConllLine, line_of_a_word};
 pub use json::{row_of as json_row, value as json_value};
 
 use std::path::Path;

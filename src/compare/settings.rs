@@ -1,0 +1,109 @@
+//! What a run was trained with: which runs are seeds of one row, and which task alone was trained as it was beside others.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+/// What runs may differ in and still be seeds of one row, with what lies below it. Of learning rates dev chooses.
+const LEFT_OUT: [&str; 10] = [
+    "name",
+    "seed",
+    "study",
+    "data.root",
+    "data.train_fraction",
+    "training.optimizer.learning_rate",
+    "training.cuda_graphs",
+    "training.log_every_steps",
+    "training.log_gradients_every",
+    "training.checkpoint_every_steps",
+];
+
+/// What says how a task alone is trained, besides its own head.
+const OF_ANY_TASK: [&str; 4] = ["model.", "tokenizer.", "training.", "init_from"];
+
+/// What of that has to do with other tasks.
+const OF_SEVERAL: [&str; 3] = ["training.early_stopping.", "training.sampling.", "training.freeze_epochs.heads."];
+
+/// The values of an experiment by dotted path.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings(BTreeMap<String, String>);
+
+impl Settings {
+    /// Of an experiment as its file has it, every default filled in; `alone` where it has one task.
+    pub fn new(experiment: &Value, alone: bool) -> Settings {
+        fn walk(value: &Value, path: &str, out: &mut BTreeMap<String, String>) {
+            match value {
+                _ if LEFT_OUT.contains(&path) => {}
+                Value::Object(object) => {
+                    let before = if path.is_empty() { String::new() } else { format!("{path}.") };
+                    object.iter().for_each(|(key, value)| walk(value, &format!("{before}{key}"), out));
+                }
+                value => drop(out.insert(path.to_owned(), value.to_string().replace('"', ""))),
+            }
+        }
+        let mut out = BTreeMap::new();
+        walk(experiment, "", &mut out);
+        // One task has nothing to be weighted against.
+        out.retain(|path, _| !alone || !(path.starts_with("weighting.") || path.ends_with(".priority")));
+        Settings(out)
+    }
+
+    /// `path=value` of each in which `others` are not all as these.
+    pub fn told_apart<'a>(&self, others: impl Iterator<Item = &'a Settings> + Clone) -> Vec<String> {
+        let paths: BTreeSet<&String> = others.clone().flat_map(|other| other.0.keys()).collect();
+        let differs = |path: &&&String| others.clone().any(|other| other.0.get(**path) != self.0.get(**path));
+        let told = |path: &String| format!("{path}={}", self.0.get(path).map_or("default", String::as_str));
+        paths.iter().filter(differs).map(|path| told(path)).collect()
+    }
+
+    /// Whether `task` was trained alone, with the settings `alone`, as it was here: with the same model, tokenizer, training and
+    /// head.
+    pub fn agree_on(&self, task: &str, alone: &Settings) -> bool {
+        let (head, frozen) = (format!("tasks.{task}."), format!("training.freeze_epochs.heads.{task}"));
+        let within = |path: &str, parts: &[&str]| parts.iter().any(|part| path.starts_with(part));
+        let of_others = |path: &str| {
+            let several = within(path, &OF_SEVERAL) && !path.starts_with(&frozen);
+            several || path.ends_with(".inputs") || path.ends_with(".priority")
+        };
+        let matters = |path: &&String| (within(path, &OF_ANY_TASK) || path.starts_with(&head)) && !of_others(path);
+        let mut paths = self.0.keys().chain(alone.0.keys()).filter(matters);
+        paths.all(|path| self.0.get(path) == alone.0.get(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_task_alone_agrees_where_all_that_it_has_is_alike() {
+        let of = |value: Value| Settings::new(&value, true);
+        let head = |decoder: &str| json!({"a": {"decoder": decoder}});
+        let both = json!({
+            "seed": 1, "model": {"dim": 8}, "weighting": {"strategy": "x"},
+            "tasks": {"a": {"decoder": "crf", "inputs": ["trunk", "b"], "priority": 2.0}, "b": {}},
+            "training": {"sampling": {"strategy": "y"}, "freeze_epochs": {"heads": {"b": 1}}},
+        });
+        let both = Settings::new(&both, false);
+        for (alone, agree) in [
+            (json!({"seed": 2, "model": {"dim": 8}, "tasks": head("crf")}), true),
+            (json!({"model": {"dim": 8}, "tasks": head("softmax")}), false),
+            (json!({"model": {"dim": 9}, "tasks": head("crf")}), false),
+            (json!({"model": {"dim": 8}, "tasks": head("crf"), "init_from": "run"}), false),
+            (json!({"model": {"dim": 8}, "tasks": head("crf"), "training": {"freeze_epochs": {"trunk": 2}}}), false),
+        ] {
+            assert_eq!(both.agree_on("a", &of(alone.clone())), agree, "{alone}");
+        }
+    }
+
+    #[test]
+    fn what_differs_is_told_with_what_is_not_given() {
+        let all = [json!({"a": {"b": 1}, "seed": 1}), json!({"a": {"b": 2, "c": "x"}})];
+        let [one, other] = all.map(|value| Settings::new(&value, false));
+        assert_eq!(one.told_apart([&one, &other].into_iter()), ["a.b=1", "a.c=default"]);
+        assert_eq!(other.told_apart([&one, &other].into_iter()), ["a.b=2", "a.c=x"]);
+        assert!(one.told_apart([&one].into_iter()).is_empty());
+    }
+}
