@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use tch::Device;
 
 use super::cli::TrainArgs;
-use super::finished::Finished;
+use super::finished::{self, Finished};
 use super::progress::TrainingProgress;
 use super::{End, oddities, onednn, prepare, say, stop_flag, table, trained, trainer, transfer};
 use crate::config::Experiment;
@@ -22,7 +22,7 @@ use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
 use crate::run::{NewRun, RunDirectory, checkpoint};
 use crate::task::{Task, TaskId};
-use crate::train::{Course, Outcome, State, TrainingConfig};
+use crate::train::{Course, Outcome, State, Trainer, TrainingConfig};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
@@ -34,7 +34,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         fail_on_change(&run, &experiment)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
-        return go(args, &run, device, &corpus, stop_flag(STOPPING).as_ref());
+        return go((args, &experiment), &run, device, &corpus, stop_flag(STOPPING).as_ref());
     }
     if let Some(out) = &args.out {
         NewRun::fail_if_occupied(out)?;
@@ -47,7 +47,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         None => NewRun::create_free(Path::new(RUNS), &experiment.name)?,
     };
     write(&experiment, &new.directory, args, (&corpus, &tokenizer), (device, threads))?;
-    go(args, &new.directory, device, &corpus, &stop)
+    go((args, &experiment), &new.directory, device, &corpus, &stop)
 }
 
 const STOPPING: &str = "stopping after this step";
@@ -68,16 +68,19 @@ fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
     newest.ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))
 }
 
-/// A run goes on with the experiment that it began with, or not at all.
+/// A run goes on with the experiment that it began with, but for when it ends, or not at all.
 fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
-    let (old, new) = (run.read("resolved.yaml")?, experiment.to_yaml()?);
+    let mut old = Experiment::load(&run.file("resolved.yaml"), &[])?;
+    old.training.end_with(&experiment.training);
+    let (old, new) = (old.to_yaml()?, experiment.to_yaml()?);
     let changed = new.lines().zip(old.lines()).find(|(new, old)| new != old);
     match changed {
         None if new.lines().count() == old.lines().count() => Ok(()),
         changed => {
             let detail = changed.map_or(String::new(), |(new, old)| format!(": `{}` was `{}`", new.trim(), old.trim()));
             Err(invalid(format!(
-                "the experiment is not the one that {0} began with{detail}; resume with {1} instead, or begin another run with \
+                "the experiment is not the one that {0} began with{detail}. Only max_epochs, max_steps and patience_epochs may \
+                 change: resume with {1} instead, or begin another run with \
                  its weights, --set init_from={0}",
                 run.path.display(),
                 run.file("resolved.yaml").display()
@@ -136,11 +139,17 @@ fn write(
 }
 
 /// Trains from wherever the run stands to its end.
-fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, stop: &AtomicBool) -> Result<End> {
-    let (experiment, tasks, mut tokenizer) = trained::of_run(run)?;
-    let mut model = trainer::model(&experiment, &tasks, &tokenizer, device)?;
+fn go(
+    (args, experiment): (&TrainArgs, &Experiment),
+    run: &RunDirectory,
+    device: Device,
+    corpus: &Corpus,
+    stop: &AtomicBool,
+) -> Result<End> {
+    let (written, tasks, mut tokenizer) = trained::of_run(run)?;
+    let mut model = trainer::model(experiment, &tasks, &tokenizer, device)?;
     choose_kernels(run, &mut model, &experiment.training)?;
-    let train = prepare::training(&experiment, corpus, &tokenizer, &tasks, device)?;
+    let train = prepare::training(experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
     trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
@@ -155,13 +164,13 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
         run.path.display(),
     );
     let resumes = args.resume && run.checkpoint("last").exists();
-    if !resumes && let Some(earlier) = transfer::earlier(&experiment)? {
-        transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?.log();
+    if !resumes && let Some(earlier) = transfer::earlier(experiment)? {
+        transfer::initialize(&model, (experiment, &tasks), &tokenizer, &earlier)?.log();
         transfer::keep_vectors(&model, &mut tokenizer);
         trained::write_vectors(run, &tokenizer)?;
     }
     let mut trainer = trainer::Parts {
-        experiment: &experiment,
+        experiment,
         config: &experiment.training,
         weighting: &experiment.weighting,
         tasks: &tasks,
@@ -175,6 +184,9 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
     if state.data.get_or_insert(data.clone()) != &data {
         let message = "its data has changed since: put it back, or begin another run";
         return Err(invalid(format!("{} cannot go on: {message}", run.path.display())));
+    }
+    if written.to_yaml()? != experiment.to_yaml()? {
+        end_otherwise(run, experiment, &trainer, state.step)?;
     }
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
@@ -200,6 +212,26 @@ fn go(args: &TrainArgs, run: &RunDirectory, device: Device, corpus: &Corpus, sto
             Ok(End::Done)
         }
     }
+}
+
+/// Has a run that took `step` steps end earlier or later than it was to.
+fn end_otherwise(run: &RunDirectory, experiment: &Experiment, trainer: &Trainer, step: usize) -> Result<()> {
+    let n_steps = trainer.n_steps();
+    if step > n_steps {
+        let path = run.path.display();
+        return Err(invalid(format!("{path} has taken {step} steps already, and cannot end after {n_steps}")));
+    }
+    // Its report makes a run a finished one.
+    let report = run.file(finished::FILE);
+    if report.exists() {
+        std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
+    }
+    run.write("resolved.yaml", &experiment.to_yaml()?)?;
+    if step < n_steps {
+        let rate = trainer.learning_rate(step, n_steps);
+        log::info!("it takes {n_steps} steps now: the learning rate goes on from {rate:.3e}, as if they had been planned");
+    }
+    Ok(())
 }
 
 /// Takes the LSTM kernels that the run began with. The first time it chooses them, and keeps that before a step is taken.

@@ -49,6 +49,15 @@ pub struct TrainingConfig {
     pub checkpoint_every_steps: Option<usize>,
 }
 
+impl TrainingConfig {
+    /// Takes what says when training ends from another, which is all that may change once it has begun.
+    pub fn end_with(&mut self, other: &TrainingConfig) {
+        self.max_epochs = other.max_epochs;
+        self.max_steps = other.max_steps;
+        self.early_stopping.patience_epochs = other.early_stopping.patience_epochs;
+    }
+}
+
 impl Default for TrainingConfig {
     fn default() -> Self {
         TrainingConfig {

@@ -103,6 +103,12 @@ impl Trainer<'_> {
         self.config.max_steps.map_or(all, |limit| limit.min(all))
     }
 
+    /// Whether there is no step left, or no point in one.
+    fn is_over(&self, state: &State) -> bool {
+        let patience = self.config.early_stopping.patience_epochs;
+        state.step >= self.n_steps() || patience.is_some_and(|patience| state.epochs_without_gain >= patience)
+    }
+
     /// Restores weights, optimizer, strategy and position from the run's last checkpoint.
     pub fn resume(&mut self, run: &RunDirectory) -> Result<State> {
         let path = run.checkpoint("last");
@@ -142,7 +148,7 @@ impl Trainer<'_> {
         let mut records = Records::open(course.run, state.step)?;
         let mut pending = Pending::new(self.model.parameters.device());
         let mut interval = (Instant::now(), 0);
-        while !state.finished {
+        while !self.is_over(&state) {
             let epoch = state.step / per_epoch;
             let plan = self.sampler.plan(epoch);
             observer.epoch_started(epoch + 1, per_epoch, state.step % per_epoch);
@@ -180,7 +186,7 @@ impl Trainer<'_> {
                 } else if save || stopping {
                     self.save(&state, course.run)?;
                 }
-                if stopping && !state.finished {
+                if stopping && !self.is_over(&state) {
                     return Ok(Outcome::Interrupted(state.step));
                 }
                 if epoch_ends {
@@ -299,9 +305,6 @@ impl Trainer<'_> {
         }
         self.swap_average()?;
         state.judge(merit, improved, by_task);
-        let patience = self.config.early_stopping.patience_epochs;
-        state.finished =
-            state.step >= self.n_steps() || patience.is_some_and(|patience| state.epochs_without_gain >= patience);
         self.save(state, run)?;
         Ok(report)
     }
@@ -328,7 +331,8 @@ impl Trainer<'_> {
         checkpoint::save(&run.checkpoint("last"), &model, &moments, &about)
     }
 
-    fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {
+    /// That of `step` (from 0) in a run of `n_steps`.
+    pub fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {
         self.config.optimizer.learning_rate() * self.config.schedule.factor(step, n_steps)
     }
 

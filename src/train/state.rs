@@ -9,7 +9,6 @@ use crate::evaluate::Merit;
 pub struct State {
     /// Steps done.
     pub step: usize,
-    pub finished: bool,
     /// The best on dev so far, and the step that had it.
     pub best: Option<Merit>,
     pub best_step: Option<usize>,

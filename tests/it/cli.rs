@@ -493,8 +493,38 @@ fn damaged_runs_are_told() {
     std::fs::write(&best, &content[..content.len() / 2]).unwrap();
     assert!(stderr(&folder, &["evaluate", "run"], 1).contains("is damaged or no checkpoint"));
     assert!(stderr(&folder, &["evaluate", "run", "--checkpoint", "bets"], 2).contains("it has best, best-slots"));
-    let changed = stderr(&folder, &["train", "small.yaml", "--out", "run", "--resume"], 2);
-    assert!(changed.contains("`max_epochs: 6` was `max_epochs: 1`"), "{changed}");
+    let changed = ["train", "small.yaml", "--out", "run", "--resume", "--set", "training.batch_size=9"];
+    let changed = stderr(&folder, &changed, 2);
+    assert!(changed.contains("`batch_size: 9` was `batch_size: 8`") && changed.contains("max_epochs"), "{changed}");
+}
+
+#[test]
+fn a_finished_run_is_lengthened_to_what_a_longer_one_is() {
+    let folder = small();
+    let train = |out: &str, epochs: usize, more: &[&str], code: i32| {
+        let epochs = format!("training.max_epochs={epochs}");
+        let first = ["train", "small.yaml", "--out", out, "--threads", "2", "--set", "training.schedule=constant", "--set"];
+        stderr(&folder, &[&first[..], &[epochs.as_str()], more].concat(), code)
+    };
+    train("long", 3, &[], 0);
+    train("short", 1, &[], 0);
+    let said = train("short", 3, &["--resume"], 0);
+    assert!(resumed_at(&said) == 11 && said.contains("it takes 33 steps now: the learning rate goes on from"), "{said}");
+    for checkpoint in ["last", "best", "best-topic", "best-slots"] {
+        let file = |run: &str| bytes(&folder, &format!("{run}/checkpoints/{checkpoint}.safetensors"));
+        assert!(file("long") == file("short"), "checkpoint {checkpoint} differs");
+    }
+    assert!(metrics(&folder, "long") == metrics(&folder, "short"));
+    assert_eq!(folder.read("long/resolved.yaml"), folder.read("short/resolved.yaml"));
+    let said = train("short", 2, &["--resume"], 2);
+    assert!(said.contains("short has taken 33 steps already, and cannot end after 22"), "{said}");
+    // One that patience ended goes on with more of it.
+    let patience = |epochs: &'static str| ["--set", epochs, "--set", "training.optimizer.learning_rate=1e-12"];
+    let early = train("early", 9, &patience("training.early_stopping.patience_epochs=1"), 0);
+    assert!(early.contains("no gain in 1 epochs"), "{early}");
+    let more = [&patience("training.early_stopping.patience_epochs=3")[..], &["--resume"]].concat();
+    assert!(resumed_at(&train("early", 9, &more, 0)) == 22);
+    assert_eq!(metrics(&folder, "early").last().unwrap()["step"], 44);
 }
 
 #[test]
