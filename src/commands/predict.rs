@@ -1,7 +1,7 @@
 //! `polytask predict`: sentences in, labels out, in order, as they come.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{BufRead, BufWriter, Read, Write};
 use std::path::Path;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ use super::cli::{PredictArgs, PredictFormat};
 use super::trained::{self, Trained};
 use super::{End, conll, output, prepare, stop_flag};
 use crate::data::words::character_ranges;
-use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, json_row, json_value, labels};
+use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, gzip, json_row, json_value, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
@@ -100,7 +100,9 @@ pub fn run(args: &PredictArgs) -> Result<End> {
 }
 
 fn extension(args: &PredictArgs) -> Option<&str> {
-    args.input.as_deref()?.extension()?.to_str()
+    let path = args.input.as_deref()?;
+    let unpacked = if path.extension()? == "gz" { Path::new(path.file_stem()?) } else { path };
+    unpacked.extension()?.to_str()
 }
 
 /// What is asked for, or what the input's name says.
@@ -120,7 +122,12 @@ fn read_units(source: Box<dyn Read + Send>, conll: bool) -> Receiver<std::io::Re
     let (sender, receiver) = sync_channel(2 * WINDOW);
     std::thread::spawn(move || {
         let mut block: Unit = (1, Vec::new());
-        for (i, line) in BufReader::new(source).split(b'\n').enumerate() {
+        let lines = match gzip::unpacked(source) {
+            Ok(source) => source.split(b'\n'),
+            // Nobody may be there to hear it.
+            Err(error) => return drop(sender.send(Err(error))),
+        };
+        for (i, line) in lines.enumerate() {
             let next = match line {
                 Ok(line) if conll && !line.trim_ascii().is_empty() => {
                     block.1.extend(line);
@@ -129,11 +136,7 @@ fn read_units(source: Box<dyn Read + Send>, conll: bool) -> Receiver<std::io::Re
                 }
                 Ok(_) if conll => std::mem::replace(&mut block, (i + 2, Vec::new())),
                 Ok(line) => (i + 1, line),
-                Err(error) => {
-                    // Nobody may be there to hear it.
-                    let _ = sender.send(Err(error));
-                    return;
-                }
+                Err(error) => return drop(sender.send(Err(error))),
             };
             // Several empty lines part sentences as one does.
             let empty = conll && next.1.is_empty();

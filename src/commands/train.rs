@@ -229,7 +229,9 @@ fn end_otherwise(run: &RunDirectory, experiment: &Experiment, trainer: &Trainer,
     run.write("resolved.yaml", &experiment.to_yaml()?)?;
     if step < n_steps {
         let rate = trainer.learning_rate(step, n_steps);
-        log::info!("it takes {n_steps} steps now: the learning rate goes on from {rate:.3e}, as if they had been planned");
+        log::info!(
+            "it takes {n_steps} steps now: the learning rate goes on from {rate:.3e}, as if they had been planned"
+        );
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! All sets of an experiment, read, cut and checked.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -9,6 +9,7 @@ use anyhow::Result;
 use super::cache;
 use super::cuts::{cut, leave_out_long, leave_out_unlabelled};
 use super::formats::{self, Format, Layout};
+use super::gzip;
 use super::labels;
 use super::rows::{ABSENT, Column, Rows, Wanted};
 use super::set::{DataConfig, SetConfig, Split, TaskColumn};
@@ -268,7 +269,7 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
 fn keys_of(file: &Path, format: Format) -> String {
     let read = || -> Option<Vec<String>> {
         let first =
-            BufReader::new(File::open(file).ok()?).lines().map_while(Result::ok).find(|line| !line.is_empty())?;
+            gzip::unpacked(File::open(file).ok()?).ok()?.lines().map_while(Result::ok).find(|line| !line.is_empty())?;
         let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&first).ok()?;
         Some(row.into_iter().map(|(key, _)| format!("`{key}`")).collect())
     };

@@ -7,6 +7,7 @@ mod cuts;
 mod device_set;
 mod encoded;
 mod formats;
+pub mod gzip;
 pub mod labels;
 mod rows;
 mod sampler;

@@ -14,6 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use super::gzip;
 use super::rows::Rows;
 use super::tokenizer::Tokenizer;
 use crate::problem::{InvalidInput, Place, Problem, invalid};
@@ -182,7 +183,7 @@ fn read(path: &Path, words: Option<&Path>) -> Result<Table> {
 }
 
 fn load(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|error| {
+    gzip::read(path).map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::NotFound => "; scripts/get_vectors fetches GloVe",
             _ => "",

@@ -503,13 +503,17 @@ fn a_finished_run_is_lengthened_to_what_a_longer_one_is() {
     let folder = small();
     let train = |out: &str, epochs: usize, more: &[&str], code: i32| {
         let epochs = format!("training.max_epochs={epochs}");
-        let first = ["train", "small.yaml", "--out", out, "--threads", "2", "--set", "training.schedule=constant", "--set"];
+        let first =
+            ["train", "small.yaml", "--out", out, "--threads", "2", "--set", "training.schedule=constant", "--set"];
         stderr(&folder, &[&first[..], &[epochs.as_str()], more].concat(), code)
     };
     train("long", 3, &[], 0);
     train("short", 1, &[], 0);
     let said = train("short", 3, &["--resume"], 0);
-    assert!(resumed_at(&said) == 11 && said.contains("it takes 33 steps now: the learning rate goes on from"), "{said}");
+    assert!(
+        resumed_at(&said) == 11 && said.contains("it takes 33 steps now: the learning rate goes on from"),
+        "{said}"
+    );
     for checkpoint in ["last", "best", "best-topic", "best-slots"] {
         let file = |run: &str| bytes(&folder, &format!("{run}/checkpoints/{checkpoint}.safetensors"));
         assert!(file("long") == file("short"), "checkpoint {checkpoint} differs");

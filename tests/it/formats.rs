@@ -1,5 +1,6 @@
 //! Every format, read through an experiment: rows, labels, and what is wrong by line.
 
+use std::io::Write;
 use std::path::Path;
 
 use polytask::config::Experiment;
@@ -389,6 +390,23 @@ fn csv_tsv_and_lines() {
     let set = "format: lines, columns: [topic, text], train: t.lines, dev: t.lines";
     let (_, problems) = read(&folder, set, TOPIC);
     assert!(messages(&problems)[0].starts_with("t.lines:1: invalid UTF-8"), "{problems:?}");
+}
+
+#[test]
+fn packed_files_are_read_by_the_lines_that_they_hold() {
+    let folder = Folder::new();
+    let packed = {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(b"{\"text\": \"a b\", \"topic\": \"x\"}\n{\n").unwrap();
+        encoder.finish().unwrap()
+    };
+    folder.file("t.jsonl.gz", &packed);
+    let (corpus, problems) = read(&folder, "format: jsonl, train: t.jsonl.gz, dev: t.jsonl.gz", TOPIC);
+    assert_eq!((sentences(&corpus), labels(&corpus, 0)), (vec!["a b".to_owned()], vec!["x".to_owned()]));
+    assert!(messages(&problems)[0].starts_with("t.jsonl.gz:2: "), "{problems:?}");
+    folder.file("t.jsonl.gz", &packed[..packed.len() - 3]);
+    let (_, problems) = read(&folder, "format: jsonl, train: t.jsonl.gz, dev: t.jsonl.gz", TOPIC);
+    assert!(messages(&problems)[0].starts_with("t.jsonl.gz: cannot be read: "), "{problems:?}");
 }
 
 #[test]

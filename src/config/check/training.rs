@@ -39,7 +39,11 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
     }
     let frozen = |part: &str| training.freeze_epochs.get(part).is_some_and(|&epochs| epochs >= training.max_epochs);
     let all = ["embedding", "trunk", "heads"].into_iter().all(frozen);
-    c.require("training.freeze_epochs", !all, "nothing would be trained: embedding, trunk and heads are frozen in every epoch");
+    c.require(
+        "training.freeze_epochs",
+        !all,
+        "nothing would be trained: embedding, trunk and heads are frozen in every epoch",
+    );
     c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());
     match &training.optimizer {
         OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) => {

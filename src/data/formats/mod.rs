@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::gzip;
 use super::rows::{Field, Rows, RowsBuilder, Wanted};
 use super::words::{Splitter, character_ranges};
 use crate::problem::{Place, Problem};
@@ -113,7 +114,7 @@ fn with_text(path: &Path, layout: &Layout, parse: impl FnOnce(&str) -> Parsed) -
 
 /// The text of a file, or each line that is not in the layout's encoding.
 fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
-    let bytes = std::fs::read(path).map_err(|error| {
+    let bytes = gzip::read(path).map_err(|error| {
         let message = match error.kind() {
             std::io::ErrorKind::NotFound => "no such file".to_owned(),
             _ => format!("cannot be read: {error}"),
@@ -136,10 +137,7 @@ fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
         Err(error) => {
             let broken = error.as_bytes().split(|&byte| byte == b'\n').enumerate();
             let broken = broken.filter(|(_, line)| std::str::from_utf8(line).is_err());
-            let message = match error.as_bytes() {
-                [0x1f, 0x8b, ..] => return Err(vec![Problem::error(Place::new(path, 0), "is compressed: gunzip it")]),
-                _ => "invalid UTF-8; if the file is in another encoding, name it with `encoding:`",
-            };
+            let message = "invalid UTF-8; if the file is in another encoding, name it with `encoding:`";
             Err(broken.map(|(i, _)| Problem::error(Place::new(path, i + 1), message)).collect())
         }
     }
