@@ -217,7 +217,8 @@ fn go(
 /// Has a run that took `step` steps end earlier or later than it was to.
 fn end_otherwise(run: &RunDirectory, experiment: &Experiment, trainer: &Trainer, step: usize) -> Result<()> {
     let n_steps = trainer.n_steps();
-    if step > n_steps {
+    // Where it ends the model is evaluated, which has to be yet to come.
+    if step >= n_steps {
         let path = run.path.display();
         return Err(invalid(format!("{path} has taken {step} steps already, and cannot end after {n_steps}")));
     }
@@ -227,12 +228,8 @@ fn end_otherwise(run: &RunDirectory, experiment: &Experiment, trainer: &Trainer,
         std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
     }
     run.write("resolved.yaml", &experiment.to_yaml()?)?;
-    if step < n_steps {
-        let rate = trainer.learning_rate(step, n_steps);
-        log::info!(
-            "it takes {n_steps} steps now: the learning rate goes on from {rate:.3e}, as if they had been planned"
-        );
-    }
+    let rate = trainer.learning_rate(step, n_steps);
+    log::info!("it takes {n_steps} steps now: the learning rate goes on from {rate:.3e}, as if they had been planned");
     Ok(())
 }
 

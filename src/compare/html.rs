@@ -92,13 +92,14 @@ const MARGINS: [f64; 4] = [46.0, 8.0, 8.0, 24.0];
 
 fn figure(chart: &Chart, colour: &dyn Fn(&str) -> &'static str) -> String {
     let points = || chart.lines.iter().flat_map(|(_, points)| points);
-    let range = |of: fn(&(f64, f64)) -> f64| {
-        let (low, high) = points().map(of).fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(v), high.max(v)));
-        if high > low { (low, high) } else { (low - 0.5, low + 0.5) }
+    let ends = |of: fn(&(f64, f64)) -> f64| {
+        points().map(of).fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)))
     };
     let scale = |value: f64| if chart.logarithmic { value.max(1e-9).log10() } else { value };
-    let (x_range, y_values) = (range(|point| point.0), range(|point| point.1));
-    let y_range = (scale(y_values.0), scale(y_values.1));
+    let range = |low: f64, high: f64| if high > low { (low, high) } else { (low - 0.5, low + 0.5) };
+    let (x_values, y_values) = (ends(|point| point.0), ends(|point| point.1));
+    let x_range = range(x_values.0, x_values.1);
+    let y_range = range(scale(y_values.0), scale(y_values.1));
     let [left, right, top, bottom] = MARGINS;
     let x = |value: f64| left + (value - x_range.0) / (x_range.1 - x_range.0) * (WIDTH - left - right);
     let y =
@@ -107,7 +108,9 @@ fn figure(chart: &Chart, colour: &dyn Fn(&str) -> &'static str) -> String {
         "<figure><figcaption>{}</figcaption><svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\">",
         escaped(&chart.title)
     );
-    for tick in if chart.logarithmic { log_ticks(y_values) } else { ticks(y_values) } {
+    let unscaled = |value: f64| if chart.logarithmic { 10f64.powf(value) } else { value };
+    let y_shown = (unscaled(y_range.0), unscaled(y_range.1));
+    for tick in if chart.logarithmic { log_ticks(y_shown) } else { ticks(y_shown) } {
         let at = y(tick);
         let _ = write!(
             out,
@@ -189,6 +192,10 @@ mod tests {
         let sheet = Sheet { title: "T".into(), header: vec!["x".into()], n_names: 1, rows: vec![vec!["a & b".into()]] };
         let page = page("study", &[sheet], &[chart]);
         assert!(page.contains("loss &lt;a&gt;") && page.contains("a &amp; b") && page.contains("<polyline"), "{page}");
+        // A line of one value stands in the middle of an axis about it.
+        let flat = Chart { title: "f".into(), lines: vec![("flat".into(), vec![(3.0, 0.2)])], logarithmic: true };
+        let shown = super::page("flat", &[], &[flat]);
+        assert!(shown.contains(">0.1<") && shown.contains(">0.5<") && !shown.contains(">0.01<"), "{shown}");
         assert!(!page.contains("http") && !page.contains("<script") && !page.contains("NaN"), "{page}");
     }
 }

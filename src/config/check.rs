@@ -75,7 +75,10 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
     let empty = |at: &str| layer.value.pointer(at).and_then(|map| map.as_object()).is_none_or(|map| map.is_empty());
     c.require("data.sets", !empty("/data/sets"), "name at least one set");
     for (name, set) in &experiment.data.sets {
-        check_set(&mut c, &format!("data.sets.{name}"), set);
+        let path = format!("data.sets.{name}");
+        let valid = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+        c.require(&path, valid && !name.is_empty(), "use letters, digits, `-` and `_` in the names of sets");
+        check_set(&mut c, &path, set);
     }
     c.require("tasks", !empty("/tasks"), "name at least one task");
     for (name, head) in &experiment.tasks {

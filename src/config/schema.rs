@@ -17,6 +17,7 @@ pub fn schema() -> Value {
         "description": "Another experiment file, relative to this one: what stands here is laid over it.",
         "type": "string",
     });
+    schema["patternProperties"] = json!({"^x-": {"description": "A place for YAML anchors, of no other meaning."}});
     schema
 }
 

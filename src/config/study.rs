@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Experiment;
+use crate::data::SamplingConfig;
 use crate::model::HeadConfig;
 use crate::task::TaskKind;
 use crate::weighting::WeightingConfig;
@@ -24,7 +25,7 @@ pub struct StudyConfig {
     /// Shares of the training rows: a learning curve. Default `[1]`.
     #[serde(default = "default_fractions")]
     pub data_fractions: Vec<f64>,
-    /// Also train every task alone, which is what multi-task training has to beat. Default true.
+    /// Also train every task alone, on the sets that have its labels and for as many epochs, which is what multi-task training has to beat. Default true.
     #[serde(default = "yes")]
     pub single_task_twins: bool,
 }
@@ -52,20 +53,16 @@ pub struct PlannedRun {
 impl Experiment {
     /// The runs of the study, seed by seed, so that the first results are already a comparison.
     pub fn planned_runs(&self, study: &StudyConfig) -> Vec<PlannedRun> {
-        let rates = match study.learning_rates.is_empty() {
-            true => vec![self.training.optimizer.learning_rate()],
-            false => study.learning_rates.clone(),
-        };
+        let own_rate = self.training.optimizer.learning_rate();
+        let rates = if study.learning_rates.is_empty() { vec![own_rate] } else { study.learning_rates.clone() };
         let mut runs = Vec::new();
         for &seed in &study.seeds {
             for &fraction in &study.data_fractions {
                 for &rate in &rates {
-                    let suffix = match (study.data_fractions.len() > 1, rates.len() > 1) {
-                        (false, false) => format!("s{seed}"),
-                        (true, false) => format!("f{fraction}-s{seed}"),
-                        (false, true) => format!("lr{rate}-s{seed}"),
-                        (true, true) => format!("f{fraction}-lr{rate}-s{seed}"),
-                    };
+                    // A study to which fractions or rates are added later keeps the runs that it has.
+                    let fraction_name = if fraction == 1.0 { String::new() } else { format!("f{fraction}-") };
+                    let rate_name = if rate == own_rate { String::new() } else { format!("lr{rate}-") };
+                    let suffix = format!("{fraction_name}{rate_name}s{seed}");
                     for (label, mut experiment) in self.variants(study) {
                         let name = format!("{label}-{suffix}");
                         experiment.name = format!("{}-{name}", self.name);
@@ -100,6 +97,11 @@ impl Experiment {
             alone.tasks.values_mut().for_each(HeadConfig::stand_alone);
             let sets = self.tasks[task].sets();
             alone.data.sets.retain(|name, _| sets.contains(name));
+            if matches!(self.training.sampling, SamplingConfig::RoundRobin(_)) {
+                // A step keeps the batches that it had of these sets.
+                let batches = self.training.accumulate_steps * alone.data.sets.len() / self.data.sets.len();
+                alone.training.accumulate_steps = batches.max(1);
+            }
             // The twin's cuts have to take the rows that the cuts of the whole experiment take.
             for (name, set) in &mut alone.data.sets {
                 if set.stratify.is_some() || set.stratify_tags.is_some() {
@@ -117,5 +119,53 @@ impl Experiment {
         };
         let twins = self.tasks.keys().filter(|_| study.single_task_twins && self.tasks.len() > 1).map(twin);
         weighted.chain(twins).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn runs(more: &str) -> Vec<PlannedRun> {
+        let yaml = format!(
+            "name: t
+data:
+  sets:
+    a: {{format: jsonl, train: a, dev: a}}
+    b: {{format: jsonl, train: b, dev: b}}
+tasks:
+  x: {{type: classification, set: a, column: x}}
+  y: {{type: tagging, set: b, column: y}}
+{more}"
+        );
+        let experiment = Experiment::of_text((Path::new("t.yaml"), &yaml), &[]).unwrap();
+        experiment.planned_runs(experiment.study.as_ref().unwrap())
+    }
+
+    #[test]
+    fn a_study_that_grows_keeps_the_names_of_its_runs() {
+        let names = |more: &str| -> Vec<String> {
+            let study = format!("study: {{strategies: {{equal: {{}}}}, seeds: [1], single_task_twins: false, {more}}}");
+            runs(&study).into_iter().map(|run| run.name).collect()
+        };
+        assert_eq!(names(""), ["equal-s1"]);
+        assert_eq!(names("data_fractions: [0.5, 1]"), ["equal-f0.5-s1", "equal-s1"]);
+        // 2e-3 is the rate of the experiment.
+        assert_eq!(names("learning_rates: [2e-3, 0.01]"), ["equal-s1", "equal-lr0.01-s1"]);
+    }
+
+    #[test]
+    fn a_step_of_a_task_alone_has_the_batches_that_it_has_beside_others() {
+        let study = "study: {strategies: {equal: {}}, seeds: [1]}";
+        let batches = |training: &str| -> Vec<usize> {
+            let runs = runs(&format!("training: {{{training}}}\n{study}"));
+            runs.into_iter().map(|run| run.experiment.training.accumulate_steps).collect()
+        };
+        assert_eq!(batches("accumulate_steps: 2, sampling: round_robin"), [2, 1, 1]);
+        assert_eq!(batches("accumulate_steps: 4, sampling: round_robin"), [4, 2, 2]);
+        assert_eq!(batches("sampling: round_robin"), [1, 1, 1]);
+        assert_eq!(batches("accumulate_steps: 2"), [2, 2, 2]);
     }
 }

@@ -38,12 +38,12 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     let changed = |name: &str| {
         std::fs::metadata(folder.path().join("runs/small-study/runs").join(name)).unwrap().modified().unwrap()
     };
-    let before = changed("equal-f1-s1/report.json");
-    std::fs::remove_dir_all(folder.path().join("runs/small-study/runs/gentle-f1-s1")).unwrap();
+    let before = changed("equal-s1/report.json");
+    std::fs::remove_dir_all(folder.path().join("runs/small-study/runs/gentle-s1")).unwrap();
     let (again, log) = said(&folder, &command, 0);
     assert!(log.contains("16 runs, 15 of them done"), "{log}");
     assert!(!log.contains("the same rows"), "{log}");
-    assert_eq!((before, runs()), (changed("equal-f1-s1/report.json"), 16), "finished runs are kept");
+    assert_eq!((before, runs()), (changed("equal-s1/report.json"), 16), "finished runs are kept");
     let scores = |table: &str| table.lines().filter(|line| line.contains(" within noise")).map(str::to_owned).collect();
     let (first, second): (Vec<String>, Vec<String>) = (scores(&table), scores(&again));
     assert_eq!(first, second);
@@ -58,7 +58,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
 
     // Runs that belong to no study, and what is no run.
     let path = |name: &str| format!("runs/small-study/runs/{name}");
-    let (table, _) = said(&folder, &["compare", &path("equal-f1-s1"), &path("only-topic-f1-s1")], 0);
+    let (table, _) = said(&folder, &["compare", &path("equal-s1"), &path("only-topic-s1")], 0);
     assert!(table.contains("unknown: no spread over seeds"), "{table}");
     // Killed while its files are written.
     std::fs::remove_dir_all(folder.path().join("runs/small-study/experiments")).unwrap();
@@ -124,7 +124,7 @@ fn a_twin_of_tags_has_the_cut_of_the_whole_experiment() {
     assert!(text.contains(topic), "{text}");
     folder.file("study.yaml", text.replace(topic, "again: {type: tagging, set: toy, column: slots, scheme: plain}"));
     said(&folder, &["study", "study.yaml"], 0);
-    let twin = folder.read("runs/small-study/experiments/only-slots-s2.yaml");
+    let twin = folder.read("runs/small-study/experiments/only-slots-f0.5-s2.yaml");
     assert!(twin.contains("stratify_tags: slots"), "{twin}");
 }
 
