@@ -49,7 +49,7 @@ pub enum Command {
     Selftest(SelftestArgs),
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Machine {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
@@ -62,9 +62,9 @@ pub struct Machine {
     pub workers: Option<u16>,
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct TrainArgs {
-    /// The experiment file
+    /// The experiment file, or with --resume the run directory
     pub experiment: PathBuf,
     /// The run directory [default: runs/NAME, numbered when taken]
     #[arg(long, value_name = "DIR")]

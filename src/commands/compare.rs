@@ -212,7 +212,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let run = Run {
         label: label.map_or(own, str::to_owned),
         study: None,
-        settings: Settings::new(&serde_yaml::from_str(&experiment.to_yaml()?)?, experiment.tasks.len() == 1),
+        settings: Settings::new(&experiment.to_value()?, experiment.tasks.len() == 1),
         variant: String::new(),
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),
@@ -232,9 +232,12 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     let groups = || comparison.groups.iter().chain(&comparison.twins);
     let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
     let several = comparison.twins.iter().any(|twin| twin.family() != comparison.twins[0].family());
-    let named = |twin: &Group| match twin.family() {
-        family if several && !family.is_empty() => format!("{family}: {}", twin.label),
-        _ => twin.label.clone(),
+    let named = |twin: &Group| {
+        let alone = format!("{} alone", twin.label.trim_start_matches("only-"));
+        match twin.family() {
+            family if several && !family.is_empty() => format!("{family}: {alone}"),
+            _ => alone,
+        }
     };
     let strategies = comparison.groups.iter().map(|group| (group, group.name()));
     let all = strategies.chain(comparison.twins.iter().map(|twin| (twin, named(twin))));

@@ -1,8 +1,9 @@
 //! CoNLL files to be labelled: a word a line in, the same lines with what the model says out.
 
+use super::trained::Trained;
 use crate::config::Experiment;
 use crate::data::{ConllLayout, ConllLine, Format, labels, line_of_a_word};
-use crate::model::Decoded;
+use crate::model::{Decoded, HeadConfig};
 use crate::task::{Task, TaskKind};
 
 /// A line of a sentence.
@@ -42,24 +43,26 @@ pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<W
     (lines, words)
 }
 
-/// A sentence's lines with a comment `# TASK = CLASS` for each class, and a further column for the tags of each tagging task,
-/// which has `_` where a line with columns is no word's. Ends with a line end.
-pub fn written(lines: &[Written], layout: &ConllLayout, decoded: Option<&[Decoded]>, tasks: &[Task]) -> String {
-    let (mut out, mut columns) = (String::new(), Vec::new());
-    for (task, decoded) in tasks.iter().zip(decoded.into_iter().flatten()) {
+/// A sentence's lines with a comment `# TASK = CLASS` for each class, and the tags of each tagging task where the format has them.
+/// Ends with a line end.
+pub fn written(lines: &[Written], layout: &ConllLayout, decoded: Option<&[Decoded]>, trained: &Trained) -> String {
+    let (mut out, mut tags) = (String::new(), Vec::new());
+    for (task, decoded) in trained.tasks.iter().zip(decoded.into_iter().flatten()) {
         let (labels, _) = labels::written(task, &decoded.labels);
+        let column = trained.experiment.tasks.get(&task.name).map_or("", HeadConfig::column);
         match task.kind {
             TaskKind::Classification => out += &format!("# {} = {}\n", task.name, labels[0]),
-            TaskKind::Tagging(_) => columns.push(labels),
+            TaskKind::Tagging(_) => tags.push(((task.name.as_str(), column), labels)),
         }
     }
     for Written { text, word } in lines {
-        out += text;
         let separator = layout.separator(text);
-        let tag = |labels: &Vec<String>| word.map_or("_".to_owned(), |word| labels[word].clone());
-        if word.is_some() || (text.contains(separator) && !text.starts_with('#')) {
-            columns.iter().for_each(|labels| out.extend([separator.to_owned(), tag(labels)]));
+        let mut fields: Vec<String> = text.split(separator).map(str::to_owned).collect();
+        if word.is_some() || (fields.len() > 1 && !text.starts_with('#')) {
+            tags.iter()
+                .for_each(|(task, labels)| layout.add(&mut fields, *task, word.map(|word| labels[word].as_str())));
         }
+        out += &fields.join(separator);
         out.push('\n');
     }
     out

@@ -18,6 +18,7 @@ pub mod prepare;
 mod progress;
 mod rehearsal;
 mod reproduce;
+mod resume;
 mod selftest;
 mod signals;
 mod study;
@@ -29,14 +30,13 @@ mod transfer;
 
 use std::fmt::Display;
 use std::io::Write;
-use std::panic::catch_unwind;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Parser;
 
-use crate::libtorch::panic_text;
+use crate::libtorch::caught;
 use crate::problem::{InvalidInput, invalid};
 use crate::run::atomic::Partial;
 use cli::{Cli, Command};
@@ -68,10 +68,9 @@ pub fn main() -> ExitCode {
         level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
     });
     logger.init();
-    // tch's operators panic where libtorch throws, for want of memory above all: such an end is told as any other.
+    // A panic of libtorch's is reported as any other error.
     std::panic::set_hook(Box::new(|panic| log::debug!("{panic}")));
-    let result = catch_unwind(|| run(&cli.command)).unwrap_or_else(|panic| Err(anyhow!(panic_text(panic.as_ref()))));
-    match result {
+    match caught(|| run(&cli.command)) {
         Ok(End::Done) => ExitCode::SUCCESS,
         Ok(End::Invalid) => ExitCode::from(2),
         Ok(End::Interrupted) => ExitCode::from(130),

@@ -75,7 +75,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
                 sentences.map_while(|it| it.map_err(|why| broken = Some(why)).ok()).collect();
             let labelled = label(&sentences, &trained, device)?;
             let shown = sentences.iter().zip(&labelled).map(|(sentence, decoded)| match &layout {
-                Some(layout) => conll::written(&sentence.lines, layout, decoded.as_deref(), &trained.tasks),
+                Some(layout) => conll::written(&sentence.lines, layout, decoded.as_deref(), &trained),
                 None => object(sentence, decoded.as_deref(), &trained.tasks, usize::from(args.top)).to_string(),
             });
             let written = shown.into_iter().try_for_each(|text| writeln!(out, "{text}")).and_then(|()| out.flush());

@@ -1,7 +1,7 @@
 //! `polytask train`: train, evaluate the best checkpoint, print a table.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -11,27 +11,30 @@ use serde_json::{Map, Value, json};
 use tch::Device;
 
 use super::cli::TrainArgs;
-use super::finished::{self, Finished};
+use super::finished::Finished;
 use super::progress::TrainingProgress;
-use super::{End, oddities, onednn, prepare, say, stop_flag, table, trained, trainer, transfer};
+use super::{End, oddities, onednn, prepare, resume, say, stop_flag, table, trained, trainer, transfer};
 use crate::config::Experiment;
 use crate::data::{Corpus, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{fail_on_errors, invalid};
-use crate::run::{NewRun, RunDirectory, checkpoint};
+use crate::run::{NewRun, RunDirectory, atomic, checkpoint};
 use crate::task::{Task, TaskId};
-use crate::train::{Course, Outcome, State, Trainer, TrainingConfig};
+use crate::train::{Course, Outcome, State, TrainingConfig};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
+    if args.experiment.is_dir() {
+        return run(&resume::of_folder(args)?);
+    }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
     trainer::check_precision(&experiment.training, device)?;
     if args.resume {
-        let run = RunDirectory::open(&resumed_path(args, &experiment)?)?;
+        let run = resume::open(args, &experiment)?;
         let _lock = run.lock()?;
-        fail_on_change(&run, &experiment)?;
+        [run.path.clone(), run.file("checkpoints")].iter().for_each(|folder| atomic::sweep(folder));
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
         return go((args, &experiment), &run, device, &corpus, stop_flag(STOPPING).as_ref());
@@ -57,37 +60,7 @@ const ENVIRONMENT: &str = "environment.json";
 const ONEDNN: &str = "onednn_lstm";
 
 /// The folder of the runs that are given none.
-const RUNS: &str = "runs";
-
-fn resumed_path(args: &TrainArgs, experiment: &Experiment) -> Result<PathBuf> {
-    if let Some(out) = &args.out {
-        return Ok(out.clone());
-    }
-    let name = &experiment.name;
-    let newest = RunDirectory::newest(Path::new(RUNS), name, &experiment.to_yaml()?);
-    newest.ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))
-}
-
-/// A run goes on with the experiment that it began with, but for when it ends, or not at all.
-fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
-    let mut old = Experiment::load(&run.file("resolved.yaml"), &[])?;
-    old.training.end_with(&experiment.training);
-    let (old, new) = (old.to_yaml()?, experiment.to_yaml()?);
-    let changed = new.lines().zip(old.lines()).find(|(new, old)| new != old);
-    match changed {
-        None if new.lines().count() == old.lines().count() => Ok(()),
-        changed => {
-            let detail = changed.map_or(String::new(), |(new, old)| format!(": `{}` was `{}`", new.trim(), old.trim()));
-            Err(invalid(format!(
-                "the experiment is not the one that {0} began with{detail}. Only max_epochs, max_steps and patience_epochs may \
-                 change: resume with {1} instead, or begin another run with \
-                 its weights, --set init_from={0}",
-                run.path.display(),
-                run.file("resolved.yaml").display()
-            )))
-        }
-    }
-}
+pub const RUNS: &str = "runs";
 
 /// Reads the data and learns the tokenizer.
 fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)> {
@@ -186,7 +159,7 @@ fn go(
         return Err(invalid(format!("{} cannot go on: {message}", run.path.display())));
     }
     if written.to_yaml()? != experiment.to_yaml()? {
-        end_otherwise(run, experiment, &trainer, state.step)?;
+        resume::write_changes(run, (&written, experiment), &trainer, state.step)?;
     }
     if state.step > 0 {
         log::info!("going on after step {} of {}", state.step, trainer.n_steps());
@@ -212,25 +185,6 @@ fn go(
             Ok(End::Done)
         }
     }
-}
-
-/// Has a run that took `step` steps end earlier or later than it was to.
-fn end_otherwise(run: &RunDirectory, experiment: &Experiment, trainer: &Trainer, step: usize) -> Result<()> {
-    let n_steps = trainer.n_steps();
-    // Where it ends the model is evaluated, which has to be yet to come.
-    if step >= n_steps {
-        let path = run.path.display();
-        return Err(invalid(format!("{path} has taken {step} steps already, and cannot end after {n_steps}")));
-    }
-    // Its report makes a run a finished one.
-    let report = run.file(finished::FILE);
-    if report.exists() {
-        std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
-    }
-    run.write("resolved.yaml", &experiment.to_yaml()?)?;
-    let rate = trainer.learning_rate(step, n_steps);
-    log::info!("it takes {n_steps} steps now: the learning rate goes on from {rate:.3e}, as if they had been planned");
-    Ok(())
 }
 
 /// Takes the LSTM kernels that the run began with. The first time it chooses them, and keeps that before a step is taken.

@@ -56,7 +56,7 @@ pub fn page(title: &str, sheets: &[Sheet], charts: &[Chart]) -> String {
         out += &table(sheet);
     }
     if !charts.is_empty() {
-        out += "<h2>Curves, mean over seeds</h2>\n<p class=\"legend\">";
+        out += "<h2>Curves over training steps, mean over seeds</h2>\n<p class=\"legend\">";
         for label in &labels {
             let _ = write!(out, "<span><i style=\"background:{}\"></i>{}</span>", colour(label), escaped(label));
         }
@@ -153,12 +153,14 @@ fn ticks((low, high): (f64, f64)) -> Vec<f64> {
     (first..=last).map(|i| i as f64 * step).collect()
 }
 
-/// Powers of ten, and where they are few their double and fivefold, within a range of positive numbers.
+/// Powers of ten, and where they are few their double and fivefold, within a range of positive numbers; round numbers where it
+/// has not two of them.
 fn log_ticks((low, high): (f64, f64)) -> Vec<f64> {
     let powers = low.max(1e-9).log10().floor() as i32..=high.max(1e-9).log10().ceil() as i32;
     let factors: &[f64] = if high > 1000.0 * low { &[1.0] } else { &[1.0, 2.0, 5.0] };
     let all = powers.flat_map(|power| factors.iter().map(move |factor| factor * 10f64.powi(power)));
-    all.filter(|tick| (low..=high).contains(tick)).collect()
+    let within: Vec<f64> = all.filter(|tick| (low..=high).contains(tick)).collect();
+    if within.len() > 1 { within } else { ticks((low, high)) }
 }
 
 /// A number of few characters: 0.25, 3000.
@@ -179,6 +181,7 @@ mod tests {
             log_ticks((0.04, 3.0)).iter().map(|t| short(*t)).collect::<Vec<_>>(),
             ["0.05", "0.1", "0.2", "0.5", "1", "2"]
         );
+        assert_eq!(log_ticks((0.51, 0.73)).iter().map(|t| short(*t)).collect::<Vec<_>>(), ["0.6", "0.7"]);
         assert_eq!(ticks((0.12, 0.31)).iter().map(|t| short(*t)).collect::<Vec<_>>(), ["0.15", "0.2", "0.25", "0.3"]);
     }
 

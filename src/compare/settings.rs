@@ -29,11 +29,23 @@ const OF_SEVERAL: [&str; 3] = ["training.early_stopping.", "training.sampling.",
 pub struct Settings(BTreeMap<String, String>);
 
 impl Settings {
-    /// Of an experiment as its file has it, every default filled in; `alone` where it has one task.
+    /// Of an experiment as its file has it, every default filled in, what runs of one row may differ in left out; `alone` where
+    /// it has one task.
     pub fn new(experiment: &Value, alone: bool) -> Settings {
+        let Settings(mut all) = Settings::of_all(experiment);
+        let within = |path: &str, part: &str| {
+            path.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        all.retain(|path, _| !LEFT_OUT.iter().any(|part| within(path, part)));
+        // One task has nothing to be weighted against.
+        all.retain(|path, _| !alone || !(path.starts_with("weighting.") || path.ends_with(".priority")));
+        Settings(all)
+    }
+
+    /// The same with all that it holds.
+    pub fn of_all(experiment: &Value) -> Settings {
         fn walk(value: &Value, path: &str, out: &mut BTreeMap<String, String>) {
             match value {
-                _ if LEFT_OUT.contains(&path) => {}
                 Value::Object(object) => {
                     let before = if path.is_empty() { String::new() } else { format!("{path}.") };
                     object.iter().for_each(|(key, value)| walk(value, &format!("{before}{key}"), out));
@@ -43,9 +55,15 @@ impl Settings {
         }
         let mut out = BTreeMap::new();
         walk(experiment, "", &mut out);
-        // One task has nothing to be weighted against.
-        out.retain(|path, _| !alone || !(path.starts_with("weighting.") || path.ends_with(".priority")));
         Settings(out)
+    }
+
+    /// What has changed since `old`, a line each.
+    pub fn changes_from(&self, old: &Settings) -> Vec<String> {
+        let paths: BTreeSet<&String> = self.0.keys().chain(old.0.keys()).collect();
+        let changed = paths.into_iter().filter(|path| self.0.get(*path) != old.0.get(*path));
+        let shown = |value: Option<&String>| value.map_or("not given".to_owned(), |value| format!("`{value}`"));
+        changed.map(|path| format!("{path}: was {}, is {}", shown(old.0.get(path)), shown(self.0.get(path)))).collect()
     }
 
     /// `path=value` of each in which `others` are not all as these.

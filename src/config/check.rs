@@ -111,8 +111,9 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     c.require(&format!("{path}.stratify_tags"), !both, "give `stratify:` or `stratify_tags:`, not both");
     let both = set.text.is_some() && set.tokens.is_some();
     c.require(&format!("{path}.text"), !both, "give `text:` or `tokens:`, not both");
-    if encoding_rs::Encoding::for_label(set.encoding.as_bytes()).is_none() {
-        c.error(&format!("{path}.encoding"), format!("unknown encoding `{}`", set.encoding));
+    if set.known_encoding().is_none() {
+        let message = format!("unknown encoding `{}`; some are utf-8, latin1, windows-1252 and utf-16le", set.encoding);
+        c.error(&format!("{path}.encoding"), message);
     }
     let has_columns = !set.columns.is_empty();
     match set.format {

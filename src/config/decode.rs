@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
 use super::keys::{default_kind, is_tag, join, tag_key};
+use super::schema;
 use super::source::Layer;
 use crate::problem::{Place, Problem, Severity};
 
@@ -147,7 +148,13 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
         let hint = match tag_key(&owner) {
             // What names the kind of other mappings.
             Some(tag) if is_tag(key) => format!("; did you mean `{tag}`?"),
-            tag => suggestion(key, &tag.into_iter().chain(quoted[1..].iter().copied()).collect::<Vec<_>>()),
+            tag => {
+                let known: Vec<&str> = tag.into_iter().chain(quoted[1..].iter().copied()).collect();
+                match (near(key, &known), schema::owners_of(key)) {
+                    (None, owners) if !owners.is_empty() => format!("; it is a key of {}", owners.join(" and ")),
+                    _ => suggestion(key, &known),
+                }
+            }
         };
         let message = format!("{}unknown key `{key}`{hint}", after(&owner));
         raw.push(key.to_owned());
@@ -229,15 +236,23 @@ fn remove(value: &mut Value, path: &[String]) -> bool {
 
 /// The nearest of the known names, or all of them.
 pub fn suggestion(name: &str, known: &[&str]) -> String {
-    let distance = |known: &str| strsim::damerau_levenshtein(&name.to_lowercase(), &known.to_lowercase());
-    let near = known.iter().min_by_key(|known| distance(known));
-    match near {
-        Some(near) if distance(near) <= 1 + near.len() / 4 => {
-            format!("; did you mean `{near}`?")
-        }
-        _ if known.is_empty() => "; there are none here".to_owned(),
-        _ => format!("; one of {}", known.join(", ")),
+    match near(name, known) {
+        Some(near) => format!("; did you mean {near}?"),
+        None if known.is_empty() => "; there are none here".to_owned(),
+        None => format!("; one of {}", known.join(", ")),
     }
+}
+
+/// The name that is spelled nearly like `name`, or those of which it is a word, as `epochs` is of `max_epochs`.
+fn near(name: &str, known: &[&str]) -> Option<String> {
+    let distance = |known: &str| strsim::damerau_levenshtein(&name.to_lowercase(), &known.to_lowercase());
+    let nearest = known.iter().min_by_key(|known| distance(known));
+    if let Some(nearest) = nearest.filter(|near| distance(near) <= 1 + near.len() / 4) {
+        return Some(format!("`{nearest}`"));
+    }
+    let of_words = known.iter().filter(|known| known.split('_').any(|word| word == name));
+    let of_words: Vec<String> = of_words.map(|known| format!("`{known}`")).collect();
+    (!of_words.is_empty()).then(|| of_words.join(" or "))
 }
 
 /// serde's words in the user's.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::data::{DataConfig, TaskColumn, TokenizerConfig};
 use crate::model::{HeadConfig, ModelConfig};
@@ -95,8 +95,20 @@ impl Experiment {
 
     /// The file with every default filled in; training from it repeats the run.
     pub fn to_yaml(&self) -> Result<String> {
-        let value = decode::to_written(serde_json::to_value(self)?);
-        Ok(serde_yaml::to_string(&value)?)
+        Ok(serde_yaml::to_string(&self.to_value()?)?)
+    }
+
+    /// The same as a tree.
+    pub fn to_value(&self) -> Result<Value> {
+        Ok(decode::to_written(serde_json::to_value(self)?))
+    }
+
+    /// Takes from another what may change in a run that has begun.
+    pub fn take_changeable(&mut self, other: &Experiment) {
+        // Checkpoints know the content of the training and dev data.
+        self.data = other.data.clone();
+        self.study = other.study.clone();
+        self.training.take_changeable(&other.training);
     }
 
     pub fn task_columns(&self) -> Vec<TaskColumn> {

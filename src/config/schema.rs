@@ -21,6 +21,27 @@ pub fn schema() -> Value {
     schema
 }
 
+/// The mappings that have a key of this name, by dotted path; those of sets and tasks are `data.sets.*` and `tasks.*`.
+pub fn owners_of(key: &str) -> Vec<String> {
+    fn walk(schema: &Value, path: &str, key: &str, found: &mut Vec<String>) {
+        for (name, inner) in schema["properties"].as_object().into_iter().flatten() {
+            if name == key && !found.iter().any(|known| known == path) && !path.is_empty() {
+                found.push(path.to_owned());
+            }
+            walk(inner, &join(path, name), key, found);
+        }
+        if schema["additionalProperties"].is_object() {
+            walk(&schema["additionalProperties"], &join(path, "*"), key, found);
+        }
+        for choice in ["anyOf", "oneOf"].iter().filter_map(|choices| schema[choices].as_array()).flatten() {
+            walk(choice, path, key, found);
+        }
+    }
+    let mut found = Vec::new();
+    walk(&schema(), "", key, &mut found);
+    found
+}
+
 /// From how types are read to how files are written: a kind is named by a key, or stands alone.
 fn to_written(schema: &mut Value, path: &str) {
     let Value::Object(object) = schema else { return };

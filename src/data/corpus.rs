@@ -215,11 +215,11 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
         quotes: set.quotes,
         offsets: set.offsets,
         splitter,
-        encoding: encoding_rs::Encoding::for_label(set.encoding.as_bytes()).unwrap_or(encoding_rs::UTF_8),
+        encoding: set.known_encoding().unwrap_or(encoding_rs::UTF_8),
     }
 }
 
-/// Errors where a split has no row, or a task no label to learn from.
+/// Errors where train or dev has no row, or a task no label to learn from; warnings where nothing can be scored.
 fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet], splits: &[Split]) -> Vec<Problem> {
     let mut problems = Vec::new();
     let (root, share, long) = (&config.root, config.train_fraction, config.max_words.is_some());
@@ -244,6 +244,11 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 });
             }
         }
+        let test = config.sets[&set.name].test.as_ref().filter(|_| splits.contains(&Split::Test));
+        if let Some(paths) = test.filter(|_| set.splits[Split::Test as usize].is_empty()) {
+            let message = format!("set `{}` has no row in test: nothing is scored on it", set.name);
+            problems.push(Problem::warning(Place::new(&root.join(&paths.0[0]), 0), message));
+        }
         for (i, task) in set.tasks.iter().enumerate() {
             let train = &set.splits[0];
             if !train.is_empty() && train.columns[i].values.iter().all(|&value| value == ABSENT) {
@@ -259,6 +264,16 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 };
                 let message = format!("no row has a `{column}` for task `{}`{hint}", columns[task.0].name);
                 problems.push(Problem::error(place, message));
+            }
+            for split in [Split::Dev, Split::Test] {
+                let rows = &set.splits[split as usize];
+                if !rows.is_empty() && rows.columns[i].values.iter().all(|&value| value == ABSENT) {
+                    let (column, task, split) = (&set.wanted[i].column, &columns[task.0].name, split.name());
+                    let place = rows.place(0);
+                    let keys = keys_of(&place.file, config.sets[&set.name].format);
+                    let message = format!("no row of {split} has a `{column}`: `{task}` is not scored on it{keys}");
+                    problems.push(Problem::warning(Place::new(&place.file, 0), message));
+                }
             }
         }
     }

@@ -122,12 +122,17 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
     let strings = &rows.columns[column].strings;
     let parsed = parse_all(scheme, &rows.columns[column]);
     // The wrong scheme is told as such, not by a word.
-    let fits = |other: &Scheme| strings.iter().all(|tag| other.parse(tag).is_some());
-    let hint = match parsed.contains(&None) {
-        true => [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou].into_iter().find(fits),
-        false => None,
+    let others = [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou];
+    let fits = |other: &&Scheme| strings.iter().all(|tag| other.parse(tag).is_some());
+    let is_tag = |tag: &str| tag == "O" || others.iter().any(|other| other.parse(tag).is_some());
+    let no_span =
+        || strings.iter().all(|tag| tag == "O" || !is_tag(tag)) && strings.iter().any(|tag| !tag.contains('-'));
+    let hint = match others.iter().find(fits) {
+        _ if !parsed.contains(&None) => String::new(),
+        Some(&other) => format!("; all tags here are of `scheme: {}`", name_of(other)),
+        None if no_span() => "; tags that are no spans, as parts of speech, have `scheme: plain`".to_owned(),
+        None => String::new(),
     };
-    let hint = hint.map_or(String::new(), |other| format!("; all tags here are of `scheme: {}`", name_of(other)));
     let mut add = |severity, (row, word), message: String| {
         problems.push(Problem { severity, place: Some(rows.place_of_word(row, word)), message });
     };
@@ -140,6 +145,10 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
                 let scheme = name_of(scheme);
                 let message = format!("`{name}`, word {}: `{written}` is no {scheme} tag{hint}", i + 1);
                 add(Severity::Error, (row, i), message);
+                if !hint.is_empty() {
+                    // It says why all the others are wrong too.
+                    return problems;
+                }
                 previous = None;
                 continue;
             };

@@ -97,6 +97,12 @@ pub struct SetConfig {
 }
 
 impl SetConfig {
+    /// Its encoding, whose name may also be spelled as Python does (`latin-1`, `utf_8`).
+    pub fn known_encoding(&self) -> Option<&'static encoding_rs::Encoding> {
+        let known = |name: &str| encoding_rs::Encoding::for_label(name.as_bytes());
+        known(&self.encoding).or_else(|| known(&self.encoding.replace(['-', '_'], "")))
+    }
+
     /// Where a split stands, if it is one of those `wanted`, or dev is and has to be cut off it.
     pub fn paths(&self, split: Split, wanted: &[Split]) -> Option<&Paths> {
         let cut = split == Split::Train && self.dev_fraction.is_some() && wanted.contains(&Split::Dev);

@@ -1,11 +1,9 @@
 //! CUDA graphs: what a stretch of code asks of the device, recorded once and replayed as one call.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 
 use super::cuda::{Functions, Recording, functions};
-use super::{checked, panic_text};
+use super::{caught, checked};
 
 /// The memory that the graphs of a training run share.
 #[derive(Default)]
@@ -55,12 +53,12 @@ impl CudaGraph {
         pool.broken |= begun.is_err();
         begun?;
         let graph = CudaGraph { functions, recording };
-        // tch's operators panic where libtorch throws, and a recording that has begun must end.
-        let done = catch_unwind(AssertUnwindSafe(work));
+        // A recording that has begun must end.
+        let done = caught(work);
         // SAFETY: the recording is live and has begun.
         let ended = checked(unsafe { (functions.graph_end)(recording) });
         pool.broken |= ended.is_err();
-        let result = done.map_err(|panic| anyhow!(panic_text(panic.as_ref())))??;
+        let result = done?;
         ended?;
         Ok((graph, result))
     }

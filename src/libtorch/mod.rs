@@ -152,8 +152,15 @@ pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
     out
 }
 
+/// Runs `work`, and gives what its panic says as an error: tch's operators panic where libtorch throws, for want of memory above
+/// all.
+pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    done.unwrap_or_else(|panic| Err(anyhow!(panic_text(panic.as_ref()))))
+}
+
 /// What a panic says in a line; those of tch's operators hold the text of libtorch's exception.
-pub fn panic_text(panic: &(dyn Any + Send)) -> String {
+fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let text = text.unwrap_or("libtorch gave up");
     let text = text.split_once("Torch(\"").map_or(text, |(_, thrown)| thrown);

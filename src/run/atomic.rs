@@ -47,6 +47,17 @@ pub fn clear() {
     });
 }
 
+const PREFIX: &str = ".partial-";
+
+/// Removes what a process that was killed left on its way in a folder to which nobody writes now.
+pub fn sweep(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            std::fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
 /// A file on its way. It vanishes unless it is kept.
 pub struct Partial {
     path: PathBuf,
@@ -74,7 +85,7 @@ impl Partial {
         }
         let mut options = tempfile::Builder::new();
         // The process's umask takes from these.
-        options.prefix(".partial-").permissions(Permissions::from_mode(0o666));
+        options.prefix(PREFIX).permissions(Permissions::from_mode(0o666));
         let file = options.tempfile_in(folder)?;
         if let Ok(old) = path.metadata() {
             file.as_file().set_permissions(old.permissions())?;

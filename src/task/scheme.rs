@@ -15,7 +15,8 @@ pub enum Scheme {
     Bio,
     /// `B-` only where a span follows another of the same type at once (CoNLL-2003's original files).
     Iob1,
-    /// `B- I- E-`, and `S-` for spans of one word.
+    /// `B- I- E-`, and `S-` for spans of one word (also called IOBES).
+    #[serde(alias = "iobes")]
     Bioes,
     /// `B- M- E-`, and `S-` for spans of one word.
     Bmes,

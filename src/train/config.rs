@@ -50,11 +50,18 @@ pub struct TrainingConfig {
 }
 
 impl TrainingConfig {
-    /// Takes what says when training ends from another, which is all that may change once it has begun.
-    pub fn end_with(&mut self, other: &TrainingConfig) {
-        self.max_epochs = other.max_epochs;
-        self.max_steps = other.max_steps;
-        self.early_stopping.patience_epochs = other.early_stopping.patience_epochs;
+    /// What says when training ends.
+    pub fn end(&self) -> (usize, Option<usize>, Option<usize>) {
+        (self.max_epochs, self.max_steps, self.early_stopping.patience_epochs)
+    }
+
+    /// Takes from another what may change once training has begun.
+    pub fn take_changeable(&mut self, other: &TrainingConfig) {
+        (self.max_epochs, self.max_steps, self.early_stopping.patience_epochs) = other.end();
+        self.log_every_steps = other.log_every_steps;
+        self.log_gradients_every = other.log_gradients_every;
+        self.checkpoint_every_steps = other.checkpoint_every_steps;
+        self.cuda_graphs = other.cuda_graphs;
     }
 }
 

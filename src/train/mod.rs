@@ -27,6 +27,7 @@ pub use unknown::UnknownWords;
 
 use crate::data::{DeviceSet, Sampler};
 use crate::evaluate::{Merit, Report, TaskReport, evaluate};
+use crate::libtorch::caught;
 use crate::model::Model;
 use crate::optim::{Average, LossScale, Optimizer};
 use crate::problem::Place;
@@ -159,7 +160,8 @@ impl Trainer<'_> {
                 let (log, epoch_ends) = (self.logs_after(state.step), self.ends_epoch(state.step));
                 let diagnose = log && self.compares_after(state.step);
                 let step = Step { number: state.step, n_steps, batches, diagnose };
-                let n_tokens = self.take(&step, &mut pending).map_err(|error| self.out_of_memory(error, batches))?;
+                let taken = caught(|| self.take(&step, &mut pending));
+                let n_tokens = taken.map_err(|error| self.out_of_memory(error, batches))?;
                 interval.1 += n_tokens;
                 state.step += 1;
                 let save = self.config.checkpoint_every_steps.is_some_and(|every| state.step.is_multiple_of(every));

@@ -30,9 +30,10 @@ impl State {
         State { best_by_task: vec![None; n_tasks], interval: sums.clone(), epoch: sums, ..State::default() }
     }
 
-    /// Notes what dev says, and the tasks that reached a new best. A lower loss alone is no gain.
+    /// Notes what dev says, and the tasks that reached a new best. A lower loss alone is no gain, except where nothing is right
+    /// yet, as with spans in first epochs.
     pub fn judge(&mut self, merit: Merit, improved: bool, by_task: Vec<Option<Merit>>) {
-        let gained = self.best.is_none_or(|best| merit.score > best.score);
+        let gained = self.best.is_none_or(|best| merit.score > best.score || (merit.score == 0.0 && improved));
         self.epochs_without_gain = if gained { 0 } else { self.epochs_without_gain + 1 };
         if improved {
             self.best = Some(merit);

@@ -141,7 +141,13 @@ fn a_run_trains_evaluates_and_predicts() {
     assert_eq!(serde_json::from_str::<serde_json::Value>(&said).unwrap_or_default()["words"][1], "rock", "{said}");
     let line = |id: u8, word: &str| format!("{id}\t{word}\t_\t_\t_\t_\t_\t_\t_\t_\n");
     let (_, said) = from("in.conllu", &[line(1, "cook"), line(2, "soup")].concat());
-    assert!(said.starts_with("# topic = food\n") && said.ends_with("_\tB-thing\n\n"), "{said}");
+    assert!(said.starts_with("# topic = food\n") && said.ends_with("_\tslots=B-thing\n\n"), "{said}");
+    assert_eq!(said.lines().nth(2).unwrap().split('\t').count(), 10);
+    let upos = folder.read("runs/small/resolved.yaml").replace("column: slots", "column: upos");
+    folder.file("runs/small/resolved.yaml", upos);
+    let range = "1-2\tcooksoup\t_\t_\t_\t_\t_\t_\t_\t_\n";
+    let (_, said) = from("in.conllu", &[range, &line(1, "cook"), &line(2, "soup")].concat());
+    assert!(said.contains(range) && said.ends_with("\n2\tsoup\t_\tB-thing\t_\t_\t_\t_\t_\t_\n\n"), "{said}");
     let (code, said) = from("in.csv", "a,b\n");
     assert!(code == Some(2) && said.contains("a .csv file is neither"), "{said}");
 
@@ -495,7 +501,10 @@ fn damaged_runs_are_told() {
     assert!(stderr(&folder, &["evaluate", "run", "--checkpoint", "bets"], 2).contains("it has best, best-slots"));
     let changed = ["train", "small.yaml", "--out", "run", "--resume", "--set", "training.batch_size=9"];
     let changed = stderr(&folder, &changed, 2);
-    assert!(changed.contains("`batch_size: 9` was `batch_size: 8`") && changed.contains("max_epochs"), "{changed}");
+    assert!(
+        changed.contains("\n  training.batch_size: was `8`, is `9`\n") && changed.contains("when it ends"),
+        "{changed}"
+    );
 }
 
 #[test]
@@ -511,7 +520,7 @@ fn a_finished_run_is_lengthened_to_what_a_longer_one_is() {
     train("short", 1, &[], 0);
     let said = train("short", 3, &["--resume"], 0);
     assert!(
-        resumed_at(&said) == 11 && said.contains("it takes 33 steps now: the learning rate goes on from"),
+        resumed_at(&said) == 11 && said.contains("the run now takes 33 steps; the learning rate continues from"),
         "{said}"
     );
     for checkpoint in ["last", "best", "best-topic", "best-slots"] {

@@ -144,7 +144,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
         assert_eq!(parsed(&python(&folder, &run)), expected, "{settings:?}");
         if settings[0] == word {
             assert_eq!(parsed(&cpp(&folder)), expected);
-            let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+            let readme = std::fs::read_to_string(root.join("docs/export.md")).unwrap();
             let program = readme.split("```python\n").nth(1).unwrap().split("```").next().unwrap();
             // Lists of Python, as JSON but for the quotes.
             let expected = &said_of(&folder, "run", "play jazz by miles davis\n")[0];

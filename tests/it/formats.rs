@@ -416,7 +416,9 @@ fn characters_and_several_files() {
     folder.file("b.jsonl", "{\"text\": \"好\", \"topic\": \"y\"}\n");
     let tasks = format!("{BOTH}\ntokenizer: {{model: word, split: character}}");
     let (corpus, problems) = read(&folder, "format: jsonl, train: [a.jsonl, b.jsonl], dev: b.jsonl", &tasks);
-    assert_eq!((sentences(&corpus), problems.len()), (vec!["我 去 北 京".to_owned(), "好".to_owned()], 0));
+    assert_eq!(sentences(&corpus), ["我 去 北 京", "好"]);
+    let unscored = "b.jsonl: no row of dev has a `tags`: `tags` is not scored on it; the keys of its first row are `text`, `topic`";
+    assert_eq!(messages(&problems), [unscored]);
     assert_eq!(labels(&corpus, 1), ["O", "O", "B-city", "I-city", "-"]);
     let place = corpus.rows(Split::Train)[0].place(1).to_string();
     assert!(place.ends_with("b.jsonl:1"), "{place}");

@@ -129,6 +129,15 @@ fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
         }
         return Ok(text.into_owned());
     }
+    if let Some((encoding, _)) =
+        encoding_rs::Encoding::for_bom(&bytes).filter(|(found, _)| *found != encoding_rs::UTF_8)
+    {
+        let name = encoding.name().to_lowercase();
+        return Err(vec![Problem::error(
+            Place::new(path, 0),
+            format!("is in another encoding: give `encoding: {name}`"),
+        )]);
+    }
     match String::from_utf8(bytes) {
         Ok(text) => Ok(match text.strip_prefix('\u{feff}') {
             Some(rest) => rest.to_owned(),

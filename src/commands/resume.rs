@@ -1,0 +1,86 @@
+//! `polytask train --resume`: which run is resumed, and what may change in it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::cli::TrainArgs;
+use super::finished;
+use super::train::RUNS;
+use crate::compare::Settings;
+use crate::config::Experiment;
+use crate::problem::invalid;
+use crate::run::RunDirectory;
+use crate::train::Trainer;
+
+/// The arguments with the experiment and the folder of a run that is named in the experiment's place.
+pub fn of_folder(args: &TrainArgs) -> Result<TrainArgs> {
+    let folder = &args.experiment;
+    if !args.resume {
+        let message = "is a folder: name an experiment file, or add --resume to resume the run in it";
+        return Err(invalid(format!("{} {message}", folder.display())));
+    }
+    let experiment = RunDirectory::open(folder)?.file("resolved.yaml");
+    Ok(TrainArgs { experiment, out: Some(args.out.clone().unwrap_or_else(|| folder.clone())), ..args.clone() })
+}
+
+/// The run directory that `--resume` means.
+///
+/// # Errors
+/// No such run, or one of another experiment.
+pub fn open(args: &TrainArgs, experiment: &Experiment) -> Result<RunDirectory> {
+    let name = &experiment.name;
+    let path = match &args.out {
+        Some(out) => out.clone(),
+        None => RunDirectory::newest(Path::new(RUNS), name, &experiment.to_yaml()?)
+            .ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))?,
+    };
+    let run = RunDirectory::open(&path)?;
+    fail_on_change(&run, experiment)?;
+    Ok(run)
+}
+
+fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
+    let mut old = Experiment::load(&run.file("resolved.yaml"), &[])?;
+    old.take_changeable(experiment);
+    let changes = Settings::of_all(&experiment.to_value()?).changes_from(&Settings::of_all(&old.to_value()?));
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let (run, yaml) = (run.path.display(), run.file("resolved.yaml"));
+    Err(invalid(format!(
+        "{run} was started with another experiment:\n  {}\nOf a run that has begun, only when it ends, what it records and \
+         where its data lies may change. To resume it, use {}; to start a new run from its weights, --set init_from={run}",
+        changes.join("\n  "),
+        yaml.display()
+    )))
+}
+
+/// Writes down what has changed since `before` in a run that has taken `step` steps.
+pub fn write_changes(
+    run: &RunDirectory,
+    (before, now): (&Experiment, &Experiment),
+    trainer: &Trainer,
+    step: usize,
+) -> Result<()> {
+    let ends = |experiment: &Experiment| experiment.training.end();
+    let n_steps = trainer.n_steps();
+    // Where it ends the model is evaluated, which has to be yet to come.
+    if ends(before) != ends(now) && step >= n_steps {
+        let path = run.path.display();
+        return Err(invalid(format!("{path} has taken {step} steps already, and cannot end after {n_steps}")));
+    }
+    // Its report makes a run a finished one.
+    let report = run.file(finished::FILE);
+    if report.exists() {
+        std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
+    }
+    run.write("resolved.yaml", &now.to_yaml()?)?;
+    if ends(before) != ends(now) {
+        let rate = trainer.learning_rate(step, n_steps);
+        log::info!(
+            "the run now takes {n_steps} steps; the learning rate continues from {rate:.3e}, as if they had been planned"
+        );
+    }
+    Ok(())
+}
