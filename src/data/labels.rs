@@ -127,7 +127,8 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
         true => [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou].into_iter().find(fits),
         false => None,
     };
-    let hint = hint.map_or(String::new(), |other| format!("; all tags here are of `scheme: {}`", name_of(other)));
+    let hint =
+        hint.map_or(String::new(), |other| format!("; all tags of this column would fit `scheme: {}`", name_of(other)));
     let mut add = |severity, (row, word), message: String| {
         problems.push(Problem { severity, place: Some(rows.place_of_word(row, word)), message });
     };
@@ -138,7 +139,7 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
             let written = strings.get(value);
             let Some(tag) = parsed[value as usize] else {
                 let scheme = name_of(scheme);
-                let message = format!("`{name}`, word {}: `{written}` is no {scheme} tag{hint}", i + 1);
+                let message = format!("`{name}`, word {}: `{written}` is not a {scheme} tag{hint}", i + 1);
                 add(Severity::Error, (row, i), message);
                 previous = None;
                 continue;
