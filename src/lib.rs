@@ -1,36 +1,35 @@
-//! polytask trains one shared embedding + LSTM trunk under several heads, on CUDA or on the CPU, from one YAML file an
-//! experiment.
+//! polytask trains multi-task text classifiers and taggers: one shared embedding + LSTM trunk with a head per task, on CUDA
+//! or on the CPU, from one YAML file per experiment.
 //!
-//! # The house
+//! # Modules
 //!
-//! Imports point down this table; a test reads the source for it.
+//! A module imports only from modules below it in this table; a test checks this.
 //!
-//! | module | what it is for |
+//! | module | contents |
 //! |---|---|
-//! | [`commands`] | a file a verb, and what verbs share: the only place that knows everything |
-//! | [`config`] | the experiment as written and as checked |
-//! | [`train`] | the loop, one step, early stopping |
-//! | [`export`] | the model as one TorchScript file |
-//! | [`compare`] | statistics over runs, and their page |
-//! | [`evaluate`] | losses and scores of a model over a split |
-//! | [`model`] | embedding, trunk, what heads read of it, heads |
-//! | [`weighting`] | how task losses become one |
-//! | [`optim`] | optimizers, rows of tables that wait, schedules |
-//! | [`data`] | formats, their cache, tokenizer, word vectors, labels, batches, the order of rows |
-//! | [`metrics`] | counting over label ids; no tensors |
+//! | [`commands`] | the subcommands, one file each, and code that they share |
+//! | [`config`] | experiment files: reading, defaults, checks, JSON Schema |
+//! | [`train`] | the training loop, a single step, early stopping |
+//! | [`export`] | the model as a TorchScript file, its verification, its model card |
+//! | [`compare`] | statistics over runs, and the HTML report |
+//! | [`evaluate`] | losses and scores of a model on a split |
+//! | [`model`] | embedding, trunk, heads, and what each head reads from the trunk |
+//! | [`weighting`] | strategies that weight the task losses |
+//! | [`optim`] | optimizers, deferred updates of embedding rows, learning-rate schedules |
+//! | [`data`] | file formats and their cache, tokenizer, word vectors, labels, batches, sampling |
+//! | [`metrics`] | accuracy and F1 from label ids, without tensors |
 //! | [`run`] | the run directory, checkpoints, records |
 //! | [`onnx`] | writing ONNX files |
-//! | [`libtorch`] | what tch lacks; the only `unsafe` |
-//! | [`task`], [`rng`], [`problem`] | the task table, seeds, messages about inputs |
+//! | [`libtorch`] | bindings to libtorch that tch lacks; the only `unsafe` code |
+//! | [`task`], [`rng`], [`problem`] | tasks and tag schemes, seeds, error messages about inputs |
 //!
-//! A batch's life: the [`data::Sampler`] plans an epoch as row numbers, [`data::DeviceSet`] gathers a batch on the device,
-//! [`model::Model`] runs the trunk once and each head on its own rows, a [`weighting::LossWeighting`] makes one loss of
-//! theirs, and [`train::Trainer`] clips, updates and records without waiting for the device.
+//! How a batch passes through them: the [`data::Sampler`] plans an epoch as row numbers, [`data::DeviceSet`] gathers a batch
+//! on the device, [`model::Model`] runs the trunk once and each head on its own rows, a [`weighting::LossWeighting`] combines
+//! the heads' losses into one, and [`train::Trainer`] clips, updates and records without waiting for the device.
 //!
-//! Tables are read and trained by the rows that a step holds; the updates of the others wait until they are read. On the CPU a
-//! batch is cut in parts, which workers take forward and backward side by side. On CUDA a step of a shape that was met before
-//! is [replayed](train::graphs) as one call. Either way it is the same [`train`] code, and the tests hold it to the same
-//! numbers.
+//! A step reads and updates only the embedding rows that it needs; updates of other rows are deferred until these are read. On
+//! the CPU a batch is split into parts, which workers run forward and backward in parallel. On CUDA a step whose shape occurred
+//! before is [replayed](train::graphs) as one call. Both use the same [`train`] code, and tests check that results agree.
 
 pub mod commands;
 pub mod compare;

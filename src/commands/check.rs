@@ -38,7 +38,8 @@ pub fn run(args: &CheckArgs) -> Result<End> {
                 for coverage in &coverage {
                     say(prepare::coverage_line(coverage))?;
                     if coverage.types.1 == 0 {
-                        let message = format!("{} knows no training word", coverage.file.display());
+                        let message =
+                            format!("{} has a vector for no word of the training text", coverage.file.display());
                         problems.push(Problem::general(Severity::Warning, message));
                     }
                 }
@@ -87,7 +88,7 @@ fn kind_of(message: &str) -> String {
 
 /// Sentences, words and lengths of every split, and how many rows carry labels for which task.
 fn sizes(corpus: &Corpus) -> comfy_table::Table {
-    let mut out = table(&["set", "split", "sentences", "words", "length median", "longest", "rows with labels"], 2);
+    let mut out = table(&["set", "split", "sentences", "words", "median length", "longest", "rows with labels"], 2);
     for set in &corpus.sets {
         for split in Split::ALL {
             let rows = &set.splits[split as usize];
@@ -137,7 +138,7 @@ fn begin(
 
 /// Share of words that become unknown tokens in dev and test.
 fn unknown_words(tokenizer: &Tokenizer, corpus: &Corpus) -> Result<comfy_table::Table> {
-    let mut out = table(&["set", "split", "unknown words %", "most frequent"], 2);
+    let mut out = table(&["set", "split", "unknown words (%)", "most frequent"], 2);
     for set in &corpus.sets {
         for split in Split::ALL {
             let rows = &set.splits[split as usize];
@@ -176,7 +177,7 @@ fn label_counts(task: TaskId, (name, head): (&str, &HeadConfig), corpus: &Corpus
     }
     let n = counts.len();
     let header = match kind.has_spans() {
-        true => format!("{name}: {} of span", counted(n, "type")),
+        true => format!("{name}: {}", counted(n, "span type")),
         false => format!("{name}: {}", counted(n, "label")),
     };
     let mut out = table(&[&header, "train", "dev", "test"], 1);

@@ -7,57 +7,59 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::data::Split;
 use crate::export::Dtype;
 
-/// Multi-task language models on a shared embedding + LSTM trunk, from one YAML file an experiment.
+/// Train multi-task text classifiers and taggers on a shared embedding + LSTM trunk, one YAML file per experiment.
 #[derive(Parser)]
 #[command(name = "polytask", version, max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
-    /// More of what happens (-v); RUST_LOG takes the filters of env_logger
+    /// Print more messages (-v); RUST_LOG takes the filters of env_logger
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
-    /// Errors alone
+    /// Print only errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
 }
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Train an experiment, evaluate its best checkpoint on test, print a table
+    /// Train an experiment, evaluate its best checkpoint on test and print a table of scores
     Train(TrainArgs),
-    /// Score a trained run on train, dev or test, or on other files
+    /// Score a trained run on train, dev or test, or on another file
     Evaluate(EvaluateArgs),
     /// Label sentences with a trained run: text, JSON lines or CoNLL in, JSON lines or CoNLL out
     Predict(PredictArgs),
-    /// Find everything wrong or odd in an experiment and its data, before training
+    /// Find errors and suspicious values in an experiment and its data, before training
     Check(CheckArgs),
-    /// Write a trained run as a file or folder that others load
+    /// Write a trained run as a file or folder for other programs
     Export(ExportArgs),
     #[command(hide = true)]
     VerifyExport(VerifyArgs),
-    /// Run the study of an experiment: strategies, seeds, data fractions, single-task twins
+    /// Run the study of an experiment: strategies, seeds, data fractions and single-task models
     Study(StudyArgs),
-    /// Put runs or studies side by side: did multi-task training help?
+    /// Compare runs or studies: did multi-task training help?
     Compare(CompareArgs),
-    /// Find a learning rate: the loss while the rate rises from step to step
+    /// Find a learning rate: record the loss while the rate rises from step to step
     FindLr(FindLrArgs),
-    /// Measure a training step and what each weighting strategy adds, or how fast a trained model labels
+    /// Time a training step and each weighting strategy, or how fast a trained model labels
     Bench(BenchArgs),
     /// List every key that an experiment file may have
     Options(OptionsArgs),
-    /// Check on this machine's device the mathematics of loss weighting, and that an experiment resumes to the same weights
+    /// Check loss weighting on this machine's device, and that an experiment's first steps are reproducible, also
+    /// across a stop
     Selftest(SelftestArgs),
 }
 
 #[derive(Args, Clone)]
 pub struct Machine {
-    /// Where to compute: auto, cpu, cuda or cuda:N
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: String,
-    /// Threads on the CPU [default: all cores]
+    /// Number of CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
-    /// Parts of a batch that go side by side on the CPU, each on threads of its own [default: one a thread]
+    /// Split each batch into N parts that run in parallel on the CPU and share the threads [default: one part per
+    /// thread]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub workers: Option<u16>,
 }
@@ -66,13 +68,13 @@ pub struct Machine {
 pub struct TrainArgs {
     /// The experiment file, or with --resume the run directory
     pub experiment: PathBuf,
-    /// The run directory [default: runs/NAME, numbered when taken]
+    /// The run directory [default: runs/NAME, numbered if it exists]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Change a value of the experiment, as in --set model.trunk.hidden=128
+    /// Set a value of the experiment, as in --set model.trunk.hidden=128
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Go on with the run in --out from its last checkpoint [without --out: the newest run of this name]
+    /// Resume the run in --out from its last checkpoint [without --out: the newest run of this experiment]
     #[arg(long)]
     pub resume: bool,
     #[command(flatten)]
@@ -83,25 +85,25 @@ pub struct TrainArgs {
 pub struct EvaluateArgs {
     /// The run directory, or an exported model.pt
     pub run: PathBuf,
-    /// Which split
+    /// The split to score
     #[arg(long, value_enum, default_value = "test")]
     pub split: Split,
-    /// A file in the place of that split, written as the run's data is
+    /// Score this file in place of that split; it must be in the format of the run's data
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
-    /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
+    /// The checkpoint to use: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
-    /// Change what the data is, as in --set data.sets.chats.test=/data/new.jsonl
+    /// Set a value below data, as in --set data.sets.chats.test=/data/new.jsonl
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Print the scores of every class, tag or type of span too, and what it is most often taken for
+    /// Also print the scores of every class, tag or span type and what it is most often mistaken for
     #[arg(long)]
     pub by_label: bool,
-    /// Write what is right and what the model says of every sentence, as JSON lines
+    /// Write the gold and predicted labels of every sentence, as JSON lines
     #[arg(long, value_name = "FILE")]
     pub predictions: Option<PathBuf>,
     #[command(flatten)]
@@ -112,19 +114,19 @@ pub struct EvaluateArgs {
 pub struct PredictArgs {
     /// The run directory, or an exported model.pt
     pub run: PathBuf,
-    /// What is to be labelled [default: standard input]
+    /// The sentences to label [default: standard input]
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
-    /// Where the labels go [default: standard output]
+    /// The file to write the labels to [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// What comes in and goes out
+    /// The format of input and output
     #[arg(long, value_enum, default_value = "auto")]
     pub format: PredictFormat,
-    /// Tell the K most probable classes too
+    /// Also write the K most probable classes
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub top: u16,
-    /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
+    /// The checkpoint to use: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     #[command(flatten)]
@@ -133,11 +135,12 @@ pub struct PredictArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PredictFormat {
-    /// A sentence a line, or JSON lines with `text` or `tokens`; JSON lines out. Files .conll and .conllu as conll
+    /// One sentence per line, or JSON lines with `text` or `tokens`; JSON lines out. Input files .conll and .conllu are
+    /// read as conll
     Auto,
-    /// A sentence a line, whatever it begins with; JSON lines out
+    /// One sentence per line, even if it looks like JSON; JSON lines out
     Text,
-    /// A word a line; the same lines out, with a column a tagging task and a comment a class
+    /// One word per line; the same lines out, with an added column per tagging task and a comment per class
     Conll,
 }
 
@@ -152,13 +155,13 @@ pub struct ExportArgs {
     /// The file or folder to write
     #[arg(long, value_name = "PATH")]
     pub out: PathBuf,
-    /// Which checkpoint: best, last (the weights of the last step, not averaged) or best-TASK
+    /// The checkpoint to use: best, last (the weights of the last step, not averaged) or best-TASK
     #[arg(long, default_value = "best")]
     pub checkpoint: String,
     /// Precision of the weights
     #[arg(long, value_enum, default_value = "float32")]
     pub dtype: Dtype,
-    /// Replace what is there
+    /// Replace an existing export
     #[arg(long)]
     pub force: bool,
 }
@@ -179,34 +182,34 @@ pub struct VerifyArgs {
 
 #[derive(Args)]
 pub struct StudyArgs {
-    /// The experiment file, with a `study:`
+    /// The experiment file, which has a `study:` block
     pub experiment: PathBuf,
     /// The folder of the study [default: runs/NAME-study]; finished runs in it are kept
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Change a value of the experiment, as in --set training.max_epochs=5
+    /// Set a value of the experiment, as in --set training.max_epochs=5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Runs side by side, in turn on the devices; no fewer than devices
+    /// Number of runs in parallel, distributed over the devices; at least one per device
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: u16,
-    /// Devices, which the runs take in turn, as in cuda:0,cuda:1 [default: auto]
+    /// Devices to distribute the runs over, as in cuda:0,cuda:1 [default: auto]
     #[arg(long = "device", value_name = "DEVICE", value_delimiter = ',')]
     pub devices: Vec<String>,
-    /// Threads of each run on the CPU [default: all cores, shared out]
+    /// Number of CPU threads of each run [default: all cores, divided among the runs]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
 }
 
 #[derive(Args)]
 pub struct CompareArgs {
-    /// Run directories, or folders of studies
+    /// Run directories or study folders
     #[arg(required = true)]
     pub runs: Vec<PathBuf>,
     /// Print JSON instead of tables
     #[arg(long)]
     pub json: bool,
-    /// Also write one self-contained page with the curves
+    /// Also write a self-contained HTML page with the curves
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 }
@@ -215,7 +218,7 @@ pub struct CompareArgs {
 pub struct FindLrArgs {
     /// The experiment file
     pub experiment: PathBuf,
-    /// Change a value of the experiment, as in --set training.batch_size=64
+    /// Set a value of the experiment, as in --set training.batch_size=64
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
     /// The first learning rate
@@ -224,13 +227,13 @@ pub struct FindLrArgs {
     /// The last learning rate
     #[arg(long, value_name = "RATE", default_value_t = 1.0)]
     pub to: f64,
-    /// Steps at most; the test ends before where the loss runs away
+    /// Largest number of steps; the test ends earlier if the loss diverges
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u16).range(20..))]
     pub steps: u16,
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
-    /// Also write a page with the curve
+    /// Also write an HTML page with the curve
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
     #[command(flatten)]
@@ -239,21 +242,21 @@ pub struct FindLrArgs {
 
 #[derive(Args)]
 pub struct BenchArgs {
-    /// The experiment file; or a run directory or exported model, to measure labelling
+    /// The experiment file; or a run directory or exported model, to time labelling
     pub experiment: PathBuf,
-    /// Change a value of the experiment, as in --set training.batch_size=64
+    /// Set a value of the experiment, as in --set training.batch_size=64
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Steps of a strategy in a round
+    /// Steps of each strategy in a round
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u16).range(1..))]
     pub steps: u16,
-    /// Strategies to measure, by the names in the table and apart by `;`, as in --only equal [default: all]
+    /// Strategies to time, by their names in the table, separated by `;`, as in --only equal [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ';')]
     pub only: Vec<String>,
-    /// Instead of measuring, write the steps' batches, the first weights and the losses of the steps into a folder
+    /// Instead of timing, write the batches, the initial weights and the losses of the steps to a folder
     #[arg(long, value_name = "DIR")]
     pub write: Option<PathBuf>,
-    /// Rounds, in each of which every strategy takes its turn
+    /// Number of rounds; every strategy is timed in each
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     pub rounds: u16,
     /// Print JSON instead of a table
@@ -265,7 +268,7 @@ pub struct BenchArgs {
 
 #[derive(Args)]
 pub struct OptionsArgs {
-    /// Only what is below this key, as in training.optimizer
+    /// List only the keys below this key, as in training.optimizer
     pub path: Option<String>,
     /// Print the JSON Schema of experiment files, with which editors complete and check them
     #[arg(long)]
@@ -274,12 +277,12 @@ pub struct OptionsArgs {
 
 #[derive(Args)]
 pub struct SelftestArgs {
-    /// An experiment file: its first steps must give the same weights each time, with a stop in between too
+    /// An experiment file: its first steps must give the same weights each time, also with a stop in between
     pub experiment: Option<PathBuf>,
-    /// Change a value of the experiment, as in --set model.trunk.hidden=128
+    /// Set a value of the experiment, as in --set model.trunk.hidden=128
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "experiment")]
     pub overrides: Vec<String>,
-    /// Steps to take
+    /// Number of steps to take
     #[arg(long, value_name = "N", default_value = "20", requires = "experiment")]
     #[arg(value_parser = clap::value_parser!(u16).range(2..))]
     pub steps: u16,
@@ -291,10 +294,10 @@ pub struct SelftestArgs {
 pub struct CheckArgs {
     /// The experiment file
     pub experiment: PathBuf,
-    /// Change a value of the experiment, as in --set model.trunk.hidden=128
+    /// Set a value of the experiment, as in --set model.trunk.hidden=128
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// List every problem, not the first of each kind
+    /// List every problem, not only the first few of each kind
     #[arg(long)]
     pub all: bool,
 }

@@ -52,7 +52,7 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
         for task in group.tasks.iter().filter(|task| task.difference.is_none() && has_twin(&task.name)) {
             let (name, group) = (&task.name, group.name());
             log::warn!(
-                "`{name}` alone has no run of the settings, seed and share of the data of {group}: there is no verdict"
+                "no single-task run for `{name}` has the settings, seed and data fraction of {group}, so there is no verdict"
             );
         }
     }
@@ -117,7 +117,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             }
         }
         if n_open > 0 {
-            log::warn!("{}: {n_open} of {} runs are not finished and left out", path.display(), plan.len());
+            log::warn!("{}: unfinished runs are left out: {n_open} of {}", path.display(), plan.len());
         }
     }
     let mut seen = BTreeSet::new();
@@ -126,7 +126,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     tell_apart(&mut found);
     warn_of_other_data(&found);
     match found.is_empty() {
-        true => Err(invalid("there is no finished run to compare")),
+        true => Err(invalid("there are no finished runs to compare")),
         false => Ok(found),
     }
 }
@@ -141,7 +141,9 @@ fn warn_of_other_data(found: &[Found]) {
             let (before, run) = *first.entry(name).or_insert((rows, &found.path));
             if before != rows && told.insert(name) {
                 let (run, other) = (run.display(), found.path.display());
-                log::warn!("`{name}` is not scored on the same rows in {run} and {other}: do not compare them");
+                log::warn!(
+                    "`{name}` is scored on different rows in {run} and {other}, so its scores are not comparable"
+                );
             }
         }
     }
@@ -202,7 +204,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         Some((task, scored_on(i)))
     };
     let (tasks, scored_on): (Vec<RunTask>, Vec<_>) = experiment.tasks.keys().enumerate().filter_map(task).unzip();
-    ensure!(!tasks.is_empty(), "{} has no score", directory.file(finished::FILE).display());
+    ensure!(!tasks.is_empty(), "{} contains no score", directory.file(finished::FILE).display());
     let strategy = serde_json::to_value(&experiment.weighting)?;
     let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
     let own = match experiment.tasks.keys().collect::<Vec<_>>()[..] {

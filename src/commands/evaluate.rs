@@ -37,7 +37,7 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     prepare::warn_of_unseen(&data, split, &trained.tasks);
     let report = evaluate(&trained.model, &data, &trained.tasks)?;
     if predictions.is_none() && report.tasks.iter().all(|task| task.n_sentences == 0) {
-        let message = "has no label of any task: nothing is scored (--predictions FILE tells what the model says)";
+        let message = "has no label of any task, so nothing can be scored (--predictions FILE writes the predictions)";
         return Err(invalid(format!("{} {message}", split.name())));
     }
     for task in report.tasks.iter().filter(|task| task.n_sentences == 0) {
@@ -71,12 +71,14 @@ fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec
     let [set] = sets.as_slice() else {
         let (known, split) = (sets.join(", "), split.name());
         return Err(invalid(format!(
-            "the run has the sets {known}: say which, as in --set data.sets.{}.{split}=FILE",
+            "the run has several sets, {known}: choose one, as in --set data.sets.{}.{split}=FILE",
             sets[0]
         )));
     };
     if split == Split::Train {
-        return Err(invalid("--input stands in the place of dev or test: training rows are cut and chosen from"));
+        return Err(invalid(
+            "--input can replace dev or test, but not train, from which rows are split off and sampled",
+        ));
     }
     let path = std::path::absolute(file)?;
     let given = format!("data.sets.{set}.{}={}", split.name(), serde_json::to_string(&path.to_string_lossy())?);

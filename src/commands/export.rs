@@ -25,25 +25,30 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     may_write(args)?;
     let folder = atomic::folder_of(out);
     if !folder.is_dir() {
-        return Err(invalid(format!("{} cannot be written: {} is no folder", out.display(), folder.display())));
+        return Err(invalid(format!("{} cannot be written: {} is not a folder", out.display(), folder.display())));
     }
     let dtype = args.dtype;
     match (args.format, dtype) {
         (ExportFormat::Onnx, Dtype::Float16 | Dtype::Bfloat16 | Dtype::Int8) => {
-            return Err(invalid("--format onnx writes float32; onnxruntime's own tools make it smaller"));
+            return Err(invalid(
+                "--format onnx writes only float32; onnxruntime's own tools can make the file smaller",
+            ));
         }
         (ExportFormat::Safetensors, Dtype::Int8) => {
-            return Err(invalid("--format safetensors holds plain weights: use float32, float16 or bfloat16"));
+            return Err(invalid("--format safetensors does not support int8: use float32, float16 or bfloat16"));
         }
         _ => {}
     }
     if args.run.is_file() {
-        return Err(invalid(format!("{} is exported already: export the run that it was made of", args.run.display())));
+        return Err(invalid(format!(
+            "{} is a file, not a run directory: export the run that the model was trained in",
+            args.run.display()
+        )));
     }
     let trained = trained::open(&args.run, &args.checkpoint, Device::Cpu)?;
     if args.format == ExportFormat::Triton && !matches!(trained.experiment.tokenizer, TokenizerConfig::Word(_)) {
         return Err(invalid(
-            "--format triton needs a tokenizer of whole words: its server sends token ids and lengths",
+            "--format triton needs `tokenizer: {model: word}`: the server passes only token ids and lengths",
         ));
     }
     let dev = dev(&trained)?;
@@ -77,7 +82,8 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     drop(unfinished);
     if let Some((off, scores)) = found {
         log::info!(
-            "{}: agrees with the live model to {off:.1e} of the largest logit, in a process of its own",
+            "{}: verified in a separate process: logits differ from the original model's by at most {off:.1e} of the largest \
+             logit",
             out.display()
         );
         if let (Some(scores), Some(report)) = (scores, report) {
@@ -85,8 +91,8 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         }
     } else {
         match args.format {
-            ExportFormat::Onnx => log::info!("{}: written; it was not run here: that takes onnxruntime", out.display()),
-            _ => log::info!("{}: written and read back", out.display()),
+            ExportFormat::Onnx => log::info!("{}: written, but not verified, which needs onnxruntime", out.display()),
+            _ => log::info!("{}: written, and verified by reading it back", out.display()),
         }
     }
     Ok(End::Done)
@@ -107,7 +113,7 @@ fn may_write(args: &ExportArgs) -> Result<()> {
         false => out.join(MARKER).is_file(),
     };
     if !ours {
-        let what = if one_file { "is a folder" } else { "is no folder that polytask exported" };
+        let what = if one_file { "is a folder" } else { "is not a folder that polytask exported" };
         return Err(invalid(format!("{} {what}: it is not replaced", out.display())));
     }
     Ok(())
@@ -127,7 +133,7 @@ fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<
     if let Err(error) = atomic::rename(built, out) {
         if std::fs::rename(&old, out).is_err() {
             let kept = partial.keep().join("old");
-            bail!("{} could not be written ({error}); what was there is in {}", out.display(), kept.display());
+            bail!("{} could not be written ({error}); the previous export is in {}", out.display(), kept.display());
         }
         return Err(error).with_context(name);
     }
@@ -142,7 +148,7 @@ fn dev(trained: &Trained) -> Result<Option<DeviceSet>> {
             Ok((!dev.set.is_empty()).then_some(dev))
         }
         Err(error) => {
-            log::warn!("dev cannot be read, so that the exported model is checked and not scored: {error:#}");
+            log::warn!("dev cannot be read, so the exported model is verified but not scored: {error:#}");
             Ok(None)
         }
     }
@@ -188,11 +194,11 @@ impl Content<'_> {
         let whole = |data: &&DeviceSet| data.set.first_tokens.is_none();
         if !whole(&self.sentences()) {
             log::warn!(
-                "some words of dev are cut in pieces, by spaces within them perhaps: no server can be sent such words"
+                "some words of dev are split into several tokens, perhaps at spaces; a Triton server cannot take such words"
             );
         }
         let found = [self.sentences(), self.made_up].into_iter().find(whole);
-        found.ok_or_else(|| invalid("--format triton: the tokenizer cuts its own words in pieces"))
+        found.ok_or_else(|| invalid("--format triton: the tokenizer splits its own words into several tokens"))
     }
 
     /// [`FILES`] with their texts.
@@ -254,13 +260,16 @@ impl Content<'_> {
         let program = std::env::current_exe().context("the program's own path is unknown")?;
         let mut command = Command::new(program);
         command.args(["-q", "verify-export"]).arg(file).arg(&list).stdin(Stdio::null());
-        let output = command.output().context("the check could not be started")?;
+        let output = command.output().context("the verification could not be started")?;
         let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         if !output.status.success() {
             let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            bail!("the exported model was checked and dropped: {}", why.trim_start_matches("error: "));
+            bail!(
+                "the exported model failed the verification and was discarded: {}",
+                why.trim_start_matches("error: ")
+            );
         }
-        let off = said.parse().with_context(|| format!("the check said `{said}`"))?;
+        let off = said.parse().with_context(|| format!("unexpected output of the verification: `{said}`"))?;
         let scores = self.dev.map(|dev| export::scores(&module, model, dev, tasks)).transpose()?;
         Ok((off, scores))
     }
@@ -292,7 +301,7 @@ impl Content<'_> {
         for (name, tensor) in &weights {
             let same = back.iter().any(|(found, value)| found == name && value == tensor);
             if !same {
-                bail!(Mismatch(format!("weights `{name}` did not come back from the file as they are")));
+                bail!(Mismatch(format!("weights `{name}` are different when read back from the file")));
             }
         }
         for (name, text) in self.files()? {
@@ -339,7 +348,7 @@ impl Content<'_> {
 }
 
 fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy_table::Table {
-    let mut out = table::table(&["task", "metric on dev", "live", dtype.name()], 2);
+    let mut out = table::table(&["task", "metric on dev", "original", dtype.name()], 2);
     for (task, exported) in report.tasks.iter().zip(exported) {
         for (i, (live, exported)) in task.scores.iter().zip(exported).enumerate() {
             let name = if i == 0 { task.name.clone() } else { String::new() };

@@ -48,10 +48,12 @@ pub fn open(path: &Path) -> Result<Exported> {
         invalid(format!("{name} is damaged ({})", why.split(". ").next().unwrap_or(&why)))
     })?;
     let about: Value = serde_json::from_str(&files[0])
-        .map_err(|_| invalid(format!("{name} is a TorchScript file, but no model that polytask exported")))?;
+        .map_err(|_| invalid(format!("{name} is a TorchScript file, but not a model exported by polytask")))?;
     if about["format"] != FORMAT {
         let (found, version) = (&about["format"], &about["polytask"]);
-        return Err(invalid(format!("{name} has format {found} (polytask {version}); this program reads {FORMAT}")));
+        return Err(invalid(format!(
+            "{name} has format {found} (polytask {version}); this program reads format {FORMAT}"
+        )));
     }
     Ok(Exported { module, about, files })
 }

@@ -52,10 +52,10 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
     }
     say(curve(&points))?;
     match suggestion {
-        Some(rate) => {
-            say(format!("the loss falls fastest at {rate:.1e}: training.optimizer.learning_rate of that size"))?
-        }
-        None => say("the loss did not fall by a tenth: try a wider range (--from, --to), or more --steps")?,
+        Some(rate) => say(format!(
+            "the loss falls fastest at {rate:.1e}: set training.optimizer.learning_rate to about this value"
+        ))?,
+        None => say("the loss fell by less than a tenth: try a wider range (--from, --to) or more --steps")?,
     }
     if let Some(path) = &args.html {
         log::info!("the curve is in {}", path.display());
@@ -92,7 +92,7 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
             if points.is_empty() {
                 let rate = args.from * config.schedule.factor(number, n_steps);
                 bail!(
-                    "{} is not finite at step {} already, with a learning rate of {rate:.1e}: try a lower --from",
+                    "{} is not finite as early as step {}, at a learning rate of {rate:.1e}: try a lower --from",
                     diverged.what,
                     number + 1
                 );
@@ -118,7 +118,7 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     }
     if let (true, Some(absent)) = (points.is_empty(), averages.iter().position(|(_, n)| *n == 0)) {
         let name = &tasks[absent].name;
-        return Err(invalid(format!("no step has labels of task `{name}`: take more --steps")));
+        return Err(invalid(format!("no step has labels of task `{name}`: increase --steps")));
     }
     Ok(points)
 }

@@ -120,10 +120,10 @@ fn output(path: &Path, read: &[&Path]) -> Result<Partial> {
     let same =
         |other: &&Path| path.canonicalize().is_ok_and(|path| other.canonicalize().is_ok_and(|other| path == other));
     if path == Path::new("-") {
-        return Err(invalid("`-` is no file; /dev/stdout writes to standard output"));
+        return Err(invalid("`-` is not a file; use /dev/stdout for standard output"));
     }
     if path.is_file() && read.iter().any(same) {
-        return Err(invalid(format!("{} is what is read: name another file", path.display())));
+        return Err(invalid(format!("{} is an input of this command: choose another output file", path.display())));
     }
     Partial::new(path).map_err(|error| invalid(format!("{} cannot be written: {error}", path.display())))
 }

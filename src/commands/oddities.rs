@@ -29,7 +29,8 @@ pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems.extend(long_sentences(corpus));
     let trunk = &experiment.model.trunk;
     if trunk.layers == 1 && trunk.connection != Connection::None {
-        let message = "model.trunk.connection leads past layers from the second on, and there is one";
+        let message =
+            "model.trunk.connection has no effect: it applies from the second layer on, and there is only one";
         problems.push(Problem::general(Severity::Warning, message));
     }
     problems
@@ -76,7 +77,7 @@ pub fn unnamed_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> 
         let Some(named) = head.labels() else { continue };
         for (label, (place, _)) in used(corpus, (TaskId(i), head.kind()), Split::Train) {
             if !named.iter().any(|known| known == label) {
-                let message = format!("`{name}`: label `{label}` is none of `tasks.{name}.labels`");
+                let message = format!("`{name}`: label `{label}` is not in `tasks.{name}.labels`");
                 problems.push(Problem::error(place, message));
             }
         }
@@ -103,40 +104,40 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
         }
         let odd = |message: String| Problem::general(Severity::Warning, message);
         if train.is_empty() && head.kind().has_spans() {
-            problems.push(odd(format!("`{name}`: train has no span: there is nothing to find")));
+            problems.push(odd(format!("`{name}`: train has no spans, so there is nothing to learn")));
         }
         let mut folded: BTreeMap<String, (&str, &Place)> = BTreeMap::new();
         for (label, (place, _)) in &train {
             let fold = label.to_lowercase().split_whitespace().collect();
             if let Some((other, before)) = folded.insert(fold, (label, place)) {
-                let message = format!("`{name}`: labels `{other}` and `{label}` differ in case or white space alone");
+                let message = format!("`{name}`: labels `{other}` and `{label}` differ only in case or white space");
                 problems.push(Problem::warning(before.max(place).clone(), message));
             }
         }
         if train.len() == 1 && !head.kind().has_spans() {
-            problems.push(odd(format!("`{name}`: train has one label alone: there is nothing to tell apart")));
+            problems.push(odd(format!("`{name}`: train has only one label, so there is nothing to distinguish")));
         }
         for (label, (place, n)) in train.iter().filter(|(_, (_, n))| *n <= RARE) {
             let likes = train.iter().filter(|(other, (_, many))| *many >= OFTEN * n && misspelled(label, other));
             if let Some((other, (_, many))) = likes.max_by_key(|(_, (_, many))| *many) {
                 let message = format!(
-                    "`{name}`: label `{label}` is rare, and one letter from `{other}`, of which there are {many}"
+                    "`{name}`: label `{label}` is rare and one letter away from `{other}`, which occurs {many} times"
                 );
                 problems.push(Problem::warning(place.clone(), message));
             }
         }
         for label in head.labels().into_iter().flatten().filter(|label| !train.contains_key(label.as_str())) {
-            problems.push(odd(format!("`{name}`: label `{label}` of `tasks.{name}.labels` is in no training row")));
+            problems.push(odd(format!("`{name}`: label `{label}` of `tasks.{name}.labels` occurs in no training row")));
         }
         if dev.is_empty() && !train.is_empty() {
             problems.push(odd(format!(
-                "`{name}`: dev has no label of it, so that it does not help to choose a checkpoint"
+                "`{name}`: dev has no label of this task, so the task does not help to choose a checkpoint"
             )));
         }
         for (split, used) in [(Split::Dev, dev), (Split::Test, test)] {
             for (label, (place, _)) in used.into_iter().filter(|(label, _)| !train.contains_key(label)) {
                 let message = format!(
-                    "`{name}`: label `{label}` is in {} but never in train: it can only be missed",
+                    "`{name}`: label `{label}` is in {} but never in train, so it cannot be predicted",
                     split.name()
                 );
                 problems.push(Problem::warning(place, message));
@@ -164,10 +165,10 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
                 if let Some(&(other, before, at)) = worst.filter(|(_, before, _)| *before != split) {
                     let (split, place) = (split.name(), rows_of(other, before).place(at));
                     let message = match other == set {
-                        true => format!("this sentence of {split} stands in {} too ({place})", before.name()),
+                        true => format!("this sentence of {split} also occurs in {} ({place})", before.name()),
                         false => {
                             let (name, other) = (&loaded.name, &corpus.sets[other].name);
-                            format!("this sentence of `{name}`'s {split} stands in train of `{other}` ({place})")
+                            format!("this sentence of `{name}`'s {split} also occurs in train of `{other}` ({place})")
                         }
                     };
                     problems.push(Problem::warning(rows.place(row), message));
@@ -193,7 +194,7 @@ fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
                 let (first, before) = *seen.entry(rows.words_of(row)).or_insert((row, labels));
                 if before != labels {
                     let place = rows.place(first);
-                    let message = format!("`{name}`: this sentence has other labels than the same before ({place})");
+                    let message = format!("`{name}`: this sentence occurs earlier with other labels ({place})");
                     problems.push(Problem::warning(rows.place(row), message));
                 }
             }
@@ -221,8 +222,8 @@ fn stuck_punctuation(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
         let share = stuck.len() as f64 / words.len().max(1) as f64;
         if share > STUCK {
             let message = format!(
-                "`{}`: {} % of the different words end in punctuation, as `{}`; `tokenizer.split: punctuation` takes it for \
-                 words of its own",
+                "`{}`: {} % of the distinct words end in punctuation, such as `{}`; `tokenizer.split: punctuation` makes it \
+                 separate words",
                 set.name,
                 (100.0 * share).round(),
                 stuck[0]
@@ -240,8 +241,8 @@ pub fn long_sentences(corpus: &Corpus) -> Vec<Problem> {
         for row in (0..rows.len()).filter(|&row| rows.words_of(row).len() > LONG) {
             let n = rows.words_of(row).len();
             let message = format!(
-                "a sentence of {n} words: a batch is as long as its longest, and takes memory for it; `data.max_words` leaves \
-                 out longer ones"
+                "a sentence of {n} words: its whole batch is padded to this length, which takes memory; `data.max_words` leaves \
+                 out longer sentences"
             );
             problems.push(Problem::warning(rows.place(row), message));
         }
@@ -257,7 +258,7 @@ fn words_with_spaces(corpus: &Corpus) -> Vec<Problem> {
         for row in 0..rows.len() {
             if let Some(&word) = rows.words_of(row).iter().find(|&&word| apart[word as usize]) {
                 let word = rows.words.get(word);
-                let message = format!("the word `{word}` has white space in it, where raw text is cut in use");
+                let message = format!("the word `{word}` contains white space, but raw text is split at white space");
                 problems.push(Problem::warning(rows.place(row), message));
             }
         }

@@ -26,7 +26,7 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
             wanted.iter().all(|wanted| keys.next().is_some_and(|key| key == *wanted || key == NAME))
         });
         if rows.is_empty() {
-            return Err(invalid(format!("no option `{path}`; `polytask options` lists them all")));
+            return Err(invalid(format!("no option `{path}`; `polytask options` lists all options")));
         }
     }
     let outer = rows.iter().map(|row| row.depth).min().unwrap_or(0);

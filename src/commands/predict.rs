@@ -19,7 +19,7 @@ use crate::data::words::character_ranges;
 use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, gzip, json_row, json_value, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
-use crate::problem::{InvalidInput, Place, Problem, invalid};
+use crate::problem::{InvalidInput, Place, Problem, counted, invalid};
 use crate::run::atomic::Partial;
 use crate::task::{Task, TaskKind};
 
@@ -43,7 +43,7 @@ type Unit = (usize, Vec<u8>);
 pub fn run(args: &PredictArgs) -> Result<End> {
     let format = format_of(args)?;
     if args.top > 0 && format == PredictFormat::Conll {
-        return Err(invalid("--top is for JSON lines: CoNLL has one class a sentence"));
+        return Err(invalid("--top needs JSON lines: CoNLL has one class per sentence"));
     }
     let (device, _) = prepare::machine(&args.machine)?;
     let source: Box<dyn Read + Send> = match &args.input {
@@ -90,8 +90,10 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     };
     if let Some(n_done) = n_done {
         match &args.output {
-            None => log::info!("stopped after {n_done} sentences"),
-            Some(path) => log::info!("stopped after {n_done} sentences; {} is not written", path.display()),
+            None => log::info!("stopped after {}", counted(n_done, "sentence")),
+            Some(path) => {
+                log::info!("stopped after {}; {} was not written", counted(n_done, "sentence"), path.display())
+            }
         }
         return Ok(End::Interrupted);
     }
@@ -110,8 +112,8 @@ fn format_of(args: &PredictArgs) -> Result<PredictFormat> {
     match (args.format, extension(args)) {
         (PredictFormat::Auto, Some("conll" | "conllu")) => Ok(PredictFormat::Conll),
         (PredictFormat::Auto, Some(extension @ ("csv" | "tsv"))) => Err(invalid(format!(
-            "a .{extension} file is neither text nor JSON lines: give `polytask evaluate` labelled data with --set and \
-             --predictions, or take its lines as they are with --format text"
+            "a .{extension} file is neither plain text nor JSON lines: label it with `polytask evaluate`, --set and \
+             --predictions, or read each line as a sentence with --format text"
         ))),
         (format, _) => Ok(format),
     }
@@ -203,7 +205,7 @@ fn sentence(
         return Ok(of_json(trimmed, trained).map_err(wrong)?);
     }
     if is_array(trimmed) {
-        let message = "a JSON array, where each line is an object; --format text takes lines as they are";
+        let message = "a JSON array, but each line must be an object; --format text reads each line as a sentence";
         return Err(wrong(message.to_owned()).into());
     }
     Ok(split(line.to_owned(), trained))
@@ -211,7 +213,7 @@ fn sentence(
 
 /// A sentence from a JSON object, whose fields may be called what the run's data calls them.
 fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
-    let row = json_row(line).map_err(|message| format!("{message}; --format text takes lines as they are"))?;
+    let row = json_row(line).map_err(|message| format!("{message}; --format text reads each line as a sentence"))?;
     let field = |own: &dyn Fn(&SetConfig) -> Option<&String>, default: &'static str| {
         let names = trained.experiment.data.sets.values().filter_map(own).map(String::as_str);
         names.chain([default]).find_map(|name| Some((name.to_owned(), json_value(&row, name)?)))
@@ -232,22 +234,21 @@ fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
             own.unwrap_or_else(|| joined(tokens.into_iter()))
         }
         (Some((name, found)), None, text) if text.is_none() || !objects(found) => {
-            return Err(format!("`{name}` is no list of texts"));
+            return Err(format!("`{name}` is not a list of strings"));
         }
         (_, None, Some(text)) => (text.to_owned(), trained.tokenizer.splitter.split(text)),
         (_, None, None) => {
-            let needed =
-                "a JSON line needs `text` (a text) or `tokens` (a list of texts), or what the run's data calls them";
+            let needed = "a JSON line needs `text` (a string) or `tokens` (a list of strings), or the run's names for these keys";
             return Err(needed.to_owned());
         }
     };
     let read: Vec<String> = [tokens, text].into_iter().flatten().map(|(name, _)| name).collect();
-    let Value::Object(mut rest) = row else { return Err("a JSON line is an object".to_owned()) };
+    let Value::Object(mut rest) = row else { return Err("a JSON line must be an object".to_owned()) };
     rest.retain(|key, _| !read.contains(key));
     let ours = |key: &str| ["text", "words"].contains(&key) || trained.tasks.iter().any(|task| task.name == key);
     if let Some(key) = rest.keys().find(|key| ours(key)) {
         static TOLD: Once = Once::new();
-        TOLD.call_once(|| log::warn!("`{key}` of the input is not handed on: the model's stands in its place"));
+        TOLD.call_once(|| log::warn!("`{key}` of the input is not copied: the output has its own `{key}`"));
         rest.retain(|key, _| !ours(key));
     }
     Ok(Sentence { text: whole, words, rest, lines: Vec::new() })

@@ -12,7 +12,7 @@ use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, TokenizerConfig, Unseen, labels};
 use crate::libtorch;
 use crate::model::{ClassWeights, HeadConfig, Model, Vocabulary};
-use crate::problem::{Problem, fail_on_errors, invalid};
+use crate::problem::{Problem, counted, fail_on_errors, invalid};
 use crate::rng::Seed;
 use crate::run::RunDirectory;
 use crate::task::{Task, TaskId};
@@ -27,7 +27,8 @@ pub fn machine(machine: &Machine) -> Result<(Device, usize)> {
     let device = libtorch::device(&machine.device).map_err(|error| invalid(format!("{error:#}")))?;
     if threads > MOST_PER_CORE * cores {
         return Err(invalid(format!(
-            "--threads {threads}: this machine has {cores} cores, and more threads wait for each other"
+            "--threads {threads}: the limit is {MOST_PER_CORE} threads per core, and this machine has {}",
+            counted(cores, "core")
         )));
     }
     let workers = match device {
@@ -107,7 +108,9 @@ pub fn training(
     if let Some((id, unseen)) = train.set.unseen.first_key_value() {
         let Task { name, kind, .. } = &tasks[id.0];
         let lacking = labels::names(*kind, &unseen.labels).join(", ");
-        return Err(invalid(format!("`{name}`: training has labels that the run did not begin with: {lacking}")));
+        return Err(invalid(format!(
+            "`{name}`: train has labels that it did not have when the run started: {lacking}"
+        )));
     }
     for (i, head) in experiment.tasks.values().enumerate() {
         if head.class_weights() == ClassWeights::Balanced {
@@ -124,7 +127,7 @@ pub fn warn_of_unseen(data: &DeviceSet, split: Split, tasks: &[Task]) {
         let shown = names.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let more = if names.len() > 5 { format!(" and {} more", names.len() - 5) } else { String::new() };
         log::warn!(
-            "`{}`: {} has labels that training does not, and which count as missed: {shown}{more} ({} rows)",
+            "`{}`: {} has labels that train does not have, which count as errors: {shown}{more} ({} of its rows)",
             tasks[id.0].name,
             split.name(),
             table::count(rows.len())
@@ -175,11 +178,11 @@ fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDi
 pub fn coverage_line(coverage: &Coverage) -> String {
     let ((types, known), (tokens, known_tokens)) = (coverage.types, coverage.tokens);
     let case = match coverage.case_lost {
-        true => "; it has no capital letters: with `tokenizer.lowercase: true` it knows more words in use",
+        true => "; the file has no capital letters: `tokenizer.lowercase: true` lets it cover more words in use",
         false => "",
     };
     format!(
-        "{}: {} words of {} numbers, which know {} of {} training words ({:.1} % of the text){case}",
+        "{}: {} words, {} dimensions; covers {} of {} distinct training words ({:.1} % of the text){case}",
         coverage.file.display(),
         table::count(coverage.n_words),
         coverage.dim,

@@ -26,17 +26,20 @@ pub fn check(experiment: Experiment, device: Device, n_steps: usize) -> Result<V
     let apart = difference(&once, &training.take("apart", rest)?);
     let on_cpu = device == Device::Cpu;
     let within = |difference: f64, most: f64| {
-        ensure!(difference <= most, "a number differs by {difference:.1e} of the largest of its tensor");
+        ensure!(difference <= most, "a value differs by {difference:.1e} of the largest value of its tensor");
         Ok(())
     };
-    let exactly = |difference: f64| if on_cpu || difference == 0.0 { ", bit for bit" } else { " but for rounding" };
+    let exactly = |difference: f64| if on_cpu || difference == 0.0 { ", bit for bit" } else { ", except for rounding" };
     Ok(vec![
         (
             format!("{n_steps} steps of the experiment give the same weights each time{}", exactly(twice)),
             within(twice, if on_cpu { 0.0 } else { 1e-2 }),
         ),
         (
-            format!("{half} steps, a stop, and {rest} more give the weights of {n_steps}{}", exactly(apart)),
+            format!(
+                "{half} + {rest} steps with a stop in between give the same weights as {n_steps} steps{}",
+                exactly(apart)
+            ),
             within(apart, if on_cpu { 0.0 } else { (10.0 * twice).max(1e-5) }),
         ),
     ])

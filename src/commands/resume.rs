@@ -68,7 +68,7 @@ pub fn write_changes(
     // Where it ends the model is evaluated, which has to be yet to come.
     if ends(before) != ends(now) && step >= n_steps {
         let path = run.path.display();
-        return Err(invalid(format!("{path} has taken {step} steps already, and cannot end after {n_steps}")));
+        return Err(invalid(format!("{path} has already taken {step} steps, and cannot end after {n_steps}")));
     }
     // Its report makes a run a finished one.
     let report = run.file(finished::FILE);
@@ -79,7 +79,7 @@ pub fn write_changes(
     if ends(before) != ends(now) {
         let rate = trainer.learning_rate(step, n_steps);
         log::info!(
-            "the run now takes {n_steps} steps; the learning rate continues from {rate:.3e}, as if they had been planned"
+            "the run now ends after {n_steps} steps; the learning rate continues from {rate:.3e}, as if so planned from the start"
         );
     }
     Ok(())

@@ -16,15 +16,15 @@ use crate::train::gradients::{Backward, Weighted, as_vector, weighted_sum};
 use crate::weighting::{Reference, golden};
 
 const AGAINST_THE_CPU: golden::Check =
-    ("losses and gradients are those of the same steps on the CPU, to rounding", as_on_the_cpu);
+    ("losses and gradients equal those of the same steps on the CPU, except for rounding", as_on_the_cpu);
 
 const GRADIENT_CHECKS: [golden::Check; 3] = [
-    ("the network's gradient is that of sum w L, bit for bit, when norms are read at the representation", no_leak),
+    ("the network's gradient equals that of sum w L, bit for bit, with norms taken at the representation", no_leak),
     (
-        "the network's gradient is that of sum w L, to rounding, when tasks go through the last layer apart",
+        "the network's gradient equals that of sum w L, except for rounding, with norms taken at the last layer",
         no_leak_apart,
     ),
-    ("norms of the tasks' gradients are those that autograd gives each task alone", norms_are_right),
+    ("norms of the tasks' gradients equal those that autograd computes for each task separately", norms_are_right),
 ];
 
 pub fn run(args: &SelftestArgs) -> Result<End> {
@@ -35,7 +35,7 @@ pub fn run(args: &SelftestArgs) -> Result<End> {
     let mut tell = |name: &str, outcome: Result<()>| {
         n += 1;
         match outcome {
-            Ok(()) => say(format!("held    {name}")),
+            Ok(()) => say(format!("passed  {name}")),
             Err(error) => {
                 failed += 1;
                 say(format!("FAILED  {name}\n        {error:#}"))
@@ -54,7 +54,7 @@ pub fn run(args: &SelftestArgs) -> Result<End> {
     if failed > 0 {
         bail!("{failed} of {n} checks failed on {}", prepare::device_name(device));
     }
-    say(format!("all {n} checks held"))?;
+    say(format!("all {n} checks passed"))?;
     Ok(End::Done)
 }
 
@@ -217,7 +217,7 @@ fn compare(here: &Setting, there: &Setting) -> Result<()> {
         ("gradient", all(here.plain()?).to_device(Device::Cpu), all(there.plain()?)),
     ] {
         let off = (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[]);
-        ensure!(off <= tolerance, "a {what} is off by {off:.1e} of its size");
+        ensure!(off <= tolerance, "a {what} differs by {off:.1e} of its size");
     }
     Ok(())
 }
@@ -226,7 +226,7 @@ fn no_leak(device: Device) -> Result<()> {
     let setting = Setting::new(device, 0.3, Size::Small)?;
     // The graph is the same one: nothing may be rounded differently.
     let off = setting.difference(Reference::Representation)?;
-    ensure!(off == 0.0, "a gradient is off by {off:.1e} of its size");
+    ensure!(off == 0.0, "a gradient differs by {off:.1e} of its size");
     Ok(())
 }
 
@@ -234,7 +234,7 @@ fn no_leak_apart(device: Device) -> Result<()> {
     let off = Setting::new(device, 0.3, Size::Small)?.difference(Reference::LastLayer)?;
     // float32 sums in another order; TF32 products on CUDA have 10 bits.
     let tolerance = if device == Device::Cpu { 1e-5 } else { 5e-3 };
-    ensure!(off < tolerance, "a gradient is off by {off:.1e} of its size");
+    ensure!(off < tolerance, "a gradient differs by {off:.1e} of its size");
     Ok(())
 }
 
@@ -255,7 +255,7 @@ fn norms_are_right(device: Device) -> Result<()> {
             let alone = gradients.iter().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
             let found = norms.double_value(&[task as i64]);
             let name = &setting.tasks[task].name;
-            ensure!((alone - found).abs() < tolerance * alone, "{reference:?}, {name}: {found} is not {alone}");
+            ensure!((alone - found).abs() < tolerance * alone, "{reference:?}, {name}: {found} instead of {alone}");
         }
     }
     Ok(())
@@ -271,6 +271,6 @@ mod tests {
         let [here, there] = [0, 1].map(|_| Setting::new(Device::Cpu, 0.0, Size::Large).unwrap());
         let weights = here.model.parameters.tensors();
         let _ = tch::no_grad(|| weights[0].shallow_clone().g_add_scalar_(0.5));
-        assert!(compare(&here, &there).unwrap_err().to_string().contains(" is off by"));
+        assert!(compare(&here, &there).unwrap_err().to_string().contains(" differs by"));
     }
 }

@@ -32,7 +32,7 @@ pub fn listen() -> Result<()> {
 fn heed() {
     match &*STOP.lock().unwrap_or_else(PoisonError::into_inner) {
         Some((stop, message)) if !stop.swap(true, Ordering::Relaxed) => {
-            eprintln!("\n{message}; once more to stop at once");
+            eprintln!("\n{message}; interrupt again to stop immediately");
         }
         _ => {
             atomic::clear();

@@ -21,7 +21,7 @@ use crate::config::{Experiment, PlannedRun};
 use crate::data::Split;
 use crate::evaluate::TaskReport;
 use crate::libtorch;
-use crate::problem::invalid;
+use crate::problem::{counted, invalid};
 use crate::run::{NewRun, RunDirectory, atomic};
 use crate::task::TaskId;
 
@@ -42,7 +42,7 @@ enum Outcome {
 pub fn run(args: &StudyArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let Some(study) = &experiment.study else {
-        return Err(invalid(format!("{} has no `study:`", args.experiment.display())));
+        return Err(invalid(format!("{} has no `study:` block", args.experiment.display())));
     };
     for device in &args.devices {
         libtorch::device(device).map_err(|error| invalid(format!("{error:#}")))?;
@@ -58,20 +58,22 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         let (n, alone) = (runs.len(), format!("only-{name}"));
         runs.retain(|run| run.label != alone);
         if runs.len() < n {
-            log::warn!("`{name}` is not trained alone: dev has no label of it to choose a checkpoint by");
+            log::warn!(
+                "no single-task model is trained for `{name}`: dev has no label of it to choose a checkpoint by"
+            );
         }
     }
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/{}-study", experiment.name)));
     if !out.join(PLAN).is_file() {
         NewRun::fail_if_occupied(&out)?;
     }
-    std::fs::create_dir_all(&out).map_err(|error| invalid(format!("{} cannot be made: {error}", out.display())))?;
+    std::fs::create_dir_all(&out).map_err(|error| invalid(format!("{} cannot be created: {error}", out.display())))?;
     let _lock = RunDirectory { path: out.clone() }.lock()?;
     let jobs = write_plan(&out, &runs)?;
     let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(finished::FILE).is_file());
     let n_side_by_side = usize::from(args.jobs).max(args.devices.len()).min(open.len().max(1));
     log::info!(
-        "{}: {} runs, {} of them done, {n_side_by_side} side by side; results go to {}",
+        "{}: {} runs, {} of them done, {n_side_by_side} in parallel; results go to {}",
         experiment.name,
         done.len() + open.len(),
         done.len(),
@@ -83,7 +85,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         .filter(|entry| !done.iter().any(|job| job.run == entry.path()))
         .count();
     if n_other > 0 {
-        log::info!("{n_other} finished runs in it are of no part of this study any more, and are left out");
+        log::info!("finished runs in this folder that do not belong to this study, and are left out: {n_other}");
     }
     let n_open = open.len();
     let outcomes = work(open, args, n_side_by_side)?;
@@ -91,7 +93,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         outcomes.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Failed(_))).collect();
     let interrupted = outcomes.iter().any(|(_, outcome)| matches!(outcome, Outcome::Interrupted));
     if interrupted || outcomes.len() < n_open {
-        log::info!("stopped, everything is saved; the same command goes on");
+        log::info!("stopped, everything is saved; the same command continues the study");
         return Ok(End::Interrupted);
     }
     if done.len() + outcomes.len() > failed.len() {
@@ -106,8 +108,8 @@ pub fn run(args: &StudyArgs) -> Result<End> {
             })
             .collect();
         bail!(
-            "{} runs failed; the same command goes on with them, from the start where their folders are removed\n  {}",
-            failed.len(),
+            "{} failed; the same command resumes failed runs, or starts them again if you remove their folders\n  {}",
+            counted(failed.len(), "run"),
             lines.join("\n  ")
         );
     }
@@ -125,7 +127,7 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
         if started && std::fs::read_to_string(&file).is_ok_and(|old| old != yaml) {
             let (out, name) = (out.display(), &run.name);
             return Err(invalid(format!(
-                "{out} holds a run {name} of another experiment than this; name another folder with --out"
+                "{out} has a run {name} of a different experiment; choose another folder with --out"
             )));
         }
         files.push((file.clone(), yaml));
@@ -141,7 +143,7 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
     atomic::write(&out.join(PLAN), serde_json::to_string_pretty(&plan)?.as_bytes())?;
     for folder in ["experiments", "runs", "logs"] {
         std::fs::create_dir_all(out.join(folder))
-            .map_err(|error| invalid(format!("{} cannot be made: {error}", out.join(folder).display())))?;
+            .map_err(|error| invalid(format!("{} cannot be created: {error}", out.join(folder).display())))?;
     }
     files.iter().try_for_each(|(file, yaml)| atomic::write(file, yaml.as_bytes()))?;
     Ok(jobs)
@@ -152,7 +154,7 @@ fn work(jobs: Vec<Job>, args: &StudyArgs, n: usize) -> Result<Vec<(Job, Outcome)
     let program = std::env::current_exe().context("the program's own path is unknown")?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = args.threads.map_or((cores / n).max(1), usize::from);
-    let stop = super::stop_flag("stopping the runs after their steps");
+    let stop = super::stop_flag("stopping the runs after their current steps");
     let n_jobs = jobs.len();
     let (queue, results) = (Mutex::new(VecDeque::from(jobs)), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {

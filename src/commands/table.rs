@@ -56,7 +56,7 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
         // Sentences that have labels of one task alone say nothing of all.
         let partly = |report: &Report| report.tasks.iter().any(|task| task.n_sentences > report.n_joint);
         if splits.iter().any(|(_, report)| partly(report)) {
-            add("", "of sentences with labels of 2 tasks", &|report| Some(count(report.n_joint)));
+            add("", "sentences with labels of 2+ tasks", &|report| Some(count(report.n_joint)));
         }
     }
     table
@@ -64,7 +64,7 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
 
 /// Scores of every label of every task.
 pub fn by_label(report: &Report) -> Table {
-    let mut table = table(&["task", "label", "precision", "recall", "f1", "n", "most taken for"], 2);
+    let mut table = table(&["task", "label", "precision", "recall", "f1", "n", "mistaken for"], 2);
     for task in &report.tasks {
         let mut name = task.name.as_str();
         for of in &task.labels {

@@ -19,7 +19,7 @@ use crate::data::{Corpus, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
-use crate::problem::{fail_on_errors, invalid};
+use crate::problem::{counted, fail_on_errors, invalid};
 use crate::run::{NewRun, RunDirectory, atomic, checkpoint};
 use crate::task::{Task, TaskId};
 use crate::train::{Course, Outcome, State, TrainingConfig};
@@ -74,7 +74,11 @@ fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)
         if warnings.len() > 1 {
             let mut check = vec![program(), "check".to_owned(), quoted(&args.experiment), "--all".to_owned()];
             check.extend(args.overrides.iter().map(|value| format!("--set {}", quoted(value))));
-            log::warn!("{} more warnings about the data; `{}` lists them", warnings.len() - 1, check.join(" "));
+            log::warn!(
+                "{} about the data; `{}` lists all",
+                counted(warnings.len() - 1, "more warning"),
+                check.join(" ")
+            );
         }
     }
     let (tokenizer, coverage) = prepare::tokenizer(experiment, &corpus)?;
@@ -94,7 +98,7 @@ fn write(
     machine: (Device, usize),
 ) -> Result<()> {
     let tasks = prepare::tasks(experiment, corpus);
-    let written = std::fs::read_to_string(&args.experiment).context("the experiment file is gone")?;
+    let written = std::fs::read_to_string(&args.experiment).context("the experiment file cannot be read any more")?;
     run.write("experiment.yaml", &written)?;
     run.write("tokenizer.json", &tokenizer.to_json()?)?;
     trained::write_vectors(run, tokenizer)?;
@@ -155,14 +159,14 @@ fn go(
     let mut state = if resumes { trainer.resume(run)? } else { State::new(tasks.len()) };
     let data = EncodedSet::fingerprint(&[&train.set, &dev.set]);
     if state.data.get_or_insert(data.clone()) != &data {
-        let message = "its data has changed since: put it back, or begin another run";
-        return Err(invalid(format!("{} cannot go on: {message}", run.path.display())));
+        let message = "its data has changed; restore the data or start a new run";
+        return Err(invalid(format!("{} cannot be resumed: {message}", run.path.display())));
     }
     if written.to_yaml()? != experiment.to_yaml()? {
         resume::write_changes(run, (&written, experiment), &trainer, state.step)?;
     }
     if state.step > 0 {
-        log::info!("going on after step {} of {}", state.step, trainer.n_steps());
+        log::info!("resuming after step {} of {}", state.step, trainer.n_steps());
     }
     let started = Instant::now();
     let mut progress = TrainingProgress::new(&tasks, trainer.n_steps(), state.step);
@@ -173,13 +177,13 @@ fn go(
     match outcome {
         Outcome::Interrupted(step) => {
             let command = resume_command(args, run);
-            log::info!("stopped after step {step}, everything is saved; go on with:\n  {command}");
+            log::info!("stopped after step {step}, everything is saved; resume with:\n  {command}");
             Ok(End::Interrupted)
         }
         Outcome::Finished => {
             if progress.stopped_early() {
                 let patience = experiment.training.early_stopping.patience_epochs.unwrap_or_default();
-                log::info!("stopped: no gain in {patience} epochs");
+                log::info!("stopped early: no better score in {}", counted(patience, "epoch"));
             }
             report(run, &tasks, &model, (corpus, &tokenizer, device), seconds)?;
             Ok(End::Done)
@@ -280,8 +284,8 @@ fn report(
     say(table::reports(&finished.splits.iter().map(|(name, report)| (name.as_str(), report)).collect::<Vec<_>>()))?;
     let (program, path) = (program(), quoted(&run.path));
     log::info!(
-        "use it with:\n  {program} predict {path} --input sentences.txt\n  {program} export {path} --format torchscript --out \
-         model.pt"
+        "use the model with:\n  {program} predict {path} --input sentences.txt\n  {program} export {path} --format torchscript \
+         --out model.pt"
     );
     Ok(())
 }

@@ -48,7 +48,7 @@ fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let exported = exported::open(path)?;
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
-        return Err(invalid(format!("{} lacks files", path.display())));
+        return Err(invalid(format!("{} is incomplete: it lacks files", path.display())));
     };
     let experiment = Experiment::of_text((path, yaml), &[])?;
     let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
@@ -57,8 +57,8 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let named = |name: String| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor);
     let (mut n_trained, mut vectors) = (tokenizer.n_trained(), Vec::new());
     for i in 0..experiment.model.embedding.vectors.len() {
-        let first =
-            named(format!("embedding.vectors_{i}")).with_context(|| format!("{} lacks its vectors", path.display()))?;
+        let first = named(format!("embedding.vectors_{i}"))
+            .with_context(|| format!("{} lacks its word vectors", path.display()))?;
         n_trained = first.size()[0] as usize;
         let parts: Vec<&Tensor> = std::iter::once(first).chain(named(format!("embedding.further_{i}"))).collect();
         vectors.push(Tensor::cat(&parts, 0).to_kind(tch::Kind::Float));
@@ -66,14 +66,14 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     tokenizer.set_vectors(n_trained, vectors);
     let mut model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
     let weights = weights.into_iter().map(|(name, tensor)| (name, tensor.to_kind(tch::Kind::Float)));
-    let fits = || format!("{} does not fit its experiment", path.display());
+    let fits = || format!("{} does not match its experiment", path.display());
     if exported.about["dtype"] == "float32" {
         model.parameters.load(weights.collect()).with_context(fits)?;
     } else {
         if device != Device::Cpu {
             let dtype = &exported.about["dtype"];
             return Err(invalid(format!(
-                "{} holds {dtype} weights, which run on the CPU: use --device cpu",
+                "{} holds {dtype} weights, which run only on the CPU: use --device cpu",
                 path.display()
             )));
         }
@@ -104,7 +104,7 @@ impl Trained {
     /// Gives it other data: `overrides` change the experiment's `data:`.
     pub fn change_data(&mut self, overrides: &[String]) -> Result<()> {
         if let Some(other) = overrides.iter().find(|text| !text.starts_with("data.")) {
-            return Err(invalid(format!("--set {other}: of a trained model the data alone can be changed")));
+            return Err(invalid(format!("--set {other}: only keys below `data.` can be set for a trained model")));
         }
         if !overrides.is_empty() {
             let yaml = self.experiment.to_yaml()?;
@@ -118,7 +118,7 @@ impl Trained {
 pub fn open(path: &Path, name: &str, device: Device) -> Result<Trained> {
     if path.is_file() {
         if name != "best" {
-            let message = "is an exported model, which has one checkpoint: leave --checkpoint away";
+            let message = "is an exported model, which has only one checkpoint: omit --checkpoint";
             return Err(invalid(format!("{} {message}", path.display())));
         }
         return of_file(path, device);
@@ -136,6 +136,6 @@ pub fn open(path: &Path, name: &str, device: Device) -> Result<Trained> {
     }
     let saved = checkpoint::load(&file)?;
     let model = prepare::model(&experiment, &tasks, &tokenizer, device)?;
-    model.parameters.load(saved.model).with_context(|| format!("{} does not fit its run", file.display()))?;
+    model.parameters.load(saved.model).with_context(|| format!("{} does not match its run", file.display()))?;
     Ok(Trained { experiment, tasks, tokenizer, model, about: saved.state })
 }

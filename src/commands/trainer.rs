@@ -20,7 +20,7 @@ use crate::weighting::{WeightedTask, Weighting, WeightingConfig};
 /// Numbers that the device cannot train in.
 pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
     if config.precision == Precision::Float16 && device == Device::Cpu {
-        return Err(invalid("training.precision: float16 needs CUDA; on the CPU bfloat16 trains"));
+        return Err(invalid("training.precision: float16 needs CUDA; use bfloat16 on the CPU"));
     }
     Ok(())
 }
@@ -38,7 +38,9 @@ pub fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Res
     };
     match (0..dev.set.len()).any(tells) {
         true => Ok(()),
-        false => Err(invalid(format!("early_stopping.metric: {metric}: dev has no label to choose a checkpoint by"))),
+        false => Err(invalid(format!(
+            "early_stopping.metric: {metric}: dev has no labels for this metric to choose a checkpoint by"
+        ))),
     }
 }
 
@@ -59,8 +61,9 @@ fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
             let mut known: Vec<&str> = model.parameters.iter().filter_map(|(name, _)| name.split('.').next()).collect();
             known.dedup();
             let known = known.join(", ");
-            let message =
-                format!("training.freeze_epochs.{part}: the model has no such part; it has {known}, and parts of them");
+            let message = format!(
+                "training.freeze_epochs.{part}: the model has no such part; its parts are {known} and what they contain"
+            );
             return Err(invalid(message));
         }
     }

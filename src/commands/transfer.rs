@@ -21,11 +21,11 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
     let Some(from) = &experiment.init_from else { return Ok(None) };
     let wrong = |message: String| invalid(format!("init_from: {}: {message}", from.display()));
     if !from.is_dir() {
-        return Err(wrong("no run directory".to_owned()));
+        return Err(wrong("not a run directory".to_owned()));
     }
     let earlier = trained::open(from, "best", Device::Cpu)?;
     if !from.join(finished::FILE).exists() {
-        log::warn!("init_from: {} is not finished; its best checkpoint so far is taken", from.display());
+        log::warn!("init_from: {} is not finished; its best checkpoint so far is used", from.display());
     }
     let (theirs, ours) = (&earlier.experiment.model, &experiment.model);
     let trunk = |trunk: &crate::model::TrunkConfig| {
@@ -33,7 +33,11 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
         format!("hidden: {hidden}, layers: {layers}, bidirectional: {both}, connection: {:?}", trunk.connection)
     };
     if trunk(&theirs.trunk) != trunk(&ours.trunk) {
-        return Err(wrong(format!("its trunk is {}; here it is {}", trunk(&theirs.trunk), trunk(&ours.trunk))));
+        return Err(wrong(format!(
+            "its trunk is {}; this experiment's is {}",
+            trunk(&theirs.trunk),
+            trunk(&ours.trunk)
+        )));
     }
     Ok(Some(earlier))
 }
@@ -86,7 +90,13 @@ pub fn initialize(
             false => (value.size() == tensor.size()).then(|| value.copy()),
         });
         let found = || weights.get(name).map_or("missing".to_owned(), |value| format!("{:?}", value.size()));
-        let wrong = || invalid(format!("init_from: `{name}` is {} there, {:?} here", found(), tensor.size()));
+        let wrong = || {
+            invalid(format!(
+                "init_from: `{name}` is {} in the earlier run, {:?} in this experiment",
+                found(),
+                tensor.size()
+            ))
+        };
         values.insert(name.to_owned(), value.ok_or_else(wrong)?);
     }
     let (mut taken, mut left) = (Vec::new(), Vec::new());
@@ -94,10 +104,10 @@ pub fn initialize(
         let Some(theirs) = earlier.tasks.iter().find(|theirs| theirs.name == task.name) else { continue };
         let (own, before) = (&experiment.tasks[&task.name], &earlier.experiment.tasks[&task.name]);
         let reads_others = !own.reads_as(before, (tasks, &earlier.tasks), &experiment.model.trunk);
-        let reason =
-            difference(theirs, task).or_else(|| reads_others.then(|| "it reads something else there".to_owned()));
+        let reason = difference(theirs, task)
+            .or_else(|| reads_others.then(|| "it reads other inputs in the earlier run".to_owned()));
         if let Some(reason) = reason {
-            left.push(format!("init_from: the head of `{}` begins anew: {reason}", task.name));
+            left.push(format!("init_from: the head of `{}` is initialised from scratch: {reason}", task.name));
             continue;
         }
         let prefix = format!("heads.{}.", task.name);
@@ -108,13 +118,16 @@ pub fn initialize(
             values.extend(own.iter().map(|(name, _)| ((*name).to_owned(), weights[name].copy())));
             taken.push(task.name.as_str());
         } else {
-            left.push(format!("init_from: the head of `{}` begins anew: its parts are others there", task.name));
+            left.push(format!(
+                "init_from: the head of `{}` is initialised from scratch: its parts differ in the earlier run",
+                task.name
+            ));
         }
     }
     model.parameters.load_some(values)?;
     let heads = if taken.is_empty() { "no head".to_owned() } else { format!("heads {}", taken.join(", ")) };
     let summary = format!(
-        "begins with {} of {} tokens, the trunk and {heads} of {}",
+        "initialised with {} of {} tokens, the trunk and {heads} of {}",
         super::table::count(rows.0.len()),
         super::table::count(tokenizer.n_trained()),
         earlier.experiment.name
@@ -127,17 +140,17 @@ fn difference(theirs: &Task, ours: &Task) -> Option<String> {
     // Labels inside are those of BIO, however the data writes spans.
     let kind = |task: &Task| (task.kind == TaskKind::Classification, task.kind.has_spans());
     if kind(theirs) != kind(ours) {
-        return Some("it is of another kind there".to_owned());
+        return Some("it is of another type in the earlier run".to_owned());
     }
     let only = |some: &Task, other: &Task, where_: &str| {
         let mut labels = some.labels.iter().filter(|label| !other.labels.contains(label));
         let first = labels.next()?;
         let more = labels.count();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        Some(format!("label `{first}`{more} is {where_} alone"))
+        Some(format!("only {where_} has label `{first}`{more}"))
     };
-    let order = (theirs.labels != ours.labels).then(|| "its labels stand in another order there".to_owned());
-    only(ours, theirs, "here").or_else(|| only(theirs, ours, "there")).or(order)
+    let order = (theirs.labels != ours.labels).then(|| "its labels are in another order in the earlier run".to_owned());
+    only(ours, theirs, "this experiment").or_else(|| only(theirs, ours, "the earlier run")).or(order)
 }
 
 /// Where tokens stood in the earlier table, and where they stand now.

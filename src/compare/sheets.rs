@@ -52,10 +52,10 @@ impl Comparison {
         // The rate that dev chose is told where there was a choice.
         let rates = groups().any(|group| group.n_learning_rates > 1);
         let mut header = vec!["data".to_owned(), "strategy".to_owned()];
-        header.extend(rates.then(|| "rate".to_owned()));
+        header.extend(rates.then(|| "learning rate".to_owned()));
         header.push("seeds".to_owned());
         header.extend(names.iter().map(|(_, title)| title.clone()));
-        header.extend(["delta-m".to_owned(), "secs".to_owned(), "parameters".to_owned()]);
+        header.extend(["delta-m".to_owned(), "seconds".to_owned(), "parameters".to_owned()]);
         let score = |tasks: &[&TaskResult], name: &str| -> String {
             let Some(task) = tasks.iter().find(|task| task.name == name) else { return "-".to_owned() };
             let spread = task.deviation.map_or(String::new(), |sd| format!(" ± {}", percent(sd)));
@@ -117,7 +117,7 @@ impl Comparison {
             }
         }
         Sheet {
-            title: "Against the task alone: points, with the 95 % interval over seeds".to_owned(),
+            title: "Difference from the single-task model in points, with the 95 % interval over seeds".to_owned(),
             header: ["data", "strategy", "task", "difference", "multi-task"].map(str::to_owned).into(),
             n_names: 3,
             rows,
@@ -127,15 +127,15 @@ impl Comparison {
     fn curve(&self) -> Sheet {
         let needs = |saving: &Saving| match saving.alone_needs {
             Needed::Share(share) => percent_of_data(share),
-            Needed::SmallestOrLess => "the smallest share, or less".to_owned(),
-            Needed::MoreThanAll => "more than all of it".to_owned(),
+            Needed::SmallestOrLess => "the smallest fraction or less".to_owned(),
+            Needed::MoreThanAll => "more than all the data".to_owned(),
         };
         let row = |saving: &Saving| {
             vec![percent_of_data(saving.fraction), saving.label.clone(), saving.task.clone(), needs(saving)]
         };
         Sheet {
-            title: "How much data the task alone needs to be as good".to_owned(),
-            header: ["data", "strategy", "task", "alone it needs"].map(str::to_owned).into(),
+            title: "How much data the single-task model needs to score as high".to_owned(),
+            header: ["data", "strategy", "task", "single-task model needs"].map(str::to_owned).into(),
             n_names: 3,
             rows: self.savings.iter().map(row).collect(),
         }

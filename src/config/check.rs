@@ -69,18 +69,18 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
     c.require(
         "name",
         name.chars().all(name_ok) && name.starts_with(|c: char| c.is_ascii_alphanumeric()),
-        "use letters, digits, `-`, `_` and `.`, a letter or digit first",
+        "use letters, digits, `-`, `_` and `.`, beginning with a letter or digit",
     );
     // A map that lost a broken entry is not empty in the file.
     let empty = |at: &str| layer.value.pointer(at).and_then(|map| map.as_object()).is_none_or(|map| map.is_empty());
-    c.require("data.sets", !empty("/data/sets"), "name at least one set");
+    c.require("data.sets", !empty("/data/sets"), "give at least one set");
     for (name, set) in &experiment.data.sets {
         let path = format!("data.sets.{name}");
         let valid = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
         c.require(&path, valid && !name.is_empty(), "use letters, digits, `-` and `_` in the names of sets");
         check_set(&mut c, &path, set);
     }
-    c.require("tasks", !empty("/tasks"), "name at least one task");
+    c.require("tasks", !empty("/tasks"), "give at least one task");
     for (name, head) in &experiment.tasks {
         check_task(&mut c, name, head, experiment);
     }
@@ -119,7 +119,7 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     match set.format {
         Format::Lines => c.require(path, set.columns.len() > 1, "format `lines` needs `columns:` (two or more)"),
         Format::Conll | Format::Csv | Format::Tsv => {}
-        _ => c.require(&format!("{path}.columns"), !has_columns, "has a meaning for conll, lines, csv and tsv alone"),
+        _ => c.require(&format!("{path}.columns"), !has_columns, "applies only to conll, lines, csv and tsv"),
     }
     let one = |separator: &String| match set.format {
         Format::Csv | Format::Tsv => separator.len() == 1,
@@ -131,15 +131,19 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
         "must be one ASCII character for csv and tsv, and not empty",
     );
     let quoted = matches!(set.format, Format::Csv | Format::Tsv);
-    c.require(&format!("{path}.quotes"), set.quotes || quoted, "has a meaning for csv and tsv alone");
+    c.require(&format!("{path}.quotes"), set.quotes || quoted, "applies only to csv and tsv");
     let json = matches!(set.format, Format::Jsonl | Format::Json | Format::Rasa);
-    c.require(&format!("{path}.offsets"), set.offsets.are_characters() || json, "has a meaning for JSON alone");
+    c.require(&format!("{path}.offsets"), set.offsets.are_characters() || json, "applies only to JSON");
     let separated = matches!(set.format, Format::Conll | Format::Lines | Format::Csv | Format::Tsv);
-    c.require(&format!("{path}.separator"), set.separator.is_none() || separated, "has no meaning for this format");
+    c.require(&format!("{path}.separator"), set.separator.is_none() || separated, "does not apply to this format");
     let needs_words = matches!(set.format, Format::Conll | Format::Conllu);
-    c.require(&format!("{path}.text"), !(needs_words && set.text.is_some()), "this format holds words: use `tokens:`");
+    c.require(
+        &format!("{path}.text"),
+        !(needs_words && set.text.is_some()),
+        "this format contains words: use `tokens:`",
+    );
     for (split, paths) in [("train", Some(&set.train)), ("dev", set.dev.as_ref()), ("test", set.test.as_ref())] {
-        c.require(&format!("{path}.{split}"), paths.is_none_or(|paths| !paths.0.is_empty()), "name at least one file");
+        c.require(&format!("{path}.{split}"), paths.is_none_or(|paths| !paths.0.is_empty()), "give at least one file");
     }
 }
 
@@ -147,24 +151,24 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
     let path = format!("tasks.{name}");
     let valid = name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-    c.require(&path, valid, "a task's name is [a-z][a-z0-9_]*");
-    c.require(&path, name != "mean", "`mean` stands for the mean of the tasks");
-    c.require(&path, name != "trunk", "`trunk` stands for the shared trunk");
-    c.require(&path, !WRITTEN.contains(&name), "stands for something else in what is written beside a task's results");
+    c.require(&path, valid, "a task's name must match [a-z][a-z0-9_]*");
+    c.require(&path, name != "mean", "`mean` is reserved for the mean of the tasks");
+    c.require(&path, name != "trunk", "`trunk` is reserved for the shared trunk");
+    c.require(&path, !WRITTEN.contains(&name), "has another meaning in output files, so no task can have this name");
     let words = PYTHON.iter().chain(&SCRIPT);
     c.require(
         &path,
         !words.into_iter().any(|word| *word == name),
-        "is a word of TorchScript, in which models are exported",
+        "is a reserved word in TorchScript, to which models are exported",
     );
     // As written: a set that was taken out for its own errors is still known.
     let written = c.layer.value.pointer("/data/sets").and_then(|sets| sets.as_object());
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
-    c.require(&format!("{path}.set"), !head.sets().is_empty(), "name at least one set");
+    c.require(&format!("{path}.set"), !head.sets().is_empty(), "give at least one set");
     let distinct = |labels: &Vec<String>| labels.iter().collect::<BTreeSet<_>>().len() == labels.len();
     let named = head.labels().is_none_or(|labels| !labels.is_empty() && distinct(labels));
-    c.require(&format!("{path}.labels"), named, "name at least one, and each once");
+    c.require(&format!("{path}.labels"), named, "give at least one, and each only once");
     for set in head.sets() {
         if !known.contains(&set.as_str()) {
             c.error(&format!("{path}.set"), format!("no set `{set}`{}", suggestion(set, &known)));
@@ -182,13 +186,13 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
         }
         HeadConfig::Tagging(config) => {
             let can = config.can_constrain() || !config.constrained();
-            c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme of spans");
+            c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme with spans");
             let can = config.decoder() == Decoder::Softmax || config.label_smoothing == 0.0;
             c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
             let can = config.decoder() == Decoder::Softmax || config.class_weights == ClassWeights::Equal;
             c.require(&format!("{path}.class_weights"), can, "needs `decoder: softmax`");
             let can = head.kind().has_spans() || config.missed_cost == 0.0;
-            c.require(&format!("{path}.missed_cost"), can, "needs a scheme of spans");
+            c.require(&format!("{path}.missed_cost"), can, "needs a scheme with spans");
             c.require(&format!("{path}.missed_cost"), config.missed_cost >= 0.0, "must not be negative");
             (config.dropout, config.priority, config.label_smoothing)
         }
@@ -201,7 +205,7 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
 /// What a head reads: the trunk, a layer that there is, and heads that do not see it in turn.
 fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, experiment: &Experiment) {
     let inputs = format!("{path}.inputs");
-    c.require(&inputs, head.reads_trunk(), "`trunk` must be among them");
+    c.require(&inputs, head.reads_trunk(), "must include `trunk`");
     let known: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
     for other in head.other_inputs() {
         if !known.contains(&other) {
@@ -210,7 +214,7 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
     }
     let mut others: Vec<&str> = head.inputs().iter().map(String::as_str).collect();
     others.sort_unstable();
-    c.require(&inputs, others.windows(2).all(|pair| pair[0] != pair[1]), "each once");
+    c.require(&inputs, others.windows(2).all(|pair| pair[0] != pair[1]), "list each only once");
     // All that it sees, directly or through others.
     let mut seen: Vec<&str> = head.other_inputs().collect();
     let mut next = 0;
@@ -220,7 +224,7 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
         seen.extend(further);
         next += 1;
     }
-    c.require(&inputs, !seen.contains(&name), "a head must not see itself, directly or through others");
+    c.require(&inputs, !seen.contains(&name), "a head must not read itself, directly or through other heads");
     let reads = head.reads(&[]);
     let layers = experiment.model.trunk.layers;
     c.require(&format!("{path}.layer"), reads.layer <= layers, &format!("the trunk's last layer is {layers}"));
@@ -233,7 +237,7 @@ fn check_embedding(c: &mut Checker, experiment: &Experiment) {
     let embedding = &experiment.model.embedding;
     let others = !embedding.vectors.is_empty() || embedding.characters.max_bytes().is_some();
     let valid = embedding.dim >= 1 || (embedding.dim == 0 && others);
-    c.require("model.embedding.dim", valid, "must be at least 1, or 0 beside vectors or characters");
+    c.require("model.embedding.dim", valid, "must be at least 1, or 0 if there are vectors or characters");
     for (key, value) in [
         ("dropout", embedding.dropout),
         ("row_dropout", embedding.row_dropout),
@@ -242,11 +246,11 @@ fn check_embedding(c: &mut Checker, experiment: &Experiment) {
         c.dropout(&format!("model.embedding.{key}"), value);
     }
     let whole = matches!(experiment.tokenizer, TokenizerConfig::Word(_)) || embedding.vectors.is_empty();
-    c.require("model.embedding.vectors", whole, "vectors are of whole words: they need `tokenizer: {model: word}`");
+    c.require("model.embedding.vectors", whole, "pretrained vectors need `tokenizer: {model: word}`");
     for (i, vectors) in embedding.vectors.iter().enumerate() {
         let path = format!("model.embedding.vectors.{i}");
         let npy = vectors.file.extension().is_some_and(|extension| extension == "npy");
-        c.require(&path, npy == vectors.words.is_some(), "`words:` goes with a .npy file, and that needs it");
+        c.require(&path, npy == vectors.words.is_some(), "`words:` must be given with a .npy file, and only then");
     }
     let at = |key: &str| format!("model.embedding.characters.{key}");
     match &embedding.characters {
@@ -254,7 +258,7 @@ fn check_embedding(c: &mut Checker, experiment: &Experiment) {
         CharactersConfig::Cnn(cnn) => {
             c.require(&at("dim"), cnn.dim >= 1, "must be at least 1");
             c.require(&at("filters"), cnn.filters >= 1, "must be at least 1");
-            c.require(&at("width"), cnn.width >= 1 && cnn.width % 2 == 1, "must be an odd number from 1");
+            c.require(&at("width"), cnn.width >= 1 && cnn.width % 2 == 1, "must be odd and at least 1");
             c.at_least_one(&at("max_bytes"), cnn.max_bytes);
         }
         CharactersConfig::Lstm(lstm) => {
@@ -310,8 +314,8 @@ fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, exp
 /// What to say of a strategy where every step has one task.
 fn several_tasks(strategy: &str) -> String {
     format!(
-        "{strategy} balances the tasks of one step, and with round_robin sampling over separate sets each step has one: give \
-         training.accumulate_steps the number of sets, or sample proportional"
+        "{strategy} balances the tasks within a step, but with round_robin sampling of separate sets every step has one task. \
+         Set training.accumulate_steps to the number of sets, or use proportional sampling"
     )
 }
 
@@ -324,28 +328,32 @@ fn one_task_a_step(experiment: &Experiment) -> bool {
 }
 
 fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {
-    c.require("study.strategies", !study.strategies.is_empty(), "name at least one strategy");
+    c.require("study.strategies", !study.strategies.is_empty(), "give at least one strategy");
     for (name, weighting) in &study.strategies {
         let path = format!("study.strategies.{name}");
         let valid = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') && !name.starts_with("only");
-        c.require(&path, valid, "use letters, digits and `_`; `only...` stands for single-task twins");
+        c.require(
+            &path,
+            valid,
+            "use letters, digits and `_`; names that begin with `only` are reserved for single-task models",
+        );
         check_weighting(c, &path, weighting, experiment);
     }
-    c.require("study.seeds", !study.seeds.is_empty(), "name at least one seed");
+    c.require("study.seeds", !study.seeds.is_empty(), "give at least one seed");
     let mut seeds = study.seeds.clone();
     seeds.sort_unstable();
-    c.require("study.seeds", seeds.windows(2).all(|pair| pair[0] != pair[1]), "each once");
+    c.require("study.seeds", seeds.windows(2).all(|pair| pair[0] != pair[1]), "list each only once");
     for (path, values) in
         [("study.learning_rates", &study.learning_rates), ("study.data_fractions", &study.data_fractions)]
     {
         let twice = values.iter().enumerate().any(|(i, value)| values[..i].contains(value));
-        c.require(path, !twice, "each once");
+        c.require(path, !twice, "list each only once");
     }
     let rates = &study.learning_rates;
     c.require("study.learning_rates", rates.iter().all(|&rate| rate > 0.0), "must be more than 0");
     let fractions = &study.data_fractions;
     let valid = !fractions.is_empty() && fractions.iter().all(|&share| share > 0.0 && share <= 1.0);
-    c.require("study.data_fractions", valid, "name at least one, each more than 0 and at most 1");
+    c.require("study.data_fractions", valid, "give at least one, each more than 0 and at most 1");
 }
 
 fn check_fixed(c: &mut Checker, path: &str, fixed: &FixedConfig, experiment: &Experiment) {

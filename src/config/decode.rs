@@ -73,7 +73,7 @@ pub fn decode<T: DeserializeOwned + Serialize>(
     for (path, tag) in missing {
         remove(&mut value, &path.split('.').map(str::to_owned).collect::<Vec<_>>());
         let kinds = kinds_of::<T>(&path);
-        report(layer, problems, &path, format!("{path}: missing key `{tag}`: one of {kinds}"));
+        report(layer, problems, &path, format!("{path}: missing key `{tag}`: expected one of {kinds}"));
         removed.push(path);
     }
     let list = |path: &str| format!("{path}: expected a mapping of keys to values, found a list");
@@ -182,7 +182,7 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
     }
     let what = match shown.iter().find(|key| key.contains('.')) {
         // What names a kind was not seen to, behind such a key.
-        Some(key) if message.contains("map with a single key") => format!("`{key}`: names here have no dots"),
+        Some(key) if message.contains("map with a single key") => format!("`{key}`: names must not contain dots"),
         _ => plain(&message, tag_key(&owner).is_some()),
     };
     Diagnosis { path: owner.clone(), message: format!("{owner}: {what}"), missing: None, owner, remove: raw }
@@ -238,8 +238,8 @@ fn remove(value: &mut Value, path: &[String]) -> bool {
 pub fn suggestion(name: &str, known: &[&str]) -> String {
     match near(name, known) {
         Some(near) => format!("; did you mean {near}?"),
-        None if known.is_empty() => "; there are none here".to_owned(),
-        None => format!("; one of {}", known.join(", ")),
+        None if known.is_empty() => "; none is defined".to_owned(),
+        None => format!("; expected one of {}", known.join(", ")),
     }
 }
 

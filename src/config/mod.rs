@@ -27,32 +27,34 @@ pub use study::{PlannedRun, StudyConfig};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
-    /// Names the run directory. Letters, digits, `-`, `_` and `.`, a letter or digit first.
+    /// Name of the experiment and of its run directory: letters, digits, `-`, `_` and `.`, beginning with a letter or
+    /// digit.
     pub name: String,
-    /// The seed from which every use of chance derives its own. Default 13.
+    /// Seed of all random choices, except those with a seed of their own (`dev_seed`, `train_fraction_seed`). Default
+    /// 13.
     #[serde(default = "default_seed")]
     pub seed: u64,
-    /// A run directory whose best checkpoint gives the first weights: embedding rows of the same tokens, the trunk, and heads
-    /// of the same task and labels. Relative paths are relative to the working directory. Default: none.
+    /// A run directory whose best checkpoint provides the initial weights: embeddings of tokens that both models know,
+    /// the trunk, and heads with the same task and labels. Relative to the working directory. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
-    /// Which files hold the sentences and their labels.
+    /// The files with the sentences and their labels.
     pub data: DataConfig,
-    /// The tasks by name, in the order that they have everywhere. Names are `[a-z][a-z0-9_]*`.
+    /// The tasks by name, in the order in which they are listed everywhere. Names match `[a-z][a-z0-9_]*`.
     pub tasks: IndexMap<String, HeadConfig>,
-    /// How words become the tokens that are embedded. Default: every word is one.
+    /// How words are turned into the tokens that are embedded. Default: every word is a token.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
     /// Embedding and trunk.
     #[serde(default)]
     pub model: ModelConfig,
-    /// What each task's loss counts. Default `equal`.
+    /// How the losses of the tasks are weighted. Default `equal`.
     #[serde(default)]
     pub weighting: WeightingConfig,
-    /// Batches, optimizer, and when to stop.
+    /// Batches, optimizer, and when training stops.
     #[serde(default)]
     pub training: TrainingConfig,
-    /// What `polytask study` runs; nothing to `polytask train`. Default: none.
+    /// What `polytask study` runs; ignored by `polytask train`. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub study: Option<StudyConfig>,
 }
@@ -86,7 +88,7 @@ impl Experiment {
         if !problems.is_empty() {
             return Err(InvalidInput(problems).into());
         }
-        let absolute = |path: &PathBuf| std::path::absolute(path).context("the working directory is gone");
+        let absolute = |path: &PathBuf| std::path::absolute(path).context("the working directory cannot be accessed");
         experiment.tasks.values_mut().for_each(HeadConfig::resolve);
         experiment.data.root = absolute(&experiment.data.root)?;
         experiment.init_from = experiment.init_from.as_ref().map(absolute).transpose()?;
@@ -209,7 +211,7 @@ training:
         check_error(&GOOD.replace(", column: label", ""), &["e.yaml:10: tasks.intent: missing key `column`"]);
         check_error(
             &GOOD.replace("type: classification, ", ""),
-            &["tasks.intent: missing key `type`: one of classification"],
+            &["tasks.intent: missing key `type`: expected one of classification"],
         );
         check_error(
             &GOOD.replace("set: snips, column: label", "set: snaps, column: label"),
@@ -229,10 +231,13 @@ training:
         for strategy in ["gradnorm", "uncertainty_softmax"] {
             check_error(
                 &format!("{apart}  sampling: {{strategy: round_robin}}\nweighting: {{strategy: {strategy}}}\n"),
-                &[&format!("e.yaml:16: weighting: {strategy} balances the tasks of one step")],
+                &[&format!("e.yaml:16: weighting: {strategy} balances the tasks within a step")],
             );
         }
-        check_error(&GOOD.replace("label}", "label, inputs: [trunk, trunk]}"), &["tasks.intent.inputs: each once"]);
+        check_error(
+            &GOOD.replace("label}", "label, inputs: [trunk, trunk]}"),
+            &["tasks.intent.inputs: list each only once"],
+        );
         let seen = |intent: &str, slots: &str| {
             GOOD.replace("label}", &format!("label, inputs: [{intent}]}}"))
                 .replace("decoder: crf}", &format!("decoder: crf, inputs: [{slots}]}}"))
@@ -240,13 +245,13 @@ training:
         check_error(
             &seen("trunk, slots", "trunk, intent"),
             &[
-                "e.yaml:10: tasks.intent.inputs: a head must not see itself, directly or through others",
-                "e.yaml:11: tasks.slots.inputs: a head must not see itself",
+                "e.yaml:10: tasks.intent.inputs: a head must not read itself, directly or through other heads",
+                "e.yaml:11: tasks.slots.inputs: a head must not read itself",
             ],
         );
         check_error(
             &seen("intents", "trunk, intnet"),
-            &["tasks.intent.inputs: `trunk` must be among them", "no task `intnet`; did you mean `intent`?"],
+            &["tasks.intent.inputs: must include `trunk`", "no task `intnet`; did you mean `intent`?"],
         );
         check_error(
             &(GOOD
@@ -260,17 +265,17 @@ training:
                 "e.yaml:11: tasks.slots.class_weights: needs `decoder: softmax`",
                 "e.yaml:11: tasks.slots.missed_cost: must not be negative",
                 "training.freeze_epochs.trnk: no part `trnk`; did you mean `trunk`?",
-                "training.freeze_epochs.trunk.l1: the trunk ends with l0",
+                "training.freeze_epochs.trunk.l1: the trunk's last layer is l0",
                 "training.freeze_epochs.heads.intnt: no task `intnt`; did you mean `intent`?",
-                "model.embedding.vectors: vectors are of whole words",
-                "model.embedding.characters.width: must be an odd number from 1",
+                "model.embedding.vectors: pretrained vectors need",
+                "model.embedding.characters.width: must be odd and at least 1",
             ],
         );
         check_error(
             &(GOOD.to_owned() + "  sampling: {kind: temperature, temprature: 2}\n"),
             &[
                 "training.sampling: unknown key `kind`; did you mean `strategy`?",
-                "unknown key `temprature`; one of strategy",
+                "unknown key `temprature`; expected one of strategy",
             ],
         );
         // An error takes no other with it.
@@ -278,8 +283,8 @@ training:
         assert!(told.contains("expected a number") && !told.contains("give `dev:`"), "{told}");
         for (metric, expected) in [
             ("intnt", "no task `intnt`; did you mean `intent`?"),
-            ("slots.macro_f1", "`slots` has no score `macro_f1`; one of f1, precision"),
-            ("mean.loss", "`mean` is one number"),
+            ("slots.macro_f1", "`slots` has no score `macro_f1`; expected one of f1, precision"),
+            ("mean.loss", "`mean` is a single score"),
         ] {
             let path = "training.early_stopping.metric";
             let text = format!("{GOOD}  early_stopping: {{metric: {metric}}}\n");
@@ -301,7 +306,10 @@ training:
                 GOOD.replace("1e-3", "1e-3, betas: [0.9]"),
                 "e.yaml:13: training.optimizer.betas: expected a list of 2".into(),
             ),
-            (with("model: {trunk: {<<: 3}}"), "e.yaml:14: model.trunk.<<: merges mappings, as in <<: *name".into()),
+            (
+                with("model: {trunk: {<<: 3}}"),
+                "e.yaml:14: model.trunk.<<: can merge only mappings, as in <<: *name".into(),
+            ),
             (with("model: {trunk: [64, 2]}"), format!("e.yaml:14: model.trunk: {list}")),
             (
                 with("study: {seeds: [1], strategies: {dwa: [3]}}"),
@@ -318,15 +326,18 @@ training:
             (with("model: {trunk: [lstm, 2]}"), format!("e.yaml:14: model.trunk: {list}")),
             (with("model: {trunk: []}"), format!("e.yaml:14: model.trunk: {list}")),
             (with("weighting: [a]"), "e.yaml:14: weighting: expected a name or a mapping, found a list".into()),
-            (with("name: b"), "e.yaml:14: name stands in line 1 already".into()),
-            (with("model: {trunk: {layers: 1, layers: 2}}"), "e.yaml:14: model.trunk.layers stands in line 14".into()),
-            (with("'data.root': a\nseed: 1\nseed: 2"), "e.yaml:16: seed stands in line 15 already".into()),
+            (with("name: b"), "e.yaml:14: name is already defined in line 1".into()),
+            (
+                with("model: {trunk: {layers: 1, layers: 2}}"),
+                "e.yaml:14: model.trunk.layers is already defined in line 14".into(),
+            ),
+            (with("'data.root': a\nseed: 1\nseed: 2"), "e.yaml:16: seed is already defined in line 15".into()),
             (with("seed: 99999999999999999999999"), "e.yaml:14: seed: 99999999999999999999999 is too large".into()),
             (with("  clip_norm: .nan"), "e.yaml:14: training.clip_norm: .nan is not a finite number".into()),
             (with("  clip_norm: !a 3"), "e.yaml:14: training.clip_norm: YAML tags such as !a".into()),
             (
                 GOOD.replace("  intent:", "  in.tent:"),
-                "e.yaml:10: tasks.in.tent: `in.tent`: names here have no dots".into(),
+                "e.yaml:10: tasks.in.tent: `in.tent`: names must not contain dots".into(),
             ),
         ] {
             check_error(&text, &[&expected]);

@@ -14,10 +14,10 @@ pub fn schema() -> Value {
     let mut schema = settings.into_generator().into_root_schema_for::<Experiment>().to_value();
     to_written(&mut schema, "");
     schema["properties"]["extends"] = json!({
-        "description": "Another experiment file, relative to this one: what stands here is laid over it.",
+        "description": "Path of an experiment file, relative to this one, whose values this file overrides.",
         "type": "string",
     });
-    schema["patternProperties"] = json!({"^x-": {"description": "A place for YAML anchors, of no other meaning."}});
+    schema["patternProperties"] = json!({"^x-": {"description": "Ignored; a place for YAML anchors."}});
     schema
 }
 
@@ -155,7 +155,7 @@ mod tests {
         let set = "/properties/data/properties/sets/additionalProperties/properties";
         assert_eq!(of(&format!("{set}/dev_fraction")), [None, Some(0), None, Some(1)]);
         assert_eq!(of("/properties/seed")[1..], [None; 3]);
-        let text = "The trunk's layer that it reads, from 1; 0 is the last. Default 0.";
+        let text = "The trunk layer that the head reads, counted from 1; 0 is the last. Default 0.";
         let layer = json!({"type": "integer", "description": text});
         assert_eq!(bounds(layer.as_object().unwrap()), []);
     }

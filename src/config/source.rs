@@ -66,7 +66,7 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
     let (places, twice) = places(path, text);
     let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| match (error.to_string(), &twice) {
         (message, Some((key, first, second))) if message.contains("duplicate entry") => {
-            fail(*second, format!("{key} stands in line {first} already"))
+            fail(*second, format!("{key} is already defined in line {first}"))
         }
         (message, _) => fail(error.location().map_or(0, |location| location.line()), plain(&message)),
     })?;
@@ -76,7 +76,7 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
         fail(line, if key.is_empty() { message } else { format!("{key}: {message}") })
     })?;
     let Value::Object(object) = &mut value else {
-        return Err(fail(1, "an experiment is a mapping of keys to values".to_owned()).into());
+        return Err(fail(1, "an experiment must be a mapping of keys to values".to_owned()).into());
     };
     // A place for what `*anchors` name.
     object.retain(|key, _| !key.starts_with("x-"));
@@ -108,10 +108,10 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
 fn plain(message: &str) -> String {
     let message = message.split(" at line ").next().unwrap_or(message);
     if message.contains("more than one document") {
-        return "is no experiment: it holds several YAML documents".to_owned();
+        return "is not an experiment: it contains several YAML documents".to_owned();
     }
     if message.contains("cannot start any token") {
-        return format!("{message} (a tab? YAML indents by spaces)");
+        return format!("{message} (a tab? YAML is indented with spaces)");
     }
     let number = message.split_once("invalid type: integer `").filter(|(_, after)| after.contains("128"));
     match number {
@@ -152,7 +152,7 @@ fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String
                 let merged = if let Value::Array(several) = value { several } else { vec![value] };
                 for one in merged {
                     let Value::Object(one) = one else {
-                        return Err((join(path, &key), "merges mappings, as in <<: *name".to_owned()));
+                        return Err((join(path, &key), "can merge only mappings, as in <<: *name".to_owned()));
                     };
                     for (key, value) in one.into_iter().filter(|(key, _)| !own.contains(key)) {
                         object.entry(key).or_insert(value);
@@ -162,7 +162,7 @@ fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String
             Value::Object(object)
         }
         serde_yaml::Value::Tagged(tagged) => {
-            return Err((path.to_owned(), format!("YAML tags such as {} have no meaning here", tagged.tag)));
+            return Err((path.to_owned(), format!("YAML tags such as {} are not supported", tagged.tag)));
         }
     })
 }
@@ -230,7 +230,7 @@ fn override_layer(text: &str) -> Result<Layer> {
         return Err(wrong());
     }
     if value.trim().is_empty() {
-        return Err(invalid(format!("--set {text}: no value; null takes the key away")));
+        return Err(invalid(format!("--set {text}: no value; null removes the key")));
     }
     let value: serde_yaml::Value =
         serde_yaml::from_str(value).map_err(|error| invalid(format!("--set {text}: {}", plain(&error.to_string()))))?;

@@ -14,18 +14,21 @@ use crate::weighting::WeightingConfig;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StudyConfig {
-    /// Weighting strategies by a name of your choice; where `strategy:` is left out, the name is the strategy.
+    /// Weighting strategies by a name of your choice; without `strategy:`, the name is the strategy.
     pub strategies: IndexMap<String, WeightingConfig>,
-    /// Seeds of weights, order, dropout and, with fractions, of the choice of rows. Default [13, 14, 15].
+    /// Seeds for initial weights, data order and dropout and, with `data_fractions`, for the choice of rows. Default
+    /// [13, 14, 15].
     #[serde(default = "default_seeds")]
     pub seeds: Vec<u64>,
-    /// Learning rates to try; dev chooses the best of each strategy and each twin. Default: the experiment's.
+    /// Learning rates to try; the best on dev is chosen for each strategy and each single-task model. Default: the
+    /// experiment's.
     #[serde(default)]
     pub learning_rates: Vec<f64>,
-    /// Shares of the training rows: a learning curve. Default `[1]`.
+    /// Fractions of the training rows to train on, for a learning curve. Default `[1]`.
     #[serde(default = "default_fractions")]
     pub data_fractions: Vec<f64>,
-    /// Also train every task alone, on the sets that have its labels and for as many epochs, which is what multi-task training has to beat. Default true.
+    /// Also train a single-task model (a twin) for each task, on the sets that have its labels and for as many epochs:
+    /// the baseline for multi-task training. Default true.
     #[serde(default = "yes")]
     pub single_task_twins: bool,
 }

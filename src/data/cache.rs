@@ -37,7 +37,7 @@ fn read_at(cache: &Path, path: &Path, file: &Path, layout: &Layout, wanted: &[Wa
     };
     match load(cache, file, &source) {
         Ok(parsed) => return parsed,
-        Err(error) => log::debug!("{}: read anew ({error:#})", file.display()),
+        Err(error) => log::debug!("{}: cache not used ({error:#})", file.display()),
     }
     let (parts, problems) = formats::read(path, layout, wanted);
     let mut rows = Rows::new(wanted.len());

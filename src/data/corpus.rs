@@ -169,13 +169,13 @@ fn fail_on_missing(config: &DataConfig, sets: &[(&String, &SetConfig)], splits: 
         let Some(first) = missing.first() else { continue };
         let mut message = format!("data of set `{name}` is missing: {} does not exist", first.display());
         if missing.len() > 1 {
-            message += &format!(" (nor {} more)", missing.len() - 1);
+            message += &format!(" (and {} more)", missing.len() - 1);
         }
         if let Some(source) = &set.source {
-            message += &format!("\n  It comes from: {source}");
+            message += &format!("\n  Where to get it: {source}");
         }
         message += &format!(
-            "\n  Put it below {}, or point data.root (in experiments of polytask: POLYTASK_DATA) at the folder that holds it",
+            "\n  Put it into {}, or set data.root (for polytask's own experiments: POLYTASK_DATA) to the folder that has it",
             config.root.display()
         );
         problems.push(Problem::general(Severity::Error, message));
@@ -229,9 +229,11 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 let config = &config.sets[&set.name];
                 let paths = if split == Split::Train { Some(&config.train) } else { config.dev.as_ref() };
                 let after = match split {
-                    Split::Dev if config.dev_fraction.is_some() => ", which is cut off train by `dev_fraction`",
+                    Split::Dev if config.dev_fraction.is_some() => ", which is split off train by `dev_fraction`",
                     Split::Train if long => " within `data.max_words`",
-                    Split::Train if config.dev_fraction.is_some() || share < 1.0 => " after the cuts by fraction",
+                    Split::Train if config.dev_fraction.is_some() || share < 1.0 => {
+                        " after `dev_fraction` or `train_fraction` was applied"
+                    }
                     _ => "",
                 };
                 let message = format!("set `{}` has no usable row in {}{after}", set.name, split.name());
@@ -256,7 +258,9 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
                 let column = &set.wanted[i].column;
                 let conll = matches!(config.sets[&set.name].format, Format::Conll | Format::Conllu);
                 let hint = match set.wanted[i].kind {
-                    _ if long || share < 1.0 => ": `data.max_words` or `train_fraction` may have taken them".to_owned(),
+                    _ if long || share < 1.0 => {
+                        ": `data.max_words` or `train_fraction` may have removed them".to_owned()
+                    }
                     TaskKind::Classification if conll => {
                         format!(": sentences carry classes in lines `# {column} = ...`")
                     }

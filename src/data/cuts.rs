@@ -25,8 +25,8 @@ pub fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Probl
 pub fn leave_out_long(train: &mut Rows, wanted: &[Wanted], max: usize) -> Option<Problem> {
     let long: Vec<bool> = (0..train.len()).map(|row| train.words_of(row).len() > max).collect();
     leave_out(train, &long, wanted, |n| match n {
-        1 => format!("a sentence of more than {max} words is left out of training"),
-        n => format!("{n} sentences of more than {max} words are left out of training; this is the first"),
+        1 => format!("a sentence with more than {max} words is left out of training"),
+        n => format!("{n} sentences with more than {max} words are left out of training; this is the first"),
     })
 }
 

@@ -124,13 +124,13 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
     // The wrong scheme is told as such, not by a word.
     let others = [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou];
     let fits = |other: &&Scheme| strings.iter().all(|tag| other.parse(tag).is_some());
-    let is_tag = |tag: &str| tag == "O" || others.iter().any(|other| other.parse(tag).is_some());
-    let no_span =
-        || strings.iter().all(|tag| tag == "O" || !is_tag(tag)) && strings.iter().any(|tag| !tag.contains('-'));
+    let is_tag = |tag: &str| others.iter().any(|other| other.parse(tag).is_some());
+    let others_than_o = || strings.iter().filter(|tag| *tag != "O");
+    let no_span = || others_than_o().all(|tag| !is_tag(tag)) && others_than_o().any(|tag| !tag.contains('-'));
     let hint = match others.iter().find(fits) {
         _ if !parsed.contains(&None) => String::new(),
-        Some(&other) => format!("; all tags here are of `scheme: {}`", name_of(other)),
-        None if no_span() => "; tags that are no spans, as parts of speech, have `scheme: plain`".to_owned(),
+        Some(&other) => format!("; all tags of this column would fit `scheme: {}`", name_of(other)),
+        None if no_span() => "; tags without spans, such as parts of speech, need `scheme: plain`".to_owned(),
         None => String::new(),
     };
     let mut add = |severity, (row, word), message: String| {
@@ -143,7 +143,7 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
             let written = strings.get(value);
             let Some(tag) = parsed[value as usize] else {
                 let scheme = name_of(scheme);
-                let message = format!("`{name}`, word {}: `{written}` is no {scheme} tag{hint}", i + 1);
+                let message = format!("`{name}`, word {}: `{written}` is not a {scheme} tag{hint}", i + 1);
                 add(Severity::Error, (row, i), message);
                 if !hint.is_empty() {
                     // It says why all the others are wrong too.

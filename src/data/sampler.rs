@@ -12,18 +12,18 @@ use serde::{Deserialize, Serialize};
 use super::encoded::EncodedSet;
 use crate::rng::{Purpose, Seed};
 
-/// Which rows an epoch takes from sets of n_s rows. Default `proportional`.
+/// How many rows an epoch takes from each set; n_s is the number of rows of set s. Default `proportional`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SamplingConfig {
-    /// An epoch is every row of every set once; batches mix sets.
+    /// Every row of every set once per epoch; batches mix sets.
     Proportional(Empty),
-    /// An epoch has sum(n_s) rows, the same number from each set; batches mix sets.
+    /// sum(n_s) rows per epoch, the same number from each set; batches mix sets.
     Uniform(Empty),
-    /// An epoch has sum(n_s) rows, from set s a share proportional to n_s^(1/temperature); batches mix sets.
+    /// sum(n_s) rows per epoch, from set s in proportion to n_s^(1/temperature); batches mix sets.
     Temperature(TemperatureConfig),
-    /// Batches of one set each, the sets in turn. An epoch passes the largest set once and takes as many rows of each
-    /// other set.
+    /// Batches of one set each, the sets in turn. An epoch is one pass over the largest set, with as many rows from
+    /// each other set.
     RoundRobin(Empty),
 }
 
@@ -40,7 +40,7 @@ pub struct Empty {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TemperatureConfig {
-    /// 1 is proportional, large values approach uniform. Default 2, more than 0.
+    /// 1 is the same as `proportional`; large values approach `uniform`. Default 2, more than 0.
     #[serde(default = "default_temperature")]
     pub temperature: f64,
 }

@@ -13,20 +13,22 @@ use crate::task::TaskKind;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// The folder that paths of sets are relative to; itself relative to the working directory. Default: `data`.
+    /// The folder to which the paths of the sets are relative; itself relative to the working directory. Default:
+    /// `data`.
     #[serde(default = "default_root")]
     pub root: PathBuf,
-    /// The sets by name.
+    /// The data sets by name.
     pub sets: IndexMap<String, SetConfig>,
-    /// Share of every set's training rows that is used, drawn after the dev cut and in the same strata. A smaller share
-    /// is part of a larger one, but for rounding in strata of a few rows. Default 1, more than 0, at most 1.
+    /// Fraction of each set's training rows to use, drawn after dev is split off and with the same stratification. A
+    /// smaller fraction is a subset of a larger one, except for rounding in small strata. Default 1, more than 0, at
+    /// most 1.
     #[serde(default = "one")]
     pub train_fraction: f64,
-    /// Seed of that choice, apart from the experiment's. Default 0.
+    /// Seed for drawing these rows, independent of `seed`. Default 0.
     #[serde(default)]
     pub train_fraction_seed: u64,
-    /// Training sentences of more words are left out: a batch is as long as its longest, and takes memory for it. Default: no
-    /// limit.
+    /// Leave out training sentences with more words than this. A batch is padded to its longest sentence, so one long
+    /// sentence takes memory for all. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_words: Option<usize>,
 }
@@ -43,55 +45,57 @@ fn default_root() -> PathBuf {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetConfig {
-    /// How the files are written.
+    /// The format of the files.
     pub format: Format,
     /// File or files of the training split.
     pub train: Paths,
-    /// File or files of the dev split, which chooses the best checkpoint. Required unless `dev_fraction` is given.
+    /// File or files of the dev split, on which the best checkpoint is chosen. Required unless `dev_fraction` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dev: Option<Paths>,
     /// File or files of the test split. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test: Option<Paths>,
-    /// Share of the training rows cut off as dev, stratified by class (or by the rarest tag). Between 0 and 1.
+    /// Fraction of the training rows to split off as dev, stratified by class (or by the rarest tag). Between 0 and 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dev_fraction: Option<f64>,
-    /// Seed of that cut, apart from the experiment's, so that runs of many seeds share their dev rows. Default 0.
+    /// Seed for splitting off dev, independent of `seed`, so that runs with different seeds share their dev rows.
+    /// Default 0.
     #[serde(default)]
     pub dev_seed: u64,
-    /// The column of classes whose shares `dev_fraction` and `train_fraction` keep. Default: that of the first
-    /// classification task of the set, or, without one, `stratify_tags`.
+    /// The column of classes by which `dev_fraction` and `train_fraction` are stratified. Default: the column of the
+    /// set's first classification task, or, without one, `stratify_tags`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stratify: Option<String>,
-    /// Instead, a column of tags or spans: a row counts under its rarest type. Default: that of the set's first tagging
-    /// task.
+    /// A column of tags or spans to stratify by instead; a row belongs to the stratum of its rarest tag or span type.
+    /// Default: the column of the set's first tagging task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stratify_tags: Option<String>,
-    /// The column or field with raw text. Default `text`, for formats that hold text.
+    /// The column or field with raw text. Default `text`, for formats that hold raw text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
-    /// The column or field with words, instead of text. Default: `seq.in` (`parallel`), the first (`conll`), `form`
-    /// (`conllu`).
+    /// The column or field with words, instead of raw text. Default: `seq.in` (`parallel`), the first column (`conll`),
+    /// `form` (`conllu`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<String>,
-    /// Names of the columns: for `lines`; for `csv` and `tsv` without a header; for `conll`, whose columns else go by number from
-    /// 0, in quotes.
+    /// Column names: required for `lines`, and for `csv` and `tsv` without a header line; optional for `conll`, whose
+    /// columns are otherwise referred to by quoted numbers from "0".
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub columns: Vec<String>,
-    /// What stands between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`), a tab
+    /// The separator between columns. Default: tab or spaces (`conll`), a space (`lines`), a comma (`csv`), a tab
     /// (`tsv`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
-    /// Whether `"` encloses values of `csv` and `tsv`; else it is a character as any other. Default true.
+    /// Whether `"` encloses values in `csv` and `tsv`; if false, it is an ordinary character. Default true.
     #[serde(default = "yes")]
     pub quotes: bool,
-    /// What `start` and `end` of spans in JSON count: `characters` or `words`; the end is not of the span. Default `characters`.
+    /// Unit of the `start` and `end` of spans in JSON: `characters` or `words`; `end` is exclusive. Default
+    /// `characters`.
     #[serde(default, skip_serializing_if = "Offsets::are_characters")]
     pub offsets: Offsets,
-    /// Character encoding by its WHATWG name, such as `latin1` or `gbk`. Default `utf-8`.
+    /// Character encoding of the files, by its WHATWG name, such as `latin1` or `gbk`. Default `utf-8`.
     #[serde(default = "default_encoding")]
     pub encoding: String,
-    /// Where the set comes from: said when it is missing.
+    /// Where to get the data set; printed when its files are missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
 }
@@ -157,7 +161,7 @@ impl<'de> Deserialize<'de> for Paths {
             type Value = Paths;
 
             fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("a text or a list of texts")
+                f.write_str("a string or a list of strings")
             }
 
             fn visit_str<E>(self, text: &str) -> Result<Paths, E> {

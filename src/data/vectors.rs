@@ -23,17 +23,17 @@ use crate::rng::{Purpose, Seed};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VectorsConfig {
-    /// A file of vectors, relative to the data root: GloVe's text (`word v1 v2 ...`), word2vec's text (with a first line
-    /// `count dim`), or `.npy` [count, dim].
+    /// File of vectors, relative to the data root: GloVe's text format (`word v1 v2 ...`), word2vec's text format (with
+    /// a first line `count dim`), or `.npy` with shape [count, dim].
     pub file: PathBuf,
-    /// For `.npy`: a file with the words, one a line.
+    /// For `.npy`: a file with the words, one per line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub words: Option<PathBuf>,
-    /// Whether training changes the vectors of the words that it meets. Default true.
+    /// Whether the vectors of words that occur in training are fine-tuned. Default true.
     #[serde(default = "yes")]
     pub trainable: bool,
-    /// Words from the file's beginning that the model keeps though training does not meet them. Default 400,000, all of
-    /// GloVe 6B.
+    /// How many words from the start of the file keep their vectors although they do not occur in training. Default
+    /// 400,000, all of GloVe 6B.
     #[serde(default = "default_max_words")]
     pub max_words: usize,
 }
@@ -176,7 +176,7 @@ fn read(path: &Path, words: Option<&Path>) -> Result<Table> {
     match (is_npy, words) {
         (true, Some(words)) => read_npy(path, words),
         (true, None) => {
-            Err(invalid(format!("{}: a .npy file needs `words:`, a file with a word a line", path.display())))
+            Err(invalid(format!("{}: a .npy file needs `words:`, a file with one word per line", path.display())))
         }
         (false, _) => read_text(path, &load(path)?),
     }
@@ -185,7 +185,7 @@ fn read(path: &Path, words: Option<&Path>) -> Result<Table> {
 fn load(path: &Path) -> Result<Vec<u8>> {
     gzip::read(path).map_err(|error| {
         let hint = match error.kind() {
-            std::io::ErrorKind::NotFound => "; scripts/get_vectors fetches GloVe",
+            std::io::ErrorKind::NotFound => "; scripts/get_vectors downloads GloVe",
             _ => "",
         };
         invalid(format!("model.embedding.vectors: {}: {error}{hint}", path.display()))
@@ -195,12 +195,12 @@ fn load(path: &Path) -> Result<Vec<u8>> {
 fn read_npy(path: &Path, words: &Path) -> Result<Table> {
     let wrong = |message: String| invalid(format!("{}: {message}", path.display()));
     let content = load(path)?;
-    let file = npyz::NpyFile::new(&content[..]).map_err(|error| wrong(format!("no .npy file ({error})")))?;
+    let file = npyz::NpyFile::new(&content[..]).map_err(|error| wrong(format!("not a .npy file ({error})")))?;
     let &[count, dim] = file.shape() else {
         return Err(wrong(format!("expected [count, dim], found {:?}", file.shape())));
     };
     if dim == 0 || file.order() == npyz::Order::Fortran {
-        return Err(wrong("expected numbers row by row (NumPy's C order), at least one a row".to_owned()));
+        return Err(wrong("expected row-major order (NumPy's C order) and at least one value per row".to_owned()));
     }
     let list = load(words)?;
     let list = std::str::from_utf8(&list).map_err(|_| invalid(format!("{}: invalid UTF-8", words.display())))?;
@@ -209,11 +209,11 @@ fn read_npy(path: &Path, words: &Path) -> Result<Table> {
         return Err(wrong(format!("{count} vectors, but {} words in {}", list.len(), words.display())));
     }
     let kind = file.dtype().descr();
-    let values = floats(file).ok_or_else(|| wrong(format!("its numbers are {kind}, not floating-point")))?;
-    let values: Vec<f32> = values.map_err(|error| wrong(format!("damaged: {error}; fetch it again")))?;
+    let values = floats(file).ok_or_else(|| wrong(format!("its values are {kind}, not floating-point")))?;
+    let values: Vec<f32> = values.map_err(|error| wrong(format!("damaged: {error}; download it again")))?;
     if let Some(at) = values.iter().position(|value| !value.is_finite()) {
         let row = at / dim as usize;
-        return Err(wrong(format!("vector {} (`{}`) has a number that is not finite", row + 1, list[row])));
+        return Err(wrong(format!("vector {} (`{}`) has a value that is not finite", row + 1, list[row])));
     }
     Ok(Table { words: list, dim: dim as usize, values })
 }
@@ -246,7 +246,7 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
             lines.remove(0);
             if count != lines.len() {
                 let message = format!(
-                    "says {count} vectors, but the file has {}: fetch it again, or mend this line",
+                    "declares {count} vectors, but the file has {}: download it again, or correct this line",
                     lines.len()
                 );
                 return Err(error(1, &message).into());
@@ -288,7 +288,7 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
     let odd: Vec<(usize, usize)> = table.words.iter().map(spare).enumerate().filter(|&(_, n)| n > 0).collect();
     let most = 2 * odd.len() > table.words.len();
     for (row, n) in odd.into_iter().filter(|&(_, n)| problems.is_empty() && (most || n > 1 && 2 * n >= dim)) {
-        let message = format!("expected a word and {dim} numbers, as the first line has it, found {}", dim + n);
+        let message = format!("expected a word and {dim} numbers, as in the first line, found {}", dim + n);
         wide.extend(error(lines[row].0, &message).0);
     }
     problems.extend(wide);
@@ -317,19 +317,16 @@ mod tests {
         }
         let error = text("3 2\nthe 1 2\nof 3 4.5").unwrap_err().to_string();
         assert!(
-            error.ends_with("v.txt:1: says 3 vectors, but the file has 2: fetch it again, or mend this line"),
+            error.ends_with("v.txt:1: declares 3 vectors, but the file has 2: download it again, or correct this line"),
             "{error}"
         );
         let error = text("the 1 2\na 1 x\nb 1 2\nc nan 1\nd 2\n").unwrap_err().to_string();
         assert_eq!(error.lines().count(), 3, "{error}");
         assert!(error.contains("v.txt:2: expected a word and 2 numbers") && error.contains("v.txt:5"), "{error}");
         let error = text("the 1\na 1 2\nb 1 2\n").unwrap_err().to_string();
-        assert!(error.contains("v.txt:2: expected a word and 1 numbers, as the first line has it, found 2"), "{error}");
+        assert!(error.contains("v.txt:2: expected a word and 1 numbers, as in the first line, found 2"), "{error}");
         let error = text("the 1 2 3 4\na 1 2 3 4b 1 2 3 4\nof 1 2 3 4\nin 2049 1 2 3 4\n").unwrap_err().to_string();
-        assert!(
-            error.ends_with("v.txt:2: expected a word and 4 numbers, as the first line has it, found 7"),
-            "{error}"
-        );
+        assert!(error.ends_with("v.txt:2: expected a word and 4 numbers, as in the first line, found 7"), "{error}");
         assert_eq!(text("the 1 2\nblade runner 2049 1 2\nof 1 2\n").unwrap().words[1], "blade runner 2049");
         assert_eq!(text("\u{feff}the 1 2\n").unwrap().words, ["the"]);
     }
@@ -355,7 +352,7 @@ mod tests {
         assert!(error.contains("damaged"), "{error}");
         std::fs::write(&npy, content).unwrap();
         let error = read(&npy, Some(&words)).unwrap_err().to_string();
-        assert!(error.contains("vector 2 (`b`) has a number that is not finite"), "{error}");
+        assert!(error.contains("vector 2 (`b`) has a value that is not finite"), "{error}");
         assert!(read(&npy, None).unwrap_err().to_string().contains("needs `words:`"));
     }
 

@@ -15,7 +15,7 @@ pub enum Splitter {
     Whitespace,
     /// At white space and between letters or digits and punctuation (`\w+|[^\w\s]+`).
     Punctuation,
-    /// Every character but white space is a word: Chinese and other text without spaces.
+    /// Every character except white space is a word, for Chinese and other text without spaces.
     Character,
 }
 

@@ -18,7 +18,7 @@ pub struct About<'a> {
 
 pub fn card(about: &About, tasks: &[Task]) -> String {
     let mut out = format!(
-        "# {}\n\nOne shared embedding + LSTM trunk under {} heads, trained with polytask {}. Checkpoint `{}`, {} weights in \
+        "# {}\n\nOne shared embedding + LSTM trunk with {} heads, trained with polytask {}. Checkpoint `{}`, {} weights in \
          {}.\n\n## Tasks\n\n",
         about.name,
         tasks.len(),
@@ -29,9 +29,9 @@ pub fn card(about: &About, tasks: &[Task]) -> String {
     );
     for task in tasks {
         let what = match task.kind {
-            TaskKind::Classification => "a class a sentence".to_owned(),
+            TaskKind::Classification => "one class per sentence".to_owned(),
             TaskKind::Tagging(_) if task.kind.has_spans() => "spans of words, as BIO tags".to_owned(),
-            TaskKind::Tagging(_) => "a tag a word".to_owned(),
+            TaskKind::Tagging(_) => "one tag per word".to_owned(),
         };
         let _ = writeln!(out, "- `{}`: {what}, {} labels", task.name, task.labels.len());
     }
@@ -47,5 +47,5 @@ pub fn card(about: &About, tasks: &[Task]) -> String {
     for (name, source) in &about.sources {
         let _ = writeln!(out, "- `{name}`: {source}");
     }
-    out + "\nScores hold for text like that of the data sets above. Whether their licences allow your use is yours to check.\n"
+    out + "\nThe scores hold for text like that of the data sets above. Check whether their licences allow your use.\n"
 }

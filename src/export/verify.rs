@@ -72,7 +72,7 @@ impl Cases {
     pub fn check(&self, module: &ScriptModule, tasks: &[Task], dtype: Dtype) -> Result<f64> {
         let (mut worst, names): (f64, _) = (0.0, output_names(tasks));
         let whole = |case: &Case| !case.inputs.is_empty() && case.outputs.len() == names.len();
-        ensure!(!self.0.is_empty() && self.0.iter().all(whole), "the cases to check by are damaged");
+        ensure!(!self.0.is_empty() && self.0.iter().all(whole), "the file with the cases to verify is damaged");
         for case in &self.0 {
             let found = module.forward(&case.inputs.iter().collect::<Vec<_>>())?;
             for (i, (name, expected)) in names.iter().zip(&case.outputs).enumerate() {
@@ -83,20 +83,28 @@ impl Cases {
                 let found = found.1.to_kind(expected.kind());
                 let shape = expected.size();
                 if found.size() != shape {
-                    bail!(Mismatch(format!("`{name}` is {:?}, the live model's {shape:?}", found.size())));
+                    bail!(Mismatch(format!(
+                        "`{name}` has shape {:?}, but {shape:?} in the original model",
+                        found.size()
+                    )));
                 }
                 let here = case.real(expected);
                 let off = (&found - expected).to_kind(Kind::Double).abs() * &here;
                 if name.ends_with(".labels") {
                     if dtype == Dtype::Float32 && off.max().double_value(&[]) > 0.0 {
-                        bail!(Mismatch(format!("`{name}` differ from the live model's in a batch {:?}", shape)));
+                        bail!(Mismatch(format!(
+                            "`{name}` differ from the original model's in a batch of shape {:?}",
+                            shape
+                        )));
                     }
                     continue;
                 }
                 let size = (expected.to_kind(Kind::Double).abs() * &here).max().double_value(&[]).max(1.0);
                 let off = off.max().double_value(&[]) / size;
                 if off.is_nan() || off > dtype.tolerance() {
-                    bail!(Mismatch(format!("`{name}` differ from the live model's by {off:.1e} in a batch {shape:?}")));
+                    bail!(Mismatch(format!(
+                        "`{name}` differ from the original model's by {off:.1e} in a batch of shape {shape:?}"
+                    )));
                 }
                 worst = worst.max(off);
             }

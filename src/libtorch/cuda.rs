@@ -63,7 +63,7 @@ pub fn functions() -> Result<&'static Functions> {
     if let Some(functions) = FUNCTIONS.get() {
         return Ok(functions);
     }
-    ensure!(!LIBRARY.is_empty(), "this program was built without CUDA's headers; scripts/setup fetches them");
+    ensure!(!LIBRARY.is_empty(), "this program was built without CUDA's headers; scripts/setup downloads them");
     let library = open(LIBRARY)?;
     // SAFETY: the functions have these types.
     let functions = unsafe {

@@ -26,7 +26,7 @@ fn open_cuda() -> Result<()> {
     // SAFETY: the library's initializers are those of libtorch, made for being loaded into a running process.
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
     // Its kernels are registered for the life of the process: it must never be closed.
-    std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda fetches it")?);
+    std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda downloads it")?);
     // NVRTC, for kernels of our own, is found from here and not from the library that asks for it; without it operators serve.
     // SAFETY: as above.
     if let Ok(library) = unsafe { Library::open(Some("libcaffe2_nvrtc.so"), RTLD_NOW | RTLD_GLOBAL) } {
@@ -51,7 +51,7 @@ pub fn device(wish: &str) -> Result<Device> {
     };
     let found = open_cuda().and_then(|()| {
         let count = tch::Cuda::device_count();
-        ensure!(count > 0, "libtorch sees no NVIDIA GPU; is the driver installed and new enough for CUDA 13");
+        ensure!(count > 0, "libtorch finds no NVIDIA GPU; is a driver installed that is new enough for CUDA 13?");
         ensure!((index as i64) < count, "there are {count} CUDA devices, numbered from 0");
         // SAFETY: takes a plain value.
         checked(unsafe { pt_use_cuda(index as i8) })?;

@@ -85,7 +85,9 @@ impl Kernel {
             checked(unsafe { (functions()?.kernel_find)(source.as_ptr(), name.as_ptr(), &mut kernel) })?;
             Ok(Found(kernel))
         };
-        let told = |error: anyhow::Error| log::warn!("operators do the work of kernel {}: {error:#}", self.name);
+        let told = |error: anyhow::Error| {
+            log::warn!("kernel {} is not available; operators are used instead: {error:#}", self.name)
+        };
         self.found.get_or_init(|| find().map_err(told).ok()).as_ref()
     }
 

@@ -24,11 +24,11 @@ const N_BYTES: i64 = 257;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CharactersConfig {
-    /// Words are known by their ids alone.
+    /// No character features.
     None(NoCharacters),
-    /// Filters over the bytes, the largest value of each.
+    /// Convolution filters over the bytes of a word, followed by max pooling.
     Cnn(CnnConfig),
-    /// The last states of an LSTM that reads the bytes both ways.
+    /// The last states of a bidirectional LSTM over the bytes of a word.
     Lstm(LstmConfig),
 }
 
@@ -45,13 +45,13 @@ pub struct NoCharacters {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CnnConfig {
-    /// Dimension of a byte's embedding. Default 30, at least 1.
+    /// Dimension of the byte embeddings. Default 30, at least 1.
     pub dim: i64,
-    /// Number of filters, which is the number of features of a word. Default 128, at least 1.
+    /// Number of filters, and so of features per word. Default 128, at least 1.
     pub filters: i64,
-    /// Bytes that a filter sees, an odd number. Default 3, at least 1.
+    /// Number of bytes that a filter spans, an odd number. Default 3, at least 1.
     pub width: i64,
-    /// Bytes of a word that count; the rest is not read. Default 24, at least 1.
+    /// Number of bytes of a word that are read; the rest is ignored. Default 24, at least 1.
     pub max_bytes: usize,
 }
 
@@ -64,11 +64,11 @@ impl Default for CnnConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LstmConfig {
-    /// Dimension of a byte's embedding. Default 25, at least 1.
+    /// Dimension of the byte embeddings. Default 25, at least 1.
     pub dim: i64,
     /// Hidden size of each of the two directions. Default 25, at least 1.
     pub hidden: i64,
-    /// Bytes of a word that count; the rest is not read. Default 24, at least 1.
+    /// Number of bytes of a word that are read; the rest is ignored. Default 24, at least 1.
     pub max_bytes: usize,
 }
 

@@ -22,19 +22,22 @@ use crate::optim::Touched;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EmbeddingConfig {
-    /// Dimension of the learned token embedding; 0 is none, where there are vectors or characters. Default 128.
+    /// Dimension of the learned token embedding; 0 for none, if there are vectors or characters. Default 128.
     pub dim: i64,
-    /// Pretrained word vectors, beside the learned numbers. Default: none.
+    /// Pretrained word vectors, in addition to the learned embedding. Default: none.
     pub vectors: Vec<VectorsConfig>,
-    /// Features of a word's spelling: `{kind: cnn}`, `{kind: lstm}`, `{kind: none}`. Default `cnn`.
+    /// Character features, computed from the spelling of each word: `{kind: cnn}`, `{kind: lstm}` or `{kind: none}`.
+    /// Default `cnn`.
     pub characters: CharactersConfig,
     /// Dropout on the embedded tokens. Default 0.3, from 0 to below 1.
     pub dropout: f64,
-    /// One mask of `dropout` for all tokens of a sentence. Default true.
+    /// Use one mask of `dropout` for all tokens of a sentence. Default true.
     pub locked_dropout: bool,
-    /// Share of the word types whose vectors, but for their characters, are 0 throughout a batch. Default 0, from 0 to below 1.
+    /// Fraction of word types whose embedding, except for the character features, is zero throughout a batch. Default
+    /// 0, from 0 to below 1.
     pub row_dropout: f64,
-    /// Share of the tokens that are read as unknown, but for their characters. Default 0, from 0 to below 1.
+    /// Fraction of tokens that are read as the unknown word; their character features stay. Default 0, from 0 to below
+    /// 1.
     pub word_dropout: f64,
 }
 

@@ -41,7 +41,7 @@ use crate::task::{Task, TaskId, TaskKind};
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
-    /// What stands for a token: learned numbers, pretrained vectors, its spelling.
+    /// How tokens are represented: by a learned embedding, pretrained vectors and character features, concatenated.
     pub embedding: EmbeddingConfig,
     /// The LSTM layers that all tasks share.
     pub trunk: TrunkConfig,
@@ -189,7 +189,7 @@ impl Model {
             let ready =
                 |id: &TaskId| !order.contains(id) && views[id.0].heads.iter().all(|other| order.contains(other));
             let next = (0..tasks.len()).map(TaskId).find(ready);
-            order.push(next.context("heads see each other in a circle")?);
+            order.push(next.context("heads read each other in a cycle")?);
         }
         let kinds = tasks.iter().map(|task| task.kind).collect();
         let heads = built;

@@ -70,7 +70,7 @@ impl Parameters {
                 tensor.kind(),
                 tensor.size()
             );
-            ensure!(!bool::try_from(value.isnan().any())?, "weights `{name}` are no numbers: the file is damaged");
+            ensure!(!bool::try_from(value.isnan().any())?, "weights `{name}` contain NaN: the file is damaged");
             tch::no_grad(|| tensor.shallow_clone().f_copy_(&value))?;
         }
         if let Some(name) = values.keys().next() {

@@ -14,12 +14,12 @@ use crate::libtorch::copy_lists;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// On CUDA products are TF32.
+    /// 32 bits, with TF32 matrix products on CUDA.
     #[default]
     Float32,
-    /// 8 significant bits, and the range of `float32`.
+    /// 8 significant bits, with the range of `float32`.
     Bfloat16,
-    /// 11 significant bits, with a loss scale; on CUDA alone.
+    /// 11 significant bits, with loss scaling; CUDA only.
     Float16,
 }
 

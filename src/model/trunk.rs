@@ -27,13 +27,14 @@ pub struct TrunkConfig {
     pub hidden: i64,
     /// Number of LSTM layers. Default 1, at least 1.
     pub layers: usize,
-    /// Read both ways. Default true.
+    /// Read sentences in both directions. Default true.
     pub bidirectional: bool,
-    /// Dropout on the output of every layer, the last included. Default 0.5, from 0 to below 1.
+    /// Dropout on the output of every layer, including the last. Default 0.5, from 0 to below 1.
     pub dropout: f64,
-    /// One dropout mask for all tokens of a sentence (Gal & Ghahramani 2016; "locked" in Merity 2018). Default true.
+    /// Use one dropout mask for all tokens of a sentence (Gal & Ghahramani 2016; "locked" in Merity 2018). Default
+    /// true.
     pub locked_dropout: bool,
-    /// What leads past each layer from the second on: `none`, `residual`, `highway`. Default `none`.
+    /// Connection around every LSTM layer but the first: `none`, `residual`, `highway`. Default `none`.
     pub connection: Connection,
 }
 
@@ -53,7 +54,7 @@ impl Default for TrunkConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Connection {
-    /// Nothing.
+    /// No connection.
     #[default]
     None,
     /// The layer's input is added to its output (He 2016).

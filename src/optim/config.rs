@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::backlog::{Rates, Rule};
 
-/// What turns gradients into steps. Default `adamw`.
+/// The optimizer. Default `adamw`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OptimizerConfig {
@@ -26,19 +26,19 @@ impl Default for OptimizerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamConfig {
-    /// Highest rate of the schedule. Default 2e-3, more than 0.
+    /// Highest learning rate of the schedule. Default 2e-3, more than 0.
     pub learning_rate: f64,
-    /// Decay rates of the two moments. Default [0.9, 0.999].
+    /// Decay rates of the two moment estimates. Default [0.9, 0.999].
     pub betas: (f64, f64),
-    /// Added to the root of the second moment. Default 1e-8.
+    /// Added to the square root of the second moment. Default 1e-8.
     pub epsilon: f64,
-    /// Weight decay, in the way of the kind. Default 0.01.
+    /// Weight decay: decoupled in `adamw`, an L2 term in `adam`. Default 0.01.
     pub weight_decay: f64,
-    /// Whether biases, other vectors (as of a CRF's first tags) and all of `embedding`, characters too, decay as well.
-    /// Default false.
+    /// Apply weight decay to biases, other vectors (such as a CRF's start scores) and the whole `embedding`, characters
+    /// included, as well. Default false.
     pub decay_all: bool,
-    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
-    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
+    /// Update only embedding rows whose tokens occur in the step, and leave the optimizer state of the others
+    /// unchanged. Faster with large vocabularies, but not the same optimizer. Default false.
     pub lazy_rows: bool,
 }
 
@@ -58,17 +58,17 @@ impl Default for AdamConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SgdConfig {
-    /// Highest rate of the schedule. Default 0.1, more than 0.
+    /// Highest learning rate of the schedule. Default 0.1, more than 0.
     pub learning_rate: f64,
-    /// Share of the last step's direction that goes on. Default 0.9, from 0 to below 1.
+    /// Momentum: share of the previous step's update that is added to the next. Default 0.9, from 0 to below 1.
     pub momentum: f64,
-    /// Factor of the weights in their own gradient. Default 0.
+    /// Weight decay, as an L2 term of the gradient. Default 0.
     pub weight_decay: f64,
-    /// Whether biases, other vectors (as of a CRF's first tags) and all of `embedding`, characters too, decay as well.
-    /// Default false.
+    /// Apply weight decay to biases, other vectors (such as a CRF's start scores) and the whole `embedding`, characters
+    /// included, as well. Default false.
     pub decay_all: bool,
-    /// Update only those rows of embedding tables whose tokens stand in the step, and leave the moments of the others as they
-    /// are. Cheaper for large vocabularies, and another optimizer. Default false.
+    /// Update only embedding rows whose tokens occur in the step, and leave the optimizer state of the others
+    /// unchanged. Faster with large vocabularies, but not the same optimizer. Default false.
     pub lazy_rows: bool,
 }
 

@@ -6,17 +6,17 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate moves over the steps. Default `linear`.
+/// How the learning rate changes over the steps. Default `linear`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleConfig {
-    /// The same for every step after the warm-up.
+    /// Constant after the warm-up.
     Constant(WarmupConfig),
-    /// Down in a line, to 0 after the last step.
+    /// Falls linearly after the warm-up, to 0 after the last step.
     Linear(WarmupConfig),
-    /// Down along half a cosine, to 0 after the last step (Loshchilov & Hutter 2017).
+    /// Falls along half a cosine after the warm-up, to 0 after the last step (Loshchilov & Hutter 2017).
     Cosine(WarmupConfig),
-    /// By the same factor at every step, up or down.
+    /// Changes by the same factor at every step, up or down.
     Range(RangeConfig),
 }
 
@@ -29,14 +29,14 @@ impl Default for ScheduleConfig {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WarmupConfig {
-    /// Share of all steps in which the rate rises from 0. Default 0, from 0 to below 1.
+    /// Fraction of all steps over which the learning rate rises from 0. Default 0, from 0 to below 1.
     pub warmup_fraction: f64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RangeConfig {
-    /// The factor after the last step, more than 0.
+    /// Factor of the learning rate after the last step, more than 0.
     pub final_factor: f64,
 }
 

@@ -86,7 +86,7 @@ pub fn write_plain(path: &Path, tensors: &[(&str, Tensor)]) -> Result<()> {
 /// A missing, damaged or foreign file, by path.
 pub fn load(path: &Path) -> Result<Checkpoint> {
     let content = std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
-    read(&content).with_context(|| format!("{} is damaged or no checkpoint of polytask", path.display()))
+    read(&content).with_context(|| format!("{} is damaged or not a checkpoint of polytask", path.display()))
 }
 
 fn read(content: &[u8]) -> Result<Checkpoint> {
@@ -95,7 +95,7 @@ fn read(content: &[u8]) -> Result<Checkpoint> {
     let state = serde_json::from_str(state.ok_or_else(|| anyhow!("its header has no `{STATE}`"))?)?;
     let (mut model, mut optimizer) = (BTreeMap::new(), BTreeMap::new());
     for (name, view) in SafeTensors::deserialize(content)?.tensors() {
-        ensure!(view.dtype() == Dtype::F32, "`{name}` is not of float32");
+        ensure!(view.dtype() == Dtype::F32, "`{name}` is not float32");
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         let tensor = Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?;
         match name.split_once('/') {

@@ -47,13 +47,11 @@ impl NewRun {
         };
         let holds = match occupied {
             false => return Ok(()),
-            true if !path.is_dir() => "is no folder: ",
-            true if path.join("resolved.yaml").exists() => {
-                "is not empty: to go on with the run in it add --resume, else "
-            }
-            true => "is not empty, and holds no run: ",
+            true if !path.is_dir() => "is not a folder: ",
+            true if path.join("resolved.yaml").exists() => "is not empty: add --resume to resume the run in it, or ",
+            true => "is not empty and contains no run: ",
         };
-        Err(invalid(format!("{} {holds}name another folder with --out", path.display())))
+        Err(invalid(format!("{} {holds}choose another folder with --out", path.display())))
     }
 
     pub fn create(path: &Path) -> Result<Self> {
@@ -96,14 +94,14 @@ fn is_numbered(name: &str, folder: &str) -> bool {
 }
 
 fn cannot_make(path: &Path, error: &std::io::Error) -> anyhow::Error {
-    invalid(format!("{} cannot be made: {error}", path.display()))
+    invalid(format!("{} cannot be created: {error}", path.display()))
 }
 
 /// Makes a folder; false where it is there already.
 fn make(path: &Path) -> Result<bool> {
     let folder = atomic::folder_of(path);
     if folder.exists() && !folder.is_dir() {
-        return Err(invalid(format!("{} cannot be made: {} is a file", path.display(), folder.display())));
+        return Err(invalid(format!("{} cannot be created: {} is a file", path.display(), folder.display())));
     }
     let made = std::fs::create_dir_all(folder).and_then(|()| std::fs::create_dir(path));
     match made {
@@ -139,7 +137,7 @@ impl RunDirectory {
         match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Some(lock)),
             Err((_, Errno::EWOULDBLOCK)) => {
-                Err(invalid(format!("{} is in use: another process trains in it", self.path.display())))
+                Err(invalid(format!("{} is in use: another process is training in it", self.path.display())))
             }
             // Not every file system has locks.
             Err(_) => Ok(None),
@@ -167,7 +165,7 @@ impl RunDirectory {
         }
         for file in ["resolved.yaml", "labels.json", "tokenizer.json"] {
             if !path.join(file).is_file() {
-                return Err(invalid(format!("{} is no run directory: it has no {file}", path.display())));
+                return Err(invalid(format!("{} is not a run directory: it has no {file}", path.display())));
             }
         }
         Ok(RunDirectory { path: path.to_owned() })

@@ -13,7 +13,7 @@ pub enum Scheme {
     /// Every span starts with `B-` (also called IOB2).
     #[serde(alias = "iob2")]
     Bio,
-    /// `B-` only where a span follows another of the same type at once (CoNLL-2003's original files).
+    /// `B-` only where a span immediately follows another of the same type (CoNLL-2003's original files).
     Iob1,
     /// `B- I- E-`, and `S-` for spans of one word (also called IOBES).
     #[serde(alias = "iobes")]
@@ -22,7 +22,7 @@ pub enum Scheme {
     Bmes,
     /// `B- I- L-`, and `U-` for spans of one word.
     Bilou,
-    /// Tags of their own, no spans: parts of speech.
+    /// Tags that are not spans, such as parts of speech.
     Plain,
 }
 
@@ -94,13 +94,13 @@ impl Scheme {
         let open = |letter: u8| before.prefix == b'B' || before.prefix == letter;
         if let Some((inside, last, _)) = self.closed() {
             return match tag.prefix == inside || tag.prefix == last {
-                true => (!continues(inside)).then_some("no span of its type is open before it"),
+                true => (!continues(inside)).then_some("does not continue a span of its type"),
                 false => open(inside).then_some("the span before it is not closed"),
             };
         }
         match (self, tag.prefix) {
             (Scheme::Bio, b'I') => {
-                (!continues(b'I')).then_some("no span of its type is open before it, as `scheme: iob1` allows")
+                (!continues(b'I')).then_some("does not continue a span of its type (`scheme: iob1` would allow this)")
             }
             (Scheme::Iob1, b'B') => {
                 (!continues(b'I')).then_some("IOB1 has B- only right after a span of the same type")

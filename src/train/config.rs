@@ -11,41 +11,42 @@ use crate::optim::{OptimizerConfig, ScheduleConfig};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingConfig {
-    /// Sentences a batch. Default 32, at least 1.
+    /// Sentences per batch. Default 32, at least 1.
     pub batch_size: usize,
-    /// Batches a step: their gradients add up to that of one large batch. Default 1, at least 1.
+    /// Batches per step; their gradients add up to that of one large batch. Default 1, at least 1.
     pub accumulate_steps: usize,
-    /// Epochs at most; `sampling` says what an epoch is. Default 20, at least 1.
+    /// Largest number of epochs; `sampling` sets what an epoch is. Default 20, at least 1.
     pub max_epochs: usize,
-    /// Steps at most, should they be fewer than max_epochs. Default: no limit.
+    /// Largest number of steps, if it is reached before max_epochs. Default: no limit.
     pub max_steps: Option<usize>,
     pub optimizer: OptimizerConfig,
     pub schedule: ScheduleConfig,
-    /// Limit of the gradient's 2-norm over all parameters; 0 is off. Default 5.
+    /// Limit of the gradient's 2-norm over all parameters; 0 turns it off. Default 5.
     pub clip_norm: f64,
-    /// Decay of the moving average of the weights, which is evaluated and kept in their place; 0 is off. It rises to this
-    /// number, as (1 + t) / (10 + t) after t steps. Default 0.999, which averages over about 1,000 steps; below 1.
+    /// Decay of the exponential moving average of the weights, which is evaluated and kept in place of the weights; 0
+    /// turns it off. It warms up as (1 + t) / (10 + t) after t steps. Default 0.999, which averages over about 1,000
+    /// steps; below 1.
     pub ema_decay: f64,
-    /// Parts of the model that stay as they are for so many epochs: `embedding`, `trunk`, `trunk.l0` (a layer, from 0),
-    /// `heads.TASK`, or a parameter by its whole name. Default: none.
+    /// Parts of the model that are frozen for the given number of epochs: `embedding`, `trunk`, `trunk.l0` (one layer,
+    /// from 0), `heads.TASK`, or a parameter by its full name. Default: none.
     pub freeze_epochs: IndexMap<String, usize>,
-    /// Precision in which the trunk's LSTM layers train: `float32`, `bfloat16`, or `float16` (CUDA alone). Weights, heads and
-    /// losses are float32, and so is evaluation. Default `float32`, whose products are TF32 on CUDA.
+    /// Precision of the trunk's LSTM layers in training: `float32`, `bfloat16`, or `float16` (CUDA only). Weights,
+    /// heads, losses and evaluation are always float32. Default `float32`, with TF32 matrix products on CUDA.
     pub precision: Precision,
-    /// Steps of one shape are recorded once and replayed as one call, on CUDA. Default true.
+    /// On CUDA, record steps of the same shape once and replay each as one CUDA graph. Default true.
     pub cuda_graphs: bool,
-    /// Whether LSTM layers on the CPU are computed by oneDNN, or by libtorch step by step; numbers differ by rounding. Default:
-    /// what is faster, measured when a run begins.
+    /// Whether LSTM layers on the CPU are computed by oneDNN instead of libtorch's step-by-step code; results differ by
+    /// rounding. Default: whichever is faster, measured when a run starts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub onednn: Option<bool>,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
-    /// Steps between records of losses; where an epoch has fewer, one record an epoch. Default 50, at least 1.
+    /// Steps between records of losses; an epoch with fewer steps has one record. Default 50, at least 1.
     pub log_every_steps: usize,
-    /// Every `log_every_steps` times so many steps a record also holds the norms of the tasks' gradients at the highest
-    /// LSTM layer that all read, and the cosines between them; 0 is off. Default 4.
+    /// Record the norms of the tasks' gradients, and the cosines between them, with every N-th record of losses (see
+    /// `log_every_steps`), taken at the highest LSTM layer that all tasks read; 0 turns it off. Default 4.
     pub log_gradients_every: usize,
-    /// Steps between checkpoints within an epoch. Default: at the end of each epoch alone.
+    /// Steps between checkpoints within an epoch. Default: only at the end of each epoch.
     pub checkpoint_every_steps: Option<usize>,
 }
 
@@ -89,15 +90,15 @@ impl Default for TrainingConfig {
     }
 }
 
-/// Which checkpoint is best, and when there is no point in going on.
+/// How the best checkpoint is chosen, and when training stops early.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EarlyStopping {
-    /// What is best on dev: a task, whose main score counts (accuracy, or F1 of spans); another of its scores, as in
-    /// `intent.macro_f1` or `slots.loss`; `mean`, that of the tasks' main scores; or `sentence_accuracy`. Of equal scores the one
-    /// with the lower loss is better. Default `mean`.
+    /// The score on dev that chooses the best checkpoint: a task's name for its main score (accuracy, or span F1);
+    /// another score such as `intent.macro_f1` or `slots.loss`; `mean` of the tasks' main scores; or
+    /// `sentence_accuracy`. Ties go to the lower loss. Default `mean`.
     pub metric: String,
-    /// Epochs without a better score after which training ends. Default: never.
+    /// Stop training after this many epochs without a better score. Default: never.
     pub patience_epochs: Option<usize>,
 }
 

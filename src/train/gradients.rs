@@ -178,7 +178,7 @@ impl Backward<'_> {
 
     fn ensure_path(&self, task: usize, gradient: &Tensor) -> Result<()> {
         let name = &self.tasks[task].name;
-        ensure!(gradient.defined(), "task `{name}` has no path to the shared trunk: its gradient there has no norm");
+        ensure!(gradient.defined(), "task `{name}` has no path to the shared trunk, so its gradient there has no norm");
         Ok(())
     }
 }

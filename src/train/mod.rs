@@ -293,7 +293,8 @@ impl Trainer<'_> {
             checkpoint::save(&run.checkpoint(name), &weights, &[], &about)
         };
         let metric = &self.config.early_stopping.metric;
-        let merit = report.merit(metric).with_context(|| format!("dev has no score `{metric}` to choose by"))?;
+        let merit =
+            report.merit(metric).with_context(|| format!("dev has no score `{metric}` to choose a checkpoint by"))?;
         let improved = state.best.is_none_or(|best| merit > best);
         if improved {
             keep("best")?;
@@ -346,8 +347,8 @@ impl Trainer<'_> {
             Some(row) if text.contains("out of memory") || text.contains("allocate memory") => {
                 let (n, place) = (self.train.set.n_tokens(row), self.place(row));
                 error.context(format!(
-                    "out of memory in a step whose longest sentence, {place}, has {n} tokens; a smaller \
-                     `training.batch_size` needs less, and `data.max_words` leaves out long ones"
+                    "out of memory in a step whose longest sentence, {place}, has {n} tokens; reduce \
+                     `training.batch_size`, or leave out long sentences with `data.max_words`"
                 ))
             }
             _ => error,
@@ -371,7 +372,7 @@ impl Trainer<'_> {
             places.join(", "),
             if rows.len() > 8 { ", ..." } else { "" }
         );
-        let hint = "the weights are as before this step; try a lower learning rate, or clip_norm";
+        let hint = "the weights are those from before this step; try a lower learning rate or clip_norm";
         anyhow!("step {}: {} is not finite; {batch}; {hint}", bad.step + 1, bad.what)
     }
 }

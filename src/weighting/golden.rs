@@ -20,15 +20,15 @@ use crate::rng::Seed;
 pub type Check = (&'static str, fn(Device) -> Result<()>);
 
 pub const CHECKS: [Check; 9] = [
-    ("uncertainty: weights at rest and the gradient of log sigma^2", uncertainty),
-    ("uncertainty: an absent task's sigma rests", uncertainty_absent),
+    ("uncertainty: stationary weights and the gradient of log sigma^2", uncertainty),
+    ("uncertainty: an absent task's sigma does not change", uncertainty_absent),
     ("uncertainty_softmax: weights", uncertainty_softmax),
     ("dwa: weights after two epochs", dwa),
     ("gradnorm: rates, targets, loss and its gradient", gradnorm_closed_form),
     ("gradnorm: weights after SGD and Adam steps", gradnorm_steps),
     ("gradnorm: a slower task's weight rises; equal norms at alpha 0", gradnorm_direction),
-    ("gradnorm: an absent task takes no part", gradnorm_absent),
-    ("every strategy: a priority of 3 is kept", priorities),
+    ("gradnorm: an absent task is ignored", gradnorm_absent),
+    ("every strategy: a priority of 3 is applied", priorities),
 ];
 
 const LOSSES: [f64; 3] = [0.9, 2.0, 0.5];

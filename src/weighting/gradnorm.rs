@@ -23,23 +23,24 @@ use crate::libtorch::{Kernel, LaunchConfig};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GradnormConfig {
-    /// How strongly tasks are pulled to one training rate: 0 makes gradients equal in size, large values favour tasks
-    /// that are behind. Default 1.5, the paper's, at least 0.
+    /// How strongly the tasks are pulled to a common training rate: 0 makes their gradient norms equal, large values
+    /// favour tasks that train more slowly. Default 1.5, as in the paper, at least 0.
     pub alpha: f64,
-    /// Learning rate of the weights. Default 0.025, the paper's, more than 0.
+    /// Learning rate of the weights. Default 0.025, as in the paper, more than 0.
     pub learning_rate: f64,
     /// Optimizer of the weights: `adam` or `sgd`. Default `adam`.
     pub optimizer: WeightOptimizerKind,
-    /// Where norms are taken: `representation` (what a head reads of the trunk, after its mix of layers; nearly free) or
-    /// `last_layer` (the weights of the highest LSTM layer that all tasks read, as in the paper). Default `representation`.
+    /// Where gradient norms are taken: `representation` (what a head reads from the trunk, after its mix of layers;
+    /// almost free) or `last_layer` (the weights of the highest LSTM layer that all tasks read, as in the paper).
+    /// Default `representation`.
     pub reference: Reference,
-    /// Steps between updates of the weights; 1 is the paper. Default: 1 with `representation`, 4 with `last_layer`.
+    /// Steps between updates of the weights; the paper uses 1. Default: 1 with `representation`, 4 with `last_layer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_every: Option<usize>,
-    /// What L_i(0) is: `first_batch`, `{mean_of_first: K}` steps (weights rest until then), or `log_classes`, the loss of
-    /// guessing. Default `first_batch`.
+    /// How GradNorm's reference loss L_i(0) is set: `first_batch`, `{mean_of_first: K}` steps (weights stay fixed until
+    /// then), or `log_classes`, the loss of a uniform guess. Default `first_batch`.
     pub initial_loss: InitialLoss,
-    /// The smallest weight, before the weights are scaled back to their sum. Default 1e-3, more than 0.
+    /// The smallest weight, applied before the weights are rescaled to their sum. Default 1e-3, more than 0.
     pub floor: f64,
 }
 
@@ -62,9 +63,9 @@ impl Default for GradnormConfig {
 pub enum InitialLoss {
     /// The loss of the first step.
     FirstBatch,
-    /// The mean over so many first steps.
+    /// The mean loss of this many first steps.
     MeanOfFirst(u32),
-    /// The loss of guessing.
+    /// The loss of a uniform guess.
     LogClasses,
 }
 

@@ -29,13 +29,13 @@ pub use uncertainty_softmax::UncertaintySoftmaxConfig;
 use crate::rng::Seed;
 use vectors::{count, from_json, mask, numbers, to_json, vector};
 
-/// The weight of each task's loss.
+/// How the losses of the tasks are weighted.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightingConfig {
-    /// Every task counts the same: w_i = 1. The baseline that every other strategy has to beat.
+    /// Every task counts the same: w_i = 1. The baseline for all other strategies.
     Equal(EqualConfig),
-    /// Weights given in the file.
+    /// Constant weights given in the file.
     Fixed(FixedConfig),
     /// Homoscedastic uncertainty (Kendall, Gal, Cipolla 2018).
     Uncertainty(UncertaintyConfig),
@@ -45,7 +45,7 @@ pub enum WeightingConfig {
     Gradnorm(GradnormConfig),
     /// Dynamic weight average (Liu 2019).
     Dwa(DwaConfig),
-    /// Random weights each step (Lin 2022): the litmus test.
+    /// New random weights at every step (Lin 2022): a baseline that the other strategies must beat.
     Random(RandomConfig),
 }
 
@@ -66,7 +66,7 @@ pub struct RandomConfig {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FixedConfig {
-    /// A weight for every task by name, more than 0; scaled so that they sum to the number of tasks.
+    /// The weight of every task by name, more than 0; the weights are scaled to sum to the number of tasks.
     pub weights: IndexMap<String, f64>,
 }
 
@@ -74,10 +74,10 @@ pub struct FixedConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
-    /// At the weights of the highest LSTM layer that all tasks read, the last shared one of the paper: a backward pass of that
-    /// layer for each task.
+    /// At the weights of the highest LSTM layer that all tasks read, the paper's last shared layer: needs a backward
+    /// pass through that layer for each task.
     LastLayer,
-    /// At what a head reads of the trunk, after its mix of layers: nearly free.
+    /// At what a head reads from the trunk, after its mix of layers; almost free.
     #[default]
     Representation,
 }

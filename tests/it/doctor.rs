@@ -15,8 +15,8 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     let text = said(&folder, &["small.yaml", "--all"]);
     for part in [
         "dev.jsonl:31: `topic`: label `sports` is in dev but never in train",
-        "no span of its type is open",
-        "stands in train too",
+        "does not continue a span of its type",
+        "also occurs in train (",
         "0 errors",
     ] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
@@ -24,13 +24,13 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     folder.file("none.jsonl", "{\"tokens\": [\"a\"], \"topic\": \"music\", \"slots\": [\"O\"]}\n".repeat(3));
     let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=none.jsonl"]);
     assert!(text.contains("`slots`: label `thing` is in dev but never in train"), "{text}");
-    assert!(text.contains("`slots`: train has no span"), "{text}");
+    assert!(text.contains("`slots`: train has no spans"), "{text}");
     // A letter in the wrong place, and a label that nothing has.
     folder.file("slip.jsonl", rows(60) + "{\"tokens\": [\"play\"], \"topic\": \"muisc\", \"slots\": [\"O\"]}\n");
     let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=slip.jsonl"]);
-    assert!(text.contains("slip.jsonl:61: `topic`: label `muisc` is rare, and one letter from `music`"), "{text}");
+    assert!(text.contains("slip.jsonl:61: `topic`: label `muisc` is rare and one letter away from `music`"), "{text}");
     let text = said(&folder, &["small.yaml", "--set", "tasks.topic.labels=[music, food, travel, muisc]"]);
-    assert!(text.contains("label `muisc` of `tasks.topic.labels` is in no training row"), "{text}");
+    assert!(text.contains("label `muisc` of `tasks.topic.labels` occurs in no training row"), "{text}");
     let row = text.lines().find(|line| line.trim().starts_with("muisc")).unwrap();
     assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["muisc", "0", "0", "0"]);
     let raw = |n: usize| format!("{{\"text\": \"{}now, or never.\", \"topic\": \"a\"}}\n", "very ".repeat(n));
@@ -40,14 +40,14 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     folder.file("raw.yaml", raw.replace("  slots: {type: tagging, set: toy, column: slots, decoder: crf}\n", ""));
     let text = said(&folder, &["raw.yaml", "--all", "--set", "model.trunk.connection=residual"]);
     for part in [
-        "`toy`: 50 % of the different words end in punctuation, as `now,`; `tokenizer.split: punctuation`",
-        "raw.jsonl:2: a sentence of 2003 words: a batch is as long as its longest",
-        "model.trunk.connection leads past layers from the second on",
+        "`toy`: 50 % of the distinct words end in punctuation, such as `now,`; `tokenizer.split: punctuation`",
+        "raw.jsonl:2: a sentence of 2003 words: its whole batch is padded to this length",
+        "model.trunk.connection has no effect",
     ] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
     }
     let text = said(&folder, &["raw.yaml", "--set", "data.max_words=99", "--set", "tokenizer.split=punctuation"]);
-    assert!(text.contains("raw.jsonl:2: a sentence of more than 99 words is left out"), "{text}");
+    assert!(text.contains("raw.jsonl:2: a sentence with more than 99 words is left out"), "{text}");
     assert!(!text.contains("end in punctuation") && !text.contains("2003 words"), "{text}");
     // What training would refuse, `check` does.
     let no_part = ["check", "small.yaml", "--set", "training.freeze_epochs={trunk.weight: 1}"];
@@ -63,7 +63,7 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     let lines: Vec<&str> = text.lines().filter(|line| line.contains("this sentence of `toy`'s dev")).collect();
     let across = |line: &str| {
         line.contains("dev.jsonl:31: ")
-            && line.contains("stands in train of `other`")
+            && line.contains("also occurs in train of `other`")
             && line.contains("others.jsonl:1)")
     };
     assert!(matches!(lines.as_slice(), [line] if across(line)), "{text}");
@@ -82,10 +82,10 @@ fn the_same_sentence_with_other_labels_and_labels_that_look_the_same_are_told() 
     let text = said(&folder, &["small.yaml"]);
     let lines: Vec<&str> = text.lines().filter(|line| line.contains("train.jsonl:9")).collect();
     let expected = [
-        "train.jsonl:94: `topic`: labels `Mu sic` and `music` differ in case or white space alone",
-        "train.jsonl:92: `topic`: this sentence has other labels than the same before",
-        "train.jsonl:92: `slots`: this sentence has other labels than the same before",
-        "train.jsonl:94: the word `New York` has white space in it",
+        "train.jsonl:94: `topic`: labels `Mu sic` and `music` differ only in case or white space",
+        "train.jsonl:92: `topic`: this sentence occurs earlier with other labels",
+        "train.jsonl:92: `slots`: this sentence occurs earlier with other labels",
+        "train.jsonl:94: the word `New York` contains white space",
     ];
     for part in expected {
         assert!(lines.iter().any(|line| line.contains(part)), "`{part}` is not in\n{text}");
@@ -101,7 +101,11 @@ fn a_flood_of_one_kind_hides_no_other() {
     folder.file("dev.jsonl", rows(30) + "{\"tokens\": [\"new\"], \"topic\": \"sports\"}\n");
     let count = |text: &str, part: &str| text.lines().filter(|line| line.contains(part)).count();
     let text = said(&folder, &["small.yaml"]);
-    assert_eq!((count(&text, "no span of its type"), count(&text, "label `sports`")), (5, 2), "{text}");
+    assert_eq!(
+        (count(&text, "does not continue a span of its type"), count(&text, "label `sports`")),
+        (5, 2),
+        "{text}"
+    );
     assert!(text.contains("... and 25 more of this kind; --all lists them"), "{text}");
-    assert_eq!(count(&said(&folder, &["small.yaml", "--all"]), "no span of its type"), 30);
+    assert_eq!(count(&said(&folder, &["small.yaml", "--all"]), "does not continue a span of its type"), 30);
 }

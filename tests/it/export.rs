@@ -130,7 +130,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
     ] {
         train(&folder, &settings);
         let said = export(&folder, &[], 0);
-        assert!(said.contains("agrees with the live model"), "{said}");
+        assert!(said.contains("verified in a separate process"), "{said}");
         let expected = predicted(&folder, "run");
         assert_eq!(expected.len(), 8);
         assert_eq!(predicted(&folder, "model.pt"), expected);
@@ -257,7 +257,7 @@ fn checks_of_a_word_model(folder: &Folder) {
     let dev = folder.read("dev.jsonl");
     std::fs::remove_file(folder.path().join("dev.jsonl")).unwrap();
     let said = export(folder, &["--force"], 0);
-    assert!(said.contains("checked and not scored") && said.contains("agrees with the live model"), "{said}");
+    assert!(said.contains("verified but not scored") && said.contains("verified in a separate process"), "{said}");
     folder.file("dev.jsonl", dev);
     assert_eq!(scores("run"), scores("model.pt"));
 
@@ -265,8 +265,8 @@ fn checks_of_a_word_model(folder: &Folder) {
     assert!(export(folder, &[], 2).contains("model.pt exists; --force replaces it"));
     for (format, out, why) in [
         ("torchscript", "run", "run is a folder: it is not replaced"),
-        ("safetensors", "run", "run is no folder that polytask exported"),
-        ("triton", ".", "is no folder that polytask exported"),
+        ("safetensors", "run", "run is not a folder that polytask exported"),
+        ("triton", ".", "is not a folder that polytask exported"),
     ] {
         let command = ["export", "run", "--format", format, "--out", out, "--force"];
         let output = folder.polytask(&command).assert().code(2).get_output().clone();
@@ -303,7 +303,7 @@ print({str(x.dtype) for x in model.parameters()}, 'int8' if 'quantized' in str(m
         folder.polytask(&["export", "run", "--format", format, "--out", out]).assert().success();
     }
     let output = folder.polytask(&["export", "model.pt", "--format", "onnx", "--out", "m.onnx"]).assert().code(2);
-    assert!(String::from_utf8_lossy(&output.get_output().stderr).contains("model.pt is exported already"));
+    assert!(String::from_utf8_lossy(&output.get_output().stderr).contains("model.pt is a file, not a run directory"));
     // Words that hold spaces are cut: a graph has an input for that, a server has not.
     let dev = folder.read("dev.jsonl");
     for (content, cut) in [(dev.clone(), false), (dev.replacen("\"the\"", "\"the big\"", 1), true)] {
@@ -314,7 +314,7 @@ print({str(x.dtype) for x in model.parameters()}, 'int8' if 'quantized' in str(m
         let output =
             folder.polytask(&["export", "run", "--format", "triton", "--out", "repository", "--force"]).assert();
         let said = String::from_utf8_lossy(&output.success().get_output().stderr).into_owned();
-        assert_eq!(said.contains("no server can be sent such words"), cut, "{said}");
+        assert_eq!(said.contains("a Triton server cannot take such words"), cut, "{said}");
     }
     folder.file("dev.jsonl", dev);
     let program = "
@@ -347,7 +347,7 @@ torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'newer.pt', _extra_files
     );
     folder.file("broken.pt", &before[..before.len() / 2]);
     for (file, expected) in [
-        ("foreign.pt", "no model that polytask exported"),
+        ("foreign.pt", "not a model exported by polytask"),
         ("newer.pt", "has format 99 (polytask \"9.0\"); this program reads 1"),
         ("broken.pt", "broken.pt is damaged (libtorch: "),
         ("repository/small/config.pbtxt", "is neither a run directory nor a model of `export --format torchscript`"),

@@ -68,7 +68,11 @@ fn conll() {
     assert_eq!(labels(&corpus, 0), ["news", "-", "-"]);
     assert_eq!(labels(&corpus, 1), ["B-x", "O", "O", "I-x"]);
     assert_eq!(messages(&problems)[0], "t.conll:9: 1 column, but 3 are needed");
-    assert!(messages(&problems).iter().any(|m| m.starts_with("t.conll:11: `tags`, word 1 `last`: `I-x`: no span")));
+    assert!(
+        messages(&problems)
+            .iter()
+            .any(|m| m.starts_with("t.conll:11: `tags`, word 1 `last`: `I-x`: does not continue"))
+    );
 }
 
 #[test]
@@ -98,7 +102,7 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
     folder.file("t.conll", text);
     let (corpus, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
     assert_eq!((sentences(&corpus), labels(&corpus, 0)), (vec!["y".into()], vec!["a".into()]));
-    assert_eq!(messages(&problems)[0], "t.conll:2: a second `topic`, `b`, of a sentence that has `a`");
+    assert_eq!(messages(&problems)[0], "t.conll:2: a second `topic`, `b`, for a sentence that already has `a`");
 }
 
 #[test]
@@ -108,12 +112,12 @@ fn a_key_twice_and_a_quote_that_stays_open_are_errors() {
     folder.file("t.jsonl", row.to_owned() + &row.replace("\"tags\"", "\"topic\": \"y\", \"tags\"") + "{}\n");
     let (corpus, problems) = read(&folder, "format: jsonl, tokens: tokens, train: t.jsonl, dev: t.jsonl", BOTH);
     assert_eq!(labels(&corpus, 0), ["x"]);
-    let expected = ["t.jsonl:2: the key `topic` stands twice (column 44)", "t.jsonl:3: no `tokens`: the row is empty"];
+    let expected = ["t.jsonl:2: the key `topic` occurs twice (column 44)", "t.jsonl:3: no `tokens`: the row is empty"];
     assert_eq!(messages(&problems)[..2], expected);
     folder.file("t.jsonl", "{\"data\": {\"text\": \"a\", \"text\": \"b\"}, \"topic\": \"x\"}\n");
     let topic = "  topic: {type: classification, set: s, column: topic}";
     let (_, problems) = read(&folder, "format: jsonl, text: data.text, train: t.jsonl, dev: t.jsonl", topic);
-    assert_eq!(messages(&problems)[0], "t.jsonl:1: the key `text` stands twice (column 35)");
+    assert_eq!(messages(&problems)[0], "t.jsonl:1: the key `text` occurs twice (column 35)");
     let set = "format: csv, train: t.csv, dev: t.csv";
     for (text, topics, line) in [
         ("text,topic\na,x\nb,\"y\nc,z\nd,x\n", vec!["x"], Some(3)),
@@ -124,7 +128,7 @@ fn a_key_twice_and_a_quote_that_stays_open_are_errors() {
         folder.file("t.csv", text);
         let (corpus, problems) = read(&folder, set, topic);
         assert_eq!(labels(&corpus, 0), topics, "{text}");
-        let told = line.map(|line| format!("t.csv:{line}: a `\"` that is never closed"));
+        let told = line.map(|line| format!("t.csv:{line}: a `\"` is never closed"));
         let open = messages(&problems).into_iter().find(|message| message.contains("never closed"));
         assert!(open.is_some() == told.is_some(), "{problems:?}");
         assert!(open.zip(told).is_none_or(|(open, told)| open.starts_with(&told)), "{problems:?}");
@@ -146,7 +150,10 @@ fn rasa_leaves_entities_away_where_there_are_none_and_spans_are_of_the_text_they
     let span = "{\"start\": 3, \"end\": 7, \"label\": \"city\", \"text\": \"Oslo\"}";
     folder.file("t.jsonl", format!("{{\"text\": \"to Rome\", \"entities\": [{span}]}}\n"));
     let (_, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", tasks);
-    assert_eq!(messages(&problems)[0], "t.jsonl:1: span 3..7 `city` is of the text `Oslo`, but `Rome` stands there");
+    assert_eq!(
+        messages(&problems)[0],
+        "t.jsonl:1: span 3..7 `city` is recorded as `Oslo`, but the text at its offsets is `Rome`"
+    );
 }
 
 #[test]
@@ -154,7 +161,7 @@ fn a_bad_tag_is_named_by_the_line_of_its_word() {
     let folder = Folder::new();
     folder.file("t.conll", "# topic = a\nto O\nOslo X-city\n\nyes O\nRome I-city\n");
     let (_, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
-    assert_eq!(messages(&problems)[0], "t.conll:3: `tags`, word 2: `X-city` is no bio tag");
+    assert_eq!(messages(&problems)[0], "t.conll:3: `tags`, word 2: `X-city` is not a bio tag");
     assert!(messages(&problems)[1].starts_with("t.conll:6: `tags`, word 2 `Rome`"), "{problems:?}");
     // Where lines of no word stand between, it is the sentence's.
     let row = |id: &str, word: &str, tag: &str| format!("{id}\t{word}\t_\t{tag}\t_\t_\t_\t_\t_\t_\n");
@@ -162,7 +169,7 @@ fn a_bad_tag_is_named_by_the_line_of_its_word() {
     folder.file("t.conllu", format!("\n{text}"));
     let tasks = "  tags: {type: tagging, set: s, column: upos}";
     let (_, problems) = read(&folder, "format: conllu, train: t.conllu, dev: t.conllu", tasks);
-    assert_eq!(messages(&problems)[0], "t.conllu:2: `upos`, word 3: `X-x` is no bio tag");
+    assert_eq!(messages(&problems)[0], "t.conllu:2: `upos`, word 3: `X-x` is not a bio tag");
 }
 
 #[test]
@@ -188,7 +195,7 @@ fn plain_tags_are_no_spans() {
     let folder = Folder::new();
     for (value, expected) in [
         ("[]", "t.jsonl:1: 3 words but 0 tags in `tags`"),
-        (r#"[{"start": 3, "end": 11, "label": "city"}]"#, "t.jsonl:1: `tags` is no list of tags, one a word"),
+        (r#"[{"start": 3, "end": 11, "label": "city"}]"#, "t.jsonl:1: `tags` is not a list of tags, one per word"),
     ] {
         folder.file("t.jsonl", format!("{{\"text\": \"to New York\", \"tags\": {value}}}\n"));
         let tasks = "  tags: {type: tagging, set: s, column: tags, scheme: plain}";
@@ -243,7 +250,7 @@ fn jsonl_text_tokens_tags_and_spans() {
     assert_eq!(labels(&corpus, 1), ["O", "O", "B-city", "O", "B-city", "O", "B-x", "O", "O"]);
     let messages = messages(&problems);
     for expected in [
-        "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it takes the whole words; `tokenizer.split` says how text is cut",
+        "t.jsonl:4: span 0..2 `x` does not end at word boundaries; it is extended to whole words; `tokenizer.split` sets how text is split",
         "t.jsonl:5: span 7..9 `x` ends beyond the text, which ends at 3",
         "t.jsonl:6: empty sentence, skipped",
         "t.jsonl:7: no `text`; the keys are `txt`",
@@ -269,8 +276,10 @@ fn numbers_are_tags_and_what_cannot_be_is_named() {
     folder.file("t.jsonl", nested);
     let (_, problems) = read(&folder, "format: jsonl, train: t.jsonl, dev: t.jsonl", BOTH);
     let messages = messages(&problems);
-    for expected in ["t.jsonl:1: span 4..8 `y` overlaps another span: a word has one tag", "t.jsonl:2: `text` is null"]
-    {
+    for expected in [
+        "t.jsonl:1: span 4..8 `y` overlaps another span, but a word can have only one tag",
+        "t.jsonl:2: `text` is null",
+    ] {
         assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
     }
     // Spans of words.
@@ -304,7 +313,8 @@ fn numbers_are_tags_and_what_cannot_be_is_named() {
     let (corpus, problems) = read(&folder, "format: conllu, train: t.conllu, dev: t.conllu", tasks);
     assert_eq!(labels(&corpus, 0), ["_", "Case=Nom", "_"]);
     assert_eq!(labels(&corpus, 1), ["X", "Y", "-"]);
-    let expected = "t.conllu:4: `misc`, word 1: `S-a` is no bio tag; all tags here are of `scheme: bioes`";
+    let expected =
+        "t.conllu:4: `misc`, word 1: `S-a` is not a bio tag; all tags of this column would fit `scheme: bioes`";
     assert!(problems.iter().any(|problem| problem.to_string().ends_with(expected)), "{problems:?}");
 }
 
@@ -318,14 +328,14 @@ fn json_arrays_and_rasa_know_their_lines() {
         (sentences(&corpus), labels(&corpus, 0)),
         (vec!["hello you".into(), "bye".into()], vec!["x".into(), "y".into()])
     );
-    assert_eq!(messages(&problems)[0], "t.json:4: `0` is no text");
+    assert_eq!(messages(&problems)[0], "t.json:4: `0` is not a string");
     assert_eq!(corpus.rows(Split::Train)[0].place(1).line, 3);
     let (_, problems) = read(&folder, "format: json, text: \"0\", train: t.json#b, dev: t.json#a", tasks);
     assert_eq!(messages(&problems)[0], "t.json: no key `b`; the keys are `a`");
 
     folder.file("t.json", "{\"a\": [[\"hello you\", \"x\"], [\"bye\", \"y\"], [7, \"y\"]]}");
     let (corpus, problems) = read(&folder, "format: json, text: \"0\", train: t.json#a, dev: t.json#a", tasks);
-    assert_eq!(messages(&problems)[0], "t.json, row 3: `0` is no text");
+    assert_eq!(messages(&problems)[0], "t.json, row 3: `0` is not a string");
     assert!(corpus.rows(Split::Train)[0].place(1).to_string().ends_with("t.json, row 2"));
 
     let rasa = r#"{"rasa_nlu_data": {"common_examples": [
@@ -352,7 +362,7 @@ fn csv_tsv_and_lines() {
         folder.file("t.csv", text);
         let (corpus, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
         assert_eq!(sentences(&corpus), expected);
-        let long = format!("t.csv:{long} of several lines, held together by `\"`; this is the first");
+        let long = format!("t.csv:{long} with line breaks between `\"`; this is the first");
         assert_eq!(messages(&problems)[..2], ["t.csv:5: 1 value, but the header has 2".to_owned(), long]);
     }
     folder.file("t.csv", "\"1\",\"one, two\"\n\"2\",three\n4\n");
@@ -364,21 +374,24 @@ fn csv_tsv_and_lines() {
     assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but `columns:` names 2");
     folder.file("t.csv", "topic, text\na,one\n");
     let (_, problems) = read(&folder, "format: csv, columns: [topic, text], train: t.csv, dev: t.csv", TOPIC);
-    assert_eq!(messages(&problems)[0], "t.csv:1: this line names the columns: leave `columns:` away");
+    assert_eq!(messages(&problems)[0], "t.csv:1: this line already names the columns: remove `columns:`");
     folder.file("t.csv", "topic,text\na,\"one\nb,two\nc,three\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
-    let open = "a `\"` that is never closed; what follows is not read (`quotes: false` takes it as it stands)";
+    let open = "a `\"` is never closed; the rest is not read (`quotes: false` makes it an ordinary character)";
     assert_eq!(messages(&problems)[0], format!("t.csv:2: {open}"));
     folder.file("t.csv", "topic,text\nc,three\n\"a,one\nb,two\"\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
-    assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but the header has 2; a `\"` holds several together");
+    assert_eq!(messages(&problems)[0], "t.csv:3: 1 value, but the header has 2; a value in `\"` contains several");
     folder.file("t.csv", "topic,text,topic\na,one,b\n");
     let (_, problems) = read(&folder, "format: csv, train: t.csv, dev: t.csv", TOPIC);
     assert_eq!(messages(&problems)[0], "t.csv:1: several columns are named `topic`");
     folder.file("t.tsv", "text\ttopic\nhi there\tx\n\"so he\ty\nsaid\"\tx\n");
     let (corpus, problems) = read(&folder, "format: tsv, train: t.tsv, dev: t.tsv", TOPIC);
     assert_eq!(labels(&corpus, 0), ["x"]);
-    assert_eq!(messages(&problems)[0], "t.tsv:3: a `\"` holds 2 lines together; `quotes: false` takes it as it stands");
+    assert_eq!(
+        messages(&problems)[0],
+        "t.tsv:3: a value in `\"` has 2 lines; `quotes: false` makes `\"` an ordinary character"
+    );
     let (corpus, problems) = read(&folder, "format: tsv, quotes: false, train: t.tsv, dev: t.tsv", TOPIC);
     assert_eq!((labels(&corpus, 0), problems.len()), (["x", "y", "x"].map(str::to_owned).to_vec(), 0));
     assert_eq!(sentences(&corpus)[1], "\"so he");
@@ -386,7 +399,7 @@ fn csv_tsv_and_lines() {
     let set = "format: lines, columns: [topic, text], encoding: latin1, train: t.lines, dev: t.lines";
     let (corpus, problems) = read(&folder, set, TOPIC);
     assert!(sentences(&corpus)[0].starts_with("café"), "{:?}", sentences(&corpus));
-    assert_eq!(messages(&problems)[0], "t.lines:2: 1 value, but 2 columns are declared");
+    assert_eq!(messages(&problems)[0], "t.lines:2: 1 value, but `columns:` names 2");
     let set = "format: lines, columns: [topic, text], train: t.lines, dev: t.lines";
     let (_, problems) = read(&folder, set, TOPIC);
     assert!(messages(&problems)[0].starts_with("t.lines:1: invalid UTF-8"), "{problems:?}");

@@ -265,8 +265,16 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     train("two", &[&two[..], &["init_from=null"]].concat()).success();
     let order = "tasks.topic.labels=[travel, music, food]";
     for (from, more, expected) in [
-        ("first", &[order] as &[&str], "`topic` begins anew: its labels stand in another order there"),
-        ("two", &["model.trunk.layers=2"], "`topic` begins anew: it reads something else there"),
+        (
+            "first",
+            &[order] as &[&str],
+            "`topic` is initialised from scratch: its labels are in another order in the earlier run",
+        ),
+        (
+            "two",
+            &["model.trunk.layers=2"],
+            "`topic` is initialised from scratch: it reads other inputs in the earlier run",
+        ),
     ] {
         let from = format!("init_from={from}");
         let output = train(&format!("of-{from}"), &[&[from.as_str(), "training.max_epochs=1"], more].concat());
@@ -275,7 +283,10 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     }
     let error = train("fourth", &["model.trunk.hidden=9"]).code(2).get_output().clone();
     let said = String::from_utf8_lossy(&error.stderr).into_owned();
-    assert!(said.contains("its trunk is hidden: 10, layers: 1") && said.contains("here it is hidden: 9"), "{said}");
+    assert!(
+        said.contains("its trunk is hidden: 10, layers: 1") && said.contains("this experiment's is hidden: 9"),
+        "{said}"
+    );
     assert!(!folder.path().join("fourth").exists(), "nothing was trained, and nothing is left");
     // A table that stood still is tuned now.
     let still = "model.embedding.vectors=[{file: vectors.txt, trainable: false}]";

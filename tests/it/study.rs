@@ -25,7 +25,9 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     folder.file("study.yaml", folder.read("study.yaml").replace("crf}", inputs));
     let command = ["study", "study.yaml", "--jobs", "2"];
     let (table, _) = said(&folder, &command, 0);
-    for part in ["50 %", "100 %", "equal", "gentle", "each task alone", "delta-m", "within noise", "alone it needs"] {
+    for part in
+        ["50 %", "100 %", "equal", "gentle", "each task alone", "delta-m", "within noise", "single-task model needs"]
+    {
         assert!(table.contains(part), "`{part}` is not in\n{table}");
     }
     // 2 seeds, 2 shares, 2 strategies and 2 twins.
@@ -42,7 +44,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     std::fs::remove_dir_all(folder.path().join("runs/small-study/runs/gentle-s1")).unwrap();
     let (again, log) = said(&folder, &command, 0);
     assert!(log.contains("16 runs, 15 of them done"), "{log}");
-    assert!(!log.contains("the same rows"), "{log}");
+    assert!(!log.contains("different rows"), "{log}");
     assert_eq!((before, runs()), (changed("equal-s1/report.json"), 16), "finished runs are kept");
     let scores = |table: &str| table.lines().filter(|line| line.contains(" within noise")).map(str::to_owned).collect();
     let (first, second): (Vec<String>, Vec<String>) = (scores(&table), scores(&again));
@@ -64,10 +66,10 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     std::fs::remove_dir_all(folder.path().join("runs/small-study/experiments")).unwrap();
     assert!(said(&folder, &command, 0).1.contains("16 runs, 16 of them done"));
     let (_, error) = said(&folder, &["compare", "study.yaml"], 2);
-    assert!(error.contains("is no run directory"), "{error}");
+    assert!(error.contains("is not a run directory"), "{error}");
     folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));
     let (_, error) = said(&folder, &command, 2);
-    assert!(error.contains("of another experiment"), "{error}");
+    assert!(error.contains("of a different experiment"), "{error}");
 }
 
 #[test]
@@ -105,8 +107,8 @@ fn runs_of_no_study_share_a_row_where_nothing_but_the_seed_differs() {
     let (table, log) = said(&folder, &[&["compare"], &alike[..]].concat(), 0);
     assert!(table.contains(" equal ") && !table.contains("hidden") && !log.contains("no verdict"), "{table}{log}");
     let (table, log) = said(&folder, &["compare", "both-8-1", "both-8-2", "alone-12-1"], 0);
-    assert!(!table.contains("Against the task alone"), "{table}");
-    assert!(log.contains("`topic` alone has no run of the settings, seed and share of the data of equal"), "{log}");
+    assert!(!table.contains("Difference from the single-task model"), "{table}");
+    assert!(log.contains("no single-task run for `topic` has the settings, seed and data fraction of equal"), "{log}");
     // Much that differs is told by the path, and the rate is dev's choice.
     let much = ["model.trunk.hidden=9", "model.embedding.dim=9", "model.embedding.dropout=0", "model.trunk.dropout=0"];
     folder.train("other/both-8-1", &[&["training.max_epochs=1", "seed=1"], &much[..]].concat()).success();
@@ -148,8 +150,8 @@ fn a_task_without_test_rows_is_compared_on_dev() {
     let other = ["train", "two.yaml", "--out", "moved", "--set", "data.sets.other.dev=dev2.jsonl"];
     folder.polytask(&other).assert().success();
     let (_, log) = said(&folder, &["compare", "both", "alone", "moved"], 0);
-    let told: Vec<&str> = log.lines().filter(|line| line.contains("the same rows")).collect();
-    let expected = "`slots` is not scored on the same rows in both and moved: do not compare them";
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("different rows")).collect();
+    let expected = "`slots` is scored on different rows in both and moved, so its scores are not comparable";
     assert!(matches!(told.as_slice(), [one] if one.contains(expected)), "{log}");
     let slots = &json["groups"][0]["tasks"][1];
     assert!(slots["mean"].as_f64().unwrap() > 0.3, "{slots}");
@@ -162,7 +164,7 @@ fn a_task_without_dev_labels_is_not_trained_alone() {
     folder.file("bare.jsonl", folder.read("dev.jsonl").replace("\"slots\"", "\"other\""));
     let command = ["study", "study.yaml", "--set", "data.sets.toy.dev=bare.jsonl"];
     let (table, log) = said(&folder, &command, 0);
-    assert!(log.contains("`slots` is not trained alone: dev has no label of it"), "{log}");
+    assert!(log.contains("no single-task model is trained for `slots`: dev has no label of it"), "{log}");
     assert!(
         log.contains("4 runs") && table.contains("each task alone") && table.contains("slots f1 (test)"),
         "{table}"

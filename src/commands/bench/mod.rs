@@ -85,7 +85,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let yaml = args.experiment.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
     if args.experiment.is_dir() || (args.experiment.is_file() && !yaml) {
         if !(args.overrides.is_empty() && args.only.is_empty() && args.write.is_none()) {
-            return Err(invalid("--set, --only and --write are for experiments; a trained model is as it is"));
+            return Err(invalid("--set, --only and --write apply to experiments, not to trained models"));
         }
         return labelling(args);
     }
@@ -94,7 +94,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let mut candidates = candidates(&experiment)?;
     if let Some(unknown) = args.only.iter().find(|name| candidates.iter().all(|(known, _)| known != *name)) {
         let known: Vec<&str> = candidates.iter().map(|(name, _)| name.as_str()).collect();
-        return Err(invalid(format!("--only {unknown}: the strategies are {}", known.join("; "))));
+        return Err(invalid(format!("--only {unknown}: no such strategy; the strategies are {}", known.join("; "))));
     }
     candidates.retain(|(name, _)| args.only.is_empty() || args.only.contains(name));
     let rehearsal = Rehearsal::new(experiment, device)?;
@@ -227,7 +227,7 @@ fn summarize(strategy: String, own: &[f64], first: &[f64], size: &Size) -> Measu
 
 fn print(findings: &Findings) -> Result<()> {
     let against = format!("time / {}", findings.strategies[0].strategy);
-    let mut out = table::table(&["strategy", "ms a step", "tokens/s", "sentences/s", &against, "least", "most"], 1);
+    let mut out = table::table(&["strategy", "ms per step", "tokens/s", "sentences/s", &against, "min", "max"], 1);
     for m in &findings.strategies {
         let mut row = vec![m.strategy.clone(), format!("{:.2}", m.ms_per_step)];
         row.extend([m.tokens_per_sec, m.sentences_per_sec].map(|n| table::count(n as usize)));
@@ -235,14 +235,14 @@ fn print(findings: &Findings) -> Result<()> {
         out.add_row(row);
     }
     say(out)?;
-    let mut out = table::table(&[&format!("a step, {}", findings.strategies[0].strategy), "ms"], 1);
+    let mut out = table::table(&[&format!("part of a step, {}", findings.strategies[0].strategy), "ms"], 1);
     for (name, ms) in &findings.parts_ms {
         out.add_row([name.to_string(), format!("{ms:.2}")]);
     }
     say(out)?;
     let bound = &findings.bound;
     say(format!(
-        "bound: {:.2} ms a step (products at {:.0} GFLOP/s, measured here); time / bound {:.2}",
+        "lower bound: {:.2} ms per step ({:.0} GFLOP/s for matrix products, measured here); measured time is {:.2} times that",
         bound.ms_per_step,
         bound.flops_per_sec / 1e9,
         findings.time_over_bound,

@@ -19,7 +19,7 @@ use crate::train::{Pending, State, Step, Trainer};
 /// Steps of several batches, or a folder that cannot be written.
 pub fn write(folder: &Path, rehearsal: &Rehearsal, trainer: &mut Trainer, steps: &[&[Vec<usize>]]) -> Result<()> {
     anyhow::ensure!(steps.iter().all(|batches| batches.len() == 1), "--write needs training.accumulate_steps: 1");
-    std::fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+    std::fs::create_dir_all(folder).with_context(|| format!("{} cannot be created", folder.display()))?;
     let weights: Vec<(String, Tensor)> =
         rehearsal.model.parameters.iter().map(|(name, tensor)| (name.to_owned(), tensor.detach().copy())).collect();
     let mut tensors = Vec::new();

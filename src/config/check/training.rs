@@ -14,7 +14,7 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
     c.require("training.max_steps", training.max_steps != Some(0), "must be at least 1");
     c.require("training.checkpoint_every_steps", training.checkpoint_every_steps != Some(0), "must be at least 1");
     c.at_least_one("training.log_every_steps", training.log_every_steps);
-    c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 is off");
+    c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 turns it off");
     c.dropout("training.ema_decay", training.ema_decay);
     let tasks: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
     for part in training.freeze_epochs.keys() {
@@ -27,13 +27,17 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
             ("trunk", Some(layer)) => {
                 let number = layer.strip_prefix('l').and_then(|number| number.parse::<usize>().ok());
                 let last = experiment.model.trunk.layers.saturating_sub(1);
-                c.require(&path, number.is_none_or(|number| number <= last), &format!("the trunk ends with l{last}"));
+                c.require(
+                    &path,
+                    number.is_none_or(|number| number <= last),
+                    &format!("the trunk's last layer is l{last}"),
+                );
             }
             ("embedding" | "trunk" | "heads", _) => {}
             (part, _) => {
                 let known = ["embedding", "trunk", "heads"];
                 let near = suggestion(part, &known);
-                c.error(&path, format!("no part `{part}`{near}; parts begin with embedding, trunk or heads"));
+                c.error(&path, format!("no part `{part}`{near}; names of parts begin with embedding, trunk or heads"));
             }
         }
     }
@@ -88,10 +92,10 @@ fn check_metric(c: &mut Checker, experiment: &Experiment) {
         (Some(_), None) => {}
         (None, None) if task == "mean" => {}
         (None, None) if task == "sentence_accuracy" => {
-            c.require(path, experiment.tasks.len() > 1, "sentence_accuracy is of sentences with labels of two tasks");
+            c.require(path, experiment.tasks.len() > 1, "sentence_accuracy needs at least two tasks");
         }
         (None, Some(_)) if task == "mean" || task == "sentence_accuracy" => {
-            c.error(path, format!("`{task}` is one number: only tasks have scores, as in TASK.loss"));
+            c.error(path, format!("`{task}` is a single score; only tasks have several, as in TASK.loss"));
         }
         _ => {
             let mut names: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();

@@ -17,12 +17,14 @@ fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<u
                 return Err(format!("several columns are named `{name}`"));
             }
             found.ok_or_else(|| match names {
-                [] => "nothing here: the first line names the columns".to_owned(),
+                [] => "the file is empty, but its first line must name the columns".to_owned(),
                 [one] if one.contains([';', ',', '\t', '|']) => {
-                    format!("no column `{name}`, but one, `{one}`: `separator:` says what stands between columns")
+                    format!(
+                        "no column `{name}`; the only column is `{one}`: set `separator:` to what separates the columns"
+                    )
                 }
                 _ => format!(
-                    "no column `{name}`; the columns are {} (`columns:` names them where the first line does not)",
+                    "no column `{name}`; the columns are {} (use `columns:` if the first line does not name them)",
                     names.join(", ")
                 ),
             })
@@ -47,7 +49,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
     let open = Some(text).filter(|_| layout.quotes).and_then(|text| open_quote(text, delimiter));
     let unclosed = open.map(|(_, quote)| {
         let place = Place::new(path, 1 + text[..quote].matches('\n').count());
-        let message = "a `\"` that is never closed; what follows is not read (`quotes: false` takes it as it stands)";
+        let message = "a `\"` is never closed; the rest is not read (`quotes: false` makes it an ordinary character)";
         Problem::error(place, message)
     });
     let text = open.map_or(text, |(record, _)| &text[..record]);
@@ -86,12 +88,13 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
         seen = start;
         let values: Vec<&str> = record.iter().collect();
         if !has_header && start == 0 && values.iter().map(|value| value.trim()).eq(names.iter().copied()) {
-            builder.error(line, "this line names the columns: leave `columns:` away");
+            builder.error(line, "this line already names the columns: remove `columns:`");
             continue;
         }
         let n_lines = 1 + values.iter().map(|value| value.matches('\n').count()).sum::<usize>();
         if n_lines > 1 && layout.format == Format::Tsv {
-            let message = format!("a `\"` holds {n_lines} lines together; `quotes: false` takes it as it stands");
+            let message =
+                format!("a value in `\"` has {n_lines} lines; `quotes: false` makes `\"` an ordinary character");
             builder.error(line, message);
         } else if values.len() == names.len() {
             if n_lines > 1 {
@@ -101,7 +104,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
         } else {
             // What a quote that was never closed has swallowed.
             let held = values.iter().any(|value| value.contains([char::from(delimiter), '\n']));
-            let hint = if held { "; a `\"` holds several together" } else { "" };
+            let hint = if held { "; a value in `\"` contains several" } else { "" };
             let what = if has_header { "the header has" } else { "`columns:` names" };
             let found = counted(values.len(), "value");
             builder.error(line, format!("{found}, but {what} {}{hint}", names.len()));
@@ -110,7 +113,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
     builder.problems.extend(unclosed);
     if let Some((first, n)) = long_rows {
         let found = counted(n, "row");
-        builder.warning(first, format!("{found} of several lines, held together by `\"`; this is the first"));
+        builder.warning(first, format!("{found} with line breaks between `\"`; this is the first"));
     }
     (vec![builder.rows], builder.problems)
 }
@@ -158,7 +161,7 @@ pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -
                 add_row(number, &values, &positions, layout, builder);
             } else {
                 let found = counted(values.len(), "value");
-                builder.error(number, format!("{found}, but {} are declared", counted(names.len(), "column")));
+                builder.error(number, format!("{found}, but `columns:` names {}", names.len()));
             }
         }
     })

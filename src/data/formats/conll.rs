@@ -219,7 +219,10 @@ impl<'a> Sentence<'a> {
                 let wanted = |source: &Source| matches!(source, Source::Comment(wanted) if *wanted == name);
                 let other = self.comments.iter().find(|(known, other)| *known == name && *other != value);
                 if let Some((_, other)) = other.filter(|_| plan.sources.iter().any(wanted)) {
-                    builder.error(number, format!("a second `{name}`, `{value}`, of a sentence that has `{other}`"));
+                    builder.error(
+                        number,
+                        format!("a second `{name}`, `{value}`, for a sentence that already has `{other}`"),
+                    );
                     self.broken = true;
                 }
                 self.comments.push((name, value));

@@ -96,7 +96,7 @@ fn rows_at<'a>(text: &'a str, pointer: &[String]) -> Result<Vec<&'a RawValue>, (
         value = object.get(step.as_str()).ok_or_else(|| (0, format!("no key `{step}`; the keys are {}", keys())))?;
     }
     serde_json::from_str(value.get()).map_err(|_| {
-        let message = "no array of rows here; name the array after the file, as in `data.json#train`";
+        let message = "not an array of rows; name the array after the file, as in `data.json#train`";
         (0, message.to_owned())
     })
 }
@@ -164,7 +164,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
         scalars.push(match (labels(wanted), wanted.kind) {
             (Some(found), TaskKind::Classification) => match scalar(found) {
                 Some(text) => Some(text),
-                None => return builder.error(line, format!("`{}` is no label: {found}", wanted.column)),
+                None => return builder.error(line, format!("`{}` is not a label: {found}", wanted.column)),
             },
             _ => None,
         });
@@ -185,7 +185,7 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
                         format!("`{}`: a word has no tag; tag all or none", wanted.column)
                     }
                     true => format!("`{}` is neither tags nor spans ({{start, end, label}})", wanted.column),
-                    false => format!("`{}` is no list of tags, one a word", wanted.column),
+                    false => format!("`{}` is not a list of tags, one per word", wanted.column),
                 };
                 return builder.error(line, message);
             }
@@ -202,7 +202,7 @@ fn other_text(span: &WrittenSpan, row: &Value, layout: &Layout) -> Option<String
     let text = value(row, column)?.as_str().filter(|_| characters)?;
     let there: String = text.chars().skip(*start).take(end.saturating_sub(*start)).collect();
     let said = said.filter(|said| *said != there && !there.is_empty())?;
-    Some(format!("span {start}..{end} `{label}` is of the text `{said}`, but `{there}` stands there"))
+    Some(format!("span {start}..{end} `{label}` is recorded as `{said}`, but the text at its offsets is `{there}`"))
 }
 
 /// Tags that are numbers.
@@ -235,7 +235,7 @@ fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
                 words.iter().filter_map(Value::as_str).collect()
             }
             Value::String(words) => words.split_whitespace().collect(),
-            _ => return Err(format!("`{column}` is no list of words")),
+            _ => return Err(format!("`{column}` is not a list of words")),
         };
         let mut at = 0;
         let range = |word: &&str| {
@@ -253,7 +253,7 @@ fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
             let (words, ranges) = words_of(layout.splitter, text);
             Ok((words, ranges, text.chars().count()))
         }
-        Some(_) => Err(format!("`{column}` is no text")),
+        Some(_) => Err(format!("`{column}` is not a string")),
         None => Err(missing(row, column)),
     }
 }
@@ -268,7 +268,7 @@ fn missing(row: &Value, column: &str) -> String {
         }
         Value::Array(array) => {
             let hint = match array.iter().all(Value::is_object) {
-                true => "; where the whole file is one array, `format: json` reads it",
+                true => "; if the whole file is one array, use `format: json`",
                 false => "",
             };
             format!("no column {column}: the row has {}, numbered from 0{hint}", array.len())
@@ -302,7 +302,7 @@ fn spans(value: &Value) -> Option<Result<Vec<WrittenSpan<'_>>, String>> {
             (Some(start), Some(end), Some(label)) => Ok(WrittenSpan { start, end, label, text }),
             _ => {
                 let item = item.to_string().replace('`', "'");
-                Err(format!("`{item}` is no span: it needs `start` and `end`, whole numbers from 0, and a `label`"))
+                Err(format!("`{item}` is not a span: it needs `start` and `end`, whole numbers from 0, and a `label`"))
             }
         }
     }

@@ -26,22 +26,23 @@ use crate::task::TaskKind;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// A folder of files with one line a sentence: words in one, labels or tags in the others (`seq.in`, `seq.out`, `label`).
+    /// A folder of files with one line per sentence: words in one file, labels or tags in the others (`seq.in`,
+    /// `seq.out`, `label`).
     Parallel,
-    /// One word a line with its columns, an empty line after each sentence; `# name = value` or
-    /// `# name: value` lines before it carry sentence labels.
+    /// One word per line with its columns, an empty line after each sentence; `# name = value` or `# name: value` lines
+    /// before the words carry sentence labels.
     Conll,
-    /// CoNLL-U: ten columns, known by name (`form`, `upos`, `xpos`, `feats`, ...).
+    /// CoNLL-U: ten columns, referred to by name (`form`, `upos`, `xpos`, `feats`, ...).
     Conllu,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Jsonl,
-    /// One JSON file; `file.json#key` names the array of rows in it, which are objects or arrays.
+    /// One JSON file; `file.json#key` names the array of rows in it; rows are objects or arrays.
     Json,
     /// Comma-separated values with a header, or with `columns`.
     Csv,
     /// Tab-separated values with a header, or with `columns`.
     Tsv,
-    /// `columns` separated by `separator`, the last one takes the rest of the line; no header and no quoting.
+    /// `columns` separated by `separator`; the last column takes the rest of the line; no header and no quoting.
     Lines,
     /// Rasa's training data as JSON: `text`, `intent`, `entities`.
     Rasa,
@@ -51,10 +52,10 @@ pub enum Format {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Offsets {
-    /// Characters of the text; where there are `tokens`, of those with a space between.
+    /// Characters of the text or, with `tokens`, of the tokens joined by spaces.
     #[default]
     Characters,
-    /// Words, from 0.
+    /// Words, counted from 0.
     Words,
 }
 
@@ -124,7 +125,7 @@ fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
     if layout.encoding != encoding_rs::UTF_8 {
         let (text, _, malformed) = layout.encoding.decode(&bytes);
         if malformed {
-            let message = format!("has bytes that are not {}", layout.encoding.name());
+            let message = format!("contains bytes that are not {}", layout.encoding.name());
             return Err(vec![Problem::error(Place::new(path, 0), message)]);
         }
         return Ok(text.into_owned());
@@ -265,13 +266,13 @@ fn tags_of_spans(
             continue;
         }
         if words[first].0 != span.start || words[last - 1].1 != span.end {
-            let how = "it takes the whole words; `tokenizer.split` says how text is cut";
+            let how = "it is extended to whole words; `tokenizer.split` sets how text is split";
             builder.warning(line, format!("{name} does not end at word boundaries; {how}"));
         }
         if tags[first..last].iter().any(|tag| tag != "O") {
             let why = match span.start < seen {
-                true => "overlaps another span: a word has one tag",
-                false => "shares a word with another span; `tokenizer.split` says how text is cut",
+                true => "overlaps another span, but a word can have only one tag",
+                false => "shares a word with another span; `tokenizer.split` sets how text is split",
             };
             builder.error(line, format!("{name} {why}"));
             sound = false;

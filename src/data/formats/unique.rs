@@ -57,7 +57,7 @@ impl<'de> Deserialize<'de> for Unique {
                 let mut object = Map::new();
                 while let Some((key, Unique(value))) = entries.next_entry::<String, Unique>()? {
                     if object.contains_key(&key) {
-                        return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                        return Err(A::Error::custom(format!("the key `{key}` occurs twice")));
                     }
                     object.insert(key, value);
                 }

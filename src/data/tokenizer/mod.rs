@@ -26,7 +26,7 @@ pub const UNKNOWN: &str = "[UNK]";
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenizerConfig {
-    /// A word is a token.
+    /// Every word is a token.
     Word(WordConfig),
     /// Byte-pair encoding, learned within words (Sennrich 2016).
     Bpe(PieceConfig),
@@ -34,7 +34,7 @@ pub enum TokenizerConfig {
     Wordpiece(PieceConfig),
     /// The unigram language model (Kudo 2018), learned within words.
     Unigram(PieceConfig),
-    /// A `tokenizer.json` made elsewhere.
+    /// An existing `tokenizer.json`.
     File(FileConfig),
 }
 
@@ -47,20 +47,20 @@ impl Default for TokenizerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WordConfig {
-    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. A word that the data gives stays one, of several
-    /// tokens where it is cut. Default `whitespace`.
+    /// How raw text is split into words: `whitespace`, `punctuation`, `character`. Words that the data gives are not
+    /// split further, but may consist of several tokens. Default `whitespace`.
     pub split: Splitter,
-    /// Upper and lower case are one. Default false.
+    /// Convert words to lower case. Default false.
     pub lowercase: bool,
-    /// Every digit becomes 0. Default false.
+    /// Replace every digit by 0. Default false.
     pub fold_digits: bool,
-    /// Words seen less often in training are unknown. Default 1, at least 1.
+    /// Words that occur less often in training are unknown. Default 1, at least 1.
     pub min_count: u64,
-    /// At most so many words of the training text, the most frequent; those of vectors and of `init_from` come on top. At
-    /// least 1. Default: no limit.
+    /// Largest number of words to take from the training text, the most frequent first; words from `vectors` and
+    /// `init_from` are added to these. At least 1. Default: no limit.
     pub max_size: Option<usize>,
-    /// Probability that a word seen once in training is read as unknown, so that the unknown word gets trained (Lample
-    /// 2016 use 0.5). Default 0.5, 0 to 1.
+    /// Probability that a word seen once in training is read as unknown, so that the unknown word's embedding is
+    /// trained (Lample 2016 use 0.5). Default 0.5, 0 to 1.
     pub unknown_rate: f64,
 }
 
@@ -80,14 +80,14 @@ impl Default for WordConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PieceConfig {
-    /// How raw text becomes words: `whitespace`, `punctuation`, `character`. A word that the data gives stays one, of several
-    /// tokens where it is cut. Default `whitespace`.
+    /// How raw text is split into words: `whitespace`, `punctuation`, `character`. Words that the data gives are not
+    /// split further, but may consist of several tokens. Default `whitespace`.
     pub split: Splitter,
-    /// Upper and lower case are one. Default false.
+    /// Convert words to lower case. Default false.
     pub lowercase: bool,
-    /// Every digit becomes 0. Default false.
+    /// Replace every digit by 0. Default false.
     pub fold_digits: bool,
-    /// Number of pieces, special tokens included. Default 8000, at least 100.
+    /// Vocabulary size, special tokens included. Default 8000, at least 100.
     pub size: usize,
 }
 
@@ -102,7 +102,7 @@ impl Default for PieceConfig {
 pub struct FileConfig {
     /// Path of the `tokenizer.json`, relative to the data root.
     pub path: PathBuf,
-    /// How raw text becomes words before the tokenizer sees it. Default `whitespace`.
+    /// How raw text is split into words before tokenization. Default `whitespace`.
     #[serde(default)]
     pub split: Splitter,
 }

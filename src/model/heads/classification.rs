@@ -23,44 +23,46 @@ use crate::task::Task;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ClassificationConfig {
-    /// The set, or sets, whose rows carry this label.
+    /// The set or sets whose rows have this label.
     pub set: Paths,
     /// The column or field with the label.
     pub column: String,
-    /// The classes, where training may lack some, in the order that they have in the model. Default: those of the training rows,
-    /// sorted.
+    /// All classes, in the model's order; for classes that may not occur in the training rows. Default: the classes of
+    /// the training rows, sorted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<Vec<String>>,
-    /// How word states become one: `last` (the last state of each direction), `mean`, `max`, `attention`. Default `max`.
+    /// How the states of the words are pooled: `last` (the last state of each direction), `mean`, `max`, `attention`.
+    /// Default `max`.
     #[serde(default)]
     pub pooling: Pooling,
-    /// Width of a hidden layer with ReLU; 0 is none. Default 0.
+    /// Width of a hidden layer with ReLU; 0 for none. Default 0.
     #[serde(default)]
     pub hidden: i64,
-    /// Dropout before each layer of the head, beyond the trunk's own. Default 0, from 0 to below 1.
+    /// Dropout before each layer of the head, in addition to the trunk's. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
-    /// What it reads: `trunk`, and other tasks, whose heads' distributions it sees. Default `[trunk]`.
+    /// What the head reads: `trunk`, and other tasks, whose predicted distributions are added to its input. Default
+    /// `[trunk]`.
     #[serde(default = "super::trunk_alone")]
     pub inputs: Vec<String>,
-    /// The trunk's layer that it reads, from 1; 0 is the last. Default 0.
+    /// The trunk layer that the head reads, counted from 1; 0 is the last. Default 0.
     #[serde(default)]
     pub layer: usize,
-    /// Read a learned mix of all layers instead. Default false.
+    /// Read a learned weighted sum of all layers instead. Default false.
     #[serde(default)]
     pub mix_layers: bool,
-    /// Hidden size of an LSTM layer of its own; 0 is none. Default 0.
+    /// Hidden size of an additional LSTM layer between the trunk and this head only; 0 for none. Default 0.
     #[serde(default)]
     pub private_lstm: i64,
-    /// Share of the probability that the loss spreads over all classes (Szegedy 2016, section 7). Default 0, from 0 to
-    /// below 1.
+    /// Label smoothing: share of the target probability that is spread evenly over all classes (Szegedy 2016, section
+    /// 7). Default 0, from 0 to below 1.
     #[serde(default)]
     pub label_smoothing: f64,
-    /// What classes count in the training loss: `equal`, or `balanced`, N / (C n_c) with n_c of N training labels, so that rare
-    /// ones count as much as frequent ones. Default `equal`.
+    /// How classes are weighted in the training loss: `equal`, or `balanced`: N / (C n_c) for a class with n_c of the N
+    /// training labels, C classes, so that rare classes count as much as frequent ones. Default `equal`.
     #[serde(default)]
     pub class_weights: ClassWeights,
-    /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
+    /// Multiplies the task's weight under every weighting strategy. Default 1, more than 0.
     #[serde(default = "super::one")]
     pub priority: f64,
 }
@@ -70,9 +72,9 @@ pub struct ClassificationConfig {
 pub enum Pooling {
     /// The last state of each direction.
     Last,
-    /// Their mean.
+    /// The mean of the states.
     Mean,
-    /// Their largest value, feature by feature.
+    /// The maximum of every feature over the states.
     #[default]
     Max,
     /// sum_t softmax_t(v . tanh(A h_t + a)) h_t (Yang 2016, "Hierarchical Attention Networks", eq. 5-7).

@@ -24,9 +24,9 @@ pub use tagging::{Decoder, TaggingConfig};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HeadConfig {
-    /// A class for every sentence.
+    /// One class per sentence.
     Classification(ClassificationConfig),
-    /// A tag for every word.
+    /// One tag per word.
     Tagging(TaggingConfig),
 }
 
@@ -34,10 +34,11 @@ pub enum HeadConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ClassWeights {
-    /// Each label the same.
+    /// Every label counts the same.
     #[default]
     Equal,
-    /// Each class the same: its labels count the less the more there are (scikit-learn's `class_weight="balanced"`).
+    /// Every class counts the same: the more labels a class has, the less each of them counts (scikit-learn's
+    /// `class_weight="balanced"`).
     Balanced,
 }
 

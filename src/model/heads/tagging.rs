@@ -23,57 +23,59 @@ use crate::task::{Scheme, Task, TaskKind};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TaggingConfig {
-    /// The set, or sets, whose rows carry these tags.
+    /// The set or sets whose rows have these tags.
     pub set: Paths,
     /// The column or field with the tags.
     pub column: String,
-    /// The types of spans, or the plain tags, where training may lack some, in the order that they have in the model. Default:
-    /// those of the training rows, sorted.
+    /// All span types or plain tags, in the model's order; for labels that may not occur in the training rows. Default:
+    /// the labels of the training rows, sorted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub labels: Option<Vec<String>>,
-    /// How the data writes spans, which are BIO inside: `bio`, `iob1`, `bioes`, `bmes`, `bilou`; or `plain` for tags without
-    /// spans. Default `bio`.
+    /// How the data writes spans: `bio`, `iob1`, `bioes`, `bmes`, `bilou`, or `plain` for tags that are not spans. The
+    /// model itself always uses BIO. Default `bio`.
     #[serde(default = "default_scheme")]
     pub scheme: Scheme,
-    /// `softmax` (each word alone) or `crf` (the best sequence). Default: `crf` over spans, `softmax` over plain tags.
+    /// `softmax` (each word on its own) or `crf` (the best sequence of tags). Default: `crf` for spans, `softmax` for
+    /// plain tags.
     #[serde(default)]
     pub decoder: Option<Decoder>,
-    /// No I- tag without its span, neither in training nor in decoding. Default: with a CRF over spans, which alone can
-    /// have them.
+    /// Forbid an I- tag that does not continue a span of its type, in training and in decoding. Needs a CRF over spans,
+    /// with which it is on by default.
     #[serde(default)]
     pub constraints: Option<bool>,
-    /// Which spans count for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict mode:
-    /// only a span that starts with B-). Default `conlleval`. Both are reported.
+    /// How spans are counted for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict
+    /// mode: a span must start with B-). Default `conlleval`. Both scores are reported.
     #[serde(default)]
     pub scoring: SpanRule,
-    /// Dropout before the head, beyond the trunk's own. Default 0, from 0 to below 1.
+    /// Dropout before the head, in addition to the trunk's. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
-    /// What it reads: `trunk`, and other tasks, whose heads' distributions it sees. Default `[trunk]`.
+    /// What the head reads: `trunk`, and other tasks, whose predicted distributions are added to its input. Default
+    /// `[trunk]`.
     #[serde(default = "super::trunk_alone")]
     pub inputs: Vec<String>,
-    /// The trunk's layer that it reads, from 1; 0 is the last. Default 0.
+    /// The trunk layer that the head reads, counted from 1; 0 is the last. Default 0.
     #[serde(default)]
     pub layer: usize,
-    /// Read a learned mix of all layers instead. Default false.
+    /// Read a learned weighted sum of all layers instead. Default false.
     #[serde(default)]
     pub mix_layers: bool,
-    /// Hidden size of an LSTM layer of its own; 0 is none. Default 0.
+    /// Hidden size of an additional LSTM layer between the trunk and this head only; 0 for none. Default 0.
     #[serde(default)]
     pub private_lstm: i64,
-    /// With softmax: share of the probability that the loss spreads over all tags (Szegedy 2016, section 7). Default 0,
-    /// from 0 to below 1.
+    /// With softmax: label smoothing, the share of the target probability that is spread evenly over all tags (Szegedy
+    /// 2016, section 7). Default 0, from 0 to below 1.
     #[serde(default)]
     pub label_smoothing: f64,
-    /// With spans: what it costs, in nats, to read a word of a span as none (softmax-margin, Gimpel & Smith 2010). More
-    /// spans are found, and more that are none. Default 0, not negative.
+    /// With spans: extra cost in nats, in training, of tagging a word inside a span as outside (softmax-margin, Gimpel
+    /// & Smith 2010). Raises recall and lowers precision. Default 0, not negative.
     #[serde(default)]
     pub missed_cost: f64,
-    /// With softmax: what tags count in the training loss: `equal`, or `balanced`, N / (C n_c) with n_c of N training labels, so
-    /// that rare ones count as much as frequent ones. Default `equal`.
+    /// With softmax: how tags are weighted in the training loss: `equal`, or `balanced`: N / (C n_c) for a tag with n_c
+    /// of the N training labels, C tags, so that rare tags count as much as frequent ones. Default `equal`.
     #[serde(default)]
     pub class_weights: ClassWeights,
-    /// Multiplies the task's weight in every weighting strategy. Default 1, more than 0.
+    /// Multiplies the task's weight under every weighting strategy. Default 1, more than 0.
     #[serde(default = "super::one")]
     pub priority: f64,
 }
