@@ -8,7 +8,7 @@ use tch::Device;
 
 use super::cli::CheckArgs;
 use super::table::{count, percent, table};
-use super::{End, oddities, prepare, say, trained, trainer, transfer};
+use super::{End, build_trainer, data_checks, init_from, prepare, saved_model, say};
 use crate::config::Experiment;
 use crate::data::{Corpus, LoadedSet, Rows, Split, Tokenizer};
 use crate::libtorch;
@@ -22,13 +22,13 @@ const SHOWN: usize = 5;
 pub fn run(args: &CheckArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (corpus, mut problems) = prepare::corpus(&experiment)?;
-    problems.extend(oddities::find(&experiment, &corpus));
+    problems.extend(data_checks::find(&experiment, &corpus));
     say(sizes(&corpus))?;
     let wrong = |error: anyhow::Error| match error.downcast::<InvalidInput>() {
         Ok(InvalidInput(problems)) => problems,
         Err(error) => vec![Problem::general(Severity::Error, format!("{error:#}"))],
     };
-    let earlier = transfer::earlier(&experiment).unwrap_or_else(|error| {
+    let earlier = init_from::earlier(&experiment).unwrap_or_else(|error| {
         problems.extend(wrong(error));
         None
     });
@@ -123,15 +123,15 @@ fn begin(
     experiment: &Experiment,
     corpus: &Corpus,
     tokenizer: &Tokenizer,
-    earlier: Option<&trained::Trained>,
+    earlier: Option<&saved_model::Trained>,
 ) -> Result<Vec<String>> {
-    trainer::check_precision(&experiment.training, libtorch::device("auto")?)?;
+    build_trainer::check_precision(&experiment.training, libtorch::device("auto")?)?;
     let (tasks, device) = (prepare::tasks(experiment, corpus), Device::Cpu);
     let dev = prepare::encoded(corpus, Split::Dev, tokenizer, &tasks, device)?;
-    trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
-    let model = trainer::model(experiment, &tasks, tokenizer, device)?;
+    build_trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    let model = build_trainer::model(experiment, &tasks, tokenizer, device)?;
     match earlier {
-        Some(earlier) => Ok(transfer::initialize(&model, (experiment, &tasks), tokenizer, earlier)?.left),
+        Some(earlier) => Ok(init_from::initialize(&model, (experiment, &tasks), tokenizer, earlier)?.left),
         None => Ok(Vec::new()),
     }
 }
@@ -170,7 +170,7 @@ fn label_counts(task: TaskId, (name, head): (&str, &HeadConfig), corpus: &Corpus
     let mut counts: BTreeMap<&str, [usize; 3]> = named.collect();
     for (set, column) in corpus.columns_of(task) {
         for split in Split::ALL {
-            for (label, _) in oddities::occurrences(kind, &set.splits[split as usize], column) {
+            for (label, _) in data_checks::occurrences(kind, &set.splits[split as usize], column) {
                 counts.entry(label).or_default()[split as usize] += 1;
             }
         }

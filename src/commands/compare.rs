@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::cli::CompareArgs;
-use super::finished::{self, Finished};
+use super::run_report::{self, RunReport};
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Group, Run, RunTask, Settings, compare};
@@ -95,7 +95,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         let plan = path.join(PLAN);
         if !plan.is_file() {
             let directory = RunDirectory::open(path)?;
-            if !directory.file(finished::FILE).is_file() {
+            if !directory.file(run_report::FILE).is_file() {
                 return Err(invalid(format!("{} is not finished: it has no report.json", path.display())));
             }
             found.push(read(&directory, None)?);
@@ -107,7 +107,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         let mut n_open = 0;
         for entry in &plan {
             let run = path.join("runs").join(&entry.name);
-            if run.join(finished::FILE).is_file() {
+            if run.join(run_report::FILE).is_file() {
                 let mut of_study = read(&RunDirectory::open(&run)?, Some(&entry.label))?;
                 of_study.source = known_as(path);
                 of_study.run.study = Some(known_as(path));
@@ -188,7 +188,7 @@ fn tell_apart(found: &mut [Found]) {
 
 fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
-    let finished = Finished::read(directory)?;
+    let finished = RunReport::read(directory)?;
     let split_of = |i: usize| if finished.score("test", i).is_some() { "test" } else { "dev" };
     let scored_on = |i: usize| finished.rows.get(split_of(i))?.get(i).cloned();
     let task = |(i, name): (usize, &String)| {
@@ -204,7 +204,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         Some((task, scored_on(i)))
     };
     let (tasks, scored_on): (Vec<RunTask>, Vec<_>) = experiment.tasks.keys().enumerate().filter_map(task).unzip();
-    ensure!(!tasks.is_empty(), "{} contains no score", directory.file(finished::FILE).display());
+    ensure!(!tasks.is_empty(), "{} contains no score", directory.file(run_report::FILE).display());
     let strategy = serde_json::to_value(&experiment.weighting)?;
     let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
     let own = match experiment.tasks.keys().collect::<Vec<_>>()[..] {

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::cli::EvaluateArgs;
 use super::predict::probability;
-use super::trained::{self, Trained};
+use super::saved_model::{self, Trained};
 use super::{End, output, prepare, say, table};
 use crate::config::Experiment;
 use crate::data::{Corpus, DeviceSet, Split, labels};
@@ -18,7 +18,7 @@ use crate::task::{Scheme, Task, TaskId, TaskKind};
 
 pub fn run(args: &EvaluateArgs) -> Result<End> {
     let (device, _) = prepare::machine(&args.machine)?;
-    let mut trained = trained::open(&args.run, &args.checkpoint, device)?;
+    let mut trained = saved_model::open(&args.run, &args.checkpoint, device)?;
     let split = args.split;
     let input = args.input.as_deref().map(|file| in_place_of(&trained.experiment, split, file)).transpose()?;
     trained.change_data(&input.into_iter().flatten().chain(args.overrides.iter().cloned()).collect::<Vec<_>>())?;

@@ -9,8 +9,8 @@ use serde_json::json;
 use tch::{Device, Tensor};
 
 use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
-use super::exported::{self, FILES, FORMAT};
-use super::trained::{self, Trained};
+use super::exported_file::{self, FILES, FORMAT};
+use super::saved_model::{self, Trained};
 use super::{End, prepare, say, table};
 use crate::data::{DeviceSet, EncodedSet, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
@@ -45,7 +45,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             args.run.display()
         )));
     }
-    let trained = trained::open(&args.run, &args.checkpoint, Device::Cpu)?;
+    let trained = saved_model::open(&args.run, &args.checkpoint, Device::Cpu)?;
     if args.format == ExportFormat::Triton && !matches!(trained.experiment.tokenizer, TokenizerConfig::Word(_)) {
         return Err(invalid(
             "--format triton needs `tokenizer: {model: word}`: the server passes only token ids and lengths",
@@ -337,7 +337,7 @@ impl Content<'_> {
         module.save(&file, &self.files()?)?;
         // The server's form, read back and run.
         let cases = Cases::new(&self.trained.model, self.sentences_of_whole_words()?, tasks);
-        cases.check(&exported::open(&file)?.module, tasks, self.dtype)?;
+        cases.check(&exported_file::open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
         std::fs::write(
             folder.join(name).join("config.pbtxt"),
@@ -365,7 +365,7 @@ fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy
 
 /// The check in a process of its own: prints the largest relative difference.
 pub fn verify(args: &VerifyArgs) -> Result<End> {
-    let exported = exported::open(&args.model)?;
+    let exported = exported_file::open(&args.model)?;
     let tasks: Vec<Task> = serde_json::from_str(&exported.files[2])?;
     let dtype = Dtype::value_variants().iter().find(|dtype| exported.about["dtype"] == dtype.name());
     let dtype = dtype.with_context(|| format!("unknown dtype {}", exported.about["dtype"]))?;

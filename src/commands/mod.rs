@@ -4,29 +4,15 @@ mod bench;
 mod check;
 pub mod cli;
 mod compare;
-mod conll;
 mod evaluate;
 mod export;
-mod exported;
 mod find_lr;
-mod finished;
-mod oddities;
-mod onednn;
 mod options;
 mod predict;
-pub mod prepare;
-mod progress;
-mod rehearsal;
-mod reproduce;
-mod resume;
 mod selftest;
-mod signals;
+pub mod shared;
 mod study;
-mod table;
 mod train;
-mod trained;
-pub mod trainer;
-mod transfer;
 
 use std::fmt::Display;
 use std::io::Write;
@@ -40,7 +26,11 @@ use crate::libtorch::caught;
 use crate::problem::{InvalidInput, invalid};
 use crate::run::atomic::Partial;
 use cli::{Cli, Command};
-use signals::stop_flag;
+use shared::signals::stop_flag;
+use shared::{
+    build_trainer, data_checks, exported_file, init_from, onednn, prepare, progress, rehearsal, run_report,
+    saved_model, signals, table,
+};
 
 /// How a command that did not fail came to its end.
 pub enum End {

@@ -1,5 +1,7 @@
 //! `polytask predict`: sentences in, labels out, in order, as they come.
 
+mod conll;
+
 use std::fs::File;
 use std::io::{BufRead, BufWriter, Read, Write};
 use std::path::Path;
@@ -13,8 +15,8 @@ use serde_json::{Map, Value, json};
 use tch::Device;
 
 use super::cli::{PredictArgs, PredictFormat};
-use super::trained::{self, Trained};
-use super::{End, conll, output, prepare, stop_flag};
+use super::saved_model::{self, Trained};
+use super::{End, output, prepare, stop_flag};
 use crate::data::words::character_ranges;
 use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, gzip, json_row, json_value, labels};
 use crate::evaluate::predict;
@@ -55,7 +57,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     let read: Vec<&Path> = args.input.as_deref().into_iter().chain([args.run.as_path()]).collect();
     // A file appears whole under its name, or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
-    let trained = trained::open(&args.run, &args.checkpoint, device)?;
+    let trained = saved_model::open(&args.run, &args.checkpoint, device)?;
     let conllu = extension(args) == Some("conllu");
     let layout = (format == PredictFormat::Conll).then(|| conll::layout_of(&trained.experiment, conllu));
     let name = args.input.as_deref().unwrap_or(Path::new("standard input"));

@@ -1,11 +1,13 @@
 //! `polytask selftest`: what has to hold of loss weighting, and of an experiment's steps, checked on the user's own device.
 
+mod reproduce;
+
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::cli::SelftestArgs;
-use super::{End, prepare, reproduce, say};
+use super::{End, prepare, say};
 use crate::config::Experiment;
 use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
 use crate::libtorch::Draws;

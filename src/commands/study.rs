@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use super::cli::StudyArgs;
 use super::compare::{self, PLAN, Planned};
-use super::finished::{self, Finished};
+use super::run_report::{self, RunReport};
 use super::{End, prepare, table};
 use crate::config::{Experiment, PlannedRun};
 use crate::data::Split;
@@ -51,8 +51,9 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     // What no run could read is told once, before the first.
     let (corpus, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
+    let without_dev = corpus.rows(Split::Dev).iter().all(|rows| rows.is_empty());
     for (i, name) in experiment.tasks.keys().enumerate() {
-        if corpus.has_labels(TaskId(i), Split::Dev) {
+        if without_dev || corpus.has_labels(TaskId(i), Split::Dev) {
             continue;
         }
         let (n, alone) = (runs.len(), format!("only-{name}"));
@@ -70,7 +71,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     std::fs::create_dir_all(&out).map_err(|error| invalid(format!("{} cannot be created: {error}", out.display())))?;
     let _lock = RunDirectory { path: out.clone() }.lock()?;
     let jobs = write_plan(&out, &runs)?;
-    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(finished::FILE).is_file());
+    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(run_report::FILE).is_file());
     let n_side_by_side = usize::from(args.jobs).max(args.devices.len()).min(open.len().max(1));
     log::info!(
         "{}: {} runs, {} of them done, {n_side_by_side} in parallel; results go to {}",
@@ -81,7 +82,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     );
     let n_other = std::fs::read_dir(out.join("runs"))?
         .flatten()
-        .filter(|entry| entry.path().join(finished::FILE).is_file())
+        .filter(|entry| entry.path().join(run_report::FILE).is_file())
         .filter(|entry| !done.iter().any(|job| job.run == entry.path()))
         .count();
     if n_other > 0 {
@@ -238,7 +239,7 @@ fn last_line(log: &Path) -> Option<String> {
 
 /// The main test scores of a finished run, in a line.
 fn scores(job: &Job) -> String {
-    let Ok(finished) = Finished::read(&RunDirectory { path: job.run.clone() }) else { return String::new() };
+    let Ok(finished) = RunReport::read(&RunDirectory { path: job.run.clone() }) else { return String::new() };
     let tasks = finished.splits.values().next().map_or(&[][..], |report| &report.tasks);
     let score = |(i, task): (usize, &TaskReport)| {
         Some(format!("{} {}", task.name, table::percent(finished.best_known(i)?.value)))

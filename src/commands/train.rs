@@ -1,5 +1,7 @@
 //! `polytask train`: train, evaluate the best checkpoint, print a table.
 
+mod resume;
+
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -11,9 +13,9 @@ use serde_json::{Map, Value, json};
 use tch::Device;
 
 use super::cli::TrainArgs;
-use super::finished::Finished;
 use super::progress::TrainingProgress;
-use super::{End, oddities, onednn, prepare, resume, say, stop_flag, table, trained, trainer, transfer};
+use super::run_report::RunReport;
+use super::{End, build_trainer, data_checks, init_from, onednn, prepare, saved_model, say, stop_flag, table};
 use crate::config::Experiment;
 use crate::data::{Corpus, EncodedSet, Split, Tokenizer};
 use crate::evaluate::evaluate;
@@ -30,7 +32,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
-    trainer::check_precision(&experiment.training, device)?;
+    build_trainer::check_precision(&experiment.training, device)?;
     if args.resume {
         let run = resume::open(args, &experiment)?;
         let _lock = run.lock()?;
@@ -65,10 +67,10 @@ pub const RUNS: &str = "runs";
 /// Reads the data and learns the tokenizer.
 fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)> {
     // Said before the data is read.
-    transfer::earlier(experiment)?;
+    init_from::earlier(experiment)?;
     let (corpus, problems) = prepare::corpus(experiment)?;
     let mut warnings = fail_on_errors(problems)?;
-    warnings.extend(oddities::long_sentences(&corpus));
+    warnings.extend(data_checks::long_sentences(&corpus));
     if let Some(first) = warnings.first() {
         log::warn!("{first}");
         if warnings.len() > 1 {
@@ -101,7 +103,7 @@ fn write(
     let written = std::fs::read_to_string(&args.experiment).context("the experiment file cannot be read any more")?;
     run.write("experiment.yaml", &written)?;
     run.write("tokenizer.json", &tokenizer.to_json()?)?;
-    trained::write_vectors(run, tokenizer)?;
+    saved_model::write_vectors(run, tokenizer)?;
     run.write_tasks(&tasks)?;
     let environment = json!({
         "polytask": env!("CARGO_PKG_VERSION"),
@@ -123,13 +125,13 @@ fn go(
     corpus: &Corpus,
     stop: &AtomicBool,
 ) -> Result<End> {
-    let (written, tasks, mut tokenizer) = trained::of_run(run)?;
-    let mut model = trainer::model(experiment, &tasks, &tokenizer, device)?;
+    let (written, tasks, mut tokenizer) = saved_model::of_run(run)?;
+    let mut model = build_trainer::model(experiment, &tasks, &tokenizer, device)?;
     choose_kernels(run, &mut model, &experiment.training)?;
     let train = prepare::training(experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
-    trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    build_trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
     log::info!(
         "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
         experiment.name,
@@ -141,12 +143,12 @@ fn go(
         run.path.display(),
     );
     let resumes = args.resume && run.checkpoint("last").exists();
-    if !resumes && let Some(earlier) = transfer::earlier(experiment)? {
-        transfer::initialize(&model, (experiment, &tasks), &tokenizer, &earlier)?.log();
-        transfer::keep_vectors(&model, &mut tokenizer);
-        trained::write_vectors(run, &tokenizer)?;
+    if !resumes && let Some(earlier) = init_from::earlier(experiment)? {
+        init_from::initialize(&model, (experiment, &tasks), &tokenizer, &earlier)?.log();
+        init_from::keep_vectors(&model, &mut tokenizer);
+        saved_model::write_vectors(run, &tokenizer)?;
     }
-    let mut trainer = trainer::Parts {
+    let mut trainer = build_trainer::Parts {
         experiment,
         config: &experiment.training,
         weighting: &experiment.weighting,
@@ -270,7 +272,7 @@ fn report(
         }
     }
     let of_best = |key: &str| best.state[key].as_u64().with_context(|| format!("the best checkpoint has no {key}"));
-    let finished = Finished {
+    let finished = RunReport {
         checkpoint: "best".to_owned(),
         epoch: of_best("epoch")?,
         step: of_best("step")?,
@@ -280,8 +282,13 @@ fn report(
         rows,
     };
     finished.write(run)?;
-    log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", finished.epoch);
-    say(table::reports(&finished.splits.iter().map(|(name, report)| (name.as_str(), report)).collect::<Vec<_>>()))?;
+    match finished.splits.contains_key(Split::Dev.name()) {
+        true => log::info!("trained for {seconds:.0} s; best checkpoint: epoch {}", finished.epoch),
+        false => log::info!("trained for {seconds:.0} s; without dev the last weights are kept as the best"),
+    }
+    if !finished.splits.is_empty() {
+        say(table::reports(&finished.splits.iter().map(|(name, report)| (name.as_str(), report)).collect::<Vec<_>>()))?;
+    }
     let (program, path) = (program(), quoted(&run.path));
     log::info!(
         "use the model with:\n  {program} predict {path} --input sentences.txt\n  {program} export {path} --format torchscript \

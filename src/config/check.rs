@@ -100,11 +100,15 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     match set.dev_fraction {
         None => {
             let written = c.layer.value.pointer(&format!("/{}/dev_fraction", path.replace('.', "/")));
-            c.require(path, set.dev.is_some() || written.is_some(), "give `dev:` or `dev_fraction:`");
+            c.require(
+                path,
+                set.dev.is_some() || written.is_some(),
+                "give `dev:` or `dev_fraction:` (0.1, say; 0 trains without dev)",
+            );
         }
         Some(fraction) => {
             c.require(&format!("{path}.dev_fraction"), set.dev.is_none(), "give `dev:` or `dev_fraction:`, not both");
-            c.require(&format!("{path}.dev_fraction"), fraction > 0.0 && fraction < 1.0, "must be between 0 and 1");
+            c.require(&format!("{path}.dev_fraction"), (0.0..1.0).contains(&fraction), "must be from 0 to below 1");
         }
     }
     let both = set.stratify.is_some() && set.stratify_tags.is_some();

@@ -86,6 +86,7 @@ fn to_written(schema: &mut Value, path: &str) {
 fn bounds(schema: &Map<String, Value>) -> Vec<(&'static str, u64)> {
     let kinds = schema.get("type").map(Value::to_string).unwrap_or_default();
     let text = schema.get("description").and_then(Value::as_str).unwrap_or_default();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if !(kinds.contains("number") || kinds.contains("integer")) {
         return Vec::new();
     }
@@ -153,7 +154,7 @@ mod tests {
         assert_eq!(of("/properties/model/properties/trunk/properties/dropout"), [Some(0), None, None, Some(1)]);
         assert_eq!(of("/properties/data/properties/train_fraction"), [None, Some(0), Some(1), None]);
         let set = "/properties/data/properties/sets/additionalProperties/properties";
-        assert_eq!(of(&format!("{set}/dev_fraction")), [None, Some(0), None, Some(1)]);
+        assert_eq!(of(&format!("{set}/dev_fraction")), [Some(0), None, None, Some(1)]);
         assert_eq!(of("/properties/seed")[1..], [None; 3]);
         let text = "The trunk layer that the head reads, counted from 1; 0 is the last. Default 0.";
         let layer = json!({"type": "integer", "description": text});

@@ -121,7 +121,7 @@ pub fn load(
             let message = format!("data.sets.{name}.{field}: no training row has a `{column}`");
             problems.push(Problem::general(Severity::Error, message));
         }
-        if let Some(fraction) = set.dev_fraction {
+        if let Some(fraction) = set.dev_fraction.filter(|_| !set.has_no_dev()) {
             rows[1] =
                 cut(&mut rows[0], (&wanted, strata), fraction, true, Seed(set.dev_seed).generator(Purpose::Split, 0));
         }
@@ -225,8 +225,9 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
     let (root, share, long) = (&config.root, config.train_fraction, config.max_words.is_some());
     for set in sets {
         for split in [Split::Train, Split::Dev] {
-            if splits.contains(&split) && set.splits[split as usize].is_empty() {
-                let config = &config.sets[&set.name];
+            let config = &config.sets[&set.name];
+            let meant = split == Split::Dev && config.has_no_dev();
+            if !meant && splits.contains(&split) && set.splits[split as usize].is_empty() {
                 let paths = if split == Split::Train { Some(&config.train) } else { config.dev.as_ref() };
                 let after = match split {
                     Split::Dev if config.dev_fraction.is_some() => ", which is split off train by `dev_fraction`",

@@ -148,7 +148,7 @@ mod tests {
         let mut rows = Rows::new(1);
         rows.append_file(Path::new("f"), vec![builder.rows]);
         let problem = leave_out_long(&mut rows, &wanted, 3).unwrap().to_string();
-        assert_eq!(problem, "f:2: 2 sentences of more than 3 words are left out of training; this is the first");
+        assert_eq!(problem, "f:2: 2 sentences with more than 3 words are left out of training; this is the first");
         assert_eq!((rows.len(), rows.place(1).line), (2, 3));
         assert!(leave_out_long(&mut rows, &wanted, 3).is_none());
     }

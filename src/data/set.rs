@@ -55,7 +55,8 @@ pub struct SetConfig {
     /// File or files of the test split. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test: Option<Paths>,
-    /// Fraction of the training rows to split off as dev, stratified by class (or by the rarest tag). Between 0 and 1.
+    /// Fraction of the training rows to split off as dev, stratified by class (or by the rarest tag), from 0 to below 1. With 0
+    /// there is no dev; where no set has one, the last weights are kept as the best.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dev_fraction: Option<f64>,
     /// Seed for splitting off dev, independent of `seed`, so that runs with different seeds share their dev rows.
@@ -101,6 +102,11 @@ pub struct SetConfig {
 }
 
 impl SetConfig {
+    /// Whether it is trained on without dev, on purpose.
+    pub fn has_no_dev(&self) -> bool {
+        self.dev_fraction == Some(0.0)
+    }
+
     /// Its encoding, whose name may also be spelled as Python does (`latin-1`, `utf_8`).
     pub fn known_encoding(&self) -> Option<&'static encoding_rs::Encoding> {
         let known = |name: &str| encoding_rs::Encoding::for_label(name.as_bytes());

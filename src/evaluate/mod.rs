@@ -34,6 +34,13 @@ pub struct Merit {
     minus_loss: f64,
 }
 
+impl Merit {
+    /// Without dev, what is later is better.
+    pub fn of_step(step: usize) -> Merit {
+        Merit { score: step as f64, minus_loss: 0.0 }
+    }
+}
+
 /// `x`, or the least number where it is not finite: a score can be compared and written.
 fn comparable(x: f64) -> f64 {
     if x.is_finite() { x } else { f64::MIN }

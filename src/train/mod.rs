@@ -285,7 +285,9 @@ impl Trainer<'_> {
         if let Some(accuracy) = report.sentence_accuracy {
             values.insert("sentence_accuracy".to_owned(), json!(accuracy));
         }
-        records.add("dev", state.step, values)?;
+        if !dev.set.is_empty() {
+            records.add("dev", state.step, values)?;
+        }
 
         let weights = self.model.parameters.named();
         let keep = |name: &str| -> Result<()> {
@@ -293,14 +295,14 @@ impl Trainer<'_> {
             checkpoint::save(&run.checkpoint(name), &weights, &[], &about)
         };
         let metric = &self.config.early_stopping.metric;
-        let merit =
-            report.merit(metric).with_context(|| format!("dev has no score `{metric}` to choose a checkpoint by"))?;
+        let merit = if dev.set.is_empty() { Some(Merit::of_step(state.step)) } else { report.merit(metric) };
+        let merit = merit.with_context(|| format!("dev has no score `{metric}` to choose a checkpoint by"))?;
         let improved = state.best.is_none_or(|best| merit > best);
         if improved {
             keep("best")?;
         }
         let better = |(old, task): (&Option<Merit>, &TaskReport)| {
-            task.merit().filter(|merit| old.is_none_or(|old| *merit > old))
+            task.merit().filter(|_| task.n_sentences > 0).filter(|merit| old.is_none_or(|old| *merit > old))
         };
         let by_task: Vec<Option<Merit>> = state.best_by_task.iter().zip(&report.tasks).map(better).collect();
         for (task, _) in self.tasks.iter().zip(&by_task).filter(|(_, better)| better.is_some()) {

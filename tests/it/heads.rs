@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use polytask::commands::prepare;
-use polytask::commands::trainer::Parts;
+use polytask::commands::shared::build_trainer::Parts;
+use polytask::commands::shared::prepare;
 use polytask::config::Experiment;
 use polytask::data::{DeviceSet, Split, Tokenizer, load};
 use polytask::evaluate::evaluate;

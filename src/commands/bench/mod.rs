@@ -17,7 +17,7 @@ use tch::Device;
 
 use super::cli::BenchArgs;
 use super::rehearsal::Rehearsal;
-use super::{End, prepare, say, table, trained};
+use super::{End, prepare, saved_model, say, table};
 use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
@@ -256,7 +256,7 @@ fn print(findings: &Findings) -> Result<()> {
 /// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.
 fn labelling(args: &BenchArgs) -> Result<End> {
     let (device, threads) = prepare::machine(&args.machine)?;
-    let trained = trained::open(&args.experiment, "best", device)?;
+    let trained = saved_model::open(&args.experiment, "best", device)?;
     let corpus = prepare::corpus_of(&trained.experiment, Split::Dev)?;
     let data = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, device)?;
     let mut seconds = Vec::new();

@@ -3,7 +3,7 @@
 use super::super::Experiment;
 use super::super::decode::suggestion;
 use super::Checker;
-use crate::data::SamplingConfig;
+use crate::data::{SamplingConfig, SetConfig};
 use crate::optim::{OptimizerConfig, ScheduleConfig};
 
 pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
@@ -70,6 +70,9 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
         c.positive("training.sampling.temperature", config.temperature);
     }
     check_metric(c, experiment);
+    let no_dev = experiment.data.sets.values().all(SetConfig::has_no_dev);
+    let waits = training.early_stopping.patience_epochs.is_some();
+    c.require("training.early_stopping.patience_epochs", !(no_dev && waits), "needs dev, which no data set has");
     c.require(
         "training.early_stopping.patience_epochs",
         training.early_stopping.patience_epochs != Some(0),

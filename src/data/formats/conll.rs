@@ -116,8 +116,8 @@ impl ConllLayout {
         fields.get(self.word.unwrap_or(0)).or(fields.first()).copied()
     }
 
-    /// Adds a task's tag to the columns of a line, `None` where that is no word's. CoNLL-U has ten: the one that training read takes
-    /// it, or else the last, as `TASK=TAG`. Other formats get a further one.
+    /// Adds a task's tag to the columns of a line, `None` where that is no word's. CoNLL-U has ten: the one that training read
+    /// takes it, or else the last, as `TASK=TAG`. Other formats get a further one.
     pub fn add(&self, fields: &mut Vec<String>, (task, column): (&str, &str), tag: Option<&str>) {
         let Some(tag) = tag.filter(|_| self.conllu) else {
             if !self.conllu {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use tch::Device;
 
-use super::{onednn, prepare, trainer, transfer};
+use super::{build_trainer, init_from, onednn, prepare};
 use crate::config::Experiment;
 use crate::data::{DeviceSet, Sampler, Tokenizer};
 use crate::model::Model;
@@ -27,15 +27,15 @@ pub struct Rehearsal {
 impl Rehearsal {
     pub fn new(experiment: Experiment, device: Device) -> Result<Self> {
         let started = Instant::now();
-        trainer::check_precision(&experiment.training, device)?;
+        build_trainer::check_precision(&experiment.training, device)?;
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
         let tasks = prepare::tasks(&experiment, &corpus);
-        let mut model = trainer::model(&experiment, &tasks, &tokenizer, device)?;
+        let mut model = build_trainer::model(&experiment, &tasks, &tokenizer, device)?;
         onednn::choose(&mut model, &experiment.training);
-        if let Some(earlier) = transfer::earlier(&experiment)? {
-            transfer::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?.log();
+        if let Some(earlier) = init_from::earlier(&experiment)? {
+            init_from::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?.log();
         }
         let train = prepare::training(&experiment, &corpus, &tokenizer, &tasks, device)?;
         let (n, seconds) = (super::table::count(train.set.len()), started.elapsed().as_secs_f64());
@@ -50,7 +50,7 @@ impl Rehearsal {
 
     /// A trainer with optimizer and strategy as at the start, whose steps alone are wanted.
     pub fn trainer<'a>(&'a self, config: &'a TrainingConfig, weighting: &'a WeightingConfig) -> Trainer<'a> {
-        trainer::Parts {
+        build_trainer::Parts {
             experiment: &self.experiment,
             config,
             weighting,

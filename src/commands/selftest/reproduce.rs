@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Tensor};
 use tempfile::TempDir;
 
-use super::rehearsal::Rehearsal;
+use crate::commands::rehearsal::Rehearsal;
 use crate::config::Experiment;
 use crate::evaluate::Report;
 use crate::run::RunDirectory;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Tensor};
 
-use super::finished;
-use super::trained::{self, Trained};
+use super::run_report;
+use super::saved_model::{self, Trained};
 use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
@@ -23,8 +23,8 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
     if !from.is_dir() {
         return Err(wrong("not a run directory".to_owned()));
     }
-    let earlier = trained::open(from, "best", Device::Cpu)?;
-    if !from.join(finished::FILE).exists() {
+    let earlier = saved_model::open(from, "best", Device::Cpu)?;
+    if !from.join(run_report::FILE).exists() {
         log::warn!("init_from: {} is not finished; its best checkpoint so far is used", from.display());
     }
     let (theirs, ours) = (&earlier.experiment.model, &experiment.model);

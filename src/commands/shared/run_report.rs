@@ -11,7 +11,7 @@ use crate::run::RunDirectory;
 pub const FILE: &str = "report.json";
 
 #[derive(Serialize, Deserialize)]
-pub struct Finished {
+pub struct RunReport {
     /// Which checkpoint is scored, and the epoch and step that it is of.
     pub checkpoint: String,
     pub epoch: u64,
@@ -25,7 +25,7 @@ pub struct Finished {
     pub rows: IndexMap<String, Vec<String>>,
 }
 
-impl Finished {
+impl RunReport {
     pub fn write(&self, run: &RunDirectory) -> Result<()> {
         run.write(FILE, &serde_json::to_string_pretty(self)?)
     }

@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use tch::Device;
 
-use super::cli::Machine;
-use super::{oddities, table, trained};
+use super::{data_checks, saved_model, table};
+use crate::commands::cli::Machine;
 use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
 use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, TokenizerConfig, Unseen, labels};
@@ -49,7 +49,7 @@ pub fn device_name(device: Device) -> String {
 /// Reads all data of an experiment, saying which file is being read.
 pub fn corpus(experiment: &Experiment) -> Result<(Corpus, Vec<Problem>)> {
     let (corpus, mut problems) = read(experiment, &Split::ALL)?;
-    problems.extend(oddities::unnamed_labels(experiment, &corpus));
+    problems.extend(data_checks::unnamed_labels(experiment, &corpus));
     Ok((corpus, problems))
 }
 
@@ -166,7 +166,7 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
 
 /// Words that an earlier run knows stay known, whether or not they stand in this one's text.
 fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDirectory) -> Result<()> {
-    let (theirs, _, earlier) = trained::of_run(run)?;
+    let (theirs, _, earlier) = saved_model::of_run(run)?;
     let words = |experiment: &Experiment| matches!(experiment.tokenizer, TokenizerConfig::Word(_));
     if words(experiment) && words(&theirs) {
         tokenizer.learn(earlier.vocabulary().iter().take(earlier.n_trained()).map(String::as_str))?;

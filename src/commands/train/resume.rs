@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::cli::TrainArgs;
-use super::finished;
-use super::train::RUNS;
+use super::RUNS;
+use crate::commands::cli::TrainArgs;
+use crate::commands::run_report;
 use crate::compare::Settings;
 use crate::config::Experiment;
 use crate::problem::invalid;
@@ -71,7 +71,7 @@ pub fn write_changes(
         return Err(invalid(format!("{path} has already taken {step} steps, and cannot end after {n_steps}")));
     }
     // Its report makes a run a finished one.
-    let report = run.file(finished::FILE);
+    let report = run.file(run_report::FILE);
     if report.exists() {
         std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
     }

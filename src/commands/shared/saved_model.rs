@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::{Device, Tensor};
 
-use super::{exported, prepare};
+use super::{exported_file, prepare};
 use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
@@ -46,7 +46,7 @@ fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
 /// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
 /// on the CPU.
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
-    let exported = exported::open(path)?;
+    let exported = exported_file::open(path)?;
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
         return Err(invalid(format!("{} is incomplete: it lacks files", path.display())));
     };

@@ -1,6 +1,6 @@
 //! CoNLL files to be labelled: a word a line in, the same lines with what the model says out.
 
-use super::trained::Trained;
+use super::saved_model::Trained;
 use crate::config::Experiment;
 use crate::data::{ConllLayout, ConllLine, Format, labels, line_of_a_word};
 use crate::model::{Decoded, HeadConfig};

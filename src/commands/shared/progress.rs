@@ -121,14 +121,15 @@ impl Observer for TrainingProgress<'_> {
             // Without the metric's name: the line has to fit a terminal, and the table at the end says it.
             Some(format!("{} {}", task.name, percent(task.main_score()?.value)))
         };
-        let mut scores: Vec<String> = report.tasks.iter().filter_map(score).collect();
+        let mut scores: Vec<String> =
+            report.tasks.iter().filter(|task| task.n_sentences > 0).filter_map(score).collect();
         scores.extend(report.sentence_accuracy.map(|accuracy| format!("sentences {}", percent(accuracy))));
+        let best = if improved { "  best" } else { "" };
         log::info!(
-            "epoch {epoch:>2}/{}  {speed:5.1}k tokens/s  loss {}  dev {}{}",
+            "epoch {epoch:>2}/{}  {speed:5.1}k tokens/s  loss {}{}",
             self.n_epochs,
             self.named(losses),
-            scores.join("  "),
-            if improved { "  best" } else { "" },
+            if scores.is_empty() { String::new() } else { format!("  dev {}{best}", scores.join("  ")) },
         );
     }
 }
