@@ -23,7 +23,7 @@
 //! | [`libtorch`] | bindings to libtorch that tch lacks; the only `unsafe` code |
 //! | [`task`], [`rng`], [`problem`] | tasks and tag schemes, seeds, error messages about inputs |
 //!
-//! How a batch passes through them: the [`data::Sampler`] plans an epoch as row numbers, [`data::DeviceSet`] gathers a batch
+//! How a batch passes through them: the [`data::Sampler`] plans an epoch as row numbers, [`data::DeviceSplit`] gathers a batch
 //! on the device, [`model::Model`] runs the trunk once and each head on its own rows, a [`weighting::LossWeighting`] combines
 //! the heads' losses into one, and [`train::Trainer`] clips, updates and records without waiting for the device.
 //!

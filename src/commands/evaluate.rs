@@ -11,7 +11,7 @@ use super::predict::probability;
 use super::saved_model::{self, Trained};
 use super::{End, output, prepare, say, table};
 use crate::config::Experiment;
-use crate::data::{Corpus, DeviceSet, Split, labels};
+use crate::data::{Corpus, DeviceSplit, Split, labels};
 use crate::evaluate::{evaluate, predict};
 use crate::problem::invalid;
 use crate::task::{Scheme, Task, TaskId, TaskKind};
@@ -92,7 +92,7 @@ fn write_predictions(
     out: &mut impl Write,
     trained: &Trained,
     (corpus, split): (&Corpus, Split),
-    data: &DeviceSet,
+    data: &DeviceSplit,
 ) -> Result<()> {
     // Labels that the model does not know have a name all the same.
     let named = |(i, task): (usize, &Task)| Task {

@@ -12,7 +12,7 @@ use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
 use super::exported_file::{self, FILES, FORMAT};
 use super::saved_model::{self, Trained};
 use super::{End, prepare, say, table};
-use crate::data::{DeviceSet, EncodedSet, Split, TokenizerConfig};
+use crate::data::{DeviceSplit, EncodedSplit, Split, TokenizerConfig};
 use crate::evaluate::{Report, evaluate};
 use crate::export::{self, Cases, Dtype, Mismatch, Output, card, triton};
 use crate::metrics::Score;
@@ -141,7 +141,7 @@ fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<
 }
 
 /// The dev data, which tells scores; an export does without.
-fn dev(trained: &Trained) -> Result<Option<DeviceSet>> {
+fn dev(trained: &Trained) -> Result<Option<DeviceSplit>> {
     match prepare::corpus_of(&trained.experiment, Split::Dev) {
         Ok(corpus) => {
             let dev = prepare::encoded(&corpus, Split::Dev, &trained.tokenizer, &trained.tasks, Device::Cpu)?;
@@ -155,7 +155,7 @@ fn dev(trained: &Trained) -> Result<Option<DeviceSet>> {
 }
 
 /// Sentences of 1 to 48 words to check an export by: the model's own tokens, and every other one of two of them.
-fn made_up(trained: &Trained) -> Result<DeviceSet> {
+fn made_up(trained: &Trained) -> Result<DeviceSplit> {
     let tokenizer = &trained.tokenizer;
     // What stands for padding and for the unknown is cut out of words.
     let special = |id: usize| id == tokenizer.padding as usize || id == tokenizer.unknown as usize;
@@ -169,15 +169,15 @@ fn made_up(trained: &Trained) -> Result<DeviceSet> {
     let word = |i: usize| if i.is_multiple_of(2) { token(i).to_owned() } else { [token(i), token(i + 1)].concat() };
     let words: Vec<Vec<String>> = (1..=48).map(|n| (0..n).map(|i| word(i * i + 7 * n)).collect()).collect();
     let sentences: Vec<Vec<&str>> = words.iter().map(|words| words.iter().map(String::as_str).collect()).collect();
-    let set = EncodedSet::of_words(&sentences, &trained.tokenizer, &trained.tasks)?;
-    Ok(DeviceSet::new(set, trained.tokenizer.padding, Device::Cpu))
+    let set = EncodedSplit::of_words(&sentences, &trained.tokenizer, &trained.tasks)?;
+    Ok(DeviceSplit::new(set, trained.tokenizer.padding, Device::Cpu))
 }
 
 struct Content<'a> {
     args: &'a ExportArgs,
     trained: &'a Trained,
-    dev: Option<&'a DeviceSet>,
-    made_up: &'a DeviceSet,
+    dev: Option<&'a DeviceSplit>,
+    made_up: &'a DeviceSplit,
     /// On dev: now, or when the checkpoint was kept.
     report: Option<&'a Report>,
     dtype: Dtype,
@@ -185,13 +185,13 @@ struct Content<'a> {
 
 impl Content<'_> {
     /// What an export is checked by.
-    fn sentences(&self) -> &DeviceSet {
+    fn sentences(&self) -> &DeviceSplit {
         self.dev.unwrap_or(self.made_up)
     }
 
     /// Those that a server can be sent.
-    fn sentences_of_whole_words(&self) -> Result<&DeviceSet> {
-        let whole = |data: &&DeviceSet| data.set.first_tokens.is_none();
+    fn sentences_of_whole_words(&self) -> Result<&DeviceSplit> {
+        let whole = |data: &&DeviceSplit| data.set.first_tokens.is_none();
         if !whole(&self.sentences()) {
             log::warn!(
                 "some words of dev are split into several tokens, perhaps at spaces; a Triton server cannot take such words"

@@ -18,7 +18,7 @@ use super::cli::{PredictArgs, PredictFormat};
 use super::saved_model::{self, Trained};
 use super::{End, output, prepare, stop_flag};
 use crate::data::words::character_ranges;
-use crate::data::{ConllLayout, DeviceSet, EncodedSet, SetConfig, gzip, json_row, json_value, labels};
+use crate::data::{ConllLayout, DeviceSplit, EncodedSplit, SetConfig, gzip, json_row, json_value, labels};
 use crate::evaluate::predict;
 use crate::model::Decoded;
 use crate::problem::{InvalidInput, Place, Problem, counted, invalid};
@@ -292,11 +292,11 @@ fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Ve
         .iter()
         .map(|&i| sentences[i].words.iter().map(|&(start, end)| &sentences[i].text[start..end]).collect())
         .collect();
-    let set = EncodedSet::of_words(&words, &trained.tokenizer, &trained.tasks)?;
+    let set = EncodedSplit::of_words(&words, &trained.tokenizer, &trained.tasks)?;
     let decoded = match set.is_empty() {
         true => Vec::new(),
         false => {
-            let data = DeviceSet::new(set, trained.tokenizer.padding, device);
+            let data = DeviceSplit::new(set, trained.tokenizer.padding, device);
             predict(&trained.model, &data)?
         }
     };

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::cli::SelftestArgs;
 use super::{End, prepare, say};
 use crate::config::Experiment;
-use crate::data::{Batch, DeviceSet, EncodedSet, TargetValues};
+use crate::data::{Batch, DeviceSplit, EncodedSplit, TargetValues};
 use crate::libtorch::Draws;
 use crate::model::{HeadConfig, Mode, Model, ModelConfig, Shared, Vocabulary};
 use crate::rng::{Purpose, Seed};
@@ -76,7 +76,7 @@ enum Size {
 }
 
 impl Size {
-    fn set(self) -> EncodedSet {
+    fn set(self) -> EncodedSplit {
         // -1 where a row has no label.
         let (lengths, token_ids, classes, slots, pos) = match self {
             Size::Small => (
@@ -104,7 +104,7 @@ impl Size {
             }
         };
         let offsets: Vec<i64> = (0..=lengths.len()).map(|row| lengths[..row].iter().sum()).collect();
-        EncodedSet {
+        EncodedSplit {
             token_ids,
             token_offsets: offsets.clone(),
             word_offsets: offsets,
@@ -149,7 +149,7 @@ impl Setting {
         let vocabulary = Vocabulary { n_trained, padding: 0, pads: true, unknown: 1, vectors: &[] };
         let model = Model::new(&config, &heads.iter().collect::<Vec<_>>(), &tasks, &vocabulary, (Seed(7), device))?;
         let rows: Vec<usize> = (0..set.len()).collect();
-        let batch = DeviceSet::new(set, 0, device).batch(&rows);
+        let batch = DeviceSplit::new(set, 0, device).batch(&rows);
         Ok(Setting { model, tasks, batch })
     }
 

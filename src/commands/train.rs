@@ -17,7 +17,7 @@ use super::progress::TrainingProgress;
 use super::run_report::RunReport;
 use super::{End, build_trainer, data_checks, init_from, onednn, prepare, saved_model, say, stop_flag, table};
 use crate::config::Experiment;
-use crate::data::{Corpus, EncodedSet, Split, Tokenizer};
+use crate::data::{Corpus, EncodedSplit, Split, Tokenizer};
 use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
@@ -159,7 +159,7 @@ fn go(
     }
     .trainer();
     let mut state = if resumes { trainer.resume(run)? } else { State::new(tasks.len()) };
-    let data = EncodedSet::fingerprint(&[&train.set, &dev.set]);
+    let data = EncodedSplit::fingerprint(&[&train.set, &dev.set]);
     if state.data.get_or_insert(data.clone()) != &data {
         let message = "its data has changed; restore the data or start a new run";
         return Err(invalid(format!("{} cannot be resumed: {message}", run.path.display())));

@@ -50,8 +50,9 @@ impl Run {
         self.label.starts_with("only-")
     }
 
-    /// Whether `twin`, one of `all` runs of a task alone, is what this run is compared with: of its study, where that has some,
-    /// and for a run of none trained as it was; or else one of the only study there is.
+    /// Whether this run is compared with `twin`, one of `all` single-task runs. A run of a study is compared with those of the
+    /// same study, one of no study with those of no study that were trained with the same settings. Where there are none of
+    /// these and all twins are of one study, with them.
     fn is_held_to<'a>(&self, twin: &Run, mut all: impl Iterator<Item = &'a Run> + Clone) -> bool {
         match all.clone().any(|other| other.study == self.study) {
             true => twin.study == self.study && (self.study.is_some() || self.agrees_with(twin)),

@@ -5,7 +5,7 @@ mod training;
 use std::collections::BTreeSet;
 
 use super::decode::suggestion;
-use super::source::Layer;
+use super::source::SourceTree;
 use super::{Experiment, StudyConfig};
 use crate::data::{Format, SamplingConfig, SetConfig, TokenizerConfig};
 use crate::model::heads::Decoder;
@@ -27,13 +27,13 @@ const PYTHON: [&str; 32] = [
 ];
 
 struct Checker<'a> {
-    layer: &'a Layer,
+    tree: &'a SourceTree,
     problems: Vec<Problem>,
 }
 
 impl Checker<'_> {
     fn error(&mut self, path: &str, message: impl AsRef<str>) {
-        let place = self.layer.place(path);
+        let place = self.tree.place(path);
         let message = format!("{path}: {}", message.as_ref());
         self.problems.push(Problem { severity: Severity::Error, place, message });
     }
@@ -62,8 +62,8 @@ impl Checker<'_> {
 }
 
 /// Everything wrong with an experiment whose types are right.
-pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
-    let mut c = Checker { layer, problems: Vec::new() };
+pub fn check(experiment: &Experiment, tree: &SourceTree) -> Vec<Problem> {
+    let mut c = Checker { tree, problems: Vec::new() };
     let name_ok = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let name = &experiment.name;
     c.require(
@@ -72,7 +72,7 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
         "use letters, digits, `-`, `_` and `.`, beginning with a letter or digit",
     );
     // A map that lost a broken entry is not empty in the file.
-    let empty = |at: &str| layer.value.pointer(at).and_then(|map| map.as_object()).is_none_or(|map| map.is_empty());
+    let empty = |at: &str| tree.value.pointer(at).and_then(|map| map.as_object()).is_none_or(|map| map.is_empty());
     c.require("data.sets", !empty("/data/sets"), "give at least one set");
     for (name, set) in &experiment.data.sets {
         let path = format!("data.sets.{name}");
@@ -99,7 +99,7 @@ pub fn check(experiment: &Experiment, layer: &Layer) -> Vec<Problem> {
 fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
     match set.dev_fraction {
         None => {
-            let written = c.layer.value.pointer(&format!("/{}/dev_fraction", path.replace('.', "/")));
+            let written = c.tree.value.pointer(&format!("/{}/dev_fraction", path.replace('.', "/")));
             c.require(
                 path,
                 set.dev.is_some() || written.is_some(),
@@ -166,7 +166,7 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
         "is a reserved word in TorchScript, to which models are exported",
     );
     // As written: a set that was taken out for its own errors is still known.
-    let written = c.layer.value.pointer("/data/sets").and_then(|sets| sets.as_object());
+    let written = c.tree.value.pointer("/data/sets").and_then(|sets| sets.as_object());
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
     c.require(&format!("{path}.set"), !head.sets().is_empty(), "give at least one set");

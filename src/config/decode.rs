@@ -8,7 +8,7 @@ use serde_path_to_error::Segment;
 
 use super::keys::{default_kind, is_tag, join, tag_key};
 use super::schema;
-use super::source::Layer;
+use super::source::SourceTree;
 use crate::problem::{Place, Problem, Severity};
 
 /// `{strategy: gradnorm, alpha: 1}` becomes `{gradnorm: {alpha: 1}}`, which serde reads with the path of every error; and so
@@ -63,22 +63,22 @@ pub fn to_written(value: Value) -> Value {
 /// Reads the tree as `T`; mappings that name no kind are of those in `defaults`. What is wrong goes to `problems`; `None` when
 /// too little is left to make a `T`.
 pub fn decode<T: DeserializeOwned + Serialize>(
-    layer: &Layer,
+    tree: &SourceTree,
     defaults: &Value,
     problems: &mut Vec<Problem>,
 ) -> Option<T> {
     let mut missing = Vec::new();
-    let mut value = to_external(layer.value.clone(), "", defaults, &mut missing);
+    let mut value = to_external(tree.value.clone(), "", defaults, &mut missing);
     let mut removed: Vec<String> = Vec::new();
     for (path, tag) in missing {
         remove(&mut value, &path.split('.').map(str::to_owned).collect::<Vec<_>>());
         let kinds = kinds_of::<T>(&path);
-        report(layer, problems, &path, format!("{path}: missing key `{tag}`: expected one of {kinds}"));
+        report(tree, problems, &path, format!("{path}: missing key `{tag}`: expected one of {kinds}"));
         removed.push(path);
     }
     let list = |path: &str| format!("{path}: expected a mapping of keys to values, found a list");
     for path in lists_for_mappings(&value, defaults, "") {
-        report(layer, problems, &path, list(&path));
+        report(tree, problems, &path, list(&path));
         remove(&mut value, &path.split('.').map(str::to_owned).collect::<Vec<_>>());
     }
     loop {
@@ -86,7 +86,7 @@ pub fn decode<T: DeserializeOwned + Serialize>(
             Ok(decoded) => {
                 let understood = serde_json::to_value(&decoded).ok()?;
                 for path in lists_for_mappings(&value, &understood, "") {
-                    report(layer, problems, &path, list(&path));
+                    report(tree, problems, &path, list(&path));
                 }
                 return Some(decoded);
             }
@@ -96,7 +96,7 @@ pub fn decode<T: DeserializeOwned + Serialize>(
         // What was wrong and is taken out is then missing.
         let told = |key: &String| removed.iter().any(|gone| gone == key || gone.starts_with(&format!("{key}.")));
         if !found.missing.as_ref().is_some_and(told) {
-            report(layer, problems, &found.path, found.message);
+            report(tree, problems, &found.path, found.message);
         }
         removed.push(found.owner);
         if !remove(&mut value, &found.remove) {
@@ -218,8 +218,8 @@ fn kinds_of<T: DeserializeOwned>(path: &str) -> String {
     message.split('`').skip(3).step_by(2).collect::<Vec<_>>().join(", ")
 }
 
-fn report(layer: &Layer, problems: &mut Vec<Problem>, path: &str, message: String) {
-    let place: Option<Place> = layer.place(path);
+fn report(tree: &SourceTree, problems: &mut Vec<Problem>, path: &str, message: String) {
+    let place: Option<Place> = tree.place(path);
     problems.push(Problem { severity: Severity::Error, place, message });
 }
 

@@ -80,11 +80,11 @@ impl Experiment {
             "model": ModelConfig::default(),
             "training": TrainingConfig::default(),
         });
-        let layer = source::load((path, text), overrides, &defaults)?;
-        let mut problems: Vec<Problem> = layer.problems.clone();
-        let decoded = decode::decode::<Experiment>(&layer, &defaults, &mut problems);
+        let tree = source::load((path, text), overrides, &defaults)?;
+        let mut problems: Vec<Problem> = tree.problems.clone();
+        let decoded = decode::decode::<Experiment>(&tree, &defaults, &mut problems);
         let Some(mut experiment) = decoded else { return Err(InvalidInput(problems).into()) };
-        problems.extend(check::check(&experiment, &layer));
+        problems.extend(check::check(&experiment, &tree));
         if !problems.is_empty() {
             return Err(InvalidInput(problems).into());
         }

@@ -12,13 +12,13 @@ use crate::problem::{InvalidInput, Place, Problem, invalid};
 use crate::run::atomic::folder_of;
 
 /// A tree of values with the place of each by its dotted path.
-pub struct Layer {
+pub struct SourceTree {
     pub value: Value,
     pub places: BTreeMap<String, Place>,
     pub problems: Vec<Problem>,
 }
 
-impl Layer {
+impl SourceTree {
     /// Where `path` stands, or the nearest thing around it that has a place.
     pub fn place(&self, path: &str) -> Option<Place> {
         let mut path = path;
@@ -36,20 +36,20 @@ impl Layer {
 }
 
 /// `defaults` has the kinds of mappings that name none.
-pub fn load((path, text): (&Path, &str), overrides: &[String], defaults: &Value) -> Result<Layer> {
-    let mut layer = layer((path, text), &mut Vec::new(), defaults)?;
+pub fn load((path, text): (&Path, &str), overrides: &[String], defaults: &Value) -> Result<SourceTree> {
+    let mut tree = layer((path, text), &mut Vec::new(), defaults)?;
     for text in overrides {
         let mut over = override_layer(text)?;
         anchor(&mut over.value, path);
-        overlay(&mut layer, over, defaults);
+        overlay(&mut tree, over, defaults);
     }
-    let mut value = std::mem::take(&mut layer.value);
+    let mut value = std::mem::take(&mut tree.value);
     substitute(&mut value, "", &mut |path, message| {
-        let problem = Problem { severity: crate::problem::Severity::Error, place: layer.place(path), message };
-        layer.problems.push(problem);
+        let problem = Problem { severity: crate::problem::Severity::Error, place: tree.place(path), message };
+        tree.problems.push(problem);
     });
-    layer.value = value;
-    Ok(layer)
+    tree.value = value;
+    Ok(tree)
 }
 
 /// The text of an experiment file.
@@ -61,7 +61,7 @@ pub fn text_of(path: &Path) -> Result<String> {
 }
 
 /// What a file says, laid over what the files that it extends say.
-fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<Layer> {
+fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<SourceTree> {
     let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
     let (places, twice) = places(path, text);
     let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| match (error.to_string(), &twice) {
@@ -82,7 +82,7 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
     object.retain(|key, _| !key.starts_with("x-"));
     let extends = object.shift_remove("extends");
     anchor(&mut value, path);
-    let mut own = Layer { value, places, problems: Vec::new() };
+    let mut own = SourceTree { value, places, problems: Vec::new() };
     let Some(extends) = extends else { return Ok(own) };
     let line = own.place("extends").map_or(0, |place| place.line);
     let Value::String(base) = extends else {
@@ -223,7 +223,7 @@ fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
 }
 
 /// `path.to.key=value`, the value in YAML.
-fn override_layer(text: &str) -> Result<Layer> {
+fn override_layer(text: &str) -> Result<SourceTree> {
     let wrong = || invalid(format!("--set {text}: expected path.to.key=value"));
     let (path, value) = text.split_once('=').ok_or_else(wrong)?;
     if path.is_empty() || path.split('.').any(str::is_empty) {
@@ -245,12 +245,12 @@ fn override_layer(text: &str) -> Result<Layer> {
     for key in path.rsplit('.') {
         value = Value::Object(Map::from_iter([(key.to_owned(), value)]));
     }
-    Ok(Layer { value, places, problems: Vec::new() })
+    Ok(SourceTree { value, places, problems: Vec::new() })
 }
 
 /// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind
 /// (`strategy:`, `type:`, ...) and `over` names another, the options of the old kind go.
-fn overlay(base: &mut Layer, over: Layer, defaults: &Value) {
+fn overlay(base: &mut SourceTree, over: SourceTree, defaults: &Value) {
     Merge { places: &mut base.places, defaults }.merge(&mut base.value, over.value, "");
     for (path, place) in over.places {
         if !path.is_empty() {

@@ -33,7 +33,7 @@ impl Lengths {
     }
 
     /// Whether no row is padded.
-    pub fn even(&self) -> bool {
+    pub fn is_unpadded(&self) -> bool {
         self.host.iter().all(|&length| length == self.max)
     }
 

@@ -65,7 +65,7 @@ pub struct Unseen {
 
 /// One split of all sets, one set after the other. Row `r` has the tokens `token_offsets[r]..token_offsets[r + 1]` and the
 /// words `word_offsets[r]..word_offsets[r + 1]`.
-pub struct EncodedSet {
+pub struct EncodedSplit {
     pub token_ids: Vec<i32>,
     pub token_offsets: Vec<i64>,
     pub word_offsets: Vec<i64>,
@@ -83,9 +83,9 @@ pub struct EncodedSet {
     pub places: Vec<Place>,
 }
 
-impl EncodedSet {
+impl EncodedSplit {
     /// What tells whether sets hold the same tokens and labels.
-    pub fn fingerprint(sets: &[&EncodedSet]) -> String {
+    pub fn fingerprint(sets: &[&EncodedSplit]) -> String {
         let mut hasher = blake3::Hasher::new();
         for set in sets {
             let mut add = |values: &mut dyn Iterator<Item = i64>| {
@@ -111,8 +111,8 @@ impl EncodedSet {
     }
 
     /// Encodes `split` of every set.
-    pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
-        let mut set = EncodedSet::empty(tasks, tokenizer);
+    pub fn build(corpus: &Corpus, split: Split, tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSplit> {
+        let mut set = EncodedSplit::empty(tasks, tokenizer);
         let mut pieces_differ = false;
         let unseen: Vec<Vec<String>> =
             (0..tasks.len()).map(|id| unseen(corpus, split, TaskId(id), &tasks[id])).collect();
@@ -158,12 +158,12 @@ impl EncodedSet {
     }
 
     /// Encodes sentences that carry no labels.
-    pub fn of_words(sentences: &[Vec<&str>], tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSet> {
+    pub fn of_words(sentences: &[Vec<&str>], tokenizer: &Tokenizer, tasks: &[Task]) -> Result<EncodedSplit> {
         let mut words = Strings::default();
         let ids: Vec<Vec<u32>> =
             sentences.iter().map(|words_of| words_of.iter().map(|word| words.add(word)).collect()).collect();
         let pieces = tokenizer.encode_words(&words)?;
-        let mut set = EncodedSet::empty(tasks, tokenizer);
+        let mut set = EncodedSplit::empty(tasks, tokenizer);
         set.add_forms(&words);
         for sentence in &ids {
             set.add_row(sentence, &pieces, 0);
@@ -204,12 +204,12 @@ impl EncodedSet {
     }
 
     /// No rows yet.
-    fn empty(tasks: &[Task], tokenizer: &Tokenizer) -> EncodedSet {
+    fn empty(tasks: &[Task], tokenizer: &Tokenizer) -> EncodedSplit {
         let target = |task: &Task| match task.kind {
             crate::task::TaskKind::Classification => TargetValues::Classes(Vec::new()),
             crate::task::TaskKind::Tagging(_) => TargetValues::Tags(Vec::new()),
         };
-        EncodedSet {
+        EncodedSplit {
             token_ids: Vec::new(),
             token_offsets: vec![0],
             word_offsets: vec![0],
@@ -287,7 +287,7 @@ mod tests {
     fn words_are_spelled_in_bytes_up_to_a_limit() {
         let json = Tokenizer::of_words(&[]).to_json().unwrap();
         let tokenizer = Tokenizer::from_json(json.as_bytes(), Splitter::Whitespace, Some(4)).unwrap();
-        let set = EncodedSet::of_words(&[vec!["né", "HIGHER"], vec!["né"]], &tokenizer, &[]).unwrap();
+        let set = EncodedSplit::of_words(&[vec!["né", "HIGHER"], vec!["né"]], &tokenizer, &[]).unwrap();
         let spelling = set.spelling.unwrap();
         let bytes = |token: usize| {
             let form = spelling.token_forms[token] as usize * 4;

@@ -9,7 +9,7 @@ use rand::seq::SliceRandom;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::encoded::EncodedSet;
+use super::encoded::EncodedSplit;
 use crate::rng::{Purpose, Seed};
 
 /// How many rows an epoch takes from each set; n_s is the number of rows of set s. Default `proportional`.
@@ -61,7 +61,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    pub fn new(set: &EncodedSet, config: &SamplingConfig, batch_size: usize, seed: Seed) -> Self {
+    pub fn new(set: &EncodedSplit, config: &SamplingConfig, batch_size: usize, seed: Seed) -> Self {
         let ranges: Vec<_> = set.set_starts.windows(2).map(|pair| pair[0]..pair[1]).collect();
         let sizes: Vec<usize> = ranges.iter().map(|range| range.len()).collect();
         let largest = sizes.iter().copied().max().unwrap_or(0);
@@ -185,7 +185,7 @@ mod tests {
         }
         let n = starts[sizes.len()];
         let offsets: Vec<i64> = (0..=n as i64).map(|i| i * 3 + (i % 4)).collect();
-        let set = EncodedSet {
+        let set = EncodedSplit {
             token_ids: vec![0; offsets[n] as usize],
             word_offsets: offsets.clone(),
             token_offsets: offsets,

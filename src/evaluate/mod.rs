@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::data::DeviceSet;
+use crate::data::DeviceSplit;
 use crate::libtorch::{side_by_side, workers};
 use crate::metrics::{LabelScore, Metric, Score};
 use crate::model::{Decoded, Mode, Model};
@@ -29,15 +29,15 @@ pub struct TaskReport {
 
 /// What chooses among checkpoints: of equal scores, the lower loss.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
-pub struct Merit {
+pub struct CheckpointScore {
     pub score: f64,
     minus_loss: f64,
 }
 
-impl Merit {
+impl CheckpointScore {
     /// Without dev, what is later is better.
-    pub fn of_step(step: usize) -> Merit {
-        Merit { score: step as f64, minus_loss: 0.0 }
+    pub fn of_step(step: usize) -> CheckpointScore {
+        CheckpointScore { score: step as f64, minus_loss: 0.0 }
     }
 }
 
@@ -53,8 +53,8 @@ impl TaskReport {
     }
 
     /// Its merit by that score.
-    pub fn merit(&self) -> Option<Merit> {
-        Some(Merit { score: self.main_score()?.value, minus_loss: comparable(-self.loss.unwrap_or(0.0)) })
+    pub fn merit(&self) -> Option<CheckpointScore> {
+        Some(CheckpointScore { score: self.main_score()?.value, minus_loss: comparable(-self.loss.unwrap_or(0.0)) })
     }
 }
 
@@ -79,8 +79,8 @@ impl Report {
 
     /// By `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several tasks their losses' sum counts. `None` where
     /// the split cannot tell.
-    pub fn merit(&self, metric: &str) -> Option<Merit> {
-        let of_all = |score: f64| Merit {
+    pub fn merit(&self, metric: &str) -> Option<CheckpointScore> {
+        let of_all = |score: f64| CheckpointScore {
             score,
             minus_loss: comparable(-self.tasks.iter().filter_map(|task| task.loss).sum::<f64>()),
         };
@@ -97,7 +97,7 @@ impl Report {
             Some("loss") => comparable(-task.loss?),
             Some(wanted) => task.scores.iter().find(|score| score.name == wanted)?.value,
         };
-        Some(Merit { score, ..merit })
+        Some(CheckpointScore { score, ..merit })
     }
 }
 
@@ -106,7 +106,7 @@ const BATCH: usize = 128;
 const TOKENS: i64 = 128 * 128;
 
 /// Row numbers in batches of like length: padding is rare, and results do not depend on it.
-fn batches(data: &DeviceSet) -> Vec<Vec<usize>> {
+fn batches(data: &DeviceSplit) -> Vec<Vec<usize>> {
     let mut rows: Vec<usize> = (0..data.set.len()).collect();
     rows.sort_by_key(|&row| data.set.n_tokens(row));
     let mut batches: Vec<Vec<usize>> = Vec::new();
@@ -125,7 +125,7 @@ fn batches(data: &DeviceSet) -> Vec<Vec<usize>> {
 ///
 /// # Errors
 /// Those of an exported module that computes in the model's place.
-pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Report> {
+pub fn evaluate(model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Result<Report> {
     let mut metrics = metrics(model, data, tasks.len());
     let mut losses = vec![(0.0, 0i64); tasks.len()];
     let mut n_sentences = vec![0; tasks.len()];
@@ -166,7 +166,7 @@ pub fn evaluate(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Repor
 }
 
 /// A metric a task.
-pub fn metrics(model: &Model, data: &DeviceSet, n_tasks: usize) -> Vec<Box<dyn Metric>> {
+pub fn metrics(model: &Model, data: &DeviceSplit, n_tasks: usize) -> Vec<Box<dyn Metric>> {
     (0..n_tasks).map(TaskId).map(|task| model.head(task).metric(data.set.unseen_labels(task))).collect()
 }
 
@@ -181,7 +181,7 @@ struct Scored {
 }
 
 /// By [`TaskId`]; `None` for a task without labels in the batch.
-fn score_batch(model: &Model, data: &DeviceSet, rows: &[usize]) -> Result<Vec<Option<Scored>>> {
+fn score_batch(model: &Model, data: &DeviceSplit, rows: &[usize]) -> Result<Vec<Option<Scored>>> {
     let batch = data.batch(rows);
     let score = |(task, logits): (usize, &Tensor)| {
         let (task, head) = (TaskId(task), model.head(TaskId(task)));
@@ -204,7 +204,7 @@ fn score_batch(model: &Model, data: &DeviceSet, rows: &[usize]) -> Result<Vec<Op
 }
 
 /// What every task's head says of each row, in row order: by row, then by [`TaskId`].
-pub fn predict(model: &Model, data: &DeviceSet) -> Result<Vec<Vec<Decoded>>> {
+pub fn predict(model: &Model, data: &DeviceSplit) -> Result<Vec<Vec<Decoded>>> {
     let batches = batches(data);
     let decoded = |i: usize| -> Result<Vec<Vec<Decoded>>> {
         let batch = data.batch(&batches[i]);

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::{Dtype, output_names};
-use crate::data::{Batch, DeviceSet};
+use crate::data::{Batch, DeviceSplit};
 use crate::evaluate::metrics;
 use crate::libtorch::ScriptModule;
 use crate::metrics::Score;
@@ -31,7 +31,7 @@ pub struct Mismatch(pub String);
 impl Cases {
     /// Runs `model` over batches of `data`: one row, the shortest and the longest row alone, rows of one length, and rows
     /// of many lengths.
-    pub fn new(model: &Model, data: &DeviceSet, tasks: &[Task]) -> Self {
+    pub fn new(model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Self {
         let mut rows: Vec<usize> = (0..data.set.len()).collect();
         rows.sort_by_key(|&row| data.set.n_tokens(row));
         let spread: Vec<usize> = rows.iter().copied().step_by((rows.len() / 24).max(1)).collect();
@@ -158,7 +158,7 @@ impl Case {
 }
 
 /// Scores of every task over `data` by the labels that the module itself gives.
-pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSet, tasks: &[Task]) -> Result<Vec<Vec<Score>>> {
+pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Result<Vec<Vec<Score>>> {
     let mut metrics = metrics(model, data, tasks.len());
     let mut rows: Vec<usize> = (0..data.set.len()).collect();
     rows.sort_by_key(|&row| data.set.n_tokens(row));

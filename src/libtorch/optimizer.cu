@@ -1,7 +1,7 @@
 // The update of src/optim on a GPU, and what it needs to know of gradients.
 //
 // Parameters are cut in pieces, a block of threads each. Tables of which a step reads some rows are cut in rows, as
-// src/optim/backlog.rs has it on the CPU: the others wait for their updates, which are a step's rates and nothing else.
+// src/optim/deferred.rs has it on the CPU: the others wait for their updates, which are a step's rates and nothing else.
 //
 // V rows of E numbers; N places of a step's tokens, whose ids may come more than once: the first place of an id stands for it.
 

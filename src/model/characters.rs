@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn, last_states, last_states_onnx, last_states_script};
+use super::lstm::{Lstm, Reversal, SCRIPT_HELPERS, SCRIPT_REVERSAL, last_states, last_states_onnx, last_states_script};
 use super::parameters::Scope;
 use super::{Mode, Script, WeightDtype};
 use crate::onnx::{Attribute, Element, Graph, Value};
@@ -144,7 +144,7 @@ impl Characters {
             }
             Reader::Lstm(lstm, hidden) => {
                 let lengths = lengths(&flat);
-                let states = lstm.forward(&x, &Turn::of(&lengths, flat.size()[1]), mode);
+                let states = lstm.forward(&x, &Reversal::of(&lengths, flat.size()[1]), mode);
                 last_states(&states, &lengths, *hidden)
             }
         };
@@ -172,7 +172,7 @@ def forward(self, bytes: Tensor) -> Tensor:
             Reader::Lstm(lstm, hidden) => {
                 let source = format!(
                     "{SCRIPT_HELPERS}{start}    lengths = (flat > 0).sum([1]).clamp(min=1)
-{SCRIPT_TURN}{}{}{end}",
+{SCRIPT_REVERSAL}{}{}{end}",
                     lstm.script(WeightDtype::Float),
                     last_states_script("x", *hidden)
                 );

@@ -1,6 +1,6 @@
 //! Dropout with one mask a number, or one for all tokens of a sentence.
 //!
-//! ByRow: y[b, t] = x[b, t] * m[b] / (1 - p), m[b] ~ Bernoulli(1 - p) a feature (Gal & Ghahramani 2016, arXiv 1512.05287).
+//! Locked: y[b, t] = x[b, t] * m[b] / (1 - p), m[b] ~ Bernoulli(1 - p) a feature (Gal & Ghahramani 2016, arXiv 1512.05287).
 //! Differs from the paper in: inputs and outputs of layers alone, not within the recurrence.
 
 use tch::Tensor;
@@ -12,17 +12,17 @@ use crate::libtorch::bernoulli;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Masks {
     /// Every number has its own.
-    ByToken,
+    PerElement,
     /// The tokens of a row have one.
-    ByRow,
+    Locked,
 }
 
-/// `x` [B, ...], for `ByRow` [B, T, F], with a share `rate` of its numbers set to 0 and the others scaled up; as it is outside
+/// `x` [B, ...], for `Locked` [B, T, F], with a share `rate` of its numbers set to 0 and the others scaled up; as it is outside
 /// training.
 pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode, site: Site) -> Tensor {
     let Some(draws) = mode.draws(site).filter(|_| rate > 0.0) else { return x.shallow_clone() };
     let mut size = x.size();
-    if masks == Masks::ByRow {
+    if masks == Masks::Locked {
         size[1] = 1;
     }
     let mask = bernoulli(&size, 1.0 - rate, draws, x.device()) * (1.0 / (1.0 - rate));
@@ -40,7 +40,7 @@ mod tests {
     fn a_share_is_dropped_the_rest_scaled_and_a_sentence_may_share_its_mask() {
         let x = Tensor::ones([50, 6, 80], (Kind::Float, Device::Cpu));
         let train = Mode::Train(Draws { seed: 7, first_row: 0 });
-        for (masks, one_a_row) in [(Masks::ByRow, true), (Masks::ByToken, false)] {
+        for (masks, one_a_row) in [(Masks::Locked, true), (Masks::PerElement, false)] {
             let y = dropout(&x, 0.3, masks, train, Site::Embedding);
             let dropped = y.eq(0.0);
             let share = dropped.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
@@ -51,6 +51,6 @@ mod tests {
             assert_ne!(y.get(0), y.get(1), "rows draw by themselves");
             assert_ne!(y, dropout(&x, 0.3, masks, train, Site::Layer(0)), "and so do places");
         }
-        assert_eq!(dropout(&x, 0.3, Masks::ByRow, Mode::Eval, Site::Embedding), x);
+        assert_eq!(dropout(&x, 0.3, Masks::Locked, Mode::Eval, Site::Embedding), x);
     }
 }

@@ -206,7 +206,12 @@ def forward(self, {inputs}) -> Tensor:
         ids.dedup();
         ids.retain(|id| *id < self.n_trained && !special.contains(id));
         ids.splice(0..0, special);
-        Touched { ids: upload(&ids, self.device), host: ids, padding: self.still(), tables: self.trained_tables() }
+        Touched {
+            ids: upload(&ids, self.device),
+            host: ids,
+            padding: self.padding_row(),
+            tables: self.trained_tables(),
+        }
     }
 
     /// The numbers of the tables that are trained among the parameters.
@@ -214,16 +219,16 @@ def forward(self, {inputs}) -> Tensor:
         self.tables().filter_map(|table| table.parameter).collect()
     }
 
-    /// The row that stays as it is, or -1.
-    fn still(&self) -> i64 {
+    /// The row of padding, which is never updated, or -1.
+    fn padding_row(&self) -> i64 {
         if self.pads { self.padding } else { -1 }
     }
 
-    /// What `token_ids` [B, T] touch of the tables, for a host that does not know them.
+    /// The rows of the tables that `token_ids` [B, T] read, where the ids are on the device alone.
     pub fn places(&self, token_ids: &Tensor, batch: &Batch) -> Touched {
         // Time first, as cuDNN reads.
         let ids = self.known(token_ids, batch).transpose(0, 1).contiguous();
-        Touched { ids: ids.flatten(0, 1), host: Vec::new(), padding: self.still(), tables: self.trained_tables() }
+        Touched { ids: ids.flatten(0, 1), host: Vec::new(), padding: self.padding_row(), tables: self.trained_tables() }
     }
 
     /// The rows at `places`, which stand in for the tables as a batch reads them.
@@ -260,7 +265,7 @@ def forward(self, {inputs}) -> Tensor:
         }
     }
 
-    /// Those rows as they are now.
+    /// Copies the current values of the `touched` rows into leaves of the graph, which take the gradient.
     pub fn rows(&self, touched: Touched) -> TableRows {
         let (ids, device) = (&touched.ids, touched.ids.device());
         let places = Tensor::empty([self.n_trained], (Kind::Int64, device));
@@ -281,9 +286,9 @@ def forward(self, {inputs}) -> Tensor:
             });
             match (leaf, &places) {
                 // The first row is padding's.
-                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, self.still().min(0), false, false),
+                (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, self.padding_row().min(0), false, false),
                 (Some(leaf), None) => leaf.transpose(0, 1),
-                (None, _) => Tensor::embedding(&table.values, &known, self.still(), false, false),
+                (None, _) => Tensor::embedding(&table.values, &known, self.padding_row(), false, false),
             }
         };
         let mut parts: Vec<Tensor> = self.learned.iter().map(look_up).collect();
@@ -309,7 +314,7 @@ def forward(self, {inputs}) -> Tensor:
             parts.push(characters.forward(bytes, mode));
         }
         let embedded = if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(&parts, -1) };
-        let masks = if self.config.locked_dropout { Masks::ByRow } else { Masks::ByToken };
+        let masks = if self.config.locked_dropout { Masks::Locked } else { Masks::PerElement };
         dropout(&embedded, self.config.dropout, masks, mode, Site::Embedding)
     }
 }

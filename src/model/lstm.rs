@@ -11,7 +11,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::parameters::Scope;
-use super::precision::{Halves, Precision};
+use super::precision::{HalfPrecisionCopies, Precision};
 use super::{Mode, QuantizedCell, WeightDtype};
 use crate::data::Lengths;
 use crate::libtorch::both_directions;
@@ -34,22 +34,22 @@ pub struct Lstm {
     /// The memory that its weights lie in, on CUDA, a piece a call of cuDNN.
     memory: Vec<Tensor>,
     /// Read in training, in the weights' place; and theirs.
-    halves: Option<(Halves, Vec<Tensor>)>,
+    halves: Option<(HalfPrecisionCopies, Vec<Tensor>)>,
 }
 
-/// What the layers of one pass share: how rows turn round within their lengths.
-pub struct Turn {
+/// How the backward direction reverses each row within its own length; shared by the layers of one pass.
+pub struct Reversal {
     positions: Option<Tensor>,
 }
 
-impl Turn {
+impl Reversal {
     pub fn new(lengths: &Lengths) -> Self {
-        Turn { positions: (!lengths.even()).then(|| turned_positions(&lengths.device, lengths.max)) }
+        Reversal { positions: (!lengths.is_unpadded()).then(|| reversed_positions(&lengths.device, lengths.max)) }
     }
 
     /// For rows of `lengths` `[B]` within `max`, whether or not there is padding.
     pub fn of(lengths: &Tensor, max: i64) -> Self {
-        Turn { positions: Some(turned_positions(lengths, max)) }
+        Reversal { positions: Some(reversed_positions(lengths, max)) }
     }
 }
 
@@ -105,13 +105,13 @@ impl Lstm {
     /// Lets training compute in `precision`.
     pub fn set_precision(&mut self, precision: Precision) {
         self.halves = (precision != Precision::Float32).then(|| {
-            let halves = Halves::of(&self.weights(), self.first, precision.kind());
+            let halves = HalfPrecisionCopies::of(&self.weights(), self.first, precision.kind());
             let memory = self.flatten(&halves.copies.iter().collect::<Vec<_>>());
             (halves, memory)
         });
     }
 
-    pub fn halves(&self) -> Option<&Halves> {
+    pub fn halves(&self) -> Option<&HalfPrecisionCopies> {
         self.halves.as_ref().map(|(halves, _)| halves)
     }
 
@@ -125,14 +125,14 @@ impl Lstm {
     }
 
     /// [B, T, E] to [B, T, D*H]; what stands beyond a row's end has no meaning.
-    pub fn forward(&self, input: &Tensor, turn: &Turn, mode: Mode) -> Tensor {
+    pub fn forward(&self, input: &Tensor, reversal: &Reversal, mode: Mode) -> Tensor {
         let (weights, memory) = match &self.halves {
             Some((halves, memory)) if mode.training() => (halves.copies.iter().collect(), memory),
             _ => (self.weights(), &self.memory),
         };
         let kind = if mode.training() { weights[0].kind() } else { input.kind() };
         let x = input.to_kind(kind);
-        let output = match (&turn.positions, weights.split_at(4)) {
+        let output = match (&reversal.positions, weights.split_at(4)) {
             (None, _) if !self.apart(x.device()) => self.run(&x, &weights, mode),
             (_, (_, [])) => self.run(&x, &weights, mode),
             (Some(turned), (forward, reverse)) if !self.apart(x.device()) => {
@@ -164,7 +164,7 @@ impl Lstm {
     }
 
     /// The lines of a TorchScript method that take `x` [B, T, E] to [B, T, D*H]. They need the methods of
-    /// [`SCRIPT_HELPERS`] and the variables of [`SCRIPT_TURN`].
+    /// [`SCRIPT_HELPERS`] and the variables of [`SCRIPT_REVERSAL`].
     pub fn script(&self, dtype: WeightDtype) -> String {
         let weights = |end: &str| match dtype {
             WeightDtype::Float => {
@@ -242,7 +242,7 @@ def reorder(self, x: Tensor, positions: Tensor) -> Tensor:
 ";
 
 /// Lines that define `even` and `turned` from `x` [B, T, ...] and `lengths` `[B]`.
-pub const SCRIPT_TURN: &str = "    positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
+pub const SCRIPT_REVERSAL: &str = "    positions = torch.arange(x.size(1), device=x.device).unsqueeze(0)
     turned = lengths.unsqueeze(1) - 1 - positions
     turned = torch.where(turned >= 0, turned, positions.expand_as(turned))
     even = bool((lengths == x.size(1)).all())
@@ -295,7 +295,7 @@ pub fn last_states_onnx(graph: &mut Graph, states: &Value, lengths: &Value, (hid
 }
 
 /// For each position the one it trades places with when a row is turned round within its length: [B, max].
-fn turned_positions(lengths: &Tensor, max: i64) -> Tensor {
+fn reversed_positions(lengths: &Tensor, max: i64) -> Tensor {
     let positions = Tensor::arange(max, (Kind::Int64, lengths.device())).unsqueeze(0);
     let turned = lengths.unsqueeze(1) - 1 - &positions;
     turned.where_self(&turned.ge(0), &positions.expand_as(&turned))

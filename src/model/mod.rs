@@ -133,7 +133,7 @@ pub struct Shared {
     /// What each task reads of the trunk, by [`TaskId`]: first its own view, then those of the heads that it sees. Each is a
     /// node of its own, so that one backward pass tells the tasks' gradients apart.
     pub taps: Vec<Vec<(TaskId, Encoded)>>,
-    /// All ways from the last shared layer and what is above it to what is below: its input, and lower layers' states that
+    /// The tensors at which the backward pass is cut below the last shared layer: its input, and the states of lower layers that
     /// heads read.
     pub cuts: Vec<Tensor>,
 }

@@ -33,18 +33,18 @@ impl Precision {
     }
 }
 
-/// 16-bit copies of float32 weights, which take the gradient in their place.
-pub struct Halves {
+/// 16-bit copies of float32 weights; the gradient is taken with respect to the copies.
+pub struct HalfPrecisionCopies {
     /// The number of the first of the weights among the parameters; the others follow.
     pub first: usize,
     /// Leaves, in the order of the weights.
     pub copies: Vec<Tensor>,
 }
 
-impl Halves {
+impl HalfPrecisionCopies {
     pub fn of(weights: &[&Tensor], first: usize, kind: Kind) -> Self {
         let copy = |weight: &&Tensor| tch::no_grad(|| weight.to_kind(kind)).set_requires_grad(true);
-        Halves { first, copies: weights.iter().map(copy).collect() }
+        HalfPrecisionCopies { first, copies: weights.iter().map(copy).collect() }
     }
 
     /// Brings the copies up to date.

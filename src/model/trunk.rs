@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::dropout::{Masks, dropout};
-use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
+use super::lstm::{Lstm, Reversal, SCRIPT_HELPERS, SCRIPT_REVERSAL};
 use super::parameters::{Linear, Scope};
-use super::precision::{Halves, Precision};
+use super::precision::{HalfPrecisionCopies, Precision};
 use super::{Mode, Script, Site, WeightDtype};
 use crate::data::Lengths;
 use crate::onnx::{Graph, Value};
@@ -92,7 +92,7 @@ impl Trunk {
             }
         }
         starts.push(scope.count());
-        let masks = if config.locked_dropout { Masks::ByRow } else { Masks::ByToken };
+        let masks = if config.locked_dropout { Masks::Locked } else { Masks::PerElement };
         (Trunk { layers, connection: config.connection, gates, dropout: config.dropout, masks }, starts)
     }
 
@@ -105,11 +105,11 @@ impl Trunk {
         mode: Mode,
         cut: &mut dyn FnMut(usize, &Tensor) -> Tensor,
     ) -> Vec<Tensor> {
-        let turn = Turn::new(lengths);
+        let reversal = Reversal::new(lengths);
         let mut states: Vec<Tensor> = Vec::new();
         for (number, layer) in self.layers.iter().enumerate() {
             let input = cut(number, states.last().unwrap_or(embedded));
-            let output = self.past(number, &input, layer.forward(&input, &turn, mode));
+            let output = self.past(number, &input, layer.forward(&input, &reversal, mode));
             states.push(dropout(&output, self.dropout, self.masks, mode, Site::Layer(number as u64)));
         }
         states
@@ -120,7 +120,7 @@ impl Trunk {
         self.layers.iter_mut().for_each(|layer| layer.set_precision(precision));
     }
 
-    pub fn halves(&self) -> impl Iterator<Item = &Halves> {
+    pub fn halves(&self) -> impl Iterator<Item = &HalfPrecisionCopies> {
         self.layers.iter().filter_map(Lstm::halves)
     }
 
@@ -145,7 +145,7 @@ impl Trunk {
         let mut source = format!(
             "{SCRIPT_HELPERS}
 def forward(self, x: Tensor, lengths: Tensor) -> List[Tensor]:
-{SCRIPT_TURN}    states: List[Tensor] = []
+{SCRIPT_REVERSAL}    states: List[Tensor] = []
 "
         );
         for (number, layer) in self.layers.iter().enumerate() {

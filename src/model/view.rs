@@ -10,7 +10,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::lstm::{Lstm, SCRIPT_HELPERS, SCRIPT_TURN, Turn};
+use super::lstm::{Lstm, Reversal, SCRIPT_HELPERS, SCRIPT_REVERSAL};
 use super::parameters::Scope;
 use super::{Mode, Script, TrunkConfig, WeightDtype};
 use crate::data::Lengths;
@@ -73,7 +73,7 @@ impl View {
     /// The states that the head sees, from those that it reads: [B, T, F].
     pub fn own(&self, tokens: &Tensor, lengths: &Lengths, mode: Mode) -> Tensor {
         match &self.lstm {
-            Some(lstm) => lstm.forward(tokens, &Turn::new(lengths), mode),
+            Some(lstm) => lstm.forward(tokens, &Reversal::new(lengths), mode),
             None => tokens.shallow_clone(),
         }
     }
@@ -100,7 +100,7 @@ def view(self, layers: List[Tensor], lengths: Tensor) -> Tensor:
             source: format!(
                 "{SCRIPT_HELPERS}
 def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-{SCRIPT_TURN}{}    return x
+{SCRIPT_REVERSAL}{}    return x
 ",
                 lstm.script(dtype)
             ),

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::backlog::{Rates, Rule};
+use super::deferred::{Rates, Rule};
 
 /// The optimizer. Default `adamw`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

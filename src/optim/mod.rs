@@ -1,11 +1,11 @@
 //! Optimizers on libtorch's fused operators, on a GPU on kernels of our own, with their state in the open so that a run resumes
 //! exactly; schedules.
 
-mod average;
-mod backlog;
 mod config;
+mod deferred;
 mod dense;
-mod device_backlog;
+mod device_deferred;
+mod ema;
 mod on_device;
 mod scale;
 mod schedule;
@@ -15,11 +15,11 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use tch::{Kind, Tensor};
 
-pub use average::Average;
-use backlog::{Backlog, Numbers, Past};
 pub use config::{AdamConfig, OptimizerConfig, SgdConfig};
+use deferred::{DeferredRows, PastStep, TableState};
+pub use ema::Ema;
 use on_device::OnDevice;
-pub use scale::{LossScale, is_unsound};
+pub use scale::{LossScale, is_not_finite};
 pub use schedule::{RangeConfig, ScheduleConfig};
 
 use crate::libtorch::{
@@ -41,7 +41,7 @@ struct Slot {
     step: Tensor,
     decays: bool,
     /// For a table whose gradient comes as rows: what the other rows have yet to do.
-    backlog: Option<Backlog>,
+    deferred: Option<DeferredRows>,
 }
 
 /// Tables of which a step reads some rows alone.
@@ -94,7 +94,7 @@ impl Piece {
     }
 }
 
-/// Numbers below which a parameter is one worker's.
+/// TableState below which a parameter is one worker's.
 const SMALL: usize = 1 << 14;
 
 impl Slot {
@@ -147,7 +147,7 @@ impl Optimizer {
             },
             step: Tensor::zeros([], (Kind::Float, parameter.device())),
             decays: config.decay_all() || !is_spared(name, parameter),
-            backlog: None,
+            deferred: None,
         };
         Optimizer { config: config.clone(), slots: parameters.map(slot).collect(), on_device: None }
     }
@@ -157,31 +157,31 @@ impl Optimizer {
     }
 
     /// Brings `rows` of their tables, or all of all tables, up to date with the steps since; and their `average`.
-    pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Average>) -> Result<()> {
+    pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Ema>) -> Result<()> {
         self.settle_on_device(average.as_deref())?;
-        for (number, Slot { parameter, first, second, backlog, .. }) in self.slots.iter_mut().enumerate() {
-            let Some(backlog) = backlog else { continue };
+        for (number, Slot { parameter, first, second, deferred, .. }) in self.slots.iter_mut().enumerate() {
+            let Some(deferred) = deferred else { continue };
             let average = average.as_mut().map(|average| average.of_mut(number));
-            let numbers = Numbers::of(parameter, first, second, average)?;
+            let numbers = TableState::of(parameter, first, second, average)?;
             match rows {
-                Some(rows) => backlog.catch_up(&rows.host, numbers),
-                None => backlog.settle(numbers),
+                Some(rows) => deferred.catch_up(&rows.host, numbers),
+                None => deferred.settle(numbers),
             }
         }
         Ok(())
     }
 
-    /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of their tables are of
-    /// these rows alone, which are up to date, and those of all others 0; these others wait for [`Self::catch_up`]. Gradients
-    /// are divided as `grad_scale` says, by libtorch's operators in place, and where it says so nothing changes. Then the
-    /// weights go into their average, in which they count the number beside it.
+    /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of embedding tables are
+    /// those of these rows, which must be up to date; the updates of all other rows are deferred until [`Self::catch_up`].
+    /// Gradients are divided by the scale of `grad_scale` (in place, where libtorch's operators do it), and where that says to
+    /// skip the step nothing changes. Then the moving average takes in the weights, with the factor 1 - decay beside it.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
         rows: Option<&Touched>,
         learning_rate: impl Into<Number<'a>>,
         grad_scale: impl Into<GradScale<'a>>,
-        mut average: Option<(&mut Average, Number)>,
+        mut average: Option<(&mut Ema, Number)>,
     ) -> Result<()> {
         let (learning_rate, grad_scale) = (learning_rate.into(), grad_scale.into());
         if let Some(on_device) = &self.on_device {
@@ -221,29 +221,29 @@ impl Optimizer {
         rows: &Touched,
         rate: Number,
         skip: &Tensor,
-        average: Option<(&mut Average, Number)>,
+        average: Option<(&mut Ema, Number)>,
     ) -> Result<()> {
         let (mut average, share) = average.unzip();
         let rate = rate.on_host().expect("invariant: rows of tables are not recorded");
         let share = share.map(|share| share.on_host().expect("invariant: rows of tables are not recorded"));
         let skipped = skip.double_value(&[]) > 0.0;
         for &number in &rows.tables {
-            let Slot { parameter, first, second, step, decays, backlog, .. } = &mut self.slots[number];
+            let Slot { parameter, first, second, step, decays, deferred, .. } = &mut self.slots[number];
             let gradient = gradients.get(number).filter(|gradient| gradient.defined() && !skipped);
             let mut gradient = gradient.map(Tensor::contiguous);
             if gradient.is_some() {
                 let _ = step.f_add_scalar_(1.0)?;
             }
             let count = step.double_value(&[]);
-            let now = Past {
+            let now = PastStep {
                 count: count as u64,
                 rates: gradient.is_some().then(|| self.config.rates(rate, count, *decays)),
                 share: share.map(|share| share as f32),
             };
             let gradient = gradient.as_mut().map(floats).transpose()?;
-            let backlog = backlog.get_or_insert_with(|| Backlog::new(parameter.size()[0] as usize));
+            let deferred = deferred.get_or_insert_with(|| DeferredRows::new(parameter.size()[0] as usize));
             let average = average.as_mut().map(|average| average.of_mut(number));
-            backlog.step(now, &rows.host, gradient.as_deref(), Numbers::of(parameter, first, second, average)?);
+            deferred.step(now, &rows.host, gradient.as_deref(), TableState::of(parameter, first, second, average)?);
         }
         Ok(())
     }

@@ -4,23 +4,23 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::dense::{Dense, Parameter};
-use super::device_backlog::{DeviceBacklog, Numbers};
-use super::{Average, Optimizer, Slot, Touched};
+use super::device_deferred::{DeviceDeferredRows, TableState};
+use super::{Ema, Optimizer, Slot, Touched};
 use crate::libtorch::{GradScale, Number, count_up};
 
 pub(super) struct OnDevice {
     dense: Dense,
     /// Of the tables of which steps read some rows, if there are any.
-    backlog: Option<DeviceBacklog>,
+    deferred: Option<DeviceDeferredRows>,
 }
 
 impl Optimizer {
     /// Lets kernels do the work from now on, where the device has them. The rows of `tables` then wait until a step reads them;
     /// `halves` are 16-bit copies of parameters, by number, which are kept up to date.
-    pub fn work_on_device(&mut self, tables: Vec<usize>, halves: &[(usize, &Tensor)], average: Option<&Average>) {
+    pub fn work_on_device(&mut self, tables: Vec<usize>, halves: &[(usize, &Tensor)], average: Option<&Ema>) {
         let device = self.slots.first().map_or(Device::Cpu, |slot| slot.parameter.device());
         // On the CPU there are kernels for tests alone.
-        let serves = (Dense::serves(device) && DeviceBacklog::serves(device)) || cfg!(test);
+        let serves = (Dense::serves(device) && DeviceDeferredRows::serves(device)) || cfg!(test);
         if !serves || self.lazy_rows() {
             return;
         }
@@ -37,11 +37,11 @@ impl Optimizer {
         let dense = (0..self.slots.len()).filter(|number| !tables.contains(number));
         let dense = Dense::new(&dense.map(parameter).collect::<Vec<_>>(), &self.config.rule(true), device);
         let decays: Vec<(usize, bool)> = tables.iter().map(|&number| (number, self.slots[number].decays)).collect();
-        let backlog = tables.first().map(|&table| {
+        let deferred = tables.first().map(|&table| {
             let n_rows = self.slots[table].parameter.size()[0];
-            DeviceBacklog::new(&self.config, n_rows, &decays, device)
+            DeviceDeferredRows::new(&self.config, n_rows, &decays, device)
         });
-        self.on_device = Some(OnDevice { dense, backlog });
+        self.on_device = Some(OnDevice { dense, deferred });
     }
 
     /// Whether 16-bit copies of parameters are kept up to date, and gradients to them may stay in 16 bits. Whoever else writes
@@ -52,50 +52,50 @@ impl Optimizer {
 
     /// Whether rows of tables wait on the device.
     pub fn waits_on_device(&self) -> bool {
-        self.on_device.as_ref().is_some_and(|own| own.backlog.is_some())
+        self.on_device.as_ref().is_some_and(|own| own.deferred.is_some())
     }
 
     /// Before a step is computed, or recorded and replayed.
-    pub fn begin(&mut self, average: Option<&Average>) -> Result<()> {
-        self.with_backlog(average, DeviceBacklog::begin)
+    pub fn begin(&mut self, average: Option<&Ema>) -> Result<()> {
+        self.with_backlog(average, DeviceDeferredRows::begin)
     }
 
-    pub(super) fn settle_on_device(&mut self, average: Option<&Average>) -> Result<()> {
-        self.with_backlog(average, DeviceBacklog::settle)
+    pub(super) fn settle_on_device(&mut self, average: Option<&Ema>) -> Result<()> {
+        self.with_backlog(average, DeviceDeferredRows::settle)
     }
 
     fn with_backlog(
         &mut self,
-        average: Option<&Average>,
-        work: fn(&mut DeviceBacklog, &[Numbers]) -> Result<()>,
+        average: Option<&Ema>,
+        work: fn(&mut DeviceDeferredRows, &[TableState]) -> Result<()>,
     ) -> Result<()> {
         let Some(mut own) = self.on_device.take() else { return Ok(()) };
-        let done = own.backlog.as_mut().map_or(Ok(()), |backlog| work(backlog, &self.numbers(backlog, average)));
+        let done = own.deferred.as_mut().map_or(Ok(()), |deferred| work(deferred, &self.numbers(deferred, average)));
         self.on_device = Some(own);
         done
     }
 
     /// Brings rows that wait on the device up to date, which the step at hand reads.
-    pub fn read(&self, rows: &Touched, average: Option<&Average>) -> Result<()> {
-        let Some(OnDevice { backlog: Some(backlog), .. }) = &self.on_device else { return Ok(()) };
-        backlog.read(&rows.ids, &self.numbers(backlog, average))
+    pub fn read(&self, rows: &Touched, average: Option<&Ema>) -> Result<()> {
+        let Some(OnDevice { deferred: Some(deferred), .. }) = &self.on_device else { return Ok(()) };
+        deferred.read(&rows.ids, &self.numbers(deferred, average))
     }
 
-    fn numbers<'a>(&'a self, backlog: &DeviceBacklog, average: Option<&'a Average>) -> Vec<Numbers<'a>> {
+    fn numbers<'a>(&'a self, deferred: &DeviceDeferredRows, average: Option<&'a Ema>) -> Vec<TableState<'a>> {
         let numbers = |number: usize| {
             let Slot { parameter, first, second, .. } = &self.slots[number];
-            Numbers { weights: parameter, first, second, average: average.map(|average| average.of(number)) }
+            TableState { weights: parameter, first, second, average: average.map(|average| average.of(number)) }
         };
-        backlog.tables().map(numbers).collect()
+        deferred.tables().map(numbers).collect()
     }
 
     /// Parts of the squares of all `gradients`, `[n]`, where kernels do the work. Those of tables whose rows wait, which come
     /// by place of the step, become those of rows.
     pub fn squares(&self, rows: Option<&Touched>, gradients: &mut [Tensor]) -> Result<Option<Tensor>> {
-        let Some(OnDevice { dense, backlog }) = &self.on_device else { return Ok(None) };
-        let waiting = backlog.as_ref().zip(rows);
+        let Some(OnDevice { dense, deferred }) = &self.on_device else { return Ok(None) };
+        let waiting = deferred.as_ref().zip(rows);
         let n = dense.n_pieces();
-        let n_of_tables = waiting.map_or(0, |(backlog, rows)| backlog.tables().count() * rows.ids.numel()) as i64;
+        let n_of_tables = waiting.map_or(0, |(deferred, rows)| deferred.tables().count() * rows.ids.numel()) as i64;
         let device = self.slots[0].parameter.device();
         let squares = Tensor::empty([n + n_of_tables], (Kind::Float, device));
         for number in dense.numbers() {
@@ -104,12 +104,12 @@ impl Optimizer {
             }
         }
         dense.squares(gradients, &squares.narrow(0, 0, n))?;
-        let Some((backlog, rows)) = waiting else { return Ok(Some(squares)) };
+        let Some((deferred, rows)) = waiting else { return Ok(Some(squares)) };
         let each = rows.ids.numel() as i64;
-        for (i, table) in backlog.tables().enumerate() {
+        for (i, table) in deferred.tables().enumerate() {
             let mut own = squares.narrow(0, n + each * i as i64, each);
             match gradients.get_mut(table).filter(|gradient| gradient.defined()) {
-                Some(gradient) => *gradient = backlog.sum(gradient, &rows.ids, rows.padding, &own)?,
+                Some(gradient) => *gradient = deferred.sum(gradient, &rows.ids, rows.padding, &own)?,
                 None => drop(own.f_zero_()?),
             }
         }
@@ -118,12 +118,12 @@ impl Optimizer {
 
     pub(super) fn step_on_device(
         &self,
-        OnDevice { dense, backlog }: &OnDevice,
+        OnDevice { dense, deferred }: &OnDevice,
         gradients: &[Tensor],
         rows: Option<&Touched>,
         (rate, share): (Number, Option<Number>),
         grad_scale: GradScale,
-        average: Option<&Average>,
+        average: Option<&Ema>,
     ) -> Result<()> {
         let device = self.slots[0].parameter.device();
         let (rate, share) = (rate.on(device), share.unwrap_or(Number::Host(0.0)).on(device));
@@ -137,11 +137,11 @@ impl Optimizer {
         let divisor = grad_scale.divisor.map_or_else(one, Tensor::shallow_clone);
         let scalars = [&rate, &share, grad_scale.skip, &divisor];
         dense.update(gradients, scalars)?;
-        let (Some(backlog), Some(rows)) = (backlog, rows) else { return Ok(()) };
-        let numbers = self.numbers(backlog, average).into_iter().zip(backlog.tables());
+        let (Some(deferred), Some(rows)) = (deferred, rows) else { return Ok(()) };
+        let numbers = self.numbers(deferred, average).into_iter().zip(deferred.tables());
         let tables: Vec<_> =
             numbers.map(|(numbers, number)| (numbers, gradient(number), &self.slots[number].step)).collect();
-        backlog.step(&rows.ids, &tables, scalars)
+        deferred.step(&rows.ids, &tables, scalars)
     }
 }
 
@@ -163,7 +163,7 @@ mod tests {
         };
         let parameters = [("embedding.weight", random(&[ROWS, WIDTH], 1)), ("bias", random(&[3], 2))];
         let named = || parameters.iter().map(|(name, tensor)| (*name, tensor));
-        let (mut optimizer, mut average) = (Optimizer::new(config, named()), Average::new(0.9, named()));
+        let (mut optimizer, mut average) = (Optimizer::new(config, named()), Ema::new(0.9, named()));
         if waits {
             optimizer.work_on_device(vec![0], &[], Some(&average));
         }

@@ -15,7 +15,7 @@ const FIRST: f64 = 65536.0;
 const STEPS_TO_GROW: i64 = 2000;
 
 /// Whether a scalar is not finite: one on its device.
-pub fn is_unsound(value: &Tensor) -> Tensor {
+pub fn is_not_finite(value: &Tensor) -> Tensor {
     // Infinity times 0 is no number, and no number is unlike 0.
     (value * 0.0).ne(0.0)
 }
@@ -45,7 +45,7 @@ impl LossScale {
 
     /// Whether a step is left out, since the `norm` of its gradients is not finite and the scale, which is adapted, may be why.
     pub fn adapt(&mut self, norm: &Tensor) -> Result<Tensor> {
-        let found = is_unsound(norm).logical_and(&self.scale.gt(1.0));
+        let found = is_not_finite(norm).logical_and(&self.scale.gt(1.0));
         let as_float = found.to_kind(Kind::Float);
         let _ = self.scale.f_internal_amp_update_scale_(&self.steps, &as_float, 2.0, 0.5, STEPS_TO_GROW)?;
         Ok(found)

@@ -7,7 +7,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use crate::libtorch::{GradScale, Kernel, LISTED, LaunchConfig, Listed, clip_gradients};
-use crate::optim::{LossScale, is_unsound};
+use crate::optim::{LossScale, is_not_finite};
 
 /// The gradients of a step, and its losses in float32; `limit` 0 is none.
 pub struct Clip<'a> {
@@ -100,7 +100,7 @@ impl Clip<'_> {
             None => None,
         };
         let values = Tensor::stack(&self.losses.iter().copied().chain([&norm]).collect::<Vec<_>>(), 0);
-        let halted = self.halted.maximum(&is_unsound(&values.sum(Kind::Float)));
+        let halted = self.halted.maximum(&is_not_finite(&values.sum(Kind::Float)));
         self.halted.shallow_clone().f_copy_(&halted)?;
         let skip = overflow.map_or(halted.shallow_clone(), |overflow| halted.maximum(&overflow));
         Ok(Clipped { values, divisor, skip, taken: None })

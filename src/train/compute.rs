@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::clip::Clip;
 use super::gradients::{Backward, Gradients, Weighted, as_vector, at_last_layer};
-use super::laps::Part;
+use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
 use crate::libtorch::{Draws, Number, divide_list, side_by_side};
@@ -53,8 +53,8 @@ impl Computed {
         as_vector(&losses, self.values.device())
     }
 
-    /// The same numbers, which the next replay leaves alone, but for the norms, which are learned from before it; `weights` where
-    /// they were given.
+    /// Copies the results out of the graph's memory, which the next replay overwrites. Norms are shared, not copied: the strategy
+    /// reads them before that. `weights`, where given, take the place of the recorded ones.
     pub fn copy(&self, weights: Option<&Tensor>) -> Computed {
         Computed {
             values: self.values.detach_copy(),
@@ -105,7 +105,7 @@ impl Trainer<'_> {
             let forward = |part: usize| self.forward(step, i, &parts[part], inputs);
             let mut passes = side_by_side(parts.len(), &forward).into_iter().collect::<Result<Vec<_>>>()?;
             let here = passes.iter().fold(None, |sum, pass| add_losses(sum, copies(&pass.losses))).unwrap_or_default();
-            self.laps.end(Part::Forward);
+            self.timer.end(Part::Forward);
             let weights = weights.get_or_insert_with(|| {
                 let losses = known.as_ref().unwrap_or(&here);
                 self.weighting.weights(step.number, inputs.present, Some(&as_vector(losses, device)))
@@ -118,7 +118,7 @@ impl Trainer<'_> {
                     by_task = Some(by_task.map_or_else(|| own.shallow_clone(), |sum| sum + &own));
                 }
             }
-            self.laps.end(Part::Weighting);
+            self.timer.end(Part::Weighting);
             let pass = |part: usize| {
                 let Pass { shared, losses, rows } = &passes[part];
                 backward.pass(shared, rows.as_ref().or(inputs.rows), Weighted { losses, weights, scale })
@@ -128,14 +128,14 @@ impl Trainer<'_> {
             }
             read = passes.iter_mut().find_map(|pass| pass.rows.take());
             losses = add_losses(losses, here);
-            self.laps.end(Part::Backward);
+            self.timer.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
         let mut norms = reference.map(|_| gradients.norms(device));
         let rows = read.as_ref().or(inputs.rows).map(|rows| &rows.touched);
         let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
         let values = self.update((&gradients.sum, rows), squares.as_ref(), &losses, &mut norms, inputs)?;
-        self.laps.end(Part::Update);
+        self.timer.end(Part::Update);
         let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));
         Ok(Computed { values, weights, norms, gram: by_task.map(|own| own.matmul(&own.tr())) })
     }

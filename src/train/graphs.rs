@@ -10,7 +10,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::compute::{Computed, Inputs};
-use super::laps::Part;
+use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::BatchPlan;
 use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
@@ -131,7 +131,7 @@ impl Trainer<'_> {
             }
         };
         self.graphs.steps.insert(key, Some(recorded));
-        self.laps.end(Part::Graph);
+        self.timer.end(Part::Graph);
         again
     }
 
@@ -154,7 +154,7 @@ impl Trainer<'_> {
             return Ok(Recorded { graph: None, numbers, computed: None });
         }
         // A lap would wait for the device.
-        let laps = std::mem::take(&mut self.laps);
+        let laps = std::mem::take(&mut self.timer);
         let mut pool = std::mem::take(&mut self.graphs.pool);
         self.graphs.recording = true;
         let recorded = CudaGraph::record(&mut pool, || self.compute_kept(step, plan, &numbers, inputs));
@@ -162,7 +162,7 @@ impl Trainer<'_> {
         if std::mem::take(&mut pool.broken) {
             self.graphs.steps.clear();
         }
-        (self.graphs.pool, self.laps) = (pool, laps);
+        (self.graphs.pool, self.timer) = (pool, laps);
         let (graph, computed) = recorded?;
         Ok(Recorded { graph: Some(graph), numbers, computed: Some(computed) })
     }

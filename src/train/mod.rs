@@ -5,9 +5,9 @@ mod compute;
 mod config;
 pub mod gradients;
 pub mod graphs;
-pub mod laps;
 mod state;
 mod step;
+pub mod step_timer;
 mod taps;
 mod unknown;
 
@@ -21,15 +21,15 @@ use tch::Tensor;
 
 pub use config::{EarlyStopping, TrainingConfig};
 use graphs::Graphs;
-use laps::Laps;
 pub use state::State;
+use step_timer::StepTimer;
 pub use unknown::UnknownWords;
 
-use crate::data::{DeviceSet, Sampler};
-use crate::evaluate::{Merit, Report, TaskReport, evaluate};
+use crate::data::{DeviceSplit, Sampler};
+use crate::evaluate::{CheckpointScore, Report, TaskReport, evaluate};
 use crate::libtorch::caught;
 use crate::model::Model;
-use crate::optim::{Average, LossScale, Optimizer};
+use crate::optim::{Ema, LossScale, Optimizer};
 use crate::problem::Place;
 use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
@@ -44,15 +44,15 @@ pub struct Trainer<'a> {
     pub model: &'a Model,
     pub optimizer: Optimizer,
     /// Evaluated and kept in place of the weights.
-    pub average: Option<Average>,
+    pub average: Option<Ema>,
     /// For float16.
     pub loss_scale: Option<LossScale>,
     pub weighting: Weighting,
     pub sampler: Sampler,
-    pub train: &'a DeviceSet,
+    pub train: &'a DeviceSplit,
     pub unknown: Option<UnknownWords>,
     pub seed: Seed,
-    pub laps: Laps,
+    pub timer: StepTimer,
     pub graphs: Graphs,
     /// 1 on the device since a loss or a gradient was not finite: from then on no update happens.
     pub halted: Tensor,
@@ -61,7 +61,7 @@ pub struct Trainer<'a> {
 /// What is evaluated on the way, and where everything is kept.
 #[derive(Clone, Copy)]
 pub struct Course<'a> {
-    pub dev: &'a DeviceSet,
+    pub dev: &'a DeviceSplit,
     pub run: &'a RunDirectory,
 }
 
@@ -295,16 +295,16 @@ impl Trainer<'_> {
             checkpoint::save(&run.checkpoint(name), &weights, &[], &about)
         };
         let metric = &self.config.early_stopping.metric;
-        let merit = if dev.set.is_empty() { Some(Merit::of_step(state.step)) } else { report.merit(metric) };
+        let merit = if dev.set.is_empty() { Some(CheckpointScore::of_step(state.step)) } else { report.merit(metric) };
         let merit = merit.with_context(|| format!("dev has no score `{metric}` to choose a checkpoint by"))?;
         let improved = state.best.is_none_or(|best| merit > best);
         if improved {
             keep("best")?;
         }
-        let better = |(old, task): (&Option<Merit>, &TaskReport)| {
+        let better = |(old, task): (&Option<CheckpointScore>, &TaskReport)| {
             task.merit().filter(|_| task.n_sentences > 0).filter(|merit| old.is_none_or(|old| *merit > old))
         };
-        let by_task: Vec<Option<Merit>> = state.best_by_task.iter().zip(&report.tasks).map(better).collect();
+        let by_task: Vec<Option<CheckpointScore>> = state.best_by_task.iter().zip(&report.tasks).map(better).collect();
         for (task, _) in self.tasks.iter().zip(&by_task).filter(|(_, better)| better.is_some()) {
             keep(&format!("best-{}", task.name))?;
         }
@@ -315,7 +315,7 @@ impl Trainer<'_> {
     }
 
     fn swap_average(&mut self) -> Result<()> {
-        self.average.as_mut().map_or(Ok(()), Average::swap)
+        self.average.as_mut().map_or(Ok(()), Ema::swap)
     }
 
     /// Brings all weights and their averages up to date: within steps, rows of tables may wait.
@@ -331,7 +331,7 @@ impl Trainer<'_> {
         // As the best checkpoints have it.
         about["epoch"] = json!(state.step.div_ceil(self.steps_per_epoch()));
         let mut moments = self.optimizer.state();
-        moments.extend(self.average.iter().flat_map(Average::state));
+        moments.extend(self.average.iter().flat_map(Ema::state));
         moments.extend(self.loss_scale.iter().flat_map(LossScale::state));
         checkpoint::save(&run.checkpoint("last"), &model, &moments, &about)
     }

@@ -3,16 +3,16 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::evaluate::Merit;
+use crate::evaluate::CheckpointScore;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct State {
     /// Steps done.
     pub step: usize,
     /// The best on dev so far, and the step that had it.
-    pub best: Option<Merit>,
+    pub best: Option<CheckpointScore>,
     pub best_step: Option<usize>,
-    pub best_by_task: Vec<Option<Merit>>,
+    pub best_by_task: Vec<Option<CheckpointScore>>,
     pub epochs_without_gain: usize,
     /// Losses since the last record, and since the start of the epoch.
     pub interval: Sums,
@@ -32,7 +32,7 @@ impl State {
 
     /// Notes what dev says, and the tasks that reached a new best. A lower loss alone is no gain, except where nothing is right
     /// yet, as with spans in first epochs.
-    pub fn judge(&mut self, merit: Merit, improved: bool, by_task: Vec<Option<Merit>>) {
+    pub fn judge(&mut self, merit: CheckpointScore, improved: bool, by_task: Vec<Option<CheckpointScore>>) {
         let gained = self.best.is_none_or(|best| merit.score > best.score || (merit.score == 0.0 && improved));
         self.epochs_without_gain = if gained { 0 } else { self.epochs_without_gain + 1 };
         if improved {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::compute::Inputs;
-use super::laps::Part;
+use super::step_timer::Part;
 use super::{State, Step, Trainer};
 use crate::data::{Batch, BatchPlan};
 use crate::libtorch::{Number, workers};
@@ -81,9 +81,9 @@ impl Pending {
 impl Trainer<'_> {
     /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
-        self.laps.start();
+        self.timer.start();
         self.optimizer.begin(self.average.as_ref())?;
-        self.laps.end(Part::Update);
+        self.timer.end(Part::Update);
         let plans: Vec<Vec<BatchPlan>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
         let parts = || plans.iter().flatten();
         let decisions = |task: usize| -> i64 { parts().map(|part| part.n_decisions(TaskId(task))).sum() };
@@ -94,7 +94,7 @@ impl Trainer<'_> {
             let tokens: Vec<i32> = all.flat_map(|&row| self.train.set.tokens(row)).copied().collect();
             self.model.embedding.touched(&tokens)
         });
-        self.laps.end(Part::Batch);
+        self.timer.end(Part::Batch);
         let rows = match touched {
             Some(touched) => {
                 self.optimizer.catch_up(Some(&touched), self.average.as_mut())?;
@@ -102,10 +102,10 @@ impl Trainer<'_> {
             }
             None => None,
         };
-        self.laps.end(Part::Update);
+        self.timer.end(Part::Update);
         let wants = self.weighting.wants(step.number);
         let weights = (wants != Wants::Losses).then(|| self.weighting.weights(step.number, &present, None));
-        self.laps.end(Part::Weighting);
+        self.timer.end(Part::Weighting);
         let inputs = Inputs {
             wants,
             present: &present,
@@ -121,7 +121,7 @@ impl Trainer<'_> {
             None => {
                 let gather = |parts: &Vec<BatchPlan>| parts.iter().map(|part| self.train.gathered(part)).collect();
                 let batches: Vec<Vec<Batch>> = plans.iter().map(gather).collect();
-                self.laps.end(Part::Batch);
+                self.timer.end(Part::Batch);
                 self.compute(step, &batches, &inputs)?
             }
         };
@@ -134,7 +134,7 @@ impl Trainer<'_> {
         }
         pending.weights = Some((computed.weights, present.clone()));
         pending.steps.push(Waiting { number: step.number, values: computed.values, present });
-        self.laps.end(Part::Weighting);
+        self.timer.end(Part::Weighting);
         Ok(parts().map(BatchPlan::n_tokens).sum())
     }
 

@@ -4,7 +4,7 @@
 
 use tch::{Device, Tensor};
 
-use crate::data::EncodedSet;
+use crate::data::EncodedSplit;
 use crate::libtorch::{Draws, bernoulli};
 
 pub struct UnknownWords {
@@ -16,7 +16,7 @@ pub struct UnknownWords {
 
 impl UnknownWords {
     /// `None` when nothing is to be replaced.
-    pub fn new(train: &EncodedSet, n_tokens: usize, unknown: u32, rate: f64, device: Device) -> Option<Self> {
+    pub fn new(train: &EncodedSplit, n_tokens: usize, unknown: u32, rate: f64, device: Device) -> Option<Self> {
         let mut counts = vec![0u32; n_tokens];
         for &id in &train.token_ids {
             counts[id as usize] += 1;
@@ -45,7 +45,7 @@ mod tests {
     #[test]
     fn words_seen_once_are_read_as_unknown_at_the_rate() {
         let tokenizer = Tokenizer::of_words(&["once", "often", "too"]);
-        let set = EncodedSet::of_words(&[vec!["once", "often"], vec!["often", "too"]], &tokenizer, &[]).unwrap();
+        let set = EncodedSplit::of_words(&[vec!["once", "often"], vec!["often", "too"]], &tokenizer, &[]).unwrap();
         let unknown = UnknownWords::new(&set, 5, 1, 0.4, Device::Cpu).unwrap();
         let ids = Tensor::from_slice(&[2i64, 3]).expand([2000, 2], false);
         let read = unknown.replace(&ids, Draws { seed: 3, first_row: 0 });

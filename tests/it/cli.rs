@@ -508,6 +508,25 @@ fn damaged_runs_are_told() {
 }
 
 #[test]
+fn without_dev_the_last_weights_are_kept() {
+    let folder = small();
+    let none = ["data.sets.toy.dev=null", "data.sets.toy.dev_fraction=0", "training.max_epochs=2"];
+    let set: Vec<&str> = none.iter().flat_map(|value| ["--set", *value]).collect();
+    let said = stderr(&folder, &[&["train", "small.yaml", "--out", "run"], &set[..]].concat(), 0);
+    assert!(said.contains("without dev the last weights are kept") && !said.contains("dev topic"), "{said}");
+    assert!(metrics(&folder, "run").iter().all(|record| record["kind"] == "train"));
+    let report: serde_json::Value = serde_json::from_str(&folder.read("run/report.json")).unwrap();
+    assert_eq!((&report["epoch"], report["splits"].get("dev")), (&2.into(), None));
+    assert!(report["splits"]["test"].is_object());
+    folder.polytask(&["predict", "run"]).write_stdin("play rock\n").assert().success();
+    let export = ["export", "run", "--format", "torchscript", "--out", "model.pt", "--dtype", "float16"];
+    folder.polytask(&export).assert().success();
+    assert!(stderr(&folder, &["evaluate", "run", "--split", "dev"], 2).contains("the experiment has no split dev"));
+    let patient = [&["train", "small.yaml"], &set[..], &["--set", "training.early_stopping.patience_epochs=2"]].concat();
+    assert!(stderr(&folder, &patient, 2).contains("patience_epochs: needs dev"));
+}
+
+#[test]
 fn a_finished_run_is_lengthened_to_what_a_longer_one_is() {
     let folder = small();
     let train = |out: &str, epochs: usize, more: &[&str], code: i32| {

@@ -348,7 +348,7 @@ torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'newer.pt', _extra_files
     folder.file("broken.pt", &before[..before.len() / 2]);
     for (file, expected) in [
         ("foreign.pt", "not a model exported by polytask"),
-        ("newer.pt", "has format 99 (polytask \"9.0\"); this program reads 1"),
+        ("newer.pt", "has format 99 (polytask \"9.0\"); this program reads format 1"),
         ("broken.pt", "broken.pt is damaged (libtorch: "),
         ("repository/small/config.pbtxt", "is neither a run directory nor a model of `export --format torchscript`"),
     ] {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use polytask::libtorch::{Draws, Number};
 use polytask::model::{Mode, Model, Precision};
-use polytask::optim::{Average, Optimizer, OptimizerConfig, Touched};
+use polytask::optim::{Ema, Optimizer, OptimizerConfig, Touched};
 use polytask::train::graphs::Graphs;
 use polytask::train::{Pending, State, Step};
 use serde_json::json;
@@ -107,7 +107,7 @@ fn a_tokenizer_without_padding_trains_every_row() {
         let mut s = setting(&["training.ema_decay=0.9", "training.optimizer.decay_all=false"]);
         let row = i64::from(s.train.set.token_ids[0]);
         (s.tokenizer.padding, s.tokenizer.pads) = (row as u32, pads);
-        s.train = polytask::data::DeviceSet::new(s.train.set, row as u32, Device::Cpu);
+        s.train = polytask::data::DeviceSplit::new(s.train.set, row as u32, Device::Cpu);
         let before = build(&s).parameters.tensors()[0].get(row).copy();
         (stepped(&s, false).0[0].get(row) - before).abs().max().double_value(&[])
     };
@@ -148,7 +148,7 @@ fn rows_that_wait_take_the_steps_of_whole_tables() {
         let table = Tensor::from_slice(&numbers).view([3, 20]).set_requires_grad(true);
         let named = [("embedding.weight", &table)];
         let mut optimizer = Optimizer::new(&config, named.into_iter());
-        let mut average = Average::new(0.9, named.into_iter());
+        let mut average = Ema::new(0.9, named.into_iter());
         for number in 0..400usize {
             let ids: &[i64] = if number.is_multiple_of(5) { &[2, 0] } else { &[2] };
             let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), padding: -1, tables: vec![0] };

@@ -5,7 +5,7 @@ use std::path::Path;
 use polytask::commands::shared::build_trainer::Parts;
 use polytask::commands::shared::prepare;
 use polytask::config::Experiment;
-use polytask::data::{DeviceSet, Split, Tokenizer, load};
+use polytask::data::{DeviceSplit, Split, Tokenizer, load};
 use polytask::evaluate::evaluate;
 use polytask::libtorch::{GradScale, clip_gradients};
 use polytask::model::{Mode, Model};
@@ -21,7 +21,7 @@ pub struct Setting {
     pub experiment: Experiment,
     pub tasks: Vec<Task>,
     pub tokenizer: Tokenizer,
-    pub train: DeviceSet,
+    pub train: DeviceSplit,
 }
 
 pub fn setting(overrides: &[&str]) -> Setting {

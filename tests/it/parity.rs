@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::util::DRAWS;
-use polytask::data::{DeviceSet, EncodedSet, TargetValues};
+use polytask::data::{DeviceSplit, EncodedSplit, TargetValues};
 use polytask::libtorch::{GradScale, clip_gradients};
 use polytask::model::{EmbeddingConfig, HeadConfig, Mode, Model, ModelConfig, TrunkConfig, Vocabulary};
 use polytask::optim::{Optimizer, OptimizerConfig};
@@ -42,7 +42,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         lengths.iter().enumerate().flat_map(row).map(|id| id as i32).collect()
     };
     let classes = numbers("input.classes").into_iter().map(|id| id as i32).collect();
-    let set = EncodedSet {
+    let set = EncodedSplit {
         token_ids: flat("input.ids"),
         token_offsets: offsets.clone(),
         word_offsets: offsets,
@@ -53,7 +53,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         set_starts: vec![0, 4],
         places: vec![],
     };
-    let data = DeviceSet::new(set, 0, Device::Cpu);
+    let data = DeviceSplit::new(set, 0, Device::Cpu);
     let batch = data.batch(&[0, 1, 2, 3]);
 
     let labels = |n: usize| (0..n).map(|i| format!("l{i}")).collect::<Vec<_>>();

@@ -56,7 +56,7 @@ fn the_saved_tokenizer_gives_the_same_ids_in_python() {
         let mut expected = Vec::new();
         for sentence in sentences {
             let words: Vec<&str> = splitter.split(sentence).into_iter().map(|(a, b)| &sentence[a..b]).collect();
-            let set = polytask::data::EncodedSet::of_words(&[words], &ours, &task).unwrap();
+            let set = polytask::data::EncodedSplit::of_words(&[words], &ours, &task).unwrap();
             expected.push(set.token_ids);
         }
         let program = format!(

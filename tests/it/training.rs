@@ -1,6 +1,6 @@
 //! What training does with losses, gradients and scores, held against the same computed another way.
 
-use polytask::data::DeviceSet;
+use polytask::data::DeviceSplit;
 use polytask::libtorch::Draws;
 use polytask::model::{Mode, Model};
 use serde_json::Value;
@@ -28,7 +28,7 @@ fn parsed(lines: &str) -> Vec<Value> {
     lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-fn losses(model: &Model, set: &DeviceSet, rows: &[usize]) -> Vec<Option<Tensor>> {
+fn losses(model: &Model, set: &DeviceSplit, rows: &[usize]) -> Vec<Option<Tensor>> {
     let batch = set.batch(rows);
     let shared = model.encode(&batch, &batch.token_ids, None, Mode::Eval);
     model.losses(&shared, &batch, Mode::Eval)

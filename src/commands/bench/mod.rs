@@ -23,7 +23,7 @@ use crate::data::Split;
 use crate::evaluate::predict;
 use crate::libtorch::{configure, peak_device_memory, workers};
 use crate::problem::invalid;
-use crate::train::laps::{Laps, Part};
+use crate::train::step_timer::{Part, StepTimer};
 use crate::train::{Pending, Step, Trainer};
 use crate::weighting::WeightingConfig;
 
@@ -154,11 +154,11 @@ pub fn run(args: &BenchArgs) -> Result<End> {
 
 /// Milliseconds of each part of a step.
 fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Result<IndexMap<&'static str, f64>> {
-    trainer.laps = Laps::of(device);
+    trainer.timer = StepTimer::of(device);
     time(trainer, steps, 0, device)?;
     trainer.settle()?;
-    trainer.laps.end(Part::Update);
-    let seconds = std::mem::take(&mut trainer.laps).seconds();
+    trainer.timer.end(Part::Update);
+    let seconds = std::mem::take(&mut trainer.timer).seconds();
     let each = Part::ALL.iter().map(|(part, name)| (*name, 1000.0 * seconds[*part as usize] / steps.len() as f64));
     Ok(each.filter(|(_, ms)| *ms > 0.0).collect())
 }

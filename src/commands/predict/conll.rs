@@ -43,8 +43,8 @@ pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<W
     (lines, words)
 }
 
-/// A sentence's lines with a comment `# TASK = CLASS` for each class, and the tags of each tagging task where the format has them.
-/// Ends with a line end.
+/// A sentence's lines with a comment `# TASK = CLASS` for each class, and the tags of each tagging task where the format has
+/// them. Ends with a line end.
 pub fn written(lines: &[Written], layout: &ConllLayout, decoded: Option<&[Decoded]>, trained: &Trained) -> String {
     let (mut out, mut tags) = (String::new(), Vec::new());
     for (task, decoded) in trained.tasks.iter().zip(decoded.into_iter().flatten()) {

@@ -5,14 +5,14 @@ use tch::{Device, Kind, Tensor};
 
 use super::prepare;
 use crate::config::Experiment;
-use crate::data::{DeviceSet, Sampler, Tokenizer};
+use crate::data::{DeviceSplit, Sampler, Tokenizer};
 use crate::model::{HeadConfig, Model, Precision, is_part};
-use crate::optim::{Average, LossScale, Optimizer};
+use crate::optim::{Ema, LossScale, Optimizer};
 use crate::problem::invalid;
 use crate::rng::Seed;
 use crate::task::{Task, TaskId};
 use crate::train::graphs::Graphs;
-use crate::train::laps::Laps;
+use crate::train::step_timer::StepTimer;
 use crate::train::{Trainer, TrainingConfig, UnknownWords};
 use crate::weighting::{WeightedTask, Weighting, WeightingConfig};
 
@@ -26,7 +26,7 @@ pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
 }
 
 /// Dev, where there is one, chooses the best checkpoint, for which it needs labels.
-pub fn fail_without_choice(metric: &str, dev: &DeviceSet, tasks: &[Task]) -> Result<()> {
+pub fn fail_without_choice(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
     let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
     let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
     let tells = |row: usize| match of_task {
@@ -79,7 +79,7 @@ pub struct Parts<'a> {
     pub tasks: &'a [Task],
     pub tokenizer: &'a Tokenizer,
     pub model: &'a Model,
-    pub train: &'a DeviceSet,
+    pub train: &'a DeviceSplit,
 }
 
 impl<'a> Parts<'a> {
@@ -88,7 +88,7 @@ impl<'a> Parts<'a> {
         let &Parts { experiment, config, tasks, tokenizer, model, train, .. } = self;
         let (seed, device) = (Seed(experiment.seed), model.parameters.device());
         let rate = experiment.tokenizer.unknown_rate();
-        let average = (config.ema_decay > 0.0).then(|| Average::new(config.ema_decay, model.parameters.iter()));
+        let average = (config.ema_decay > 0.0).then(|| Ema::new(config.ema_decay, model.parameters.iter()));
         let mut optimizer = Optimizer::new(&config.optimizer, model.parameters.iter());
         if device != Device::Cpu {
             // Batches of one step would each have their own places.
@@ -107,7 +107,7 @@ impl<'a> Parts<'a> {
             unknown: UnknownWords::new(&train.set, tokenizer.size(), tokenizer.unknown, rate, device),
             train,
             seed,
-            laps: Laps::default(),
+            timer: StepTimer::default(),
             graphs: Graphs::new(config.cuda_graphs, tasks.len(), device),
             halted: Tensor::zeros([], (Kind::Float, device)),
         }

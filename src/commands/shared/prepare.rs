@@ -9,7 +9,7 @@ use super::{data_checks, saved_model, table};
 use crate::commands::cli::Machine;
 use crate::config::Experiment;
 use crate::data::vectors::{self, Coverage};
-use crate::data::{self, Corpus, DeviceSet, EncodedSet, Split, Tokenizer, TokenizerConfig, Unseen, labels};
+use crate::data::{self, Corpus, DeviceSplit, EncodedSplit, Split, Tokenizer, TokenizerConfig, Unseen, labels};
 use crate::libtorch;
 use crate::model::{ClassWeights, HeadConfig, Model, Vocabulary};
 use crate::problem::{Problem, counted, fail_on_errors, invalid};
@@ -91,8 +91,8 @@ pub fn encoded(
     tokenizer: &Tokenizer,
     tasks: &[Task],
     device: Device,
-) -> Result<DeviceSet> {
-    Ok(DeviceSet::new(EncodedSet::build(corpus, split, tokenizer, tasks)?, tokenizer.padding, device))
+) -> Result<DeviceSplit> {
+    Ok(DeviceSplit::new(EncodedSplit::build(corpus, split, tokenizer, tasks)?, tokenizer.padding, device))
 }
 
 /// The training rows, with classes that count as the experiment says.
@@ -102,7 +102,7 @@ pub fn training(
     tokenizer: &Tokenizer,
     tasks: &[Task],
     device: Device,
-) -> Result<DeviceSet> {
+) -> Result<DeviceSplit> {
     let mut train = encoded(corpus, Split::Train, tokenizer, tasks, device)?;
     // Those of a run that goes on are the ones that it began with.
     if let Some((id, unseen)) = train.set.unseen.first_key_value() {
@@ -121,7 +121,7 @@ pub fn training(
 }
 
 /// Tells of labels of a split that the model cannot give.
-pub fn warn_of_unseen(data: &DeviceSet, split: Split, tasks: &[Task]) {
+pub fn warn_of_unseen(data: &DeviceSplit, split: Split, tasks: &[Task]) {
     for (id, Unseen { labels, rows }) in &data.set.unseen {
         let names = labels::names(tasks[id.0].kind, labels);
         let shown = names.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");

@@ -7,7 +7,7 @@ use tch::Device;
 
 use super::{build_trainer, init_from, onednn, prepare};
 use crate::config::Experiment;
-use crate::data::{DeviceSet, Sampler, Tokenizer};
+use crate::data::{DeviceSplit, Sampler, Tokenizer};
 use crate::model::Model;
 use crate::problem::fail_on_errors;
 use crate::rng::Seed;
@@ -19,7 +19,7 @@ pub struct Rehearsal {
     pub experiment: Experiment,
     pub tasks: Vec<Task>,
     pub model: Model,
-    pub train: DeviceSet,
+    pub train: DeviceSplit,
     pub device: Device,
     tokenizer: Tokenizer,
 }

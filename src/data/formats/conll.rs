@@ -19,7 +19,8 @@ enum Source<'a> {
     Comment(&'a str),
 }
 
-/// A sentence's last line, which is a word's unless it may be a comment: then `other`.
+/// A line that is known to hold a word, by which the number of columns is guessed: the sentence's `last`, or `other` where that
+/// may be a comment.
 pub fn line_of_a_word<'a>(last: &'a str, other: &'a str) -> &'a str {
     if last.starts_with("# ") { other } else { last }
 }

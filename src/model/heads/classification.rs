@@ -121,7 +121,7 @@ impl Classification {
     /// [b, T, F] to [b, F]; padding has no part in it.
     fn pool(&self, encoded: &Encoded) -> Tensor {
         let tokens = &encoded.tokens;
-        let mask = (!encoded.lengths.even()).then(|| encoded.lengths.mask().unsqueeze(-1)); // [b, T, 1]
+        let mask = (!encoded.lengths.is_unpadded()).then(|| encoded.lengths.mask().unsqueeze(-1)); // [b, T, 1]
         let filled = |x: &Tensor, value: f64| match &mask {
             Some(mask) => x.masked_fill(&mask.logical_not(), value),
             None => x.shallow_clone(),
@@ -147,7 +147,7 @@ impl Classification {
 
 impl Head for Classification {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
-        let dropped = |x: Tensor, layer: u64| dropout(&x, self.dropout, Masks::ByToken, mode, Site::Head(layer));
+        let dropped = |x: Tensor, layer: u64| dropout(&x, self.dropout, Masks::PerElement, mode, Site::Head(layer));
         let mut x = dropped(encoded.with_beside(self.pool(encoded)), 0);
         if let Some(hidden) = &self.hidden {
             x = dropped(hidden.forward(&x).relu(), 1);

@@ -161,7 +161,7 @@ pub(super) fn metric(kind: TaskKind, rule: SpanRule, labels: Vec<String>) -> Box
 impl Head for Tagging {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
         let words = encoded.with_beside(encoded.words()); // [b, W, F]
-        self.output.forward(&dropout(&words, self.dropout, Masks::ByToken, mode, Site::Head(0))) // [b, W, C]
+        self.output.forward(&dropout(&words, self.dropout, Masks::PerElement, mode, Site::Head(0))) // [b, W, C]
     }
 
     fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor {

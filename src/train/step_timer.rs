@@ -33,7 +33,7 @@ impl Part {
 
 /// Seconds by part; nothing where nobody asks.
 #[derive(Default)]
-pub struct Laps(Option<Watch>);
+pub struct StepTimer(Option<Watch>);
 
 struct Watch {
     device: Device,
@@ -41,9 +41,9 @@ struct Watch {
     seconds: [f64; Part::ALL.len()],
 }
 
-impl Laps {
+impl StepTimer {
     pub fn of(device: Device) -> Self {
-        Laps(Some(Watch { device, since: Instant::now(), seconds: [0.0; Part::ALL.len()] }))
+        StepTimer(Some(Watch { device, since: Instant::now(), seconds: [0.0; Part::ALL.len()] }))
     }
 
     pub fn start(&mut self) {

@@ -1,4 +1,4 @@
-//! Steps that rows of a table have not taken yet.
+//! Updates of embedding rows that are deferred: a sparse update with the results of a dense one.
 //!
 //! Where a step reads some rows of a table, all others have a gradient of 0: their update needs nothing but the row and the
 //! step's rates, so that it can wait until a step reads the row or all rows are wanted. Steps taken one after another while the
@@ -14,7 +14,7 @@ use tch::Tensor;
 
 use crate::libtorch::floats;
 
-/// Numbers that are computed at once.
+/// TableState that are computed at once.
 const LANES: usize = 16;
 /// Rows below which it costs more to share them out than to do them.
 const LEAST: usize = 8;
@@ -26,7 +26,7 @@ const LOOK_EVERY: u64 = 16;
 
 /// One step of a whole table.
 #[derive(Clone, Copy, Debug)]
-pub struct Past {
+pub struct PastStep {
     /// How many steps the table has had, with this one where it moves.
     pub count: u64,
     /// `None` where the table stands still.
@@ -55,14 +55,14 @@ pub enum Rule {
 }
 
 /// The steps of one table that some of its rows have yet to take.
-pub struct Backlog {
-    past: Vec<Past>,
+pub struct DeferredRows {
+    past: Vec<PastStep>,
     /// How many of them each row has taken, [V].
     taken: Vec<usize>,
 }
 
 /// A table's numbers, [V, E] each.
-pub struct Numbers<'a> {
+pub struct TableState<'a> {
     width: usize,
     weights: &'a mut [f32],
     first: &'a mut [f32],
@@ -83,7 +83,7 @@ struct Row<'a> {
     taken: usize,
 }
 
-impl<'a> Numbers<'a> {
+impl<'a> TableState<'a> {
     /// # Errors
     /// Tensors that are no contiguous float32 ones on the CPU.
     pub fn of(
@@ -92,7 +92,7 @@ impl<'a> Numbers<'a> {
         second: &'a mut Tensor,
         average: Option<&'a mut Tensor>,
     ) -> Result<Self> {
-        Ok(Numbers {
+        Ok(TableState {
             width: weights.size()[1] as usize,
             weights: floats(weights)?,
             first: floats(first)?,
@@ -134,14 +134,14 @@ fn cut<'a>(numbers: &mut &'a mut [f32], skip: usize, width: usize) -> &'a mut [f
     row
 }
 
-impl Backlog {
+impl DeferredRows {
     pub fn new(n_rows: usize) -> Self {
-        Backlog { past: Vec::new(), taken: vec![0; n_rows] }
+        DeferredRows { past: Vec::new(), taken: vec![0; n_rows] }
     }
 
     /// A step that the rows `ids`, which are up to date, take at once, with their gradients [ids, E] where the table moves, and
     /// all others later.
-    pub fn step(&mut self, now: Past, ids: &[i64], gradients: Option<&[f32]>, numbers: Numbers) {
+    pub fn step(&mut self, now: PastStep, ids: &[i64], gradients: Option<&[f32]>, numbers: TableState) {
         let width = numbers.width;
         let mut rows = numbers.rows(ids, &self.taken);
         assert!(rows.iter().all(|row| row.taken == self.past.len()), "invariant: rows catch up before a step");
@@ -158,7 +158,7 @@ impl Backlog {
     }
 
     /// The rows `ids` take the steps that they have not.
-    pub fn catch_up(&mut self, ids: &[i64], numbers: Numbers) {
+    pub fn catch_up(&mut self, ids: &[i64], numbers: TableState) {
         let mut rows = numbers.rows(ids, &self.taken);
         let past = &self.past;
         rows.par_iter_mut().with_min_len(LEAST).for_each(|row| row.take(&past[row.taken..], None));
@@ -166,7 +166,7 @@ impl Backlog {
     }
 
     /// All rows take the steps that they have not, and the steps are forgotten.
-    pub fn settle(&mut self, numbers: Numbers) {
+    pub fn settle(&mut self, numbers: TableState) {
         if self.past.is_empty() {
             return;
         }
@@ -178,7 +178,7 @@ impl Backlog {
 }
 
 impl Row<'_> {
-    fn take(&mut self, steps: &[Past], gradient: Option<&[f32]>) {
+    fn take(&mut self, steps: &[PastStep], gradient: Option<&[f32]>) {
         if steps.is_empty() {
             return;
         }
@@ -220,11 +220,11 @@ struct Lanes {
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn advance(lanes: &mut Lanes, steps: &[Past], gradient: Option<&[f32; LANES]>) {
+fn advance(lanes: &mut Lanes, steps: &[PastStep], gradient: Option<&[f32; LANES]>) {
     let Lanes { mut weights, mut first, mut second, mut average } = *lanes;
     let given = gradient.copied().unwrap_or_default();
     let mut still = gradient.is_none() && first == [0.0; LANES];
-    for Past { count, rates, share } in steps {
+    for PastStep { count, rates, share } in steps {
         match *rates {
             Some(Rates { keep, l2: 0.0, rule: Rule::Adam { betas, .. } }) if still => {
                 for k in 0..LANES {
@@ -278,32 +278,32 @@ mod tests {
         [numbers(0.3), numbers(1e-3), numbers(1e-3).iter().map(|x| x * x).collect(), numbers(0.2)]
     }
 
-    fn numbers(table: &mut [Vec<f32>; 4]) -> Numbers<'_> {
+    fn numbers(table: &mut [Vec<f32>; 4]) -> TableState<'_> {
         let [weights, first, second, average] = table;
-        Numbers { width: WIDTH, weights, first, second, average }
+        TableState { width: WIDTH, weights, first, second, average }
     }
 
-    fn adam(count: u64, l2: f32) -> Past {
+    fn adam(count: u64, l2: f32) -> PastStep {
         let n = count as i32;
         let (size, spread) = (1e-2 / (1.0 - 0.9f32.powi(n)), (1.0 - 0.99f32.powi(n)).sqrt().recip());
         let rule = Rule::Adam { betas: (0.9, 0.99), rests: (0.1, 0.01), size, spread, epsilon: 1e-8 };
-        Past { count, rates: Some(Rates { keep: 0.999, l2, rule }), share: Some(0.01) }
+        PastStep { count, rates: Some(Rates { keep: 0.999, l2, rule }), share: Some(0.01) }
     }
 
-    fn sgd(count: u64) -> Past {
+    fn sgd(count: u64) -> PastStep {
         let rule = Rule::Sgd { momentum: 0.9, rate: 0.1 };
-        Past { count, rates: Some(Rates { keep: 1.0, l2: 0.1, rule }), share: Some(0.01) }
+        PastStep { count, rates: Some(Rates { keep: 1.0, l2: 0.1, rule }), share: Some(0.01) }
     }
 
-    fn check(past: fn(u64) -> Past) {
+    fn check(past: fn(u64) -> PastStep) {
         let run = |settled_every: u64| {
-            let (mut table, mut backlog) = (table(), Backlog::new(N_ROWS));
+            let (mut table, mut deferred) = (table(), DeferredRows::new(N_ROWS));
             for count in 1..=600 {
                 let touched: &[i64] = if count % 7 == 0 { &[2, 1] } else { &[] };
-                backlog.catch_up(touched, numbers(&mut table));
-                backlog.step(past(count), touched, Some(&[0.01; 2 * WIDTH]), numbers(&mut table));
+                deferred.catch_up(touched, numbers(&mut table));
+                deferred.step(past(count), touched, Some(&[0.01; 2 * WIDTH]), numbers(&mut table));
                 if count % settled_every == 0 {
-                    backlog.settle(numbers(&mut table));
+                    deferred.settle(numbers(&mut table));
                 }
             }
             table
@@ -319,16 +319,16 @@ mod tests {
         check(|count| adam(count, 0.0));
         check(|count| adam(count, 0.01));
         check(sgd);
-        check(|count| Past { rates: None, ..sgd(count) });
+        check(|count| PastStep { rates: None, ..sgd(count) });
     }
 
     #[test]
     fn updates_that_are_nothing_end() {
-        let (mut table, mut backlog) = (table(), Backlog::new(N_ROWS));
+        let (mut table, mut deferred) = (table(), DeferredRows::new(N_ROWS));
         for count in 1..=600 {
-            backlog.step(adam(count, 0.0), &[0], Some(&[0.01; WIDTH]), numbers(&mut table));
+            deferred.step(adam(count, 0.0), &[0], Some(&[0.01; WIDTH]), numbers(&mut table));
         }
-        backlog.settle(numbers(&mut table));
+        deferred.settle(numbers(&mut table));
         assert!(table[1][WIDTH..].iter().all(|&moment| moment == 0.0) && table[1][0] != 0.0);
     }
 }

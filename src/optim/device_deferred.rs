@@ -1,5 +1,5 @@
-//! Steps that rows of tables have not taken yet, on a GPU: as in `backlog.rs`, but that the device itself knows which rows a step
-//! reads, so that steps can be recorded. All rows catch up every [`MOST`] steps at the latest.
+//! Updates of embedding rows that are deferred, on a GPU: as in `deferred.rs`, but that the device itself knows which rows a
+//! step reads, so that steps can be recorded. All rows catch up every [`MOST`] steps at the latest.
 //!
 //! V rows, E numbers a row, N tokens of a step.
 
@@ -11,7 +11,7 @@ use crate::libtorch::{Kernel, LaunchConfig, upload};
 
 /// Steps that rows wait at most. More would save little: all rows are moved once in so many steps.
 const MOST: i64 = 64;
-/// Numbers of the kernels' `Step`.
+/// TableState of the kernels' `Step`.
 const STEP: i64 = 8;
 
 const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
@@ -22,17 +22,17 @@ static STEP_ROWS: Kernel = Kernel::new(SOURCE, "step_rows");
 static SETTLE: Kernel = Kernel::new(SOURCE, "settle_rows");
 
 /// The tables of an embedding, which have the same rows.
-pub struct DeviceBacklog {
+pub struct DeviceDeferredRows {
     /// The first place of each id in the step at hand, and how many it has: `[V]`.
     first: Tensor,
     count: Tensor,
-    tables: Vec<Waiting>,
+    tables: Vec<DeferredTable>,
     /// Steps since all rows were up to date.
     n_waiting: i64,
 }
 
 /// What one table waits for.
-struct Waiting {
+struct DeferredTable {
     /// Its number among the parameters.
     number: usize,
     /// The kernel's `Rule`, and its `Step`s [MOST, STEP], of which there are `now`.
@@ -45,14 +45,14 @@ struct Waiting {
 
 /// A table's numbers, [V, E] each; `second` is empty for SGD.
 #[derive(Clone, Copy)]
-pub struct Numbers<'a> {
+pub struct TableState<'a> {
     pub weights: &'a Tensor,
     pub first: &'a Tensor,
     pub second: &'a Tensor,
     pub average: Option<&'a Tensor>,
 }
 
-impl Numbers<'_> {
+impl TableState<'_> {
     fn width(&self) -> i64 {
         self.weights.size()[1]
     }
@@ -63,7 +63,7 @@ impl Numbers<'_> {
     }
 }
 
-impl DeviceBacklog {
+impl DeviceDeferredRows {
     /// Whether the kernels can be had.
     pub fn serves(device: Device) -> bool {
         [&MARK, &SUM, &NOTE, &STEP_ROWS, &SETTLE].iter().all(|kernel| kernel.serves(device))
@@ -72,14 +72,14 @@ impl DeviceBacklog {
     /// For tables of so many rows: their numbers among the parameters, and whether each decays.
     pub fn new(config: &OptimizerConfig, n_rows: i64, tables: &[(usize, bool)], device: Device) -> Self {
         let ints = |size: &[i64], value: i64| Tensor::full(size, value, (Kind::Int, device));
-        let waiting = |&(number, decays): &(usize, bool)| Waiting {
+        let waiting = |&(number, decays): &(usize, bool)| DeferredTable {
             number,
             rule: upload(&config.rule(decays), device),
             steps: Tensor::zeros([MOST, STEP], (Kind::Float, device)),
             now: ints(&[], 0),
             taken: ints(&[n_rows], 0),
         };
-        DeviceBacklog {
+        DeviceDeferredRows {
             first: ints(&[n_rows], i32::MAX.into()),
             count: ints(&[n_rows], 0),
             tables: tables.iter().map(waiting).collect(),
@@ -93,7 +93,7 @@ impl DeviceBacklog {
     }
 
     /// Before a step that is computed, or recorded and replayed.
-    pub fn begin(&mut self, tables: &[Numbers]) -> Result<()> {
+    pub fn begin(&mut self, tables: &[TableState]) -> Result<()> {
         if self.n_waiting == MOST {
             self.settle(tables)?;
         }
@@ -102,7 +102,7 @@ impl DeviceBacklog {
     }
 
     /// Notes that the step reads the rows `ids` `[N]`, of which one may come more than once, and brings them up to date.
-    pub fn read(&self, ids: &Tensor, tables: &[Numbers]) -> Result<()> {
+    pub fn read(&self, ids: &Tensor, tables: &[TableState]) -> Result<()> {
         let n = ids.numel();
         let block = n.next_multiple_of(32).min(256);
         let shape = LaunchConfig { grid: [n.div_ceil(block), 1], block: [block, 1], shared: 0 };
@@ -131,7 +131,7 @@ impl DeviceBacklog {
     pub fn step(
         &self,
         ids: &Tensor,
-        tables: &[(Numbers, Option<&Tensor>, &Tensor)],
+        tables: &[(TableState, Option<&Tensor>, &Tensor)],
         [rate, share, skip, divisor]: [&Tensor; 4],
     ) -> Result<()> {
         for (i, (own, (numbers, sums, moved))) in self.tables.iter().zip(tables).enumerate() {
@@ -146,9 +146,9 @@ impl DeviceBacklog {
     /// `now` is the step at hand, with the sums of its gradients and what divides them; without it rows catch up.
     fn step_rows(
         &self,
-        own: &Waiting,
+        own: &DeferredTable,
         ids: &Tensor,
-        numbers: &Numbers,
+        numbers: &TableState,
         now: Option<(Option<&Tensor>, &Tensor)>,
         last: bool,
     ) -> Result<()> {
@@ -178,7 +178,7 @@ impl DeviceBacklog {
     }
 
     /// All rows of all tables take the steps that they have not, and the steps are forgotten.
-    pub fn settle(&mut self, tables: &[Numbers]) -> Result<()> {
+    pub fn settle(&mut self, tables: &[TableState]) -> Result<()> {
         if self.n_waiting == 0 {
             return Ok(());
         }

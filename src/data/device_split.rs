@@ -1,4 +1,4 @@
-//! An encoded set on the training device, from which batches are gathered.
+//! An encoded split on the training device, from which batches are gathered.
 //!
 //! B sentences, T tokens of the longest, W words of the longest, b sentences with a label for a task.
 
@@ -7,14 +7,14 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::batch::{Batch, BatchPlan, Lengths, PlannedTargets, Targets};
-use super::encoded::{EncodedSet, TargetValues};
+use super::encoded::{EncodedSplit, TargetValues};
 use super::labels::NO_LABEL;
 use crate::libtorch::{Kernel, LaunchConfig, upload};
 use crate::task::TaskId;
 
-/// An [`EncodedSet`] with its arrays on a device.
-pub struct DeviceSet {
-    pub set: EncodedSet,
+/// An [`EncodedSplit`] with its arrays on a device.
+pub struct DeviceSplit {
+    pub set: EncodedSplit,
     device: Device,
     padding: i64,
     max_id: i64,
@@ -27,8 +27,8 @@ pub struct DeviceSet {
     class_weights: Vec<Option<Tensor>>,
 }
 
-impl DeviceSet {
-    pub fn new(set: EncodedSet, padding: u32, device: Device) -> Self {
+impl DeviceSplit {
+    pub fn new(set: EncodedSplit, padding: u32, device: Device) -> Self {
         let resident = |values: &[i32]| Tensor::from_slice(values).to_device(device);
         let targets = set.targets.iter().map(|target| match target {
             TargetValues::Classes(values) | TargetValues::Tags(values) => resident(values),
@@ -37,7 +37,7 @@ impl DeviceSet {
             let forms = Tensor::from_slice(&spelling.bytes).view([-1, spelling.max_bytes as i64]);
             (forms.to_device(device), resident(&spelling.token_forms))
         });
-        DeviceSet {
+        DeviceSplit {
             spelling,
             max_id: set.token_ids.iter().max().map_or(0, |&id| id.into()).max(padding.into()),
             token_ids: resident(&set.token_ids),
@@ -135,8 +135,8 @@ impl DeviceSet {
         self.gather(plan, &upload(&self.numbers(plan), self.device))
     }
 
-    /// Gathers a batch on the device, from its `numbers` there. The host reads of them what `plan` holds, and the device no more
-    /// of the plan than its shape.
+    /// Gathers a batch on the device. Only shapes come from `plan`: every value that the device uses comes from `numbers`, so
+    /// that a recorded graph can be replayed with those of another batch.
     pub fn gather(&self, plan: &BatchPlan, numbers: &Tensor) -> Batch {
         let mut at = 0;
         let mut next = |n: usize| {
@@ -179,7 +179,7 @@ impl DeviceSet {
         let which = gather(token_forms, token_starts, lengths, 0); // [B, T]
         let bytes = forms.narrow(1, 0, n_bytes).index_select(0, &which.flatten(0, 1)).to_kind(Kind::Int64);
         let bytes = bytes.view([plan.rows.len() as i64, lengths.max, n_bytes]);
-        Some(match lengths.even() {
+        Some(match lengths.is_unpadded() {
             true => bytes,
             false => bytes.masked_fill(&lengths.mask().logical_not().unsqueeze(-1), 0),
         })
@@ -195,7 +195,7 @@ fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tenso
     }
     let positions = Tensor::arange(lengths.max, (Kind::Int64, flat.device()));
     let index = starts.unsqueeze(1) + positions.unsqueeze(0); // [B, max]
-    if lengths.even() {
+    if lengths.is_unpadded() {
         return flat.take(&index).to_kind(Kind::Int64);
     }
     let last = flat.size()[0] - 1;
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn balanced_classes_count_the_same() {
-        let mut set = DeviceSet::new(set(), 0, Device::Cpu);
+        let mut set = DeviceSplit::new(set(), 0, Device::Cpu);
         // Rows 0 and 2 have classes 1 and 0; words have tags 2, 3 and 1 of four.
         set.balance(TaskId(0), 2);
         set.balance(TaskId(1), 4);
@@ -242,8 +242,8 @@ mod tests {
         }
     }
 
-    fn set() -> EncodedSet {
-        EncodedSet {
+    fn set() -> EncodedSplit {
+        EncodedSplit {
             token_ids: vec![5, 6, 7, 8, 9, 4],
             token_offsets: vec![0, 2, 5, 6],
             word_offsets: vec![0, 2, 4, 5],
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn batches_gather_pad_and_know_who_is_labelled() {
-        let set = DeviceSet::new(set(), 0, Device::Cpu);
+        let set = DeviceSplit::new(set(), 0, Device::Cpu);
         let batch = set.batch(&[2, 1, 0]);
         assert_eq!(numbers(&batch.token_ids), [4, 0, 0, 7, 8, 9, 5, 6, 0]);
         assert_eq!(numbers(batch.first_tokens.as_ref().unwrap()), [0, 0, 0, 2, 0, 1]);
@@ -281,7 +281,7 @@ mod tests {
     fn words_without_labels_encode() {
         let tokenizer = Tokenizer::of_words(&["hi"]);
         let task = Task { name: "t".into(), kind: TaskKind::Tagging(Scheme::Bio), labels: vec!["O".into()] };
-        let set = EncodedSet::of_words(&[vec!["hi", "you"], vec!["hi"]], &tokenizer, &[task]).unwrap();
+        let set = EncodedSplit::of_words(&[vec!["hi", "you"], vec!["hi"]], &tokenizer, &[task]).unwrap();
         assert_eq!((set.token_ids.clone(), set.token_offsets.clone()), (vec![2, 1, 2], vec![0, 2, 3]));
         assert_eq!(set.labels(TaskId(0), 0), None);
     }

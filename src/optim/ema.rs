@@ -11,16 +11,16 @@ use tch::Tensor;
 
 use crate::libtorch::{Number, side_by_side, workers};
 
-pub struct Average {
+pub struct Ema {
     decay: f64,
     /// The weights, and their averages.
     pairs: Vec<(String, Tensor, Tensor)>,
 }
 
-impl Average {
+impl Ema {
     pub fn new<'a>(decay: f64, parameters: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Self {
         let pair = |(name, tensor): (&str, &Tensor)| (name.to_owned(), tensor.detach(), tensor.detach().copy());
-        Average { decay, pairs: parameters.map(pair).collect() }
+        Ema { decay, pairs: parameters.map(pair).collect() }
     }
 
     /// What the weights after step `number` (from 0) count: 1 - decay.
@@ -96,7 +96,7 @@ mod tests {
     fn averages_follow_the_formula_swap_and_come_back() {
         let mut weight = Tensor::from_slice(&[1.0f32]);
         let named = [("w", weight.shallow_clone())];
-        let mut average = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
+        let mut average = Ema::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
         let _ = weight.fill_(2.0);
         average.update(Number::Host(average.share(0)), &[]).unwrap(); // 2/11 of 1 and 9/11 of 2
         let expected = 1.0 * 2.0 / 11.0 + 2.0 * 9.0 / 11.0;
@@ -107,7 +107,7 @@ mod tests {
         let _ = weight.fill_(4.0);
         average.update(Number::Host(average.share(99)), &[]).unwrap(); // the rate has reached 0.5
         let mut state: BTreeMap<_, _> = average.state().into_iter().collect();
-        let mut other = Average::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
+        let mut other = Ema::new(0.5, named.iter().map(|(name, tensor)| (*name, tensor)));
         other.load(&mut state).unwrap();
         other.swap().unwrap();
         assert!((weight.double_value(&[0]) - (0.5 * expected + 2.0)).abs() < 1e-6);
