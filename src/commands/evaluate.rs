@@ -80,6 +80,10 @@ fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec
             "--input can replace dev or test, but not train, from which rows are split off and sampled",
         ));
     }
+    // A path of JSON may end in a pointer.
+    if !file.exists() && !file.to_string_lossy().contains('#') {
+        return Err(invalid(format!("{}: no such file", file.display())));
+    }
     let path = std::path::absolute(file)?;
     let given = format!("data.sets.{set}.{}={}", split.name(), serde_json::to_string(&path.to_string_lossy())?);
     let cut = (split == Split::Dev).then(|| format!("data.sets.{set}.dev_fraction=null"));

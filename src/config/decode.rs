@@ -150,8 +150,12 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
             Some(tag) if is_tag(key) => format!("; did you mean `{tag}`?"),
             tag => {
                 let known: Vec<&str> = tag.into_iter().chain(quoted[1..].iter().copied()).collect();
-                match (near(key, &known), schema::owners_of(key)) {
-                    (None, owners) if !owners.is_empty() => format!("; it is a key of {}", owners.join(" and ")),
+                // Those further down the same branch, where there are some, are what was meant.
+                let (within, elsewhere): (Vec<String>, Vec<String>) =
+                    schema::owners_of(key).into_iter().partition(|found| found.starts_with(&format!("{owner}.")));
+                let owners = if within.is_empty() { elsewhere } else { within };
+                match near(key, &known) {
+                    None if !owners.is_empty() => format!("; it is a key of {}", owners.join(", ")),
                     _ => suggestion(key, &known),
                 }
             }

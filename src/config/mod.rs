@@ -193,7 +193,7 @@ training:
     #[test]
     fn every_error_is_told_at_once_with_its_line_and_the_nearest_key() {
         let text = GOOD.replace("seq.out, decoder: crf", "seq.out, decoder: crv, shceme: bio")
-            + "  bach_size: 3\n  max_epochs: many\nweighting: {strategy: equall}\n";
+            + "  bach_size: 3\n  max_epochs: many\n  learning_rate: 1\n  epochs: 3\nweighting: {strategy: equall}\n";
         check_error(
             &text,
             &[
@@ -201,7 +201,9 @@ training:
                 "e.yaml:11: tasks.slots.decoder: unknown value `crv`; did you mean `crf`?",
                 "e.yaml:14: training: unknown key `bach_size`; did you mean `batch_size`?",
                 "e.yaml:15: training.max_epochs: expected a whole number, found the text \"many\"",
-                "e.yaml:16: weighting.strategy: unknown value `equall`; did you mean `equal`?",
+                "e.yaml:16: training: unknown key `learning_rate`; it is a key of training.optimizer",
+                "e.yaml:17: training: unknown key `epochs`; did you mean `max_epochs` or `freeze_epochs`?",
+                "e.yaml:18: weighting.strategy: unknown value `equall`; did you mean `equal`?",
             ],
         );
     }

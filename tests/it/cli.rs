@@ -522,7 +522,8 @@ fn without_dev_the_last_weights_are_kept() {
     let export = ["export", "run", "--format", "torchscript", "--out", "model.pt", "--dtype", "float16"];
     folder.polytask(&export).assert().success();
     assert!(stderr(&folder, &["evaluate", "run", "--split", "dev"], 2).contains("the experiment has no split dev"));
-    let patient = [&["train", "small.yaml"], &set[..], &["--set", "training.early_stopping.patience_epochs=2"]].concat();
+    let patient =
+        [&["train", "small.yaml"], &set[..], &["--set", "training.early_stopping.patience_epochs=2"]].concat();
     assert!(stderr(&folder, &patient, 2).contains("patience_epochs: needs dev"));
 }
 
