@@ -69,7 +69,9 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
     }
     if let (Some(mut page), Some(path)) = (page, html) {
         let names: Vec<String> = paths.iter().map(|path| name_of(path)).collect();
-        let text = html::page(&names.join(", "), &comparison.sheets(), &charts(&found, &comparison)?);
+        let charts = charts(&found, &comparison)?;
+        let curves = ("Curves over training steps, mean over seeds", &charts[..]);
+        let text = html::page(&names.join(", "), &comparison.sheets(), curves);
         page.write_all(text.as_bytes())?;
         page.keep()?;
         log::info!("curves: {}", path.display());

@@ -42,7 +42,7 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
             lines: vec![(name.clone(), points.iter().map(|(rate, loss)| (rate.log10(), *loss)).collect())],
             logarithmic: false,
         };
-        page.write_all(html::page(&format!("{name}: learning rates"), &[], &[chart]).as_bytes())?;
+        page.write_all(html::page(&format!("{name}: learning rates"), &[], ("Learning rate", &[chart])).as_bytes())?;
         page.keep()?;
     }
     if args.json {
@@ -123,22 +123,33 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     Ok(points)
 }
 
-/// The rate of the steepest fall over a twentieth of the steps, before the lowest point.
+/// The rates over which a slope is taken: a decade. The slopes of shorter stretches are those of the batches that they have.
+const STRETCH: f64 = 10.0;
+
+/// The middle of the stretch of rates over which the loss falls most steeply (by least squares over the logarithm of the rate),
+/// before its lowest point.
 fn suggestion(points: &[Point]) -> Option<f64> {
     let lowest = (0..points.len()).min_by(|&a, &b| points[a].1.total_cmp(&points[b].1))?;
-    let span = (points.len() / 20).max(1);
     // The first steps' mean is over too few to tell a slope.
-    let first = span.max(5);
+    let first = (points.len() / 20).max(5);
     if points.get(first)?.1 * FELL < points[lowest].1 {
         return None;
     }
-    let slope = |i: usize| {
-        let ((rate, loss), (next_rate, next_loss)) = (points[i], points[i + span]);
-        (next_loss - loss) / (next_rate / rate).ln()
+    let stretch_from = |start: usize| {
+        let end = start + points[start..=lowest].partition_point(|(rate, _)| *rate <= STRETCH * points[start].0);
+        // One that the lowest point cuts off is none, unless all are.
+        (start == first || end <= lowest).then(|| &points[start..end])
     };
-    let candidates = (first..lowest.saturating_sub(span)).map(|i| (i + span / 2, slope(i)));
-    let (at, slope) = candidates.min_by(|a, b| a.1.total_cmp(&b.1))?;
-    (slope < 0.0).then(|| points[at].0)
+    let fitted = (first..lowest).filter_map(stretch_from).filter_map(|stretch| {
+        let n = stretch.len() as f64;
+        let rates = || stretch.iter().map(|(rate, _)| rate.ln());
+        let (x, y) = (rates().sum::<f64>() / n, stretch.iter().map(|(_, loss)| loss).sum::<f64>() / n);
+        let covariance: f64 = rates().zip(stretch).map(|(rate, (_, loss))| (rate - x) * (loss - y)).sum();
+        let variance: f64 = rates().map(|rate| (rate - x).powi(2)).sum();
+        (variance > 0.0).then(|| (x.exp(), covariance / variance))
+    });
+    let (middle, slope) = fitted.min_by(|a, b| a.1.total_cmp(&b.1))?;
+    (slope < 0.0).then_some(middle)
 }
 
 /// About twenty of the points, with bars.

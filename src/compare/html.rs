@@ -36,7 +36,8 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-pub fn page(title: &str, sheets: &[Sheet], charts: &[Chart]) -> String {
+/// A page of tables, and of charts under a heading.
+pub fn page(title: &str, sheets: &[Sheet], (heading, charts): (&str, &[Chart])) -> String {
     let mut labels: Vec<&str> = Vec::new();
     for (label, _) in charts.iter().flat_map(|chart| &chart.lines) {
         if !labels.contains(&label.as_str()) {
@@ -56,7 +57,7 @@ pub fn page(title: &str, sheets: &[Sheet], charts: &[Chart]) -> String {
         out += &table(sheet);
     }
     if !charts.is_empty() {
-        out += "<h2>Curves over training steps, mean over seeds</h2>\n<p class=\"legend\">";
+        let _ = write!(out, "<h2>{}</h2>\n<p class=\"legend\">", escaped(heading));
         for label in &labels {
             let _ = write!(out, "<span><i style=\"background:{}\"></i>{}</span>", colour(label), escaped(label));
         }
@@ -193,11 +194,11 @@ mod tests {
             logarithmic: true,
         };
         let sheet = Sheet { title: "T".into(), header: vec!["x".into()], n_names: 1, rows: vec![vec!["a & b".into()]] };
-        let page = page("study", &[sheet], &[chart]);
+        let page = page("study", &[sheet], ("curves", &[chart]));
         assert!(page.contains("loss &lt;a&gt;") && page.contains("a &amp; b") && page.contains("<polyline"), "{page}");
         // A line of one value stands in the middle of an axis about it.
         let flat = Chart { title: "f".into(), lines: vec![("flat".into(), vec![(3.0, 0.2)])], logarithmic: true };
-        let shown = super::page("flat", &[], &[flat]);
+        let shown = super::page("flat", &[], ("curves", &[flat]));
         assert!(shown.contains(">0.1<") && shown.contains(">0.5<") && !shown.contains(">0.01<"), "{shown}");
         assert!(!page.contains("http") && !page.contains("<script") && !page.contains("NaN"), "{page}");
     }

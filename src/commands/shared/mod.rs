@@ -1,14 +1,14 @@
 //! What several commands share.
 
 pub mod build_trainer;
-pub mod data_checks;
-pub mod exported_file;
-pub mod init_from;
-pub mod onednn;
+pub(super) mod data_checks;
+pub(super) mod exported_file;
+pub(super) mod init_from;
+pub(super) mod onednn;
 pub mod prepare;
-pub mod progress;
-pub mod rehearsal;
-pub mod run_report;
-pub mod saved_model;
-pub mod signals;
-pub mod table;
+pub(super) mod progress;
+pub(super) mod rehearsal;
+pub(super) mod run_report;
+pub(super) mod saved_model;
+pub(super) mod signals;
+pub(super) mod table;
