@@ -27,6 +27,7 @@ use crate::problem::{InvalidInput, invalid};
 use crate::run::atomic::Partial;
 use cli::{Cli, Command};
 use shared::signals::stop_flag;
+// For the commands, as `super::NAME`.
 use shared::{
     build_trainer, data_checks, exported_file, init_from, onednn, prepare, progress, rehearsal, run_report,
     saved_model, signals, table,

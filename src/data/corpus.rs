@@ -12,7 +12,7 @@ use super::formats::{self, Format, Layout};
 use super::gzip;
 use super::labels;
 use super::rows::{ABSENT, Column, Rows, Wanted};
-use super::set::{DataConfig, SetConfig, Split, TaskColumn};
+use super::set::{DataConfig, Paths, SetConfig, Split, TaskColumn};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
 use crate::rng::{Purpose, Seed};
@@ -222,67 +222,65 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
 /// Errors where train or dev has no row, or a task no label to learn from; warnings where nothing can be scored.
 fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet], splits: &[Split]) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let (root, share, long) = (&config.root, config.train_fraction, config.max_words.is_some());
     for set in sets {
-        for split in [Split::Train, Split::Dev] {
-            let config = &config.sets[&set.name];
-            let meant = split == Split::Dev && config.has_no_dev();
-            if !meant && splits.contains(&split) && set.splits[split as usize].is_empty() {
-                let paths = if split == Split::Train { Some(&config.train) } else { config.dev.as_ref() };
-                let after = match split {
-                    Split::Dev if config.dev_fraction.is_some() => ", which is split off train by `dev_fraction`",
-                    Split::Train if long => " within `data.max_words`",
-                    Split::Train if config.dev_fraction.is_some() || share < 1.0 => {
-                        " after `dev_fraction` or `train_fraction` was applied"
-                    }
-                    _ => "",
-                };
-                let message = format!("set `{}` has no usable row in {}{after}", set.name, split.name());
-                problems.push(match paths {
-                    Some(paths) => {
-                        let file = formats::file_of(&root.join(&paths.0[0]), config.format);
-                        Problem::error(Place::new(&file, 0), message)
-                    }
-                    None => Problem::general(Severity::Error, message),
-                });
-            }
-        }
-        let test = config.sets[&set.name].test.as_ref().filter(|_| splits.contains(&Split::Test));
-        if let Some(paths) = test.filter(|_| set.splits[Split::Test as usize].is_empty()) {
-            let message = format!("set `{}` has no row in test: nothing is scored on it", set.name);
-            problems.push(Problem::warning(Place::new(&root.join(&paths.0[0]), 0), message));
-        }
+        problems.extend(splits.iter().filter_map(|&split| without_rows(config, set, split)));
         for (i, task) in set.tasks.iter().enumerate() {
-            let train = &set.splits[0];
-            if !train.is_empty() && train.columns[i].values.iter().all(|&value| value == ABSENT) {
-                let place = Place::new(&root.join(&config.sets[&set.name].train.0[0]), 0);
-                let column = &set.wanted[i].column;
-                let conll = matches!(config.sets[&set.name].format, Format::Conll | Format::Conllu);
-                let hint = match set.wanted[i].kind {
-                    _ if long || share < 1.0 => {
-                        ": `data.max_words` or `train_fraction` may have removed them".to_owned()
-                    }
-                    TaskKind::Classification if conll => {
-                        format!(": sentences carry classes in lines `# {column} = ...`")
-                    }
-                    _ => keys_of(&place.file, config.sets[&set.name].format),
-                };
-                let message = format!("no row has a `{column}` for task `{}`{hint}", columns[task.0].name);
-                problems.push(Problem::error(place, message));
-            }
-            for split in [Split::Dev, Split::Test] {
-                let rows = &set.splits[split as usize];
-                if !rows.is_empty() && rows.columns[i].values.iter().all(|&value| value == ABSENT) {
-                    let (column, task, split) = (&set.wanted[i].column, &columns[task.0].name, split.name());
-                    let place = rows.place(0);
-                    let keys = keys_of(&place.file, config.sets[&set.name].format);
-                    let message = format!("no row of {split} has a `{column}`: `{task}` is not scored on it{keys}");
-                    problems.push(Problem::warning(Place::new(&place.file, 0), message));
-                }
-            }
+            let name = &columns[task.0].name;
+            problems.extend(Split::ALL.into_iter().filter_map(|split| without_labels(config, (set, i), name, split)));
         }
     }
     problems
+}
+
+/// What to say of a set that has no row in a split.
+fn without_rows(config: &DataConfig, set: &LoadedSet, split: Split) -> Option<Problem> {
+    let own = &config.sets[&set.name];
+    if !set.splits[split as usize].is_empty() || (split == Split::Dev && own.has_no_dev()) {
+        return None;
+    }
+    let file = |paths: &Paths| formats::file_of(&config.root.join(&paths.0[0]), own.format);
+    let (paths, after) = match split {
+        Split::Test => {
+            let message = format!("set `{}` has no row in test: nothing is scored on it", set.name);
+            return own.test.as_ref().map(|paths| Problem::warning(Place::new(&file(paths), 0), message));
+        }
+        Split::Dev if own.dev_fraction.is_some() => (None, ", which is split off train by `dev_fraction`"),
+        Split::Dev => (own.dev.as_ref(), ""),
+        Split::Train if config.max_words.is_some() => (Some(&own.train), " within `data.max_words`"),
+        Split::Train if own.dev_fraction.is_some() || config.train_fraction < 1.0 => {
+            (Some(&own.train), " after `dev_fraction` or `train_fraction` was applied")
+        }
+        Split::Train => (Some(&own.train), ""),
+    };
+    let message = format!("set `{}` has no usable row in {}{after}", set.name, split.name());
+    Some(match paths {
+        Some(paths) => Problem::error(Place::new(&file(paths), 0), message),
+        None => Problem::general(Severity::Error, message),
+    })
+}
+
+/// What to say of a set whose rows of a split have no label in its column `i`, that of `task`.
+fn without_labels(config: &DataConfig, (set, i): (&LoadedSet, usize), task: &str, split: Split) -> Option<Problem> {
+    let (rows, own, column) = (&set.splits[split as usize], &config.sets[&set.name], &set.wanted[i].column);
+    if rows.is_empty() || rows.columns[i].values.iter().any(|&value| value != ABSENT) {
+        return None;
+    }
+    if split != Split::Train {
+        let file = rows.place(0).file;
+        let keys = keys_of(&file, own.format);
+        let message = format!("no row of {} has a `{column}`: `{task}` is not scored on it{keys}", split.name());
+        return Some(Problem::warning(Place::new(&file, 0), message));
+    }
+    let place = Place::new(&config.root.join(&own.train.0[0]), 0);
+    let conll = matches!(own.format, Format::Conll | Format::Conllu);
+    let hint = match set.wanted[i].kind {
+        _ if config.max_words.is_some() || config.train_fraction < 1.0 => {
+            ": `data.max_words` or `train_fraction` may have removed them".to_owned()
+        }
+        TaskKind::Classification if conll => format!(": sentences carry classes in lines `# {column} = ...`"),
+        _ => keys_of(&place.file, own.format),
+    };
+    Some(Problem::error(place, format!("no row has a `{column}` for task `{task}`{hint}")))
 }
 
 /// The keys of the first row of JSON lines, for a message.

@@ -122,15 +122,15 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
     let strings = &rows.columns[column].strings;
     let parsed = parse_all(scheme, &rows.columns[column]);
     // The wrong scheme is told as such, not by a word.
-    let others = [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou];
-    let fits = |other: &&Scheme| strings.iter().all(|tag| other.parse(tag).is_some());
-    let is_tag = |tag: &str| others.iter().any(|other| other.parse(tag).is_some());
-    let others_than_o = || strings.iter().filter(|tag| *tag != "O");
-    let no_span = || others_than_o().all(|tag| !is_tag(tag)) && others_than_o().any(|tag| !tag.contains('-'));
-    let hint = match others.iter().find(fits) {
+    let schemes = [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou];
+    let fits = |scheme: &&Scheme| strings.iter().all(|tag| scheme.parse(tag).is_some());
+    let of_none = |tag: &str| schemes.iter().all(|scheme| scheme.parse(tag).is_none());
+    let named = || strings.iter().filter(|tag| *tag != "O");
+    let has_no_spans = || named().all(of_none) && named().any(|tag| !tag.contains('-'));
+    let hint = match schemes.iter().find(fits) {
         _ if !parsed.contains(&None) => String::new(),
         Some(&other) => format!("; all tags of this column would fit `scheme: {}`", name_of(other)),
-        None if no_span() => "; tags without spans, such as parts of speech, need `scheme: plain`".to_owned(),
+        None if has_no_spans() => "; tags without spans, such as parts of speech, need `scheme: plain`".to_owned(),
         None => String::new(),
     };
     let mut add = |severity, (row, word), message: String| {

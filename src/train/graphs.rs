@@ -154,7 +154,7 @@ impl Trainer<'_> {
             return Ok(Recorded { graph: None, numbers, computed: None });
         }
         // A lap would wait for the device.
-        let laps = std::mem::take(&mut self.timer);
+        let timer = std::mem::take(&mut self.timer);
         let mut pool = std::mem::take(&mut self.graphs.pool);
         self.graphs.recording = true;
         let recorded = CudaGraph::record(&mut pool, || self.compute_kept(step, plan, &numbers, inputs));
@@ -162,7 +162,7 @@ impl Trainer<'_> {
         if std::mem::take(&mut pool.broken) {
             self.graphs.steps.clear();
         }
-        (self.graphs.pool, self.timer) = (pool, laps);
+        (self.graphs.pool, self.timer) = (pool, timer);
         let (graph, computed) = recorded?;
         Ok(Recorded { graph: Some(graph), numbers, computed: Some(computed) })
     }

@@ -1,6 +1,7 @@
 //! Tests of the whole: the library on small and on real data, and the program as a user runs it.
 
 mod cli;
+mod config;
 mod doctor;
 mod experiments;
 mod export;

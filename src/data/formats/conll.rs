@@ -120,19 +120,19 @@ impl ConllLayout {
     /// Adds a task's tag to the columns of a line, `None` where that is no word's. CoNLL-U has ten: the one that training read
     /// takes it, or else the last, as `TASK=TAG`. Other formats get a further one.
     pub fn add(&self, fields: &mut Vec<String>, (task, column): (&str, &str), tag: Option<&str>) {
-        let Some(tag) = tag.filter(|_| self.conllu) else {
-            if !self.conllu {
-                fields.push(tag.unwrap_or("_").to_owned());
-            }
-            return;
-        };
-        fields.resize(fields.len().max(CONLLU.len()), "_".to_owned());
-        match CONLLU.iter().position(|known| *known == column) {
-            Some(own) => fields[own] = tag.to_owned(),
-            None => {
-                let misc = &mut fields[CONLLU.len() - 1];
-                let before = if misc == "_" { String::new() } else { format!("{misc}|") };
-                *misc = format!("{before}{task}={tag}");
+        match tag {
+            _ if !self.conllu => fields.push(tag.unwrap_or("_").to_owned()),
+            None => {}
+            Some(tag) => {
+                fields.resize(fields.len().max(CONLLU.len()), "_".to_owned());
+                match CONLLU.iter().position(|known| *known == column) {
+                    Some(own) => fields[own] = tag.to_owned(),
+                    None => {
+                        let misc = &mut fields[CONLLU.len() - 1];
+                        let before = if misc == "_" { String::new() } else { format!("{misc}|") };
+                        *misc = format!("{before}{task}={tag}");
+                    }
+                }
             }
         }
     }
