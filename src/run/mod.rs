@@ -148,13 +148,13 @@ impl RunDirectory {
     pub fn newest(folder: &Path, name: &str, resolved: &str) -> Option<PathBuf> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
-        let written = |run: &PathBuf| run.join("resolved.yaml");
         // The run of another experiment may be in a folder of such a name.
         let ours = |run: &PathBuf| {
-            std::fs::read_to_string(written(run)).is_ok_and(|old| old.lines().next() == resolved.lines().next())
+            let old = std::fs::read_to_string(run.join("resolved.yaml"));
+            old.is_ok_and(|old| old.lines().next() == resolved.lines().next())
         };
-        // The file is written once, when a run begins.
-        let began = |run: &PathBuf| written(run).metadata().and_then(|file| file.modified()).ok();
+        // Written once, when a run begins.
+        let began = |run: &PathBuf| run.join("experiment.yaml").metadata().and_then(|file| file.modified()).ok();
         runs.map(|entry| entry.path()).filter(ours).max_by_key(began)
     }
 

@@ -204,6 +204,9 @@ fn the_run_that_began_last_is_resumed() {
     // The place that was free; and the run of another experiment.
     stderr(&folder, &["train", "small.yaml", "--set", "name=small-9"], 0);
     assert!(train(&["--resume"]).contains("runs/small-2"));
+    // One that is trained further is no newer for that.
+    train(&["--out", "runs/small-3", "--resume", "--set", "training.max_epochs=7"]);
+    assert!(train(&["--resume"]).contains("runs/small-2"));
 }
 
 /// The step after which a run says that it goes on.
