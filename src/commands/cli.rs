@@ -110,7 +110,7 @@ pub struct EvaluateArgs {
     pub machine: Machine,
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct PredictArgs {
     /// The run directory, or an exported model.pt
     pub run: PathBuf,

@@ -4,7 +4,7 @@ mod conll;
 
 use std::fs::File;
 use std::io::{BufRead, BufWriter, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
@@ -43,6 +43,9 @@ struct Sentence {
 type Unit = (usize, Vec<u8>);
 
 pub fn run(args: &PredictArgs) -> Result<End> {
+    // `-` is what is meant without a file.
+    let file = |path: &Option<PathBuf>| path.clone().filter(|path| path != Path::new("-"));
+    let args = &PredictArgs { input: file(&args.input), output: file(&args.output), ..args.clone() };
     let format = format_of(args)?;
     if args.top > 0 && format == PredictFormat::Conll {
         return Err(invalid("--top needs JSON lines: CoNLL has one class per sentence"));

@@ -69,7 +69,9 @@ fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)
     // Said before the data is read.
     init_from::earlier(experiment)?;
     let (corpus, problems) = prepare::corpus(experiment)?;
-    let mut warnings = fail_on_errors(problems)?;
+    let of_files = fail_on_errors(problems)?;
+    let mut warnings = data_checks::leaks(&corpus);
+    warnings.extend(of_files);
     warnings.extend(data_checks::long_sentences(&corpus));
     if let Some(first) = warnings.first() {
         log::warn!("{first}");

@@ -92,7 +92,10 @@ pub fn decode<T: DeserializeOwned + Serialize>(
             }
             Err(error) => error,
         };
-        let found = diagnose(&error);
+        let mut found = diagnose(&error);
+        if found.missing.is_some() {
+            found.message += &meant(tree, &found.owner);
+        }
         // What was wrong and is taken out is then missing.
         let told = |key: &String| removed.iter().any(|gone| gone == key || gone.starts_with(&format!("{key}.")));
         if !found.missing.as_ref().is_some_and(told) {
@@ -208,6 +211,18 @@ fn lists_for_mappings(found: &Value, understood: &Value, path: &str) -> Vec<Stri
             items.flat_map(|(i, (a, b))| lists_for_mappings(a, b, &format!("{path}.{i}"))).collect()
         }
         _ => Vec::new(),
+    }
+}
+
+/// For a mapping that only `--set` names: the one beside it that may have been meant.
+fn meant(tree: &SourceTree, path: &str) -> String {
+    let Some((parent, name)) = path.rsplit_once('.') else { return String::new() };
+    let parent_of = format!("/{}", parent.replace('.', "/"));
+    let siblings = tree.value.pointer(&parent_of).and_then(Value::as_object).into_iter().flatten();
+    let others: Vec<&str> = siblings.map(|(key, _)| key.as_str()).filter(|&key| key != name).collect();
+    match near(name, &others) {
+        Some(near) if tree.place(path).is_some_and(|place| place.line == 0) => format!("; did you mean {near}?"),
+        _ => String::new(),
     }
 }
 

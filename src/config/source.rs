@@ -253,10 +253,8 @@ fn override_layer(text: &str) -> Result<SourceTree> {
 fn overlay(base: &mut SourceTree, over: SourceTree, defaults: &Value) {
     Merge { places: &mut base.places, defaults }.merge(&mut base.value, over.value, "");
     for (path, place) in over.places {
-        if !path.is_empty() {
-            // A mapping that both files have keeps the place of the first, so that its own errors are found there.
-            base.places.insert(path, place);
-        }
+        // A mapping that both have stays where it is: what it lacks, it lacks there.
+        base.places.entry(path).or_insert(place);
     }
     base.problems.extend(over.problems);
 }
@@ -285,13 +283,17 @@ impl Merge<'_> {
                     let old = base.get(key).and_then(Value::as_str).or_else(|| default_kind(path, self.defaults));
                     if old != new.as_str() {
                         base.clear();
+                        self.forget_inside(path);
                     }
                 }
                 for (key, value) in over {
                     let path = join(path, &key);
                     match base.get_mut(&key) {
                         // null takes a key of the base away, so that its default holds.
-                        Some(_) if value.is_null() => drop(base.shift_remove(&key)),
+                        Some(_) if value.is_null() => {
+                            self.forget_inside(&path);
+                            base.shift_remove(&key);
+                        }
                         Some(old) => self.merge(old, value, &path),
                         None => drop(base.insert(key, value)),
                     }
@@ -307,11 +309,16 @@ impl Merge<'_> {
                 }
             }
             (base, over) => {
-                let inner = format!("{path}.");
-                self.places.retain(|known, _| !known.starts_with(&inner));
+                self.places.remove(path);
+                self.forget_inside(path);
                 *base = over;
             }
         }
+    }
+
+    fn forget_inside(&mut self, path: &str) {
+        let inner = format!("{path}.");
+        self.places.retain(|known, _| !known.starts_with(&inner));
     }
 }
 

@@ -49,10 +49,14 @@ pub fn clear() {
 
 const PREFIX: &str = ".partial-";
 
+pub fn is_partial(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
 /// Removes what a process that was killed left on its way in a folder to which nobody writes now.
 pub fn sweep(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+        if is_partial(&entry.file_name().to_string_lossy()) {
             std::fs::remove_file(entry.path()).ok();
         }
     }

@@ -37,14 +37,24 @@ pub struct NewRun {
     _lock: Option<Flock<File>>,
 }
 
+/// What is written into a new run directory before `resolved.yaml`, with which the run has begun.
+const BEFORE: [&str; 6] =
+    ["checkpoints", "experiment.yaml", "tokenizer.json", "vectors.safetensors", "labels.json", "environment.json"];
+
+/// Whether a folder is empty, or has only what a run left that was killed before it began.
+fn is_free(path: &Path) -> std::io::Result<bool> {
+    let names = std::fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names = names.collect::<std::io::Result<Vec<_>>>()?;
+    let known = |name: &String| BEFORE.contains(&name.as_str()) || atomic::is_partial(name);
+    let made_first = || std::fs::read_dir(path.join("checkpoints")).is_ok_and(|mut inside| inside.next().is_none());
+    Ok(names.is_empty() || (names.iter().all(known) && made_first()))
+}
+
 impl NewRun {
     /// # Errors
     /// A path that holds something already.
     pub fn fail_if_occupied(path: &Path) -> Result<()> {
-        let occupied = match std::fs::read_dir(path) {
-            Ok(mut entries) => entries.next().is_some(),
-            Err(_) => path.exists(),
-        };
+        let occupied = is_free(path).map_or(path.exists(), |free| !free);
         let holds = match occupied {
             false => return Ok(()),
             true if !path.is_dir() => "is not a folder: ",

@@ -521,7 +521,7 @@ fn without_dev_the_last_weights_are_kept() {
     let report: serde_json::Value = serde_json::from_str(&folder.read("run/report.json")).unwrap();
     assert_eq!((&report["epoch"], report["splits"].get("dev")), (&2.into(), None));
     assert!(report["splits"]["test"].is_object());
-    folder.polytask(&["predict", "run"]).write_stdin("play rock\n").assert().success();
+    folder.polytask(&["predict", "run", "--input", "-", "--output", "-"]).write_stdin("play rock\n").assert().success();
     let export = ["export", "run", "--format", "torchscript", "--out", "model.pt", "--dtype", "float16"];
     folder.polytask(&export).assert().success();
     assert!(stderr(&folder, &["evaluate", "run", "--split", "dev"], 2).contains("the experiment has no split dev"));

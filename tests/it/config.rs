@@ -267,6 +267,13 @@ fn overrides_are_checked_like_the_file() {
         error.contains("--set model.trunk.hiden=3: model.trunk: unknown key `hiden`; did you mean `hidden`?"),
         "{error}"
     );
+    let text = load(GOOD, &["data.sets.snipz.test=x"]).unwrap_err().to_string();
+    assert!(text.starts_with("--set data.sets.snipz.test=x: data.sets.snipz: missing key"), "{text}");
+    assert!(text.contains("did you mean `snips`?"), "{text}");
+    // What a mapping lacks, it lacks where it stands.
+    let lacking = GOOD.replace("      format: parallel\n", "");
+    let text = load(&lacking, &["data.sets.snips.test=x"]).unwrap_err().to_string();
+    assert!(text.contains("e.yaml:5: data.sets.snips: missing key `format`"), "{text}");
     let vectors = "model.embedding.vectors=[{file: a}, {file: b}]";
     let experiment = load(GOOD, &[vectors, "model.embedding.vectors.1.trainable=false"]).unwrap();
     let tuned: Vec<bool> = experiment.model.embedding.vectors.iter().map(|vectors| vectors.trainable).collect();

@@ -12,6 +12,9 @@ fn said(folder: &Folder, arguments: &[&str]) -> String {
 fn check_passes_sound_data_and_warns_of_odd_data() {
     let folder = small();
     folder.file("dev.jsonl", rows(30) + "{\"tokens\": [\"new\"], \"topic\": \"sports\", \"slots\": [\"I-thing\"]}\n");
+    let output = folder.train("run", &["training.max_epochs=1"]).code(0).get_output().clone();
+    let (told, part) = (String::from_utf8_lossy(&output.stderr), "30 of the 31 sentences of dev are also in train");
+    assert!(told.contains(part), "{told}");
     let text = said(&folder, &["small.yaml", "--all"]);
     for part in [
         "dev.jsonl:31: `topic`: label `sports` is in dev but never in train",

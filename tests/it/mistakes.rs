@@ -38,6 +38,14 @@ fn a_run_that_fails_takes_its_own_folder_away_and_nothing_else() {
         failed(&folder, &["train", "small.yaml", "--set", "name=.."], 2).contains("beginning with a letter or digit")
     );
     assert_eq!(folder.read("precious/thesis.txt"), "years");
+    // A run that was killed while it wrote its first files is no run, and not in the way of one.
+    std::fs::create_dir_all(folder.path().join("killed/checkpoints")).unwrap();
+    for file in ["experiment.yaml", ".partial-1a2b3c"] {
+        folder.file(&format!("killed/{file}"), "");
+        folder.file(&format!("mine/{file}"), "");
+    }
+    trained(&folder, "killed");
+    assert!(train("mine", &[]).contains("is not empty and contains no run"));
     // What libtorch throws, for want of memory here, is an error like others.
     let text = failed(&folder, &["train", "small.yaml", "--out", "new", "--set", "model.trunk.hidden=3000000000"], 1);
     let last = text.lines().last().unwrap();

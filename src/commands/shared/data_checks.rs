@@ -1,6 +1,6 @@
 //! What is odd in data that can be trained on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::config::Experiment;
 use crate::data::words::Splitter;
@@ -18,6 +18,10 @@ const OFTEN: usize = 10;
 
 /// More words than sentences have.
 const LONG: usize = 1000;
+
+/// From this share of dev or test on, sentences that are also in train are worth a warning before training. Published data sets
+/// have up to 5 %.
+const LEAKED: f64 = 0.1;
 
 /// All of it.
 pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
@@ -177,6 +181,34 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
                     known.push((set, split, row));
                 }
             }
+        }
+    }
+    problems
+}
+
+/// Splits of which much is also in train, of the same set or another.
+pub fn leaks(corpus: &Corpus) -> Vec<Problem> {
+    let texts = |rows: &Rows| (0..rows.len()).map(|row| rows.text_of(row)).collect::<Vec<_>>();
+    let held_out: Vec<(&str, Split, Vec<String>)> = corpus
+        .sets
+        .iter()
+        .flat_map(|set| [Split::Dev, Split::Test].map(|split| (set.name.as_str(), split, &set.splits[split as usize])))
+        .map(|(set, split, rows)| (set, split, texts(rows)))
+        .collect();
+    let wanted: HashSet<&str> = held_out.iter().flat_map(|(.., texts)| texts).map(String::as_str).collect();
+    let train = corpus.rows(Split::Train).into_iter().flat_map(|rows| (0..rows.len()).map(|row| rows.text_of(row)));
+    let known: HashSet<String> = train.filter(|text| wanted.contains(text.as_str())).collect();
+    let mut problems = Vec::new();
+    for (set, split, texts) in &held_out {
+        let n = texts.iter().filter(|text| known.contains(*text)).count();
+        if n as f64 > LEAKED * texts.len() as f64 {
+            let message = format!(
+                "`{set}`: {n} of the {} sentences of {} are also in train, so its scores do not show how well the model does \
+                 on new text",
+                texts.len(),
+                split.name()
+            );
+            problems.push(Problem::general(Severity::Warning, message));
         }
     }
     problems
