@@ -28,6 +28,7 @@ pub fn run(args: &CheckArgs) -> Result<End> {
         Ok(InvalidInput(problems)) => problems,
         Err(error) => vec![Problem::general(Severity::Error, format!("{error:#}"))],
     };
+    experiment.variants(&args.experiment, &args.overrides).map_or_else(|error| problems.extend(wrong(error)), drop);
     let earlier = init_from::earlier(&experiment).unwrap_or_else(|error| {
         problems.extend(wrong(error));
         None

@@ -13,7 +13,7 @@ use super::run_report::{self, RunReport};
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Group, Run, RunTask, Settings, compare};
-use crate::config::Experiment;
+use crate::config::{Experiment, is_tag};
 use crate::problem::invalid;
 use crate::run::RunDirectory;
 
@@ -24,6 +24,8 @@ pub const PLAN: &str = "plan.json";
 pub struct Planned {
     pub name: String,
     pub label: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub variant: String,
 }
 
 /// A run with its place, for its curves.
@@ -47,9 +49,14 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
     let found = find(paths)?;
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);
-    for group in comparison.groups.iter().filter(|group| group.study.is_none()) {
+    for group in &comparison.groups {
+        if !group.zero_twins.is_empty() {
+            let (name, zero) = (group.name(), group.zero_twins.join(", "));
+            log::warn!("{name}: there is no delta-m, since single-task models score 0: {zero}");
+        }
         let has_twin = |task: &str| comparison.twins.iter().any(|twin| twin.tasks.iter().any(|own| own.name == task));
-        for task in group.tasks.iter().filter(|task| task.difference.is_none() && has_twin(&task.name)) {
+        let held = !group.is_study_variant();
+        for task in group.tasks.iter().filter(|task| held && task.difference.is_none() && has_twin(&task.name)) {
             let (name, group) = (&task.name, group.name());
             log::warn!(
                 "no single-task run for `{name}` has the settings, seed and data fraction of {group}, so there is no verdict"
@@ -111,6 +118,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
             let run = path.join("runs").join(&entry.name);
             if run.join(run_report::FILE).is_file() {
                 let mut of_study = read(&RunDirectory::open(&run)?, Some(&entry.label))?;
+                of_study.run.variant = entry.variant.clone();
                 of_study.source = known_as(path);
                 of_study.run.study = Some(known_as(path));
                 found.push(of_study);
@@ -162,7 +170,7 @@ fn tell_settings(found: &mut [Found]) {
         };
         let alike: Vec<&Found> = bare.iter().map(|&other| &found[other]).filter(is_like).collect();
         let own = &found[i].run;
-        let told = own.settings.told_apart(alike.iter().map(|other| &other.run.settings));
+        let told = own.settings.told_apart(&alike.iter().map(|other| &other.run.settings).collect(), is_tag);
         let first = alike.iter().find(|other| other.run.settings == own.settings);
         found[i].run.variant = match first {
             Some(first) if told.len() > 3 => first.path.display().to_string(),
@@ -201,7 +209,6 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
             metric: score.name.clone(),
             split: split_of(i).to_owned(),
             value: score.value,
-            dev: finished.score("dev", i).map(|score| score.value),
         };
         Some((task, scored_on(i)))
     };
@@ -221,7 +228,13 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),
         fraction: experiment.data.train_fraction,
+        dev: finished.splits.get("dev").and_then(|dev| dev.merit(&experiment.training.early_stopping.metric)),
         tasks,
+        sentence_accuracy: finished
+            .splits
+            .get("test")
+            .or(finished.splits.get("dev"))
+            .and_then(|of| of.sentence_accuracy),
         training_secs: finished.training_secs,
         n_parameters: finished.parameters,
     };
@@ -273,7 +286,10 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
         }
     }
     let mut charts: Vec<Chart> = Vec::new();
-    for (title, label, sums) in curves {
+    for (title, label, mut sums) in curves {
+        // Not of those seeds alone that went on.
+        let n_runs = sums.values().map(|(_, n)| *n).max().unwrap_or(0);
+        sums.retain(|_, (_, n)| *n == n_runs);
         let points = sums.into_iter().map(|(step, (sum, n))| (step as f64, sum / f64::from(n))).collect();
         match charts.iter_mut().find(|chart| chart.title == title) {
             Some(chart) => chart.lines.push((label, points)),

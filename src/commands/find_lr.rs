@@ -31,6 +31,14 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
     if !(args.from > 0.0 && args.to > args.from && args.to.is_finite()) {
         return Err(invalid("--from must be more than 0 and less than --to"));
     }
+    let fewest = (LEAST_PER_DECADE * (args.to / args.from).log10()).ceil();
+    if f64::from(args.steps) < fewest {
+        return Err(invalid(format!(
+            "--steps {}: a loss that is smoothed over steps lags behind rates that rise so fast; give at least {fewest}, or a \
+             narrower range with --from and --to",
+            args.steps
+        )));
+    }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let page = args.html.as_deref().map(|path| output(path, &[&args.experiment])).transpose()?;
     let name = experiment.name.clone();
@@ -122,6 +130,9 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     }
     Ok(points)
 }
+
+/// Steps over a decade of rates: the smoothed loss is that of about ten steps.
+const LEAST_PER_DECADE: f64 = 20.0;
 
 /// The rates over which a slope is taken: a decade. The slopes of shorter stretches are those of the batches that they have.
 const STRETCH: f64 = 10.0;

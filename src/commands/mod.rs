@@ -29,8 +29,8 @@ use cli::{Cli, Command};
 use shared::signals::stop_flag;
 // For the commands, as `super::NAME`.
 use shared::{
-    build_trainer, data_checks, exported_file, init_from, onednn, prepare, progress, rehearsal, run_report,
-    saved_model, signals, table,
+    build_trainer, data_checks, exported_file, init_from, prepare, progress, rehearsal, run_report, saved_model,
+    signals, table,
 };
 
 /// How a command that did not fail came to its end.

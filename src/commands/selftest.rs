@@ -191,7 +191,10 @@ impl Setting {
     fn difference(&self, reference: Reference) -> Result<f64> {
         let largest = |x: Tensor| x.abs().max().double_value(&[]);
         let (plain, watched) = (self.plain()?, self.watched(reference)?.0);
-        let off = plain.iter().zip(&watched).map(|(a, b)| largest(a - b)).fold(0.0, f64::max);
+        let offs: Vec<f64> = plain.iter().zip(&watched).map(|(a, b)| largest(a - b)).collect();
+        // Which is no largest number.
+        ensure!(offs.iter().all(|off| off.is_finite()), "a gradient is not finite");
+        let off = offs.into_iter().fold(0.0, f64::max);
         Ok(off / plain.iter().map(|g| largest(g.shallow_clone())).fold(f64::MIN_POSITIVE, f64::max))
     }
 }

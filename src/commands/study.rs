@@ -17,6 +17,7 @@ use super::cli::StudyArgs;
 use super::compare::{self, PLAN, Planned};
 use super::run_report::{self, RunReport};
 use super::{End, prepare, table};
+use crate::compare::Settings;
 use crate::config::{Experiment, PlannedRun};
 use crate::data::Split;
 use crate::evaluate::TaskReport;
@@ -47,7 +48,8 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     for device in &args.devices {
         libtorch::device(device).map_err(|error| invalid(format!("{error:#}")))?;
     }
-    let mut runs = experiment.planned_runs(study);
+    let variants = experiment.variants(&args.experiment, &args.overrides)?;
+    let mut runs = experiment.planned_runs(study, &variants);
     // What no run could read is told once, before the first.
     let (corpus, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
@@ -126,9 +128,11 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
         let yaml = run.experiment.to_yaml()?;
         let started = out.join("runs").join(&run.name).exists();
         if started && std::fs::read_to_string(&file).is_ok_and(|old| old != yaml) {
-            let (out, name) = (out.display(), &run.name);
+            let old = Settings::of_all(&Experiment::load(&file, &[])?.to_value()?);
+            let changes = Settings::of_all(&run.experiment.to_value()?).changes_from(&old);
+            let (out, name, changes) = (out.display(), &run.name, changes.join("\n  "));
             return Err(invalid(format!(
-                "{out} has a run {name} of a different experiment; choose another folder with --out"
+                "{out} has a run {name} of a different experiment; choose another folder with --out\n  {changes}"
             )));
         }
         files.push((file.clone(), yaml));
@@ -139,8 +143,10 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
             log: out.join("logs").join(format!("{}.log", run.name)),
         });
     }
-    let plan: Vec<Planned> =
-        runs.iter().map(|run| Planned { name: run.name.clone(), label: run.label.clone() }).collect();
+    let plan: Vec<Planned> = runs
+        .iter()
+        .map(|run| Planned { name: run.name.clone(), label: run.label.clone(), variant: run.variant.clone() })
+        .collect();
     atomic::write(&out.join(PLAN), serde_json::to_string_pretty(&plan)?.as_bytes())?;
     for folder in ["experiments", "runs", "logs"] {
         std::fs::create_dir_all(out.join(folder))

@@ -9,13 +9,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use indexmap::IndexMap;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use tch::Device;
 
 use super::cli::TrainArgs;
 use super::progress::TrainingProgress;
 use super::run_report::RunReport;
-use super::{End, build_trainer, data_checks, init_from, onednn, prepare, saved_model, say, stop_flag, table};
+use super::{End, build_trainer, data_checks, init_from, prepare, saved_model, say, stop_flag, table};
 use crate::config::Experiment;
 use crate::data::{Corpus, EncodedSplit, Split, Tokenizer};
 use crate::evaluate::evaluate;
@@ -24,7 +24,7 @@ use crate::model::Model;
 use crate::problem::{counted, fail_on_errors, invalid};
 use crate::run::{NewRun, RunDirectory, atomic, checkpoint};
 use crate::task::{Task, TaskId};
-use crate::train::{Course, Outcome, State, TrainingConfig};
+use crate::train::{Course, Outcome, State};
 
 pub fn run(args: &TrainArgs) -> Result<End> {
     if args.experiment.is_dir() {
@@ -57,9 +57,8 @@ pub fn run(args: &TrainArgs) -> Result<End> {
 
 const STOPPING: &str = "stopping after this step";
 
-/// What a run trains with; and its entry of whether LSTM layers are oneDNN's on the CPU.
-const ENVIRONMENT: &str = "environment.json";
-const ONEDNN: &str = "onednn_lstm";
+/// Warnings about the data before training, at most.
+const WARNINGS_SHOWN: usize = 3;
 
 /// The folder of the runs that are given none.
 pub const RUNS: &str = "runs";
@@ -73,17 +72,12 @@ fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)
     let mut warnings = data_checks::leaks(&corpus);
     warnings.extend(of_files);
     warnings.extend(data_checks::long_sentences(&corpus));
-    if let Some(first) = warnings.first() {
-        log::warn!("{first}");
-        if warnings.len() > 1 {
-            let mut check = vec![program(), "check".to_owned(), quoted(&args.experiment), "--all".to_owned()];
-            check.extend(args.overrides.iter().map(|value| format!("--set {}", quoted(value))));
-            log::warn!(
-                "{} about the data; `{}` lists all",
-                counted(warnings.len() - 1, "more warning"),
-                check.join(" ")
-            );
-        }
+    warnings.iter().take(WARNINGS_SHOWN).for_each(|warning| log::warn!("{warning}"));
+    if warnings.len() > WARNINGS_SHOWN {
+        let mut check = vec![program(), "check".to_owned(), quoted(&args.experiment), "--all".to_owned()];
+        check.extend(args.overrides.iter().map(|value| format!("--set {}", quoted(value))));
+        let n_more = counted(warnings.len() - WARNINGS_SHOWN, "more warning");
+        log::warn!("{n_more} about the data; `{}` lists all", check.join(" "));
     }
     let (tokenizer, coverage) = prepare::tokenizer(experiment, &corpus)?;
     for coverage in &coverage {
@@ -115,7 +109,7 @@ fn write(
         "workers": libtorch::workers(),
         "command": std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>(),
     });
-    run.write(ENVIRONMENT, &serde_json::to_string_pretty(&environment)?)?;
+    run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
     run.write("resolved.yaml", &experiment.to_yaml()?)
 }
 
@@ -128,8 +122,7 @@ fn go(
     stop: &AtomicBool,
 ) -> Result<End> {
     let (written, tasks, mut tokenizer) = saved_model::of_run(run)?;
-    let mut model = build_trainer::model(experiment, &tasks, &tokenizer, device)?;
-    choose_kernels(run, &mut model, &experiment.training)?;
+    let model = build_trainer::model(experiment, &tasks, &tokenizer, device)?;
     let train = prepare::training(experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
@@ -193,24 +186,6 @@ fn go(
             Ok(End::Done)
         }
     }
-}
-
-/// Takes the LSTM kernels that the run began with. The first time it chooses them, and keeps that before a step is taken.
-fn choose_kernels(run: &RunDirectory, model: &mut Model, config: &TrainingConfig) -> Result<()> {
-    if model.parameters.device() != Device::Cpu {
-        return Ok(());
-    }
-    let path = run.file(ENVIRONMENT);
-    let environment = if path.exists() { serde_json::from_str(&run.read(ENVIRONMENT)?) } else { Ok(Map::new()) };
-    let mut environment: Map<String, Value> = environment.with_context(|| format!("{} is damaged", path.display()))?;
-    match config.onednn.or_else(|| environment.get(ONEDNN)?.as_bool()) {
-        Some(onednn) => libtorch::use_onednn(onednn),
-        None => {
-            environment.insert(ONEDNN.to_owned(), onednn::choose(model, config).into());
-            run.write(ENVIRONMENT, &serde_json::to_string_pretty(&environment)?)?;
-        }
-    }
-    Ok(())
 }
 
 /// What the run took before it was stopped; one that was killed did not say.

@@ -11,6 +11,7 @@ use serde::Serialize;
 pub use settings::Settings;
 pub use sheets::{Sheet, percent};
 
+use crate::evaluate::CheckpointScore;
 use stats::{Estimate, Needed, delta_m, deviation, estimate, mean, share_that_reaches};
 
 /// One finished run.
@@ -21,13 +22,17 @@ pub struct Run {
     /// The study that it is of, if any: twins are those of the same study.
     pub study: Option<String>,
     pub settings: Settings,
-    /// What tells it from other runs of its label that are of no study; empty where nothing has to.
+    /// The study's variant, or of no study what tells it from other runs of its label; empty where nothing has to.
     pub variant: String,
     pub seed: u64,
     pub learning_rate: f64,
     /// Share of the training rows.
     pub fraction: f64,
+    /// What chose its checkpoint, which chooses among learning rates too. `None` without dev.
+    pub dev: Option<CheckpointScore>,
     pub tasks: Vec<RunTask>,
+    /// Share of the sentences with every label right, on test or else dev.
+    pub sentence_accuracy: Option<f64>,
     pub training_secs: f64,
     pub n_parameters: u64,
 }
@@ -40,8 +45,6 @@ pub struct RunTask {
     /// The split that is compared: test, or dev where test has no label for it.
     pub split: String,
     pub value: f64,
-    /// Where dev has labels for it.
-    pub dev: Option<f64>,
 }
 
 impl Run {
@@ -52,17 +55,25 @@ impl Run {
 
     /// Whether this run is compared with `twin`, one of `all` single-task runs. A run of a study is compared with those of the
     /// same study, one of no study with those of no study that were trained with the same settings. Where there are none of
-    /// these and all twins are of one study, with them.
+    /// these and all twins are of one study, with them, if they were.
     fn is_held_to<'a>(&self, twin: &Run, mut all: impl Iterator<Item = &'a Run> + Clone) -> bool {
+        if self.is_study_variant() {
+            return false;
+        }
         match all.clone().any(|other| other.study == self.study) {
             true => twin.study == self.study && (self.study.is_some() || self.agrees_with(twin)),
-            false => all.all(|other| other.study == twin.study),
+            false => all.all(|other| other.study == twin.study) && self.agrees_with(twin),
         }
     }
 
     /// Whether `twin` was trained as its task was here.
     fn agrees_with(&self, twin: &Run) -> bool {
         twin.tasks.iter().all(|task| self.settings.agree_on(&task.name, &twin.settings))
+    }
+
+    /// Whether it is held to the same study's runs without the variant's changes, in the place of twins.
+    fn is_study_variant(&self) -> bool {
+        self.study.is_some() && !self.variant.is_empty()
     }
 
     fn task(&self, name: &str) -> Option<&RunTask> {
@@ -77,8 +88,10 @@ pub enum Verdict {
     Helped,
     Hurt,
     WithinNoise,
-    /// One seed shows nothing, nor do several that agree to the last digit.
-    Unknown,
+    /// One seed shows nothing.
+    OneSeed,
+    /// Nor do several that agree.
+    NoSpread,
 }
 
 impl Verdict {
@@ -87,7 +100,8 @@ impl Verdict {
             Verdict::Helped => "helped",
             Verdict::Hurt => "hurt",
             Verdict::WithinNoise => "within noise",
-            Verdict::Unknown => "unknown: no spread over seeds",
+            Verdict::OneSeed => "unknown: one seed",
+            Verdict::NoSpread => "unknown: the same with every seed",
         }
     }
 }
@@ -98,11 +112,20 @@ pub struct TaskResult {
     pub metric: String,
     /// The split of the scores.
     pub split: String,
+    /// By seed, as the group's.
+    pub scores: Vec<f64>,
     pub mean: f64,
     pub deviation: Option<f64>,
-    /// Against the twin of the same seed; there where twins are.
+    /// Against the twin of the same seed, where there are twins; a study's variant against the run without its changes.
     pub difference: Option<Estimate>,
     pub verdict: Option<Verdict>,
+}
+
+/// Over the seeds of a group.
+#[derive(Clone, Debug, Serialize)]
+pub struct SentenceAccuracy {
+    pub mean: f64,
+    pub deviation: Option<f64>,
 }
 
 /// One strategy, or a task alone, at one share of the data.
@@ -119,6 +142,10 @@ pub struct Group {
     pub seeds: Vec<u64>,
     pub tasks: Vec<TaskResult>,
     pub delta_m: Option<Estimate>,
+    /// Tasks whose twin has a score of 0, which makes delta-m undefined.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub zero_twins: Vec<String>,
+    pub sentence_accuracy: Option<SentenceAccuracy>,
     /// Mean of the runs.
     pub training_secs: f64,
     pub n_parameters: u64,
@@ -128,6 +155,11 @@ impl Group {
     /// The strategy, with what tells it from others of its name.
     pub fn name(&self) -> String {
         if self.variant.is_empty() { self.label.clone() } else { format!("{} ({})", self.label, self.variant) }
+    }
+
+    /// Whether it has changes of a study's experiment.
+    pub fn is_study_variant(&self) -> bool {
+        self.study.is_some() && !self.variant.is_empty()
     }
 
     /// What tasks alone that were trained together have in common.
@@ -163,8 +195,24 @@ pub fn compare(runs: &[Run]) -> Comparison {
     groups.sort_by(|a, b| a[0].fraction.total_cmp(&b[0].fraction));
     let chosen: Vec<Chosen> = groups.into_iter().map(choose).collect();
     let (alone, multi): (Vec<&Chosen>, Vec<&Chosen>) = chosen.iter().partition(|group| group.runs[0].is_twin());
-    let groups: Vec<Group> = multi.iter().map(|group| summarize(group, &alone)).collect();
-    let twins: Vec<Group> = alone.iter().map(|group| summarize(group, &[])).collect();
+    let twin = |run: &Run, task: &str| -> Option<RunTask> {
+        let alone = || alone.iter().flat_map(|twins| &twins.runs).filter(|twin| twin.task(task).is_some());
+        let held_to = alone().filter(|twin| run.is_held_to(twin, alone().copied()));
+        held_to.copied().find(|twin| twin.seed == run.seed && twin.fraction == run.fraction)?.task(task).cloned()
+    };
+    let unchanged = |run: &Run, task: &str| -> Option<RunTask> {
+        let is_base = |base: &&&Run| {
+            (&base.study, &base.label, base.variant.as_str()) == (&run.study, &run.label, "")
+                && (base.seed, base.fraction) == (run.seed, run.fraction)
+        };
+        multi.iter().flat_map(|group| &group.runs).find(is_base)?.task(task).cloned()
+    };
+    let held = |group: &&Chosen| match group.runs[0].is_study_variant() {
+        true => Group { delta_m: None, zero_twins: Vec::new(), ..summarize(group, &unchanged) },
+        false => summarize(group, &twin),
+    };
+    let groups: Vec<Group> = multi.iter().map(held).collect();
+    let twins: Vec<Group> = alone.iter().map(|group| summarize(group, &|_, _| None)).collect();
     let savings = savings(&multi, &groups, &alone);
     Comparison { groups, twins, savings }
 }
@@ -175,32 +223,30 @@ struct Chosen<'a> {
     n_rates: usize,
 }
 
-/// Those at the learning rate with the best mean score on dev.
+/// Those at the learning rate with the best mean, over the seeds that all rates have, of what chose their checkpoints on dev.
+/// Without dev the lowest rate is as good as others.
 fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     let mut rates: Vec<f64> = runs.iter().map(|run| run.learning_rate).collect();
     rates.sort_by(f64::total_cmp);
     rates.dedup();
-    let dev = |rate: f64| -> f64 {
-        let scores = runs
-            .iter()
-            .filter(|run| run.learning_rate == rate)
-            .map(|run| mean(&run.tasks.iter().filter_map(|task| task.dev).collect::<Vec<_>>()));
-        mean(&scores.collect::<Vec<_>>())
-    };
     let n_rates = rates.len();
-    let best = rates.into_iter().max_by(|a, b| dev(*a).total_cmp(&dev(*b)));
+    let at = |rate: f64, seed: u64| runs.iter().find(|run| run.learning_rate == rate && run.seed == seed);
+    let of_all = |run: &&&Run| rates.iter().all(|&rate| at(rate, run.seed).is_some());
+    let some = runs.iter().any(|run| of_all(&run));
+    let dev = |rate: f64| {
+        let own = runs.iter().filter(|run| run.learning_rate == rate && (!some || of_all(run)));
+        let scores: Vec<f64> = own.filter_map(|run| Some(run.dev?.score)).collect();
+        if scores.is_empty() { f64::NEG_INFINITY } else { mean(&scores) }
+    };
+    let best = rates.iter().copied().rev().max_by(|a, b| dev(*a).total_cmp(&dev(*b)));
     let mut runs: Vec<&Run> = runs.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
     runs.sort_by_key(|run| run.seed);
     Chosen { runs, n_rates }
 }
 
-fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
+/// `twin` is what a run's task is held to.
+fn summarize(chosen: &Chosen, twin: &dyn Fn(&Run, &str) -> Option<RunTask>) -> Group {
     let (group, first) = (&chosen.runs, chosen.runs[0]);
-    let twin = |run: &Run, task: &str| -> Option<RunTask> {
-        let alone = || twins.iter().flat_map(|twins| &twins.runs).filter(|twin| twin.task(task).is_some());
-        let held_to = alone().filter(|twin| run.is_held_to(twin, alone().copied()));
-        held_to.copied().find(|twin| twin.seed == run.seed && twin.fraction == run.fraction)?.task(task).cloned()
-    };
     let result = |task: &RunTask| {
         let values: Vec<f64> = group.iter().filter_map(|run| Some(run.task(&task.name)?.value)).collect();
         let paired = group.iter().filter_map(|run| Some(run.task(&task.name)?.value - twin(run, &task.name)?.value));
@@ -212,6 +258,7 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
             split: task.split.clone(),
             mean: mean(&values),
             deviation: deviation(&values),
+            scores: values,
             verdict: difference.as_ref().map(verdict),
             difference,
         }
@@ -227,6 +274,9 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
             run.tasks.iter().map(pair).collect::<Option<Vec<_>>>().map(|pairs| delta_m(&pairs))
         })
         .collect();
+    let is_zero = |name: &str| group.iter().any(|run| twin(run, name).is_some_and(|single| single.value == 0.0));
+    let names = first.tasks.iter().map(|task| task.name.clone());
+    let whole: Vec<f64> = group.iter().filter_map(|run| run.sentence_accuracy).collect();
     Group {
         label: first.label.clone(),
         study: first.study.clone(),
@@ -237,6 +287,9 @@ fn summarize(chosen: &Chosen, twins: &[&Chosen]) -> Group {
         seeds: group.iter().map(|run| run.seed).collect(),
         tasks: first.tasks.iter().map(result).collect(),
         delta_m: changes.map(|changes| estimate(&changes)),
+        zero_twins: names.filter(|name| is_zero(name)).collect(),
+        sentence_accuracy: (whole.len() == group.len())
+            .then(|| SentenceAccuracy { mean: mean(&whole), deviation: deviation(&whole) }),
         training_secs: mean(&group.iter().map(|run| run.training_secs).collect::<Vec<_>>()),
         n_parameters: first.n_parameters,
     }
@@ -247,7 +300,8 @@ fn verdict(difference: &Estimate) -> Verdict {
         (Some(low), _) if low > 0.0 => Verdict::Helped,
         (_, Some(high)) if high < 0.0 => Verdict::Hurt,
         (Some(_), Some(_)) => Verdict::WithinNoise,
-        _ => Verdict::Unknown,
+        _ if difference.n < 2 => Verdict::OneSeed,
+        _ => Verdict::NoSpread,
     }
 }
 
@@ -263,15 +317,12 @@ fn savings(multi: &[&Chosen], groups: &[Group], alone: &[&Chosen]) -> Vec<Saving
                 (twin.runs[0].fraction, mean(&values))
             };
             let curve: Vec<(f64, f64)> = own.map(point).collect();
-            if curve.iter().all(|(fraction, _)| *fraction == curve[0].0) {
-                continue;
-            }
-            savings.push(Saving {
+            savings.extend(share_that_reaches(&curve, task.mean).map(|alone_needs| Saving {
                 label: group.name(),
                 task: task.name.clone(),
                 fraction: group.fraction,
-                alone_needs: share_that_reaches(&curve, task.mean),
-            });
+                alone_needs,
+            }));
         }
     }
     savings
@@ -289,10 +340,12 @@ mod tests {
             metric: "f1".into(),
             split: "test".into(),
             value,
-            dev: Some(value),
         };
-        let tasks = scores.iter().map(task).collect();
+        let tasks: Vec<RunTask> = scores.iter().map(task).collect();
+        let all: Vec<f64> = tasks.iter().map(|task| task.value).collect();
         Run {
+            dev: Some(CheckpointScore::of(mean(&all))),
+            sentence_accuracy: None,
             label: label.into(),
             study: None,
             settings: Settings::default(),
@@ -370,10 +423,11 @@ mod tests {
 
     #[test]
     fn verdicts_follow_the_interval() {
-        let of = |low, high| Estimate { mean: (low + high) / 2.0, low: Some(low), high: Some(high) };
+        let of = |low, high| Estimate { n: 3, mean: (low + high) / 2.0, low: Some(low), high: Some(high) };
         assert_eq!(verdict(&of(0.1, 0.2)), Verdict::Helped);
         assert_eq!(verdict(&of(-0.2, -0.1)), Verdict::Hurt);
         assert_eq!(verdict(&of(-0.1, 0.2)), Verdict::WithinNoise);
-        assert_eq!(verdict(&Estimate { mean: 1.0, low: None, high: None }), Verdict::Unknown);
+        let alike = |n: usize| Estimate { n, mean: 1.0, low: None, high: None };
+        assert_eq!((verdict(&alike(1)), verdict(&alike(3))), (Verdict::OneSeed, Verdict::NoSpread));
     }
 }

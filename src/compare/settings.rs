@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 /// What runs may differ in and still be seeds of one row, with what lies below it. Of learning rates dev chooses.
-const LEFT_OUT: [&str; 10] = [
+const LEFT_OUT: [&str; 11] = [
     "name",
     "seed",
     "study",
     "data.root",
     "data.train_fraction",
+    "data.train_fraction_seed",
     "training.optimizer.learning_rate",
     "training.cuda_graphs",
     "training.log_every_steps",
@@ -25,7 +26,7 @@ const OF_ANY_TASK: [&str; 4] = ["model.", "tokenizer.", "training.", "init_from"
 const OF_SEVERAL: [&str; 3] = ["training.early_stopping.", "training.sampling.", "training.freeze_epochs.heads."];
 
 /// The values of an experiment by dotted path.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Settings(BTreeMap<String, String>);
 
 impl Settings {
@@ -66,12 +67,25 @@ impl Settings {
         changed.map(|path| format!("{path}: was {}, is {}", shown(old.0.get(path)), shown(self.0.get(path)))).collect()
     }
 
-    /// `path=value` of each in which `others` are not all as these.
-    pub fn told_apart<'a>(&self, others: impl Iterator<Item = &'a Settings> + Clone) -> Vec<String> {
-        let paths: BTreeSet<&String> = others.clone().flat_map(|other| other.0.keys()).collect();
-        let differs = |path: &&&String| others.clone().any(|other| other.0.get(**path) != self.0.get(**path));
-        let told = |path: &String| format!("{path}={}", self.0.get(path).map_or("default", String::as_str));
-        paths.iter().filter(differs).map(|path| told(path)).collect()
+    /// `path=value` of each in which these are not as most of `all`; where as many are one way as another, all are told. Of a
+    /// mapping of another kind, which `is_tag` knows by its key, the kind.
+    pub fn told_apart(&self, all: &BTreeSet<&Settings>, is_tag: fn(&str) -> bool) -> Vec<String> {
+        let paths: BTreeSet<&str> = all.iter().flat_map(|other| other.0.keys()).map(String::as_str).collect();
+        let differs = |path: &&str| {
+            let mut counts: BTreeMap<Option<&String>, usize> = BTreeMap::new();
+            all.iter().for_each(|other| *counts.entry(other.0.get(*path)).or_default() += 1);
+            let own = counts.remove(&self.0.get(*path)).unwrap_or(0);
+            counts.values().any(|&n| n >= own)
+        };
+        let told: Vec<&str> = paths.into_iter().filter(differs).collect();
+        let kinds: Vec<(&str, &str)> =
+            told.iter().filter_map(|path| path.rsplit_once('.')).filter(|(_, key)| is_tag(key)).collect();
+        let of_kind = |path: &str| {
+            let inside = |parent: &str| path.strip_prefix(parent).and_then(|rest| rest.strip_prefix('.'));
+            kinds.iter().any(|(parent, key)| inside(parent).is_some_and(|rest| rest != *key))
+        };
+        let shown = |path: &str| format!("{path}={}", self.0.get(path).map_or("default", String::as_str));
+        told.into_iter().filter(|path| !of_kind(path)).map(shown).collect()
     }
 
     /// Whether `task` was trained alone, with the settings `alone`, as it was here: with the same model, tokenizer, training and
@@ -120,8 +134,16 @@ mod tests {
     fn what_differs_is_told_with_what_is_not_given() {
         let all = [json!({"a": {"b": 1}, "seed": 1}), json!({"a": {"b": 2, "c": "x"}})];
         let [one, other] = all.map(|value| Settings::new(&value, false));
-        assert_eq!(one.told_apart([&one, &other].into_iter()), ["a.b=1", "a.c=default"]);
-        assert_eq!(other.told_apart([&one, &other].into_iter()), ["a.b=2", "a.c=x"]);
-        assert!(one.told_apart([&one].into_iter()).is_empty());
+        let told =
+            |own: &Settings, all: &[&Settings]| own.told_apart(&all.iter().copied().collect(), |key| key == "kind");
+        assert_eq!(told(&one, &[&one, &other]), ["a.b=1", "a.c=default"]);
+        assert_eq!(told(&other, &[&one, &other]), ["a.b=2", "a.c=x"]);
+        assert!(told(&one, &[&one]).is_empty());
+        // What each changes alone, and a kind with all its options.
+        let all = [json!({"a": {"kind": "x", "n": 1}, "b": 1}), json!({"a": {"kind": "x", "n": 1}, "b": 2})];
+        let [base, changed] = all.map(|value| Settings::new(&value, false));
+        let other = Settings::new(&json!({"a": {"kind": "y", "m": 2}, "b": 1}), false);
+        let all = [&base, &changed, &other];
+        assert_eq!(all.map(|own| told(own, &all)), [vec![], vec!["b=2".to_owned()], vec!["a.kind=y".to_owned()]]);
     }
 }

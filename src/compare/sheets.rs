@@ -13,8 +13,17 @@ pub struct Sheet {
     pub rows: Vec<Vec<String>>,
 }
 
-fn thousands(n: u64) -> String {
-    format!("{:.1} k", n as f64 / 1000.0)
+/// With three digits or four.
+fn parameters(n: u64) -> String {
+    match n {
+        1_000_000.. => format!("{:.1} M", n as f64 / 1e6),
+        _ => format!("{:.1} k", n as f64 / 1e3),
+    }
+}
+
+/// A mean with its spread, in percent.
+fn spread(mean: f64, deviation: Option<f64>) -> String {
+    percent(mean) + &deviation.map_or(String::new(), |sd| format!(" ± {}", percent(sd)))
 }
 
 pub fn percent(value: f64) -> String {
@@ -33,7 +42,12 @@ fn interval(estimate: &Estimate) -> String {
 impl Comparison {
     /// The comparison as tables: percent, and 95 % intervals of paired differences over seeds.
     pub fn sheets(&self) -> Vec<Sheet> {
-        let mut sheets = vec![self.results(), self.verdicts()];
+        let alone = "Difference from the single-task model in points, with the 95 % interval over seeds";
+        let base =
+            "Difference from the experiment without the variant's changes in points, with the 95 % interval over seeds";
+        let (variants, rest) = self.groups.iter().partition(|group| group.is_study_variant());
+        let mut sheets =
+            vec![self.results(), verdicts(alone, "multi-task", rest), verdicts(base, "the changes", variants)];
         if !self.savings.is_empty() {
             sheets.push(self.curve());
         }
@@ -55,11 +69,12 @@ impl Comparison {
         header.extend(rates.then(|| "learning rate".to_owned()));
         header.push("seeds".to_owned());
         header.extend(names.iter().map(|(_, title)| title.clone()));
-        header.extend(["delta-m".to_owned(), "seconds".to_owned(), "parameters".to_owned()]);
+        let joint = self.groups.iter().any(|group| group.sentence_accuracy.is_some());
+        header.extend(joint.then(|| "sentence accuracy".to_owned()));
+        header.extend(["delta-m (%)".to_owned(), "seconds".to_owned(), "parameters".to_owned()]);
         let score = |tasks: &[&TaskResult], name: &str| -> String {
-            let Some(task) = tasks.iter().find(|task| task.name == name) else { return "-".to_owned() };
-            let spread = task.deviation.map_or(String::new(), |sd| format!(" ± {}", percent(sd)));
-            percent(task.mean) + &spread
+            let task = tasks.iter().find(|task| task.name == name);
+            task.map_or("-".to_owned(), |task| spread(task.mean, task.deviation))
         };
         let mut rows = Vec::new();
         let mut fractions: Vec<f64> = groups().map(|group| group.fraction).collect();
@@ -73,9 +88,11 @@ impl Comparison {
                 row.extend(rates.then(|| format!("{:e}", group.learning_rate)));
                 row.push(group.seeds.len().to_string());
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+                let whole = group.sentence_accuracy.as_ref().map(|whole| spread(whole.mean, whole.deviation));
+                row.extend(joint.then(|| whole.unwrap_or("-".to_owned())));
                 row.push(group.delta_m.as_ref().map_or("-".to_owned(), interval));
                 row.push(format!("{:.0}", group.training_secs));
-                row.push(thousands(group.n_parameters));
+                row.push(parameters(group.n_parameters));
                 rows.push(row);
             }
             for family in &families {
@@ -93,53 +110,50 @@ impl Comparison {
                 row.extend(rates.then(|| own.into_iter().collect::<Vec<_>>().join(", ")));
                 row.push(n_seeds.to_string());
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
+                row.extend(joint.then(String::new));
                 row.push(String::new());
                 row.push(format!("{:.0}", twins.iter().map(|group| group.training_secs).sum::<f64>()));
-                row.push(thousands(twins.iter().map(|group| group.n_parameters).sum()));
+                row.push(parameters(twins.iter().map(|group| group.n_parameters).sum()));
                 rows.push(row);
             }
         }
         Sheet { title: "Scores in percent, mean ± standard deviation over seeds".to_owned(), header, n_names: 2, rows }
     }
 
-    fn verdicts(&self) -> Sheet {
-        let mut rows = Vec::new();
-        for group in &self.groups {
-            for task in &group.tasks {
-                let (Some(difference), Some(verdict)) = (&task.difference, task.verdict) else { continue };
-                rows.push(vec![
-                    percent_of_data(group.fraction),
-                    group.name(),
-                    task.name.clone(),
-                    interval(difference),
-                    verdict.name().to_owned(),
-                ]);
-            }
-        }
-        Sheet {
-            title: "Difference from the single-task model in points, with the 95 % interval over seeds".to_owned(),
-            header: ["data", "strategy", "task", "difference", "multi-task"].map(str::to_owned).into(),
-            n_names: 3,
-            rows,
-        }
-    }
-
     fn curve(&self) -> Sheet {
         let needs = |saving: &Saving| match saving.alone_needs {
             Needed::Share(share) => percent_of_data(share),
-            Needed::SmallestOrLess => "the smallest fraction or less".to_owned(),
-            Needed::MoreThanAll => "more than all the data".to_owned(),
+            Needed::AtMost(share) => format!("{} or less", percent_of_data(share)),
+            Needed::MoreThan(share) => format!("more than {}", percent_of_data(share)),
         };
         let row = |saving: &Saving| {
             vec![percent_of_data(saving.fraction), saving.label.clone(), saving.task.clone(), needs(saving)]
         };
         Sheet {
-            title: "How much data the single-task model needs to score as high".to_owned(),
+            title: "How much data the single-task model needs for the same mean score".to_owned(),
             header: ["data", "strategy", "task", "single-task model needs"].map(str::to_owned).into(),
             n_names: 3,
             rows: self.savings.iter().map(row).collect(),
         }
     }
+}
+
+fn verdicts(title: &str, what: &str, groups: Vec<&Group>) -> Sheet {
+    let mut rows = Vec::new();
+    for group in groups {
+        for task in &group.tasks {
+            let (Some(difference), Some(verdict)) = (&task.difference, task.verdict) else { continue };
+            rows.push(vec![
+                percent_of_data(group.fraction),
+                group.name(),
+                task.name.clone(),
+                interval(difference),
+                verdict.name().to_owned(),
+            ]);
+        }
+    }
+    let header = ["data", "strategy", "task", "difference", what].map(str::to_owned).into();
+    Sheet { title: title.to_owned(), header, n_names: 3, rows }
 }
 
 fn percent_of_data(fraction: f64) -> String {

@@ -343,6 +343,10 @@ fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {
         );
         check_weighting(c, &path, weighting, experiment);
     }
+    for name in study.variants.keys() {
+        let valid = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') && !name.is_empty();
+        c.require(&format!("study.variants.{name}"), valid, "use letters, digits and `_`");
+    }
     c.require("study.seeds", !study.seeds.is_empty(), "give at least one seed");
     let mut seeds = study.seeds.clone();
     seeds.sort_unstable();
@@ -355,6 +359,9 @@ fn check_study(c: &mut Checker, study: &StudyConfig, experiment: &Experiment) {
     }
     let rates = &study.learning_rates;
     c.require("study.learning_rates", rates.iter().all(|&rate| rate > 0.0), "must be more than 0");
+    let has_dev = |set: &SetConfig| set.dev.is_some() || set.dev_fraction.is_some_and(|share| share > 0.0);
+    let chosen = rates.len() < 2 || experiment.data.sets.values().any(has_dev);
+    c.require("study.learning_rates", chosen, "without dev there is nothing to choose a learning rate by: give one");
     let fractions = &study.data_fractions;
     let valid = !fractions.is_empty() && fractions.iter().all(|&share| share > 0.0 && share <= 1.0);
     c.require("study.data_fractions", valid, "give at least one, each more than 0 and at most 1");

@@ -20,7 +20,7 @@ use crate::model::{HeadConfig, ModelConfig};
 use crate::problem::{InvalidInput, Problem};
 use crate::train::TrainingConfig;
 use crate::weighting::WeightingConfig;
-pub use keys::join;
+pub use keys::{is_tag, join};
 pub use study::{PlannedRun, StudyConfig};
 
 /// One experiment.

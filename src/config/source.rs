@@ -242,10 +242,24 @@ fn override_layer(text: &str) -> Result<SourceTree> {
         walked = join(&walked, key);
         places.insert(walked.clone(), place.clone());
     }
+    place_inner(&value, &walked, &place, &mut places);
     for key in path.rsplit('.') {
         value = Value::Object(Map::from_iter([(key.to_owned(), value)]));
     }
     Ok(SourceTree { value, places, problems: Vec::new() })
+}
+
+/// Puts all that is within a value where the value is.
+fn place_inner(value: &Value, path: &str, place: &Place, places: &mut BTreeMap<String, Place>) {
+    let inner: Vec<(String, &Value)> = match value {
+        Value::Object(object) => object.iter().map(|(key, value)| (join(path, key), value)).collect(),
+        Value::Array(items) => items.iter().enumerate().map(|(i, item)| (join(path, &i.to_string()), item)).collect(),
+        _ => Vec::new(),
+    };
+    for (path, value) in inner {
+        place_inner(value, &path, place, places);
+        places.insert(path, place.clone());
+    }
 }
 
 /// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind

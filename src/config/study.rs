@@ -1,27 +1,37 @@
 //! The `study:` of an experiment: which runs show whether multi-task training helped.
 
+use std::path::Path;
+
+use anyhow::Result;
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::Experiment;
 use crate::data::SamplingConfig;
 use crate::model::HeadConfig;
+use crate::problem::{InvalidInput, Place, Problem};
 use crate::task::TaskKind;
 use crate::weighting::WeightingConfig;
 
-/// All combinations of strategies, seeds, learning rates and fractions are run, each with the budget of the experiment.
+/// All combinations of strategies and variants, seeds, learning rates and fractions are run, each with the budget of the
+/// experiment.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StudyConfig {
     /// Weighting strategies by a name of your choice; without `strategy:`, the name is the strategy.
     pub strategies: IndexMap<String, WeightingConfig>,
-    /// Seeds for initial weights, data order and dropout and, with `data_fractions`, for the choice of rows. Default
-    /// [13, 14, 15].
+    /// Variants of the experiment by a name of your choice, each with the keys that it changes, such as `{model.trunk.hidden:
+    /// 512}`. Each is trained with every strategy and compared with the experiment as it is. Default: none.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub variants: IndexMap<String, IndexMap<String, Value>>,
+    /// Seeds for initial weights, data order and dropout and, for `data_fractions` below 1, for the choice of rows
+    /// (`train_fraction_seed`). Default [13, 14, 15].
     #[serde(default = "default_seeds")]
     pub seeds: Vec<u64>,
-    /// Learning rates to try; the best on dev is chosen for each strategy and each single-task model. Default: the
-    /// experiment's.
+    /// Learning rates to try; for each strategy and each single-task model, the one with the best mean of
+    /// `early_stopping.metric` over the seeds is chosen, which needs dev. Default: the experiment's.
     #[serde(default)]
     pub learning_rates: Vec<f64>,
     /// Fractions of the training rows to train on, for a learning curve. Default `[1]`.
@@ -50,12 +60,53 @@ pub struct PlannedRun {
     pub name: String,
     /// The strategy's name, or `only-TASK` for a twin.
     pub label: String,
+    /// The name of the study's variant; empty for the experiment as it is.
+    pub variant: String,
     pub experiment: Experiment,
 }
 
 impl Experiment {
-    /// The runs of the study, seed by seed, so that the first results are already a comparison.
-    pub fn planned_runs(&self, study: &StudyConfig) -> Vec<PlannedRun> {
+    /// The variants of the study of an experiment that was read from `path` with `overrides`, which change its file as if they
+    /// were overrides too.
+    ///
+    /// # Errors
+    /// What is wrong in a variant, with its name.
+    pub fn variants(&self, path: &Path, overrides: &[String]) -> Result<IndexMap<String, Experiment>> {
+        let mut variants = IndexMap::new();
+        for (name, changes) in self.study.iter().flat_map(|study| &study.variants) {
+            let changes = changes.iter().map(|(key, value)| format!("{key}={value}"));
+            let all: Vec<String> = overrides.iter().cloned().chain(changes).collect();
+            let variant = Experiment::load(path, &all).map_err(|error| match error.downcast::<InvalidInput>() {
+                Ok(InvalidInput(problems)) => {
+                    let named = |problem: Problem| Problem {
+                        message: format!("study.variants.{name}: {}", problem.message),
+                        place: Some(Place::new(path, 0)),
+                        ..problem
+                    };
+                    InvalidInput(problems.into_iter().map(named).collect()).into()
+                }
+                Err(error) => error,
+            })?;
+            variants.insert(name.clone(), variant);
+        }
+        Ok(variants)
+    }
+
+    /// The runs of the study, seed by seed, so that the first results are already a comparison. `variants` are those of
+    /// [`Self::variants`].
+    pub fn planned_runs(&self, study: &StudyConfig, variants: &IndexMap<String, Experiment>) -> Vec<PlannedRun> {
+        let weighted = |of: &Experiment, variant: &str| -> Vec<(String, String, Experiment)> {
+            let strategies = study.strategies.iter();
+            let each = strategies.map(|(name, weighting)| {
+                (name.clone(), variant.to_owned(), Experiment { weighting: weighting.clone(), ..of.clone() })
+            });
+            each.collect()
+        };
+        let mut models = weighted(self, "");
+        if study.single_task_twins && self.tasks.len() > 1 {
+            models.extend(self.tasks.keys().map(|task| (format!("only-{task}"), String::new(), self.twin(task))));
+        }
+        models.extend(variants.iter().flat_map(|(name, variant)| weighted(variant, name)));
         let own_rate = self.training.optimizer.learning_rate();
         let rates = if study.learning_rates.is_empty() { vec![own_rate] } else { study.learning_rates.clone() };
         let mut runs = Vec::new();
@@ -66,15 +117,20 @@ impl Experiment {
                     let fraction_name = if fraction == 1.0 { String::new() } else { format!("f{fraction}-") };
                     let rate_name = if rate == own_rate { String::new() } else { format!("lr{rate}-") };
                     let suffix = format!("{fraction_name}{rate_name}s{seed}");
-                    for (label, mut experiment) in self.variants(study) {
-                        let name = format!("{label}-{suffix}");
+                    for (label, variant, mut experiment) in models.clone() {
+                        let dot = if variant.is_empty() { "" } else { "." };
+                        let name = format!("{label}{dot}{variant}-{suffix}");
                         experiment.name = format!("{}-{name}", self.name);
                         experiment.seed = seed;
                         experiment.study = None;
-                        experiment.data.train_fraction = fraction * self.data.train_fraction;
-                        experiment.data.train_fraction_seed = seed;
-                        experiment.training.optimizer.set_learning_rate(rate);
-                        runs.push(PlannedRun { name, label, experiment });
+                        experiment.data.train_fraction *= fraction;
+                        if fraction < 1.0 {
+                            experiment.data.train_fraction_seed = seed;
+                        }
+                        if rate != own_rate {
+                            experiment.training.optimizer.set_learning_rate(rate);
+                        }
+                        runs.push(PlannedRun { name, label, variant, experiment });
                     }
                 }
             }
@@ -82,46 +138,36 @@ impl Experiment {
         runs
     }
 
-    /// The experiment under each strategy, and each task alone with the sets that carry its labels.
-    fn variants(&self, study: &StudyConfig) -> Vec<(String, Experiment)> {
-        let weighted = study
-            .strategies
-            .iter()
-            .map(|(name, weighting)| (name.clone(), Experiment { weighting: weighting.clone(), ..self.clone() }));
-        let twin = |task: &String| {
-            let mut alone = Experiment { weighting: WeightingConfig::default(), ..self.clone() };
-            alone.tasks.retain(|name, _| name == task);
-            let others: Vec<String> =
-                self.tasks.keys().filter(|name| *name != task).map(|name| format!("heads.{name}")).collect();
-            alone
-                .training
-                .freeze_epochs
-                .retain(|part, _| !others.iter().any(|other| part == other || part.starts_with(&format!("{other}."))));
-            alone.tasks.values_mut().for_each(HeadConfig::stand_alone);
-            let sets = self.tasks[task].sets();
-            alone.data.sets.retain(|name, _| sets.contains(name));
-            if matches!(self.training.sampling, SamplingConfig::RoundRobin(_)) {
-                // A step keeps the batches that it had of these sets.
-                let batches = self.training.accumulate_steps * alone.data.sets.len() / self.data.sets.len();
-                alone.training.accumulate_steps = batches.max(1);
+    /// `task` alone, on the sets that have its labels.
+    fn twin(&self, task: &str) -> Experiment {
+        let mut alone = Experiment { weighting: WeightingConfig::default(), ..self.clone() };
+        alone.tasks.retain(|name, _| name == task);
+        let others: Vec<String> =
+            self.tasks.keys().filter(|name| *name != task).map(|name| format!("heads.{name}")).collect();
+        let is_of = |part: &str, other: &String| part == other || part.starts_with(&format!("{other}."));
+        alone.training.freeze_epochs.retain(|part, _| !others.iter().any(|other| is_of(part, other)));
+        alone.tasks.values_mut().for_each(HeadConfig::stand_alone);
+        let sets = self.tasks[task].sets();
+        alone.data.sets.retain(|name, _| sets.contains(name));
+        if matches!(self.training.sampling, SamplingConfig::RoundRobin(_)) {
+            // A step keeps the batches that it had of these sets.
+            let batches = self.training.accumulate_steps * alone.data.sets.len() / self.data.sets.len();
+            alone.training.accumulate_steps = batches.max(1);
+        }
+        // The twin's cuts have to take the rows that the cuts of the whole experiment take.
+        for (name, set) in &mut alone.data.sets {
+            if set.stratify.is_some() || set.stratify_tags.is_some() {
+                continue;
             }
-            // The twin's cuts have to take the rows that the cuts of the whole experiment take.
-            for (name, set) in &mut alone.data.sets {
-                if set.stratify.is_some() || set.stratify_tags.is_some() {
-                    continue;
-                }
-                let heads = self.tasks.values().filter(|head| head.sets().contains(name));
-                match heads.min_by_key(|head| head.kind() != TaskKind::Classification) {
-                    Some(HeadConfig::Classification(first)) => set.stratify = Some(first.column.clone()),
-                    Some(HeadConfig::Tagging(first)) => set.stratify_tags = Some(first.column.clone()),
-                    None => {}
-                }
+            let heads = self.tasks.values().filter(|head| head.sets().contains(name));
+            match heads.min_by_key(|head| head.kind() != TaskKind::Classification) {
+                Some(HeadConfig::Classification(first)) => set.stratify = Some(first.column.clone()),
+                Some(HeadConfig::Tagging(first)) => set.stratify_tags = Some(first.column.clone()),
+                None => {}
             }
-            alone.training.early_stopping.metric = "mean".to_owned();
-            (format!("only-{task}"), alone)
-        };
-        let twins = self.tasks.keys().filter(|_| study.single_task_twins && self.tasks.len() > 1).map(twin);
-        weighted.chain(twins).collect()
+        }
+        alone.training.early_stopping.metric = "mean".to_owned();
+        alone
     }
 }
 
@@ -144,7 +190,7 @@ tasks:
 {more}"
         );
         let experiment = Experiment::of_text((Path::new("t.yaml"), &yaml), &[]).unwrap();
-        experiment.planned_runs(experiment.study.as_ref().unwrap())
+        experiment.planned_runs(experiment.study.as_ref().unwrap(), &IndexMap::new())
     }
 
     #[test]

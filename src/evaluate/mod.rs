@@ -23,7 +23,6 @@ pub struct TaskReport {
     /// The first chooses checkpoints.
     pub scores: Vec<Score>,
     /// By class, tag or type of span, of those that occur.
-    #[serde(default)]
     pub labels: Vec<LabelScore>,
 }
 
@@ -35,9 +34,9 @@ pub struct CheckpointScore {
 }
 
 impl CheckpointScore {
-    /// Without dev, what is later is better.
-    pub fn of_step(step: usize) -> CheckpointScore {
-        CheckpointScore { score: step as f64, minus_loss: 0.0 }
+    /// Of nothing but a score of which more is better.
+    pub fn of(score: f64) -> CheckpointScore {
+        CheckpointScore { score, minus_loss: 0.0 }
     }
 }
 
@@ -66,7 +65,6 @@ pub struct Report {
     /// Share of the rows with labels for two tasks or more in which every label of every task is right.
     pub sentence_accuracy: Option<f64>,
     /// Those rows.
-    #[serde(default)]
     pub n_joint: usize,
 }
 

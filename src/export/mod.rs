@@ -101,9 +101,7 @@ impl Node {
         }
         Ok(module)
     }
-}
 
-impl Node {
     /// Weight and bias of a part that is an affine map and nothing else.
     fn affine(&self) -> Option<(&Tensor, &Tensor)> {
         match self.parameters.as_slice() {

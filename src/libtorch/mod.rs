@@ -227,6 +227,11 @@ extern "C" fn warned(text: *const c_char) {
     }
 }
 
+/// Whether the processor multiplies matrices of bfloat16 numbers (AVX-512 BF16).
+pub fn has_bfloat16() -> bool {
+    std::is_x86_feature_detected!("avx512bf16")
+}
+
 /// Whether operators on the CPU may be oneDNN's.
 pub(crate) fn use_onednn(on: bool) {
     // SAFETY: takes a plain value.

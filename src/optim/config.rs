@@ -37,8 +37,8 @@ pub struct AdamConfig {
     /// Apply weight decay to biases, other vectors (such as a CRF's start scores) and the whole `embedding`, characters
     /// included, as well. Default false.
     pub decay_all: bool,
-    /// Update only embedding rows whose tokens occur in the step, and leave the optimizer state of the others
-    /// unchanged. Faster with large vocabularies, but not the same optimizer. Default false.
+    /// Update only embedding rows whose tokens occur in the step, and that of the unknown token; leave the optimizer
+    /// state of the others unchanged. Faster with large vocabularies, but not the same optimizer. Default false.
     pub lazy_rows: bool,
 }
 
@@ -67,8 +67,8 @@ pub struct SgdConfig {
     /// Apply weight decay to biases, other vectors (such as a CRF's start scores) and the whole `embedding`, characters
     /// included, as well. Default false.
     pub decay_all: bool,
-    /// Update only embedding rows whose tokens occur in the step, and leave the optimizer state of the others
-    /// unchanged. Faster with large vocabularies, but not the same optimizer. Default false.
+    /// Update only embedding rows whose tokens occur in the step, and that of the unknown token; leave the optimizer
+    /// state of the others unchanged. Faster with large vocabularies, but not the same optimizer. Default false.
     pub lazy_rows: bool,
 }
 

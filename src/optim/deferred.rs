@@ -14,7 +14,7 @@ use tch::Tensor;
 
 use crate::libtorch::floats;
 
-/// TableState that are computed at once.
+/// Numbers that are computed at once.
 const LANES: usize = 16;
 /// Rows below which it costs more to share them out than to do them.
 const LEAST: usize = 8;

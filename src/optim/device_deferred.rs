@@ -11,7 +11,7 @@ use crate::libtorch::{Kernel, LaunchConfig, upload};
 
 /// Steps that rows wait at most. More would save little: all rows are moved once in so many steps.
 const MOST: i64 = 64;
-/// TableState of the kernels' `Step`.
+/// Numbers of the kernels' `Step`.
 const STEP: i64 = 8;
 
 const SOURCE: &str = include_str!("../libtorch/optimizer.cu");

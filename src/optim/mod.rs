@@ -94,7 +94,7 @@ impl Piece {
     }
 }
 
-/// TableState below which a parameter is one worker's.
+/// Numbers below which a parameter is one worker's.
 const SMALL: usize = 1 << 14;
 
 impl Slot {

@@ -36,7 +36,7 @@ pub struct WarmupConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RangeConfig {
-    /// Factor of the learning rate after the last step, more than 0.
+    /// Factor of the learning rate at the last step, more than 0.
     pub final_factor: f64,
 }
 
@@ -57,7 +57,7 @@ impl ScheduleConfig {
         let progress = ((step - warmup) as f64 / (n_steps - warmup).max(1) as f64).min(1.0);
         match self {
             ScheduleConfig::Constant(_) => 1.0,
-            ScheduleConfig::Range(config) => config.final_factor.powf(progress),
+            ScheduleConfig::Range(config) => config.final_factor.powf(step as f64 / (n_steps.max(2) - 1) as f64),
             ScheduleConfig::Linear(_) => 1.0 - progress,
             ScheduleConfig::Cosine(_) => (1.0 + (std::f64::consts::PI * progress).cos()) / 2.0,
         }
@@ -77,7 +77,7 @@ mod tests {
         let cosine = ScheduleConfig::Cosine(warmup);
         assert!((cosine.factor(55, 100) - 0.5).abs() < 1e-12 && (cosine.factor(40, 100) - 0.75).abs() < 1e-12);
         let range = ScheduleConfig::Range(RangeConfig { final_factor: 1e4 });
-        assert!((range.factor(50, 100) - 100.0).abs() < 1e-9);
+        assert!((range.factor(50, 101) - 100.0).abs() < 1e-9 && (range.factor(100, 101) - 1e4).abs() < 1e-6);
         assert_eq!(ScheduleConfig::Constant(WarmupConfig::default()).factor(70, 100), 1.0);
     }
 }

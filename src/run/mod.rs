@@ -9,6 +9,7 @@ pub mod checkpoint;
 mod records;
 mod tensorboard;
 
+use std::cmp::Reverse;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -154,8 +155,9 @@ impl RunDirectory {
         }
     }
 
-    /// The run of an experiment in `folder` that began last; `resolved` is its `resolved.yaml`, of which the first line names it.
-    pub fn newest(folder: &Path, name: &str, resolved: &str) -> Option<PathBuf> {
+    /// The runs of an experiment in `folder`, the one that began last first; `resolved` is its `resolved.yaml`, of which the first
+    /// line names it.
+    pub fn all_of(folder: &Path, name: &str, resolved: &str) -> Vec<PathBuf> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
         // The run of another experiment may be in a folder of such a name.
@@ -165,7 +167,9 @@ impl RunDirectory {
         };
         // Written once, when a run begins.
         let began = |run: &PathBuf| run.join("experiment.yaml").metadata().and_then(|file| file.modified()).ok();
-        runs.map(|entry| entry.path()).filter(ours).max_by_key(began)
+        let mut runs: Vec<PathBuf> = runs.map(|entry| entry.path()).filter(ours).collect();
+        runs.sort_by_key(|run| Reverse(began(run)));
+        runs
     }
 
     /// Opens the directory of an earlier run.

@@ -36,15 +36,14 @@ pub struct TrainingConfig {
     /// On CUDA, record steps of the same shape once and replay each as one CUDA graph. Default true.
     pub cuda_graphs: bool,
     /// Whether LSTM layers on the CPU are computed by oneDNN instead of libtorch's step-by-step code; results differ by
-    /// rounding. Default: whichever is faster, measured when a run starts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub onednn: Option<bool>,
+    /// rounding. `polytask bench` measures which is faster. Default true.
+    pub onednn: bool,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
     /// Steps between records of losses; an epoch with fewer steps has one record. Default 50, at least 1.
     pub log_every_steps: usize,
-    /// Record the norms of the tasks' gradients, and the cosines between them, with every N-th record of losses (see
-    /// `log_every_steps`), taken at the highest LSTM layer that all tasks read; 0 turns it off. Default 4.
+    /// Record the norms of the tasks' gradients, and the cosines between them, with the first record of losses and every
+    /// N-th after it (see `log_every_steps`), taken at the highest LSTM layer that all tasks read; 0 turns it off. Default 4.
     pub log_gradients_every: usize,
     /// Steps between checkpoints within an epoch. Default: only at the end of each epoch.
     pub checkpoint_every_steps: Option<usize>,
@@ -80,7 +79,7 @@ impl Default for TrainingConfig {
             freeze_epochs: IndexMap::new(),
             precision: Precision::Float32,
             cuda_graphs: true,
-            onednn: None,
+            onednn: true,
             sampling: SamplingConfig::default(),
             early_stopping: EarlyStopping::default(),
             log_every_steps: 50,

@@ -114,12 +114,7 @@ impl Trainer<'_> {
     pub fn resume(&mut self, run: &RunDirectory) -> Result<State> {
         let path = run.checkpoint("last");
         let saved = checkpoint::load(&path)?;
-        let mut about = saved.state;
-        // Programs before this one wrote the sums under the name that the number of the epoch has.
-        if about.get("epoch_sums").is_none() {
-            about["epoch_sums"] = about["epoch"].take();
-        }
-        let state: State = serde_json::from_value(about).with_context(|| format!("{}", path.display()))?;
+        let state: State = serde_json::from_value(saved.state).with_context(|| format!("{}", path.display()))?;
         let mut moments = saved.optimizer;
         self.model.parameters.load(saved.model)?;
         if let Some(average) = &mut self.average {
@@ -180,8 +175,11 @@ impl Trainer<'_> {
                 observer.step_taken(n_tokens, fresh.as_deref());
                 if epoch_ends {
                     let losses = state.epoch.means();
-                    state.epoch.reset();
-                    self.weighting.epoch_ended();
+                    // The last epoch may be cut short, and go on when the run is trained further.
+                    if state.step.is_multiple_of(per_epoch) {
+                        state.epoch.reset();
+                        self.weighting.epoch_ended();
+                    }
                     let report = self.evaluate(&mut state, course, &mut records, epoch)?;
                     observer.epoch_ended(epoch + 1, &losses, &report, state.best_step == Some(state.step));
                     interval = (Instant::now(), 0);
@@ -212,12 +210,11 @@ impl Trainer<'_> {
         }
     }
 
-    /// Whether the record after `step` (from 0) compares the tasks' gradients: the first at which so many steps are done, or
-    /// more.
+    /// Whether the record after `step` (from 0) compares the tasks' gradients.
     fn compares_after(&self, step: usize) -> bool {
-        let every = self.config.log_every_steps * self.config.log_gradients_every;
-        let before = (0..step).rev().find(|&before| self.logs_after(before)).map_or(0, |before| before + 1);
-        every > 0 && (step + 1) / every > before / every
+        let every = self.config.log_gradients_every;
+        let records_before = step / self.config.log_every_steps.min(self.steps_per_epoch());
+        every > 0 && records_before.is_multiple_of(every)
     }
 
     fn record_training(
@@ -295,7 +292,8 @@ impl Trainer<'_> {
             checkpoint::save(&run.checkpoint(name), &weights, &[], &about)
         };
         let metric = &self.config.early_stopping.metric;
-        let merit = if dev.set.is_empty() { Some(CheckpointScore::of_step(state.step)) } else { report.merit(metric) };
+        let merit =
+            if dev.set.is_empty() { Some(CheckpointScore::of(state.step as f64)) } else { report.merit(metric) };
         let merit = merit.with_context(|| format!("dev has no score `{metric}` to choose a checkpoint by"))?;
         let improved = state.best.is_none_or(|best| merit > best);
         if improved {

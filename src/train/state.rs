@@ -20,7 +20,6 @@ pub struct State {
     pub epoch: Sums,
     pub weighting: Value,
     /// A fingerprint of the data that the run began with.
-    #[serde(default)]
     pub data: Option<String>,
 }
 
@@ -51,7 +50,6 @@ pub struct Sums {
     losses: Vec<(f64, u64)>,
     norms: (f64, u64),
     /// Steps that float16 left out.
-    #[serde(default)]
     pub left_out: u64,
 }
 

@@ -11,8 +11,8 @@ use super::dwa::Dwa;
 use super::gradnorm::Gradnorm;
 use super::uncertainty::Uncertainty;
 use super::{
-    DwaConfig, GradnormConfig, LossWeighting, Observed, Reference, UncertaintyConfig, UncertaintySoftmaxConfig, Wants,
-    WeightOptimizerKind, WeightedTask, Weighting, WeightingConfig, numbers, vector,
+    DwaConfig, FixedConfig, GradnormConfig, LossWeighting, Observed, Reference, UncertaintyConfig,
+    UncertaintySoftmaxConfig, Wants, WeightOptimizerKind, WeightedTask, Weighting, WeightingConfig, numbers, vector,
 };
 use crate::rng::Seed;
 
@@ -51,9 +51,14 @@ fn tasks(n: usize) -> Vec<WeightedTask> {
 }
 
 fn uncertainty(device: Device) -> Result<()> {
-    let mut strategy = Uncertainty::new(&UncertaintyConfig::default(), 3, device);
+    let strategy = Uncertainty::new(&UncertaintyConfig::default(), 3, device);
     let losses = vector(&LOSSES, device);
     near("ds at s = 0", &strategy.gradient(&losses), &[-0.4, -1.5, 0.0], 1e-12)?;
+    let best: Vec<f64> = LOSSES.iter().map(|loss| (2.0 * loss).ln()).collect();
+    let at_best = Uncertainty { log_variances: vector(&best, device), ..strategy };
+    near("weights at s = ln 2L", &at_best.weights(0, &ALL, None), &[0.555556, 0.25, 1.0], ROUNDED)?;
+    near("ds at s = ln 2L", &at_best.gradient(&losses), &[0.0; 3], 1e-12)?;
+    let mut strategy = Uncertainty::new(&UncertaintyConfig::default(), 3, device);
     for _ in 0..3000 {
         strategy.learn(&Observed { losses: &losses, present: &ALL, norms: None })?;
     }
@@ -135,7 +140,13 @@ fn gradnorm_direction(device: Device) -> Result<()> {
     let mut strategy = gradnorm(config, &tasks(3), device)?;
     let weights = held(&mut strategy, 4000, LOSSES, NORMS, device)?;
     // Steps of constant length swing round the fixed point, w proportional to 1 / n.
-    near("fixed point", &weights, &[0.142857, 0.571429, 2.285714], 2e-2)
+    let fixed = [0.142857, 0.571429, 2.285714];
+    near("weights round the fixed point", &weights, &fixed, 2e-2)?;
+    strategy.weights = vector(&fixed, device);
+    let closed = strategy.closed_form(&vector(&LOSSES, device), &ALL, &vector(&NORMS, device));
+    let magnitudes: Vec<f64> = fixed.iter().zip(NORMS).map(|(weight, norm)| weight * norm).collect();
+    // Norms of up to 4 times weights of six decimals.
+    near("targets at the fixed point", &closed.targets, &magnitudes, 4.0 * ROUNDED)
 }
 
 fn gradnorm_absent(device: Device) -> Result<()> {
@@ -158,6 +169,7 @@ fn priorities(device: Device) -> Result<()> {
     favoured[1].priority = 3.0;
     let configs = [
         WeightingConfig::default(),
+        WeightingConfig::Fixed(FixedConfig { weights: (0..3).map(|i| (format!("t{i}"), 2.0)).collect() }),
         WeightingConfig::Uncertainty(UncertaintyConfig::default()),
         WeightingConfig::UncertaintySoftmax(UncertaintySoftmaxConfig::default()),
         WeightingConfig::Dwa(DwaConfig::default()),

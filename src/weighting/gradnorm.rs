@@ -38,7 +38,8 @@ pub struct GradnormConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_every: Option<usize>,
     /// How GradNorm's reference loss L_i(0) is set: `first_batch`, `{mean_of_first: K}` steps (weights stay fixed until
-    /// then), or `log_classes`, the loss of a uniform guess. Default `first_batch`.
+    /// then), or `log_classes`, the log of the number of
+    /// labels: the loss of a uniform guess, but for a CRF with constraints, whose guess has fewer. Default `first_batch`.
     pub initial_loss: InitialLoss,
     /// The smallest weight, applied before the weights are rescaled to their sum. Default 1e-3, more than 0.
     pub floor: f64,
@@ -75,7 +76,7 @@ const SMALLEST_LOSS: f64 = 1e-12;
 pub struct Gradnorm {
     config: GradnormConfig,
     priorities: Vec<f64>,
-    weights: Tensor,
+    pub(super) weights: Tensor,
     optimizer: WeightOptimizer,
     initial: Tensor,
     /// Steps that went into each task's initial loss; 0 needed for `log_classes`.

@@ -29,8 +29,8 @@ impl Default for UncertaintyConfig {
 }
 
 pub struct Uncertainty {
-    log_variances: Tensor,
-    optimizer: WeightOptimizer,
+    pub(super) log_variances: Tensor,
+    pub(super) optimizer: WeightOptimizer,
 }
 
 impl Uncertainty {

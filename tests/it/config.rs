@@ -270,6 +270,8 @@ fn overrides_are_checked_like_the_file() {
     let text = load(GOOD, &["data.sets.snipz.test=x"]).unwrap_err().to_string();
     assert!(text.starts_with("--set data.sets.snipz.test=x: data.sets.snipz: missing key"), "{text}");
     assert!(text.contains("did you mean `snips`?"), "{text}");
+    let text = load(GOOD, &["model.trunk={hidden: 0}"]).unwrap_err().to_string();
+    assert!(text.starts_with("--set model.trunk={hidden: 0}: model.trunk.hidden: must be"), "{text}");
     // What a mapping lacks, it lacks where it stands.
     let lacking = GOOD.replace("      format: parallel\n", "");
     let text = load(&lacking, &["data.sets.snips.test=x"]).unwrap_err().to_string();

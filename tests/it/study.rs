@@ -61,7 +61,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     // Runs that belong to no study, and what is no run.
     let path = |name: &str| format!("runs/small-study/runs/{name}");
     let (table, _) = said(&folder, &["compare", &path("equal-s1"), &path("only-topic-s1")], 0);
-    assert!(table.contains("unknown: no spread over seeds"), "{table}");
+    assert!(table.contains("unknown: one seed"), "{table}");
     // Killed while its files are written.
     std::fs::remove_dir_all(folder.path().join("runs/small-study/experiments")).unwrap();
     assert!(said(&folder, &command, 0).1.contains("16 runs, 16 of them done"));
@@ -70,6 +70,44 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     folder.file("study.yaml", folder.read("study.yaml").replace("hidden: 10", "hidden: 11"));
     let (_, error) = said(&folder, &command, 2);
     assert!(error.contains("of a different experiment"), "{error}");
+    assert!(error.contains("model.trunk.hidden: was `10`, is `11`"), "{error}");
+}
+
+#[test]
+fn variants_are_held_to_the_experiment_without_their_changes() {
+    let folder = study(
+        "  strategies: {equal: {}}\n  variants:\n    wide: {model.trunk.hidden: 14}\n    plain: {tasks.slots.decoder: softmax, \
+         model: {embedding: {characters: {kind: cnn, dim: 4}}}}\n",
+    );
+    let command = ["study", "study.yaml", "--set", "training.max_epochs=1", "--set", "study.single_task_twins=false"];
+    let (table, _) = said(&folder, &command, 0);
+    let rows = |name: &str| table.lines().filter(|line| line.contains(&format!(" {name} "))).count();
+    // Its scores, and a difference for each task.
+    assert_eq!((rows("equal (wide)"), rows("equal (plain)")), (3, 3), "{table}");
+    assert!(table.contains("Difference from the experiment without the variant's changes"), "{table}");
+    let run = |name: &str| folder.read(&format!("runs/small-study/runs/{name}/resolved.yaml"));
+    assert!(run("equal.wide-s1").contains("hidden: 14") && !run("equal-s1").contains("hidden: 14"));
+    assert!(run("equal.plain-s2").contains("decoder: softmax") && run("equal.plain-s2").contains("kind: cnn"));
+    let (json, _) = said(&folder, &["compare", "runs/small-study", "--json"], 0);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let mean = |group: usize| json["groups"][group]["tasks"][0]["mean"].as_f64().unwrap();
+    assert_eq!(json["groups"][1]["variant"], "wide");
+    let difference = json["groups"][1]["tasks"][0]["difference"]["mean"].as_f64().unwrap();
+    assert!((mean(1) - mean(0) - difference).abs() < 1e-12, "{json}");
+    // Beside twins, which have none of the changes.
+    let (table, log) = said(&folder, &command[..4], 0);
+    assert!(log.contains("10 runs, 6 of them done") && !log.contains("no verdict"), "{log}");
+    let alone = table.split("Difference from the single-task model").nth(1).unwrap();
+    assert!(!alone.split("Difference from").next().unwrap().contains("wide"), "{table}");
+    for (wrong, message) in [
+        ("study.variants.wide={model.trunk.hiden: 14}", "study.variants.wide: model.trunk: unknown key `hiden`"),
+        ("study.variants.wide={model.trunk.hidden: 0}", "study.variants.wide: model.trunk.hidden: must be at least 1"),
+    ] {
+        for command in ["study", "check"] {
+            let (out, error) = said(&folder, &[command, "study.yaml", "--set", wrong], 2);
+            assert!((out + &error).contains(message), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -97,7 +97,6 @@ training:
   max_epochs: 6
   log_every_steps: 3
   ema_decay: 0
-  onednn: true
   optimizer: {kind: adamw, learning_rate: 1.0e-2, decay_all: true}
 ";
 

@@ -5,6 +5,7 @@
 //! else the machine does falls on all of them alike. Ratios are medians over the rounds of a round's own ratio.
 
 mod bound;
+mod kernels;
 mod workload;
 
 use std::time::Instant;
@@ -22,6 +23,7 @@ use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
 use crate::libtorch::{configure, peak_device_memory, workers};
+use crate::model::Precision;
 use crate::problem::invalid;
 use crate::train::step_timer::{Part, StepTimer};
 use crate::train::{Pending, Step, Trainer};
@@ -53,6 +55,8 @@ struct Findings<'a> {
     strategies: Vec<Measured>,
     /// Of a step under the first strategy.
     parts_ms: IndexMap<&'static str, f64>,
+    /// On the CPU, in float32.
+    lstm: Option<kernels::LstmTimes>,
     bound: bound::Bound,
     time_over_bound: f64,
 }
@@ -131,6 +135,8 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let parts_ms = parts(&mut trainers[0], &steps, device)?;
     // Before the bound is measured, on arrays larger than all of this.
     let peak_memory_bytes = peak_memory(device);
+    let lstm = (device == Device::Cpu && config.precision == Precision::Float32)
+        .then(|| kernels::measure(&rehearsal.model, config));
     let bound = bound(&rehearsal, &steps);
     let findings = Findings {
         experiment: &experiment.name,
@@ -143,6 +149,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         time_over_bound: measured[0].ms_per_step / bound.ms_per_step,
         strategies: measured,
         parts_ms,
+        lstm,
         bound,
     };
     match args.json {
@@ -240,6 +247,12 @@ fn print(findings: &Findings) -> Result<()> {
         out.add_row([name.to_string(), format!("{ms:.2}")]);
     }
     say(out)?;
+    if let Some(lstm) = &findings.lstm {
+        say(format!(
+            "LSTM layers of one worker, forward and backward: {:.2} ms by oneDNN, {:.2} ms step by step (training.onednn)",
+            lstm.onednn_ms, lstm.step_by_step_ms
+        ))?;
+    }
     let bound = &findings.bound;
     say(format!(
         "lower bound: {:.2} ms per step ({:.0} GFLOP/s for matrix products, measured here); measured time is {:.2} times that",

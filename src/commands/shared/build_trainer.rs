@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::prepare;
 use crate::config::Experiment;
 use crate::data::{DeviceSplit, Sampler, Tokenizer};
+use crate::libtorch;
 use crate::model::{HeadConfig, Model, Precision, is_part};
 use crate::optim::{Ema, LossScale, Optimizer};
 use crate::problem::invalid;
@@ -21,6 +22,9 @@ use crate::weighting::{WeightedTask, Weighting, WeightingConfig};
 pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
     if config.precision == Precision::Float16 && device == Device::Cpu {
         return Err(invalid("training.precision: float16 needs CUDA; use bfloat16 on the CPU"));
+    }
+    if config.precision == Precision::Bfloat16 && device == Device::Cpu && !libtorch::has_bfloat16() {
+        log::warn!("this processor has no instructions for bfloat16, so a bfloat16 trunk is slower than a float32 one");
     }
     Ok(())
 }
@@ -52,6 +56,7 @@ pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, dev
     let mut model = prepare::model(experiment, tasks, tokenizer, device)?;
     check_parts(&experiment.training, &model)?;
     model.set_precision(experiment.training.precision);
+    libtorch::use_onednn(experiment.training.onednn);
     Ok(model)
 }
 

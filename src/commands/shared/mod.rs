@@ -4,7 +4,6 @@ pub mod build_trainer;
 pub(super) mod data_checks;
 pub(super) mod exported_file;
 pub(super) mod init_from;
-pub(super) mod onednn;
 pub mod prepare;
 pub(super) mod progress;
 pub(super) mod rehearsal;

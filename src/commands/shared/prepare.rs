@@ -152,7 +152,7 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
     let (train, root) = (corpus.rows(Split::Train), &experiment.data.root);
     let max_bytes = experiment.model.embedding.characters.max_bytes();
     let mut tokenizer = Tokenizer::build(&experiment.tokenizer, root, &train, max_bytes)?;
-    // What is wrong with it is told by `transfer`.
+    // What is wrong with it is told by `init_from`.
     if let Some(run) = experiment.init_from.as_ref().and_then(|from| RunDirectory::open(from).ok()) {
         extend_by_run(&mut tokenizer, experiment, &run)?;
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use tch::Device;
 
-use super::{build_trainer, init_from, onednn, prepare};
+use super::{build_trainer, init_from, prepare};
 use crate::config::Experiment;
 use crate::data::{DeviceSplit, Sampler, Tokenizer};
 use crate::model::Model;
@@ -32,8 +32,7 @@ impl Rehearsal {
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
         let tasks = prepare::tasks(&experiment, &corpus);
-        let mut model = build_trainer::model(&experiment, &tasks, &tokenizer, device)?;
-        onednn::choose(&mut model, &experiment.training);
+        let model = build_trainer::model(&experiment, &tasks, &tokenizer, device)?;
         if let Some(earlier) = init_from::earlier(&experiment)? {
             init_from::initialize(&model, (&experiment, &tasks), &tokenizer, &earlier)?.log();
         }

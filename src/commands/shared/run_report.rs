@@ -21,7 +21,6 @@ pub struct RunReport {
     /// By name: `dev` and, where there is one, `test`.
     pub splits: IndexMap<String, Report>,
     /// What the splits' rows are known by, for each task ([`crate::data::Corpus::fingerprint`]).
-    #[serde(default)]
     pub rows: IndexMap<String, Vec<String>>,
 }
 

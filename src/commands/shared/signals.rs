@@ -4,8 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::libtorch;
 use crate::run::atomic;
@@ -21,11 +20,19 @@ pub fn stop_flag(message: &'static str) -> Arc<AtomicBool> {
 }
 
 /// Heeds SIGINT, SIGTERM and SIGHUP, but for those that whoever started the process has it ignore, as `nohup` does.
+///
+/// To be called before there are other threads. All have signals blocked, and one thread waits for them: while oneDNN's matrix
+/// products run, the stack pointer is inside a buffer on the heap, below which a signal handler would write its frame.
 pub fn listen() -> Result<()> {
     let ignored = ignored();
-    let heeded = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-    let mut signals = Signals::new(heeded).context("signals cannot be handled")?;
-    std::thread::spawn(move || signals.forever().for_each(|_| heed()));
+    let all = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+    let heeded: SigSet = all.into_iter().filter(|&signal| ignored >> (signal as i32 - 1) & 1 == 0).collect();
+    heeded.thread_block().context("signals cannot be blocked")?;
+    std::thread::spawn(move || {
+        while heeded.wait().is_ok() {
+            heed();
+        }
+    });
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! `polytask train --resume`: which run is resumed, and what may change in it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -24,20 +24,24 @@ pub fn of_folder(args: &TrainArgs) -> Result<TrainArgs> {
     Ok(TrainArgs { experiment, out: Some(args.out.clone().unwrap_or_else(|| folder.clone())), ..args.clone() })
 }
 
-/// The run directory that `--resume` means.
+/// The run directory that `--resume` means: that of `--out`, or else of the experiment's runs the newest that it can resume.
 ///
 /// # Errors
 /// No such run, or one of another experiment.
 pub fn open(args: &TrainArgs, experiment: &Experiment) -> Result<RunDirectory> {
     let name = &experiment.name;
-    let path = match &args.out {
-        Some(out) => out.clone(),
-        None => RunDirectory::newest(Path::new(RUNS), name, &experiment.to_yaml()?)
-            .ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))?,
+    let paths = match &args.out {
+        Some(out) => vec![out.clone()],
+        None => RunDirectory::all_of(Path::new(RUNS), name, &experiment.to_yaml()?),
     };
-    let run = RunDirectory::open(&path)?;
-    fail_on_change(&run, experiment)?;
-    Ok(run)
+    let opened = |path: &PathBuf| {
+        let run = RunDirectory::open(path)?;
+        fail_on_change(&run, experiment)?;
+        Ok(run)
+    };
+    let mut runs = paths.iter().map(opened);
+    let newest = runs.next().ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))?;
+    newest.or_else(|error| runs.find_map(Result::ok).ok_or(error))
 }
 
 fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {

@@ -41,7 +41,8 @@ pub struct ClassificationConfig {
     /// Dropout before each layer of the head, in addition to the trunk's. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
-    /// What the head reads: `trunk`, and other tasks, whose predicted distributions are added to its input. Default
+    /// What the head reads: `trunk`, and other tasks, whose predicted distributions (with a CRF, the softmax of
+    /// its scores of the word alone) are added to its input. Default
     /// `[trunk]`.
     #[serde(default = "super::trunk_alone")]
     pub inputs: Vec<String>,

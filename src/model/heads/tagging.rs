@@ -44,13 +44,14 @@ pub struct TaggingConfig {
     #[serde(default)]
     pub constraints: Option<bool>,
     /// How spans are counted for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict
-    /// mode: a span must start with B-). Default `conlleval`. Both scores are reported.
+    /// mode: a span must start with B-, in gold labels after broken ones were repaired). Default `conlleval`. Both scores are reported.
     #[serde(default)]
     pub scoring: SpanRule,
     /// Dropout before the head, in addition to the trunk's. Default 0, from 0 to below 1.
     #[serde(default)]
     pub dropout: f64,
-    /// What the head reads: `trunk`, and other tasks, whose predicted distributions are added to its input. Default
+    /// What the head reads: `trunk`, and other tasks, whose predicted distributions (with a CRF, the softmax of
+    /// its scores of the word alone) are added to its input. Default
     /// `[trunk]`.
     #[serde(default = "super::trunk_alone")]
     pub inputs: Vec<String>,
