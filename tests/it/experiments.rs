@@ -14,11 +14,12 @@ fn files() -> Vec<PathBuf> {
 
 #[test]
 fn every_experiment_is_sound_and_says_what_to_expect() {
-    assert_eq!(files().len(), 15);
+    assert_eq!(files().len(), 16);
     for path in files() {
         let text = std::fs::read_to_string(&path).unwrap();
         let header: String = text.lines().take_while(|line| line.starts_with('#')).collect::<Vec<_>>().join("\n");
         let experiment = Experiment::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+        experiment.variants(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
         let name = path.file_stem().unwrap().to_string_lossy();
         let (verb, of) = match name.strip_suffix("_study") {
             Some(of) => ("study", of),
