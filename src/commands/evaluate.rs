@@ -3,7 +3,7 @@
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use super::cli::EvaluateArgs;
@@ -43,8 +43,9 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     for task in report.tasks.iter().filter(|task| task.n_sentences == 0) {
         log::warn!("`{}`: no row of {} has a label, so there is no score", task.name, split.name());
     }
-    if let Some(mut file) = predictions {
-        write_predictions(&mut BufWriter::new(&mut file), &trained, (&corpus, split), &data)?;
+    if let (Some(mut file), Some(path)) = (predictions, &args.predictions) {
+        let written = write_predictions(&mut BufWriter::new(&mut file), &trained, (&corpus, split), &data);
+        written.with_context(|| path.display().to_string())?;
         file.keep()?;
     }
     if args.json {

@@ -7,7 +7,8 @@ use terminal_size::terminal_size;
 
 use super::cli::OptionsArgs;
 use super::{End, say};
-use crate::config::{join, schema::schema};
+use crate::config::join;
+use crate::config::schema::{range, schema};
 use crate::problem::invalid;
 
 pub fn run(args: &OptionsArgs) -> Result<End> {
@@ -50,14 +51,17 @@ struct Row {
     path: String,
     depth: usize,
     key: String,
-    /// The doc comment as one paragraph.
+    /// The doc comment as one paragraph, and the range.
     meaning: String,
 }
 
 impl Row {
     fn new(path: &str, depth: usize, key: String, of: &Value) -> Row {
         let text = of["description"].as_str().unwrap_or_default();
-        let meaning = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut words: Vec<&str> = text.split_whitespace().collect();
+        let range = range(of).map(|range| format!("Must be {range}."));
+        words.extend(range.as_deref());
+        let meaning = words.join(" ");
         Row { path: path.to_owned(), depth, key, meaning }
     }
 }

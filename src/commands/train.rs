@@ -153,7 +153,10 @@ fn go(
         train: &train,
     }
     .trainer();
-    let mut state = if resumes { trainer.resume(run)? } else { State::new(tasks.len()) };
+    let mut state = match resumes {
+        true => trainer.resume(run).with_context(|| format!("{} is damaged", run.checkpoint("last").display()))?,
+        false => State::new(tasks.len()),
+    };
     let data = EncodedSplit::fingerprint(&[&train.set, &dev.set]);
     if state.data.get_or_insert(data.clone()) != &data {
         let message = "its data has changed; restore the data or start a new run";

@@ -4,9 +4,11 @@ mod training;
 
 use std::collections::BTreeSet;
 
+use anyhow::Result;
+
 use super::decode::suggestion;
 use super::source::SourceTree;
-use super::{Experiment, StudyConfig};
+use super::{Experiment, StudyConfig, schema};
 use crate::data::{Format, SamplingConfig, SetConfig, TokenizerConfig};
 use crate::model::heads::Decoder;
 use crate::model::{CharactersConfig, ClassWeights, HeadConfig};
@@ -43,27 +45,14 @@ impl Checker<'_> {
             self.error(path, message);
         }
     }
-
-    fn positive(&mut self, path: &str, value: f64) {
-        self.require(path, value > 0.0, "must be more than 0");
-    }
-
-    fn at_least_one(&mut self, path: &str, value: usize) {
-        self.require(path, value >= 1, "must be at least 1");
-    }
-
-    fn dropout(&mut self, path: &str, value: f64) {
-        self.require(path, (0.0..1.0).contains(&value), "must be from 0 to below 1");
-    }
-
-    fn fraction(&mut self, path: &str, value: f64) {
-        self.require(path, (0.0..=1.0).contains(&value), "must be from 0 to 1");
-    }
 }
 
 /// Everything wrong with an experiment whose types are right.
-pub fn check(experiment: &Experiment, tree: &SourceTree) -> Vec<Problem> {
+pub fn check(experiment: &Experiment, tree: &SourceTree) -> Result<Vec<Problem>> {
     let mut c = Checker { tree, problems: Vec::new() };
+    for (path, range) in schema::out_of_range(&experiment.to_value()?) {
+        c.error(&path, format!("must be {range}"));
+    }
     let name_ok = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let name = &experiment.name;
     c.require(
@@ -84,16 +73,13 @@ pub fn check(experiment: &Experiment, tree: &SourceTree) -> Vec<Problem> {
     for (name, head) in &experiment.tasks {
         check_task(&mut c, name, head, experiment);
     }
-    check_model(&mut c, experiment);
+    check_embedding(&mut c, experiment);
     check_weighting(&mut c, "weighting", &experiment.weighting, experiment);
     if let Some(study) = &experiment.study {
         check_study(&mut c, study, experiment);
     }
-    let share = experiment.data.train_fraction;
-    c.require("data.train_fraction", share > 0.0 && share <= 1.0, "must be more than 0 and at most 1");
-    c.require("data.max_words", experiment.data.max_words != Some(0), "must be at least 1");
     training::check_training(&mut c, experiment);
-    c.problems
+    Ok(c.problems)
 }
 
 fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
@@ -106,9 +92,8 @@ fn check_set(c: &mut Checker, path: &str, set: &SetConfig) {
                 "give `dev:` or `dev_fraction:` (0.1, say; 0 trains without dev)",
             );
         }
-        Some(fraction) => {
+        Some(_) => {
             c.require(&format!("{path}.dev_fraction"), set.dev.is_none(), "give `dev:` or `dev_fraction:`, not both");
-            c.require(&format!("{path}.dev_fraction"), (0.0..1.0).contains(&fraction), "must be from 0 to below 1");
         }
     }
     let both = set.stratify.is_some() && set.stratify_tags.is_some();
@@ -183,27 +168,16 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
         }
     }
     check_reads(c, &path, name, head, experiment);
-    let (dropout, priority, smoothing) = match head {
-        HeadConfig::Classification(config) => {
-            c.require(&format!("{path}.hidden"), config.hidden >= 0, "must not be negative");
-            (config.dropout, config.priority, config.label_smoothing)
-        }
-        HeadConfig::Tagging(config) => {
-            let can = config.can_constrain() || !config.constrained();
-            c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme with spans");
-            let can = config.decoder() == Decoder::Softmax || config.label_smoothing == 0.0;
-            c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
-            let can = config.decoder() == Decoder::Softmax || config.class_weights == ClassWeights::Equal;
-            c.require(&format!("{path}.class_weights"), can, "needs `decoder: softmax`");
-            let can = head.kind().has_spans() || config.missed_cost == 0.0;
-            c.require(&format!("{path}.missed_cost"), can, "needs a scheme with spans");
-            c.require(&format!("{path}.missed_cost"), config.missed_cost >= 0.0, "must not be negative");
-            (config.dropout, config.priority, config.label_smoothing)
-        }
-    };
-    c.dropout(&format!("{path}.label_smoothing"), smoothing);
-    c.dropout(&format!("{path}.dropout"), dropout);
-    c.positive(&format!("{path}.priority"), priority);
+    if let HeadConfig::Tagging(config) = head {
+        let can = config.can_constrain() || !config.constrained();
+        c.require(&format!("{path}.constraints"), can, "needs `decoder: crf` and a scheme with spans");
+        let can = config.decoder() == Decoder::Softmax || config.label_smoothing == 0.0;
+        c.require(&format!("{path}.label_smoothing"), can, "needs `decoder: softmax`");
+        let can = config.decoder() == Decoder::Softmax || config.class_weights == ClassWeights::Equal;
+        c.require(&format!("{path}.class_weights"), can, "needs `decoder: softmax`");
+        let can = head.kind().has_spans() || config.missed_cost == 0.0;
+        c.require(&format!("{path}.missed_cost"), can, "needs a scheme with spans");
+    }
 }
 
 /// What a head reads: the trunk, a layer that there is, and heads that do not see it in turn.
@@ -234,21 +208,13 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
     c.require(&format!("{path}.layer"), reads.layer <= layers, &format!("the trunk's last layer is {layers}"));
     let one = !(reads.mix_layers && reads.layer > 0);
     c.require(&format!("{path}.layer"), one, "give `layer` or `mix_layers: true`, not both");
-    c.require(&format!("{path}.private_lstm"), reads.private_lstm >= 0, "must not be negative");
 }
 
 fn check_embedding(c: &mut Checker, experiment: &Experiment) {
     let embedding = &experiment.model.embedding;
     let others = !embedding.vectors.is_empty() || embedding.characters.max_bytes().is_some();
-    let valid = embedding.dim >= 1 || (embedding.dim == 0 && others);
+    let valid = embedding.dim != 0 || others;
     c.require("model.embedding.dim", valid, "must be at least 1, or 0 if there are vectors or characters");
-    for (key, value) in [
-        ("dropout", embedding.dropout),
-        ("row_dropout", embedding.row_dropout),
-        ("word_dropout", embedding.word_dropout),
-    ] {
-        c.dropout(&format!("model.embedding.{key}"), value);
-    }
     let whole = matches!(experiment.tokenizer, TokenizerConfig::Word(_)) || embedding.vectors.is_empty();
     c.require("model.embedding.vectors", whole, "pretrained vectors need `tokenizer: {model: word}`");
     for (i, vectors) in embedding.vectors.iter().enumerate() {
@@ -256,58 +222,23 @@ fn check_embedding(c: &mut Checker, experiment: &Experiment) {
         let npy = vectors.file.extension().is_some_and(|extension| extension == "npy");
         c.require(&path, npy == vectors.words.is_some(), "`words:` must be given with a .npy file, and only then");
     }
-    let at = |key: &str| format!("model.embedding.characters.{key}");
-    match &embedding.characters {
-        CharactersConfig::None(_) => {}
-        CharactersConfig::Cnn(cnn) => {
-            c.require(&at("dim"), cnn.dim >= 1, "must be at least 1");
-            c.require(&at("filters"), cnn.filters >= 1, "must be at least 1");
-            c.require(&at("width"), cnn.width >= 1 && cnn.width % 2 == 1, "must be odd and at least 1");
-            c.at_least_one(&at("max_bytes"), cnn.max_bytes);
-        }
-        CharactersConfig::Lstm(lstm) => {
-            c.require(&at("dim"), lstm.dim >= 1, "must be at least 1");
-            c.require(&at("hidden"), lstm.hidden >= 1, "must be at least 1");
-            c.at_least_one(&at("max_bytes"), lstm.max_bytes);
-        }
-    }
-}
-
-fn check_model(c: &mut Checker, experiment: &Experiment) {
-    check_embedding(c, experiment);
-    let trunk = &experiment.model.trunk;
-    c.require("model.trunk.hidden", trunk.hidden >= 1, "must be at least 1");
-    c.at_least_one("model.trunk.layers", trunk.layers);
-    c.dropout("model.trunk.dropout", trunk.dropout);
-    match &experiment.tokenizer {
-        TokenizerConfig::Word(word) => {
-            c.require("tokenizer.min_count", word.min_count >= 1, "must be at least 1");
-            c.fraction("tokenizer.unknown_rate", word.unknown_rate);
-            c.require("tokenizer.max_size", word.max_size.is_none_or(|size| size > 0), "must be at least 1");
-        }
-        TokenizerConfig::Bpe(piece) | TokenizerConfig::Wordpiece(piece) | TokenizerConfig::Unigram(piece) => {
-            c.require("tokenizer.size", piece.size >= 100, "must be at least 100");
-        }
-        TokenizerConfig::File(_) => {}
+    if let CharactersConfig::Cnn(cnn) = &embedding.characters {
+        c.require("model.embedding.characters.width", cnn.width % 2 != 0, "must be odd");
     }
 }
 
 fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, experiment: &Experiment) {
     let at = |key: &str| format!("{path}.{key}");
     match weighting {
-        WeightingConfig::Equal(_) | WeightingConfig::Random(_) => {}
+        WeightingConfig::Equal(_)
+        | WeightingConfig::Random(_)
+        | WeightingConfig::Uncertainty(_)
+        | WeightingConfig::Dwa(_) => {}
         WeightingConfig::Fixed(fixed) => check_fixed(c, &at("weights"), fixed, experiment),
-        WeightingConfig::Uncertainty(config) => c.positive(&at("learning_rate"), config.learning_rate),
-        WeightingConfig::UncertaintySoftmax(config) => {
-            c.positive(&at("temperature"), config.temperature);
+        WeightingConfig::UncertaintySoftmax(_) => {
             c.require(path, !one_task_a_step(experiment), &several_tasks("uncertainty_softmax"));
         }
-        WeightingConfig::Dwa(config) => c.positive(&at("temperature"), config.temperature),
         WeightingConfig::Gradnorm(config) => {
-            c.require(&at("alpha"), config.alpha >= 0.0, "must not be negative");
-            c.positive(&at("learning_rate"), config.learning_rate);
-            c.positive(&at("floor"), config.floor);
-            c.require(&at("update_every"), config.update_every != Some(0), "must be at least 1");
             let some = config.initial_loss != InitialLoss::MeanOfFirst(0);
             c.require(&at("initial_loss"), some, "mean_of_first must be at least 1");
             c.require(path, !one_task_a_step(experiment), &several_tasks("gradnorm"));
@@ -374,7 +305,7 @@ fn check_fixed(c: &mut Checker, path: &str, fixed: &FixedConfig, experiment: &Ex
         if !names.contains(&name.as_str()) {
             c.error(&path, format!("no task `{name}`{}", suggestion(name, &names)));
         }
-        c.positive(&path, weight);
+        c.require(&path, weight > 0.0, "must be more than 0");
     }
     for name in names.iter().filter(|name| !fixed.weights.contains_key(**name)) {
         c.error(path, format!("no weight for task `{name}`"));

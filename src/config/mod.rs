@@ -84,7 +84,7 @@ impl Experiment {
         let mut problems: Vec<Problem> = tree.problems.clone();
         let decoded = decode::decode::<Experiment>(&tree, &defaults, &mut problems);
         let Some(mut experiment) = decoded else { return Err(InvalidInput(problems).into()) };
-        problems.extend(check::check(&experiment, &tree));
+        problems.extend(check::check(&experiment, &tree)?);
         if !problems.is_empty() {
             return Err(InvalidInput(problems).into());
         }

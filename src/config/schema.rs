@@ -46,9 +46,6 @@ pub fn owners_of(key: &str) -> Vec<String> {
 fn to_written(schema: &mut Value, path: &str) {
     let Value::Object(object) = schema else { return };
     object.remove("required");
-    for (bound, value) in bounds(object) {
-        object.insert(bound.to_owned(), value.into());
-    }
     if let Some(tag) = tag_key(path)
         && let Some(Value::Array(variants)) = object.remove("oneOf")
     {
@@ -82,33 +79,53 @@ fn to_written(schema: &mut Value, path: &str) {
     }
 }
 
-/// The bounds of a number, which its description states.
-fn bounds(schema: &Map<String, Value>) -> Vec<(&'static str, u64)> {
-    let kinds = schema.get("type").map(Value::to_string).unwrap_or_default();
-    let text = schema.get("description").and_then(Value::as_str).unwrap_or_default();
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if !(kinds.contains("number") || kinds.contains("integer")) {
-        return Vec::new();
+/// The range of a number, such as `at least 1`, in the words of `polytask options` and of errors.
+pub fn range(schema: &Value) -> Option<String> {
+    let bound = |key: &str| schema[key].as_f64();
+    let unsigned = schema["format"].as_str().is_some_and(|format| format.starts_with("uint"));
+    let least = bound("minimum").filter(|least| *least > 0.0 || !unsigned);
+    let (above, most, below) = (bound("exclusiveMinimum"), bound("maximum"), bound("exclusiveMaximum"));
+    let low = least.map(|least| format!("from {least}")).or(above.map(|above| format!("more than {above}")));
+    let high = most.map(|most| format!("to {most}")).or(below.map(|below| format!("to below {below}")));
+    match (low, high) {
+        (Some(low), Some(high)) if above.is_none() => Some(format!("{low} {high}")),
+        (Some(low), Some(high)) => Some(format!("{low} and {}", high.replacen("to", "at most", 1))),
+        (Some(low), None) => Some(low.replacen("from", "at least", 1)),
+        (None, Some(high)) => Some(high.replacen("to", "at most", 1)),
+        (None, None) => None,
+    }
+}
+
+/// The numbers of an experiment, as its file has them, that are out of their range: dotted path and what they must be.
+pub fn out_of_range(experiment: &Value) -> Vec<(String, String)> {
+    fn walk(schema: &Value, value: &Value, path: &str, found: &mut Vec<(String, String)>) {
+        if let (Some(number), Some(range)) = (value.as_f64(), range(schema)) {
+            let bound =
+                |key: &str, holds: fn(f64, f64) -> bool| schema[key].as_f64().is_none_or(|bound| holds(number, bound));
+            let within = bound("minimum", |x, bound| x >= bound)
+                && bound("maximum", |x, bound| x <= bound)
+                && bound("exclusiveMinimum", |x, bound| x > bound)
+                && bound("exclusiveMaximum", |x, bound| x < bound);
+            if !within {
+                found.push((path.to_owned(), range));
+            }
+        }
+        for (key, inner) in value.as_object().into_iter().flatten() {
+            let of_key = schema["properties"].get(key).unwrap_or(&schema["additionalProperties"]);
+            walk(of_key, inner, &join(path, key), found);
+        }
+        for (i, item) in value.as_array().into_iter().flatten().enumerate() {
+            walk(&schema["items"], item, &join(path, &i.to_string()), found);
+        }
+        // Of a mapping's kinds, its own.
+        let is_own = |kind: &&Value| {
+            let mut keys = kind["properties"].as_object().into_iter().flatten();
+            keys.all(|(key, inner)| inner["const"].is_null() || inner["const"] == value[key])
+        };
+        schema["anyOf"].as_array().into_iter().flatten().filter(is_own).for_each(|kind| walk(kind, value, path, found));
     }
     let mut found = Vec::new();
-    let mut bound = |words: &str, name| {
-        let after = text.to_lowercase().split_once(words).map(|(_, after)| after.to_owned()).unwrap_or_default();
-        let number = after.split(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok());
-        found.extend(number.map(|number: u64| (name, number)));
-    };
-    bound("at least ", "minimum");
-    bound(", at most ", "maximum");
-    bound("more than ", "exclusiveMinimum");
-    bound("below ", "exclusiveMaximum");
-    if text.contains("from 0 to below 1") || text.ends_with(", not negative.") {
-        found.push(("minimum", 0));
-    }
-    if text.contains("Between 0 and 1.") {
-        found.extend([("exclusiveMinimum", 0), ("exclusiveMaximum", 1)]);
-    }
-    if text.ends_with(", 0 to 1.") {
-        found.extend([("minimum", 0), ("maximum", 1)]);
-    }
+    walk(&schema(), experiment, "", &mut found);
     found
 }
 
@@ -142,23 +159,25 @@ mod tests {
     }
 
     #[test]
-    fn bounds_are_those_of_the_descriptions() {
-        let schema = schema();
-        let of = |pointer: &str| {
-            let found = schema.pointer(pointer).unwrap();
-            ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"].map(|bound| found[bound].as_u64())
-        };
-        let training = "/properties/training/properties";
-        assert_eq!(of(&format!("{training}/batch_size")), [Some(1), None, None, None]);
-        assert_eq!(of(&format!("{training}/ema_decay")), [None, None, None, Some(1)]);
-        assert_eq!(of("/properties/model/properties/trunk/properties/dropout"), [Some(0), None, None, Some(1)]);
-        assert_eq!(of("/properties/data/properties/train_fraction"), [None, Some(0), Some(1), None]);
-        let set = "/properties/data/properties/sets/additionalProperties/properties";
-        assert_eq!(of(&format!("{set}/dev_fraction")), [Some(0), None, None, Some(1)]);
-        assert_eq!(of("/properties/seed")[1..], [None; 3]);
-        let text = "The trunk layer that the head reads, counted from 1; 0 is the last. Default 0.";
-        let layer = json!({"type": "integer", "description": text});
-        assert_eq!(bounds(layer.as_object().unwrap()), []);
+    fn numbers_out_of_their_range_are_found_in_every_kind_of_place() {
+        let experiment = json!({
+            "seed": 0,
+            "data": {"train_fraction": 0, "sets": {"a": {"dev_fraction": 1.0}, "b": {"dev_fraction": 0}}},
+            "tasks": {"x": {"type": "tagging", "dropout": -0.1}},
+            "model": {"embedding": {"characters": {"kind": "lstm", "hidden": 0, "dim": 1}}},
+            "training": {"max_steps": 0, "optimizer": {"kind": "sgd", "momentum": 1, "learning_rate": 0.1}},
+        });
+        let found = out_of_range(&experiment);
+        let found: Vec<(&str, &str)> = found.iter().map(|(path, range)| (path.as_str(), range.as_str())).collect();
+        let expected = [
+            ("data.train_fraction", "more than 0 and at most 1"),
+            ("data.sets.a.dev_fraction", "from 0 to below 1"),
+            ("tasks.x.dropout", "from 0 to below 1"),
+            ("model.embedding.characters.hidden", "from 1 to 100000"),
+            ("training.max_steps", "at least 1"),
+            ("training.optimizer.momentum", "from 0 to below 1"),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -54,10 +54,12 @@ pub fn load((path, text): (&Path, &str), overrides: &[String], defaults: &Value)
 
 /// The text of an experiment file.
 pub fn text_of(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|error| match error.kind() {
+    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => invalid(format!("experiment file {} does not exist", path.display())),
         _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
-    })
+    })?;
+    // A byte order mark, as some editors write it.
+    Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_owned))
 }
 
 /// What a file says, laid over what the files that it extends say.

@@ -40,8 +40,9 @@ pub struct Empty {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TemperatureConfig {
-    /// 1 is the same as `proportional`; large values approach `uniform`. Default 2, more than 0.
+    /// 1 is the same as `proportional`; large values approach `uniform`. Default 2.
     #[serde(default = "default_temperature")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub temperature: f64,
 }
 

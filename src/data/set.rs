@@ -20,9 +20,9 @@ pub struct DataConfig {
     /// The data sets by name.
     pub sets: IndexMap<String, SetConfig>,
     /// Fraction of each set's training rows to use, drawn after dev is split off and with the same stratification. A
-    /// smaller fraction is a subset of a larger one, except for rounding in small strata. Default 1, more than 0, at
-    /// most 1.
+    /// smaller fraction is a subset of a larger one, except for rounding in small strata. Default 1.
     #[serde(default = "one")]
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub train_fraction: f64,
     /// Seed for drawing these rows, independent of `seed`. Default 0.
     #[serde(default)]
@@ -30,6 +30,7 @@ pub struct DataConfig {
     /// Leave out training sentences with more words than this. A batch is padded to its longest sentence, so one long
     /// sentence takes memory for all. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub max_words: Option<usize>,
 }
 
@@ -55,9 +56,10 @@ pub struct SetConfig {
     /// File or files of the test split. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test: Option<Paths>,
-    /// Fraction of the training rows to split off as dev, stratified by class (or by the rarest tag), from 0 to below 1. With 0
+    /// Fraction of the training rows to split off as dev, stratified by class (or by the rarest tag). With 0
     /// there is no dev; where no set has one, the last weights are kept as the best.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dev_fraction: Option<f64>,
     /// Seed for splitting off dev, independent of `seed`, so that runs with different seeds share their dev rows.
     /// Default 0.

@@ -45,13 +45,17 @@ pub struct NoCharacters {}
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CnnConfig {
-    /// Dimension of the byte embeddings. Default 30, at least 1.
+    /// Dimension of the byte embeddings. Default 30.
+    #[schemars(range(min = 1, max = 100_000))]
     pub dim: i64,
-    /// Number of filters, and so of features per word. Default 128, at least 1.
+    /// Number of filters, and so of features per word. Default 128.
+    #[schemars(range(min = 1, max = 100_000))]
     pub filters: i64,
-    /// Number of bytes that a filter spans, an odd number. Default 3, at least 1.
+    /// Number of bytes that a filter spans, an odd number. Default 3.
+    #[schemars(range(min = 1, max = 99))]
     pub width: i64,
-    /// Number of bytes of a word that are read; the rest is ignored. Default 24, at least 1.
+    /// Number of bytes of a word that are read; the rest is ignored. Default 24.
+    #[schemars(range(min = 1, max = 10_000))]
     pub max_bytes: usize,
 }
 
@@ -64,11 +68,14 @@ impl Default for CnnConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LstmConfig {
-    /// Dimension of the byte embeddings. Default 25, at least 1.
+    /// Dimension of the byte embeddings. Default 25.
+    #[schemars(range(min = 1, max = 100_000))]
     pub dim: i64,
-    /// Hidden size of each of the two directions. Default 25, at least 1.
+    /// Hidden size of each of the two directions. Default 25.
+    #[schemars(range(min = 1, max = 100_000))]
     pub hidden: i64,
-    /// Number of bytes of a word that are read; the rest is ignored. Default 24, at least 1.
+    /// Number of bytes of a word that are read; the rest is ignored. Default 24.
+    #[schemars(range(min = 1, max = 10_000))]
     pub max_bytes: usize,
 }
 

@@ -23,21 +23,24 @@ use crate::optim::Touched;
 #[serde(deny_unknown_fields, default)]
 pub struct EmbeddingConfig {
     /// Dimension of the learned token embedding; 0 for none, if there are vectors or characters. Default 128.
+    #[schemars(range(min = 0, max = 100_000))]
     pub dim: i64,
     /// Pretrained word vectors, in addition to the learned embedding. Default: none.
     pub vectors: Vec<VectorsConfig>,
     /// Character features, computed from the spelling of each word: `{kind: cnn}`, `{kind: lstm}` or `{kind: none}`.
     /// Default `cnn`.
     pub characters: CharactersConfig,
-    /// Dropout on the embedded tokens. Default 0.3, from 0 to below 1.
+    /// Dropout on the embedded tokens. Default 0.3.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
     /// Use one mask of `dropout` for all tokens of a sentence. Default true.
     pub locked_dropout: bool,
     /// Fraction of word types whose embedding, except for the character features, is zero throughout a batch. Default
-    /// 0, from 0 to below 1.
+    /// 0.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub row_dropout: f64,
-    /// Fraction of tokens that are read as the unknown word; their character features stay. Default 0, from 0 to below
-    /// 1.
+    /// Fraction of tokens that are read as the unknown word; their character features stay. Default 0.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub word_dropout: f64,
 }
 

@@ -23,13 +23,16 @@ use crate::onnx::{Graph, Value};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrunkConfig {
-    /// Hidden size of each direction. Default 256, at least 1.
+    /// Hidden size of each direction. Default 256.
+    #[schemars(range(min = 1, max = 100_000))]
     pub hidden: i64,
-    /// Number of LSTM layers. Default 1, at least 1.
+    /// Number of LSTM layers. Default 1.
+    #[schemars(range(min = 1, max = 100))]
     pub layers: usize,
     /// Read sentences in both directions. Default true.
     pub bidirectional: bool,
-    /// Dropout on the output of every layer, including the last. Default 0.5, from 0 to below 1.
+    /// Dropout on the output of every layer, including the last. Default 0.5.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
     /// Use one dropout mask for all tokens of a sentence (Gal & Ghahramani 2016; "locked" in Merity 2018). Default
     /// true.

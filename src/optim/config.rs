@@ -26,13 +26,16 @@ impl Default for OptimizerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamConfig {
-    /// Highest learning rate of the schedule. Default 2e-3, more than 0.
+    /// Highest learning rate of the schedule. Default 2e-3.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
     /// Decay rates of the two moment estimates. Default [0.9, 0.999].
     pub betas: (f64, f64),
     /// Added to the square root of the second moment. Default 1e-8.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub epsilon: f64,
     /// Weight decay: decoupled in `adamw`, an L2 term in `adam`. Default 0.01.
+    #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Apply weight decay to biases, other vectors (such as a CRF's start scores) and the whole `embedding`, characters
     /// included, as well. Default false.
@@ -58,11 +61,14 @@ impl Default for AdamConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SgdConfig {
-    /// Highest learning rate of the schedule. Default 0.1, more than 0.
+    /// Highest learning rate of the schedule. Default 0.1.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
-    /// Momentum: share of the previous step's update that is added to the next. Default 0.9, from 0 to below 1.
+    /// Momentum: share of the previous step's update that is added to the next. Default 0.9.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub momentum: f64,
     /// Weight decay, as an L2 term of the gradient. Default 0.
+    #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Apply weight decay to biases, other vectors (such as a CRF's start scores) and the whole `embedding`, characters
     /// included, as well. Default false.

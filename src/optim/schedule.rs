@@ -29,14 +29,16 @@ impl Default for ScheduleConfig {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WarmupConfig {
-    /// Fraction of all steps over which the learning rate rises from 0. Default 0, from 0 to below 1.
+    /// Fraction of all steps over which the learning rate rises from 0. Default 0.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub warmup_fraction: f64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RangeConfig {
-    /// Factor of the learning rate at the last step, more than 0.
+    /// Factor of the learning rate at the last step.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub final_factor: f64,
 }
 

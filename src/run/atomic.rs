@@ -90,7 +90,8 @@ impl Partial {
         let mut options = tempfile::Builder::new();
         // The process's umask takes from these.
         options.prefix(PREFIX).permissions(Permissions::from_mode(0o666));
-        let file = options.tempfile_in(folder)?;
+        // Without the name of a file that nobody knows.
+        let file = options.tempfile_in(folder).map_err(|error| IoError::from(error.kind()))?;
         if let Ok(old) = path.metadata() {
             file.as_file().set_permissions(old.permissions())?;
         }

@@ -117,6 +117,9 @@ fn make(path: &Path) -> Result<bool> {
     let made = std::fs::create_dir_all(folder).and_then(|()| std::fs::create_dir(path));
     match made {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => Ok(false),
+        Err(_) if path.is_symlink() && !path.exists() => {
+            Err(invalid(format!("{} cannot be created: it is a link to what does not exist", path.display())))
+        }
         made => made.map(|()| true).map_err(|error| cannot_make(path, &error)),
     }
 }

@@ -11,21 +11,27 @@ use crate::optim::{OptimizerConfig, ScheduleConfig};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingConfig {
-    /// Sentences per batch. Default 32, at least 1.
+    /// Sentences per batch. Default 32.
+    #[schemars(range(min = 1))]
     pub batch_size: usize,
-    /// Batches per step; their gradients add up to that of one large batch. Default 1, at least 1.
+    /// Batches per step; their gradients add up to that of one large batch. Default 1.
+    #[schemars(range(min = 1))]
     pub accumulate_steps: usize,
-    /// Largest number of epochs; `sampling` sets what an epoch is. Default 20, at least 1.
+    /// Largest number of epochs; `sampling` sets what an epoch is. Default 20.
+    #[schemars(range(min = 1))]
     pub max_epochs: usize,
     /// Largest number of steps, if it is reached before max_epochs. Default: no limit.
+    #[schemars(range(min = 1))]
     pub max_steps: Option<usize>,
     pub optimizer: OptimizerConfig,
     pub schedule: ScheduleConfig,
     /// Limit of the gradient's 2-norm over all parameters; 0 turns it off. Default 5.
+    #[schemars(range(min = 0))]
     pub clip_norm: f64,
     /// Decay of the exponential moving average of the weights, which is evaluated and kept in place of the weights; 0
     /// turns it off. It warms up as (1 + t) / (10 + t) after t steps. Default 0.999, which averages over about 1,000
-    /// steps; below 1.
+    /// steps.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub ema_decay: f64,
     /// Parts of the model that are frozen for the given number of epochs: `embedding`, `trunk`, `trunk.l0` (one layer,
     /// from 0), `heads.TASK`, or a parameter by its full name. Default: none.
@@ -40,12 +46,14 @@ pub struct TrainingConfig {
     pub onednn: bool,
     pub sampling: SamplingConfig,
     pub early_stopping: EarlyStopping,
-    /// Steps between records of losses; an epoch with fewer steps has one record. Default 50, at least 1.
+    /// Steps between records of losses; an epoch with fewer steps has one record. Default 50.
+    #[schemars(range(min = 1))]
     pub log_every_steps: usize,
     /// Record the norms of the tasks' gradients, and the cosines between them, with the first record of losses and every
     /// N-th after it (see `log_every_steps`), taken at the highest LSTM layer that all tasks read; 0 turns it off. Default 4.
     pub log_gradients_every: usize,
     /// Steps between checkpoints within an epoch. Default: only at the end of each epoch.
+    #[schemars(range(min = 1))]
     pub checkpoint_every_steps: Option<usize>,
 }
 
@@ -98,6 +106,7 @@ pub struct EarlyStopping {
     /// `sentence_accuracy`. Ties go to the lower loss. Default `mean`.
     pub metric: String,
     /// Stop training after this many epochs without a better score. Default: never.
+    #[schemars(range(min = 1))]
     pub patience_epochs: Option<usize>,
 }
 

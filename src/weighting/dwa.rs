@@ -14,7 +14,8 @@ use super::{LossWeighting, Observed, from_json, numbers, to_json, vector};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DwaConfig {
-    /// Large values approach equal weights. Default 2, more than 0.
+    /// Large values approach equal weights. Default 2.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub temperature: f64,
 }
 

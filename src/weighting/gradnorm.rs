@@ -24,9 +24,11 @@ use crate::libtorch::{Kernel, LaunchConfig};
 #[serde(deny_unknown_fields, default)]
 pub struct GradnormConfig {
     /// How strongly the tasks are pulled to a common training rate: 0 makes their gradient norms equal, large values
-    /// favour tasks that train more slowly. Default 1.5, as in the paper, at least 0.
+    /// favour tasks that train more slowly. Default 1.5, as in the paper.
+    #[schemars(range(min = 0))]
     pub alpha: f64,
-    /// Learning rate of the weights. Default 0.025, as in the paper, more than 0.
+    /// Learning rate of the weights. Default 0.025, as in the paper.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
     /// Optimizer of the weights: `adam` or `sgd`. Default `adam`.
     pub optimizer: WeightOptimizerKind,
@@ -36,12 +38,14 @@ pub struct GradnormConfig {
     pub reference: Reference,
     /// Steps between updates of the weights; the paper uses 1. Default: 1 with `representation`, 4 with `last_layer`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub update_every: Option<usize>,
     /// How GradNorm's reference loss L_i(0) is set: `first_batch`, `{mean_of_first: K}` steps (weights stay fixed until
     /// then), or `log_classes`, the log of the number of
     /// labels: the loss of a uniform guess, but for a CRF with constraints, whose guess has fewer. Default `first_batch`.
     pub initial_loss: InitialLoss,
-    /// The smallest weight, applied before the weights are rescaled to their sum. Default 1e-3, more than 0.
+    /// The smallest weight, applied before the weights are rescaled to their sum. Default 1e-3.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub floor: f64,
 }
 

@@ -16,7 +16,8 @@ use super::{LossWeighting, Observed, WeightOptimizerKind, from_json, to_json};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct UncertaintyConfig {
-    /// Learning rate of s = log sigma^2. Default 0.01, more than 0.
+    /// Learning rate of s = log sigma^2. Default 0.01.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
     /// Optimizer of s: `adam` or `sgd`. Default `adam`.
     pub optimizer: WeightOptimizerKind,

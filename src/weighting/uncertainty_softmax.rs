@@ -13,8 +13,8 @@ use super::{LossWeighting, Wants, count, mask};
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct UncertaintySoftmaxConfig {
-    /// Small values favour the task with the smallest loss; large values approach equal weights. Default 1, more than
-    /// 0.
+    /// Small values favour the task with the smallest loss; large values approach equal weights. Default 1.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub temperature: f64,
 }
 

@@ -138,7 +138,7 @@ fn what_is_missing_or_does_not_fit_is_named() {
             "e.yaml:10: tasks.intent.layer: the trunk's last layer is 1",
             "e.yaml:11: tasks.slots.label_smoothing: needs `decoder: softmax`",
             "e.yaml:11: tasks.slots.class_weights: needs `decoder: softmax`",
-            "e.yaml:11: tasks.slots.missed_cost: must not be negative",
+            "e.yaml:11: tasks.slots.missed_cost: must be at least 0",
             "training.freeze_epochs.trnk: no part `trnk`; did you mean `trunk`?",
             "training.freeze_epochs.trunk.l1: the trunk's last layer is l0",
             "training.freeze_epochs.heads.intnt: no task `intnt`; did you mean `intent`?",
@@ -272,6 +272,7 @@ fn overrides_are_checked_like_the_file() {
     assert!(text.contains("did you mean `snips`?"), "{text}");
     let text = load(GOOD, &["model.trunk={hidden: 0}"]).unwrap_err().to_string();
     assert!(text.starts_with("--set model.trunk={hidden: 0}: model.trunk.hidden: must be"), "{text}");
+    assert_eq!(load(&format!("\u{feff}{GOOD}"), &[]).unwrap().name, "demo");
     // What a mapping lacks, it lacks where it stands.
     let lacking = GOOD.replace("      format: parallel\n", "");
     let text = load(&lacking, &["data.sets.snips.test=x"]).unwrap_err().to_string();

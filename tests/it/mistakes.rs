@@ -47,7 +47,13 @@ fn a_run_that_fails_takes_its_own_folder_away_and_nothing_else() {
     trained(&folder, "killed");
     assert!(train("mine", &[]).contains("is not empty and contains no run"));
     // What libtorch throws, for want of memory here, is an error like others.
-    let text = failed(&folder, &["train", "small.yaml", "--out", "new", "--set", "model.trunk.hidden=3000000000"], 1);
+    let command =
+        "ulimit -v 20000000; exec \"$0\" train small.yaml --out new --device cpu --set model.trunk.hidden=100000";
+    let mut shell = std::process::Command::new("sh");
+    let output =
+        shell.args(["-c", command, env!("CARGO_BIN_EXE_polytask")]).current_dir(folder.path()).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
     let last = text.lines().last().unwrap();
     assert!(last.starts_with("error: ") && !text.contains("panicked") && !exists(&folder, "new"), "{text}");
 }

@@ -6,6 +6,9 @@ use crate::data::{ConllLayout, ConllLine, Format, labels, line_of_a_word};
 use crate::model::{Decoded, HeadConfig};
 use crate::task::{Task, TaskKind};
 
+/// What would end a comment within a label.
+const LINE_ENDS: [char; 2] = ['\n', '\r'];
+
 /// A line of a sentence.
 pub struct Written {
     text: String,
@@ -51,7 +54,7 @@ pub fn written(lines: &[Written], layout: &ConllLayout, decoded: Option<&[Decode
         let (labels, _) = labels::written(task, &decoded.labels);
         let column = trained.experiment.tasks.get(&task.name).map_or("", HeadConfig::column);
         match task.kind {
-            TaskKind::Classification => out += &format!("# {} = {}\n", task.name, labels[0]),
+            TaskKind::Classification => out += &format!("# {} = {}\n", task.name, labels[0].replace(LINE_ENDS, " ")),
             TaskKind::Tagging(_) => tags.push(((task.name.as_str(), column), labels)),
         }
     }

@@ -52,7 +52,8 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
     };
     let experiment = Experiment::of_text((path, yaml), &[])?;
     let tasks: Vec<Task> = serde_json::from_str(labels).with_context(|| format!("{} is damaged", path.display()))?;
-    let mut tokenizer = tokenizer_of(&experiment, tokenizer)?;
+    let mut tokenizer =
+        tokenizer_of(&experiment, tokenizer).with_context(|| format!("{} is damaged", path.display()))?;
     let weights = exported.module.parameters()?;
     let named = |name: String| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor);
     let (mut n_trained, mut vectors) = (tokenizer.n_trained(), Vec::new());

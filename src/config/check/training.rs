@@ -3,19 +3,11 @@
 use super::super::Experiment;
 use super::super::decode::suggestion;
 use super::Checker;
-use crate::data::{SamplingConfig, SetConfig};
-use crate::optim::{OptimizerConfig, ScheduleConfig};
+use crate::data::SetConfig;
+use crate::optim::OptimizerConfig;
 
 pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
     let training = &experiment.training;
-    c.at_least_one("training.batch_size", training.batch_size);
-    c.at_least_one("training.accumulate_steps", training.accumulate_steps);
-    c.at_least_one("training.max_epochs", training.max_epochs);
-    c.require("training.max_steps", training.max_steps != Some(0), "must be at least 1");
-    c.require("training.checkpoint_every_steps", training.checkpoint_every_steps != Some(0), "must be at least 1");
-    c.at_least_one("training.log_every_steps", training.log_every_steps);
-    c.require("training.clip_norm", training.clip_norm >= 0.0, "must not be negative; 0 turns it off");
-    c.dropout("training.ema_decay", training.ema_decay);
     let tasks: Vec<&str> = experiment.tasks.keys().map(String::as_str).collect();
     for part in training.freeze_epochs.keys() {
         let path = format!("training.freeze_epochs.{part}");
@@ -48,36 +40,15 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
         !all,
         "nothing would be trained: embedding, trunk and heads are frozen in every epoch",
     );
-    c.positive("training.optimizer.learning_rate", training.optimizer.learning_rate());
-    match &training.optimizer {
-        OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) => {
-            let (first, second) = adam.betas;
-            let valid = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
-            c.require("training.optimizer.betas", valid, "must be from 0 to below 1");
-            c.require("training.optimizer.weight_decay", adam.weight_decay >= 0.0, "must not be negative");
-            c.positive("training.optimizer.epsilon", adam.epsilon);
-        }
-        OptimizerConfig::Sgd(sgd) => {
-            c.dropout("training.optimizer.momentum", sgd.momentum);
-            c.require("training.optimizer.weight_decay", sgd.weight_decay >= 0.0, "must not be negative");
-        }
-    }
-    c.dropout("training.schedule.warmup_fraction", training.schedule.warmup_fraction());
-    if let ScheduleConfig::Range(range) = &training.schedule {
-        c.positive("training.schedule.final_factor", range.final_factor);
-    }
-    if let SamplingConfig::Temperature(config) = &training.sampling {
-        c.positive("training.sampling.temperature", config.temperature);
+    if let OptimizerConfig::Adamw(adam) | OptimizerConfig::Adam(adam) = &training.optimizer {
+        let (first, second) = adam.betas;
+        let valid = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
+        c.require("training.optimizer.betas", valid, "must be from 0 to below 1");
     }
     check_metric(c, experiment);
     let no_dev = experiment.data.sets.values().all(SetConfig::has_no_dev);
     let waits = training.early_stopping.patience_epochs.is_some();
     c.require("training.early_stopping.patience_epochs", !(no_dev && waits), "needs dev, which no data set has");
-    c.require(
-        "training.early_stopping.patience_epochs",
-        training.early_stopping.patience_epochs != Some(0),
-        "must be at least 1",
-    );
 }
 
 /// What chooses checkpoints has to be a score that there is.

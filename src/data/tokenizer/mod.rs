@@ -54,13 +54,16 @@ pub struct WordConfig {
     pub lowercase: bool,
     /// Replace every digit by 0. Default false.
     pub fold_digits: bool,
-    /// Words that occur less often in training are unknown. Default 1, at least 1.
+    /// Words that occur less often in training are unknown. Default 1.
+    #[schemars(range(min = 1))]
     pub min_count: u64,
     /// Largest number of words to take from the training text, the most frequent first; words from `vectors` and
-    /// `init_from` are added to these. At least 1. Default: no limit.
+    /// `init_from` are added to these. Default: no limit.
+    #[schemars(range(min = 1))]
     pub max_size: Option<usize>,
     /// Probability that a word seen once in training is read as unknown, so that the unknown word's embedding is
-    /// trained (Lample 2016 use 0.5). Default 0.5, 0 to 1.
+    /// trained (Lample 2016 use 0.5). Default 0.5.
+    #[schemars(range(min = 0, max = 1))]
     pub unknown_rate: f64,
 }
 
@@ -87,7 +90,8 @@ pub struct PieceConfig {
     pub lowercase: bool,
     /// Replace every digit by 0. Default false.
     pub fold_digits: bool,
-    /// Vocabulary size, special tokens included. Default 8000, at least 100.
+    /// Vocabulary size, special tokens included. Default 8000.
+    #[schemars(range(min = 100, max = 10_000_000))]
     pub size: usize,
 }
 

@@ -37,9 +37,11 @@ pub struct ClassificationConfig {
     pub pooling: Pooling,
     /// Width of a hidden layer with ReLU; 0 for none. Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 100_000))]
     pub hidden: i64,
-    /// Dropout before each layer of the head, in addition to the trunk's. Default 0, from 0 to below 1.
+    /// Dropout before each layer of the head, in addition to the trunk's. Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
     /// What the head reads: `trunk`, and other tasks, whose predicted distributions (with a CRF, the softmax of
     /// its scores of the word alone) are added to its input. Default
@@ -54,17 +56,20 @@ pub struct ClassificationConfig {
     pub mix_layers: bool,
     /// Hidden size of an additional LSTM layer between the trunk and this head only; 0 for none. Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 100_000))]
     pub private_lstm: i64,
     /// Label smoothing: share of the target probability that is spread evenly over all classes (Szegedy 2016, section
-    /// 7). Default 0, from 0 to below 1.
+    /// 7). Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub label_smoothing: f64,
     /// How classes are weighted in the training loss: `equal`, or `balanced`: N / (C n_c) for a class with n_c of the N
     /// training labels, C classes, so that rare classes count as much as frequent ones. Default `equal`.
     #[serde(default)]
     pub class_weights: ClassWeights,
-    /// Multiplies the task's weight under every weighting strategy. Default 1, more than 0.
+    /// Multiplies the task's weight under every weighting strategy. Default 1.
     #[serde(default = "super::one")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub priority: f64,
 }
 

@@ -47,8 +47,9 @@ pub struct TaggingConfig {
     /// mode: a span must start with B-, in gold labels after broken ones were repaired). Default `conlleval`. Both scores are reported.
     #[serde(default)]
     pub scoring: SpanRule,
-    /// Dropout before the head, in addition to the trunk's. Default 0, from 0 to below 1.
+    /// Dropout before the head, in addition to the trunk's. Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
     /// What the head reads: `trunk`, and other tasks, whose predicted distributions (with a CRF, the softmax of
     /// its scores of the word alone) are added to its input. Default
@@ -63,21 +64,25 @@ pub struct TaggingConfig {
     pub mix_layers: bool,
     /// Hidden size of an additional LSTM layer between the trunk and this head only; 0 for none. Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 100_000))]
     pub private_lstm: i64,
     /// With softmax: label smoothing, the share of the target probability that is spread evenly over all tags (Szegedy
-    /// 2016, section 7). Default 0, from 0 to below 1.
+    /// 2016, section 7). Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub label_smoothing: f64,
     /// With spans: extra cost in nats, in training, of tagging a word inside a span as outside (softmax-margin, Gimpel
-    /// & Smith 2010). Raises recall and lowers precision. Default 0, not negative.
+    /// & Smith 2010). Raises recall and lowers precision. Default 0.
     #[serde(default)]
+    #[schemars(range(min = 0))]
     pub missed_cost: f64,
     /// With softmax: how tags are weighted in the training loss: `equal`, or `balanced`: N / (C n_c) for a tag with n_c
     /// of the N training labels, C tags, so that rare tags count as much as frequent ones. Default `equal`.
     #[serde(default)]
     pub class_weights: ClassWeights,
-    /// Multiplies the task's weight under every weighting strategy. Default 1, more than 0.
+    /// Multiplies the task's weight under every weighting strategy. Default 1.
     #[serde(default = "super::one")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub priority: f64,
 }
 
