@@ -143,7 +143,7 @@ fn what_is_missing_or_does_not_fit_is_named() {
             "training.freeze_epochs.trunk.l1: the trunk's last layer is l0",
             "training.freeze_epochs.heads.intnt: no task `intnt`; did you mean `intent`?",
             "model.embedding.vectors: pretrained vectors need",
-            "model.embedding.characters.width: must be odd and at least 1",
+            "model.embedding.characters.width: must be odd",
         ],
     );
     check_error(

@@ -44,7 +44,8 @@ pub struct TaggingConfig {
     #[serde(default)]
     pub constraints: Option<bool>,
     /// How spans are counted for F1: `conlleval` (broken sequences are read leniently) or `strict` (seqeval's strict
-    /// mode: a span must start with B-, in gold labels after broken ones were repaired). Default `conlleval`. Both scores are reported.
+    /// mode: a span must start with B-; broken gold labels are repaired first). Default `conlleval`. Both scores are
+    /// reported.
     #[serde(default)]
     pub scoring: SpanRule,
     /// Dropout before the head, in addition to the trunk's. Default 0.
