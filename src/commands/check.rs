@@ -129,7 +129,7 @@ fn begin(
     build_trainer::check_precision(&experiment.training, libtorch::device("auto")?)?;
     let (tasks, device) = (prepare::tasks(experiment, corpus), Device::Cpu);
     let dev = prepare::encoded(corpus, Split::Dev, tokenizer, &tasks, device)?;
-    build_trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    build_trainer::fail_without_choice(&experiment.training.early_stopping.metric.0, &dev, &tasks)?;
     let model = build_trainer::model(experiment, &tasks, tokenizer, device)?;
     match earlier {
         Some(earlier) => Ok(init_from::initialize(&model, (experiment, &tasks), tokenizer, earlier)?.left),

@@ -228,7 +228,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         seed: experiment.seed,
         learning_rate: experiment.training.optimizer.learning_rate(),
         fraction: experiment.data.train_fraction,
-        dev: finished.splits.get("dev").and_then(|dev| dev.merit(&experiment.training.early_stopping.metric)),
+        dev: finished.splits.get("dev").and_then(|dev| dev.merit(&experiment.training.early_stopping.metric.0)),
         tasks,
         sentence_accuracy: finished
             .splits

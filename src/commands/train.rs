@@ -126,7 +126,7 @@ fn go(
     let train = prepare::training(experiment, corpus, &tokenizer, &tasks, device)?;
     let dev = prepare::encoded(corpus, Split::Dev, &tokenizer, &tasks, device)?;
     prepare::warn_of_unseen(&dev, Split::Dev, &tasks);
-    build_trainer::fail_without_choice(&experiment.training.early_stopping.metric, &dev, &tasks)?;
+    build_trainer::fail_without_choice(&experiment.training.early_stopping.metric.0, &dev, &tasks)?;
     log::info!(
         "{}: {} sentences, {} tokens, {} token types, {} parameters, on {}; results go to {}",
         experiment.name,

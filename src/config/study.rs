@@ -13,6 +13,7 @@ use crate::data::SamplingConfig;
 use crate::model::HeadConfig;
 use crate::problem::{InvalidInput, Place, Problem};
 use crate::task::TaskKind;
+use crate::train::EarlyStopping;
 use crate::weighting::WeightingConfig;
 
 /// All combinations of strategies and variants, seeds, learning rates and fractions are run, each with the budget of the
@@ -166,7 +167,7 @@ impl Experiment {
                 None => {}
             }
         }
-        alone.training.early_stopping.metric = "mean".to_owned();
+        alone.training.early_stopping.metric = EarlyStopping::default().metric;
         alone
     }
 }

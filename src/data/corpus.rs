@@ -12,7 +12,7 @@ use super::formats::{self, Format, Layout};
 use super::gzip;
 use super::labels;
 use super::rows::{ABSENT, Column, Rows, Wanted};
-use super::set::{DataConfig, Paths, SetConfig, Split, TaskColumn};
+use super::set::{DataConfig, OneOrMany, SetConfig, Split, TaskColumn};
 use super::words::Splitter;
 use crate::problem::{InvalidInput, Place, Problem, Severity};
 use crate::rng::{Purpose, Seed};
@@ -238,7 +238,7 @@ fn without_rows(config: &DataConfig, set: &LoadedSet, split: Split) -> Option<Pr
     if !set.splits[split as usize].is_empty() || (split == Split::Dev && own.has_no_dev()) {
         return None;
     }
-    let file = |paths: &Paths| formats::file_of(&config.root.join(&paths.0[0]), own.format);
+    let file = |paths: &OneOrMany| formats::file_of(&config.root.join(&paths.0[0]), own.format);
     let (paths, after) = match split {
         Split::Test => {
             let message = format!("set `{}` has no row in test: nothing is scored on it", set.name);

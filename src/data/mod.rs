@@ -23,6 +23,6 @@ pub use encoded::{EncodedSplit, TargetValues, Unseen};
 pub use formats::{ConllLayout, ConllLine, Format, Offsets, json_row, json_value, line_of_a_word};
 pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted};
 pub use sampler::{Sampler, SamplingConfig};
-pub use set::{DataConfig, Paths, SetConfig, Split, TaskColumn};
+pub use set::{DataConfig, OneOrMany, SetConfig, Split, TaskColumn};
 pub use tokenizer::{FileConfig, PieceConfig, Tokenizer, TokenizerConfig, WordConfig};
 pub use vectors::VectorsConfig;

@@ -49,13 +49,13 @@ pub struct SetConfig {
     /// The format of the files.
     pub format: Format,
     /// File or files of the training split.
-    pub train: Paths,
+    pub train: OneOrMany,
     /// File or files of the dev split, on which the best checkpoint is chosen. Required unless `dev_fraction` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dev: Option<Paths>,
+    pub dev: Option<OneOrMany>,
     /// File or files of the test split. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub test: Option<Paths>,
+    pub test: Option<OneOrMany>,
     /// Fraction of the training rows to split off as dev, stratified by class (or by the rarest tag). With 0
     /// there is no dev; where no set has one, the last weights are kept as the best.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -116,7 +116,7 @@ impl SetConfig {
     }
 
     /// Where a split stands, if it is one of those `wanted`, or dev is and has to be cut off it.
-    pub fn paths(&self, split: Split, wanted: &[Split]) -> Option<&Paths> {
+    pub fn paths(&self, split: Split, wanted: &[Split]) -> Option<&OneOrMany> {
         let cut = split == Split::Train && self.dev_fraction.is_some() && wanted.contains(&Split::Dev);
         let paths = match split {
             Split::Train => Some(&self.train),
@@ -147,41 +147,41 @@ fn default_encoding() -> String {
     "utf-8".to_owned()
 }
 
-/// One path or a list of paths.
+/// One text or a list of texts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(transparent)]
-#[schemars(with = "OneOrMany")]
-pub struct Paths(pub Vec<String>);
+#[schemars(with = "Written")]
+pub struct OneOrMany(pub Vec<String>);
 
-/// What [`Paths`] are written as.
+/// What [`OneOrMany`] is written as.
 #[derive(JsonSchema)]
 #[serde(untagged)]
 #[expect(dead_code, reason = "only its schema is read")]
-enum OneOrMany {
+enum Written {
     One(String),
     Many(Vec<String>),
 }
 
-impl<'de> Deserialize<'de> for Paths {
+impl<'de> Deserialize<'de> for OneOrMany {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Visitor;
         impl<'de> serde::de::Visitor<'de> for Visitor {
-            type Value = Paths;
+            type Value = OneOrMany;
 
             fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
                 f.write_str("a string or a list of strings")
             }
 
-            fn visit_str<E>(self, text: &str) -> Result<Paths, E> {
-                Ok(Paths(vec![text.to_owned()]))
+            fn visit_str<E>(self, text: &str) -> Result<OneOrMany, E> {
+                Ok(OneOrMany(vec![text.to_owned()]))
             }
 
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<Paths, A::Error> {
-                let mut paths = Vec::new();
-                while let Some(path) = items.next_element()? {
-                    paths.push(path);
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<OneOrMany, A::Error> {
+                let mut all = Vec::new();
+                while let Some(text) = items.next_element()? {
+                    all.push(text);
                 }
-                Ok(Paths(paths))
+                Ok(OneOrMany(all))
             }
         }
         deserializer.deserialize_any(Visitor)

@@ -75,9 +75,16 @@ impl Report {
         scores.iter().sum::<f64>() / scores.len().max(1) as f64
     }
 
-    /// By `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several tasks their losses' sum counts. `None` where
-    /// the split cannot tell.
-    pub fn merit(&self, metric: &str) -> Option<CheckpointScore> {
+    /// By `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several tasks the sum of their losses counts. Several
+    /// metrics count as the mean of their scores. `None` if the split cannot tell.
+    pub fn merit(&self, metrics: &[String]) -> Option<CheckpointScore> {
+        let merits = metrics.iter().map(|metric| self.merit_by(metric)).collect::<Option<Vec<_>>>()?;
+        let sum = |of: fn(&CheckpointScore) -> f64| merits.iter().map(of).sum::<f64>();
+        let score = comparable(sum(|merit| merit.score) / merits.len() as f64);
+        Some(CheckpointScore { score, minus_loss: comparable(sum(|merit| merit.minus_loss)) })
+    }
+
+    fn merit_by(&self, metric: &str) -> Option<CheckpointScore> {
         let of_all = |score: f64| CheckpointScore {
             score,
             minus_loss: comparable(-self.tasks.iter().filter_map(|task| task.loss).sum::<f64>()),

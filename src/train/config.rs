@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::data::SamplingConfig;
+use crate::data::{OneOrMany, SamplingConfig};
 use crate::model::Precision;
 use crate::optim::{OptimizerConfig, ScheduleConfig};
 
@@ -103,8 +103,9 @@ impl Default for TrainingConfig {
 pub struct EarlyStopping {
     /// The score on dev that chooses the best checkpoint: a task's name for its main score (accuracy, or span F1);
     /// another score such as `intent.macro_f1` or `slots.loss`; `mean` of the tasks' main scores; or
-    /// `sentence_accuracy`. Ties go to the lower loss. Default `mean`.
-    pub metric: String,
+    /// `sentence_accuracy`. A list such as `[intent, slots]` counts as the mean of its scores. Ties go to the lower loss.
+    /// Default `mean`.
+    pub metric: OneOrMany,
     /// Stop training after this many epochs without a better score. Default: never.
     #[schemars(range(min = 1))]
     pub patience_epochs: Option<usize>,
@@ -112,6 +113,6 @@ pub struct EarlyStopping {
 
 impl Default for EarlyStopping {
     fn default() -> Self {
-        EarlyStopping { metric: "mean".to_owned(), patience_epochs: None }
+        EarlyStopping { metric: OneOrMany(vec!["mean".to_owned()]), patience_epochs: None }
     }
 }

@@ -291,10 +291,11 @@ impl Trainer<'_> {
             let about = json!({"step": state.step, "epoch": epoch + 1, "dev": report});
             checkpoint::save(&run.checkpoint(name), &weights, &[], &about)
         };
-        let metric = &self.config.early_stopping.metric;
+        let metrics = &self.config.early_stopping.metric.0;
         let merit =
-            if dev.set.is_empty() { Some(CheckpointScore::of(state.step as f64)) } else { report.merit(metric) };
-        let merit = merit.with_context(|| format!("dev has no score `{metric}` to choose a checkpoint by"))?;
+            if dev.set.is_empty() { Some(CheckpointScore::of(state.step as f64)) } else { report.merit(metrics) };
+        let merit =
+            merit.with_context(|| format!("dev has no score `{}` to choose a checkpoint by", metrics.join(", ")))?;
         let improved = state.best.is_none_or(|best| merit > best);
         if improved {
             keep("best")?;

@@ -74,12 +74,13 @@ fn any_score_on_dev_can_choose_the_checkpoint() {
     let folder = small();
     let more = ["training.ema_decay=0.5", "training.optimizer.learning_rate=0.05", "training.schedule=constant"];
     let number = |value: &Value| value.as_f64().unwrap();
-    for (metric, at, sign, tasks) in [
-        ("slots.loss", "/slots/loss", -1.0, &["slots"] as &[&str]),
-        ("topic.macro_f1", "/topic/macro_f1", 1.0, &["topic"]),
-        ("sentence_accuracy", "/sentence_accuracy", 1.0, &["topic", "slots"]),
+    for (metric, parts, tasks) in [
+        ("slots.loss", &[("/slots/loss", -1.0)] as &[(&str, f64)], &["slots"] as &[&str]),
+        ("topic.macro_f1", &[("/topic/macro_f1", 1.0)], &["topic"]),
+        ("sentence_accuracy", &[("/sentence_accuracy", 1.0)], &["topic", "slots"]),
+        ("[topic, slots.loss]", &[("/topic/accuracy", 0.5), ("/slots/loss", -0.5)], &["topic", "slots"]),
     ] {
-        let score = |record: &Value| sign * number(record.pointer(at).unwrap());
+        let score = |record: &Value| parts.iter().map(|(at, share)| share * number(record.pointer(at).unwrap())).sum();
         let metric_is = format!("training.early_stopping.metric={metric}");
         let records = records(&folder, metric, &[&more[..], &[metric_is.as_str()]].concat());
         let report: Value = serde_json::from_str(&folder.read(&format!("{metric}/report.json"))).unwrap();

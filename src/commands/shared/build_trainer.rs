@@ -30,7 +30,11 @@ pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
 }
 
 /// Dev, where there is one, chooses the best checkpoint, for which it needs labels.
-pub fn fail_without_choice(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
+pub fn fail_without_choice(metrics: &[String], dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
+    metrics.iter().try_for_each(|metric| fail_if_untold(metric, dev, tasks))
+}
+
+fn fail_if_untold(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
     let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
     let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
     let tells = |row: usize| match of_task {

@@ -45,16 +45,20 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
         let valid = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
         c.require("training.optimizer.betas", valid, "must be from 0 to below 1");
     }
-    check_metric(c, experiment);
+    let metrics = &training.early_stopping.metric.0;
+    c.require(METRIC, !metrics.is_empty(), "give at least one");
+    metrics.iter().for_each(|metric| check_metric(c, metric, experiment));
     let no_dev = experiment.data.sets.values().all(SetConfig::has_no_dev);
     let waits = training.early_stopping.patience_epochs.is_some();
     c.require("training.early_stopping.patience_epochs", !(no_dev && waits), "needs dev, which no data set has");
 }
 
+const METRIC: &str = "training.early_stopping.metric";
+
 /// What chooses checkpoints has to be a score that there is.
-fn check_metric(c: &mut Checker, experiment: &Experiment) {
-    let (path, metric) = ("training.early_stopping.metric", &experiment.training.early_stopping.metric);
-    let (task, score) = metric.split_once('.').map_or((metric.as_str(), None), |(task, score)| (task, Some(score)));
+fn check_metric(c: &mut Checker, metric: &str, experiment: &Experiment) {
+    let path = METRIC;
+    let (task, score) = metric.split_once('.').map_or((metric, None), |(task, score)| (task, Some(score)));
     match (experiment.tasks.get(task), score) {
         (Some(head), Some(score)) => {
             let scores = head.scores();

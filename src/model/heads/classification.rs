@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use super::cross_entropy::cross_entropy;
 use super::{ClassWeights, Decoded, Head, HeadSize, OnnxInputs};
-use crate::data::{Paths, Targets};
+use crate::data::{OneOrMany, Targets};
 use crate::libtorch::max_pool;
 use crate::metrics::{ClassMetric, Metric};
 use crate::model::dropout::{Masks, dropout};
@@ -24,7 +24,7 @@ use crate::task::Task;
 #[serde(deny_unknown_fields)]
 pub struct ClassificationConfig {
     /// The set or sets whose rows have this label.
-    pub set: Paths,
+    pub set: OneOrMany,
     /// The column or field with the label.
     pub column: String,
     /// All classes, in the model's order; for classes that may not occur in the training rows. Default: the classes of

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use super::crf::Crf;
 use super::cross_entropy::cross_entropy;
 use super::{ClassWeights, Decoded, Head, HeadSize, OnnxInputs};
-use crate::data::{Paths, Targets};
+use crate::data::{OneOrMany, Targets};
 use crate::metrics::{ClassMetric, Metric, SpanMetric, SpanRule};
 use crate::model::dropout::{Masks, dropout};
 use crate::model::parameters::{Linear, Scope};
@@ -24,7 +24,7 @@ use crate::task::{Scheme, Task, TaskKind};
 #[serde(deny_unknown_fields)]
 pub struct TaggingConfig {
     /// The set or sets whose rows have these tags.
-    pub set: Paths,
+    pub set: OneOrMany,
     /// The column or field with the tags.
     pub column: String,
     /// All span types or plain tags, in the model's order; for labels that may not occur in the training rows. Default:
