@@ -31,12 +31,14 @@
 //! the CPU a batch is split into parts, which workers run forward and backward in parallel. On CUDA a step whose shape occurred
 //! before is [replayed](train::graphs) as one call. Both use the same [`train`] code, and tests check that results agree.
 
+#[allow(clippy::print_stderr, clippy::print_stdout)]
 pub mod commands;
 pub mod compare;
 pub mod config;
 pub mod data;
 pub mod evaluate;
 pub mod export;
+#[allow(unsafe_code)]
 pub mod libtorch;
 pub mod metrics;
 pub mod model;

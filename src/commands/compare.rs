@@ -50,6 +50,13 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);
     for group in &comparison.groups {
+        if let [low, .., high] = group.learning_rates[..]
+            && group.learning_rates.len() > 2
+            && (group.learning_rate == low || group.learning_rate == high)
+        {
+            let (name, rate) = (group.name(), group.learning_rate);
+            log::warn!("{name}: the best learning rate is at the end of those tried, {rate:e}: try further ones");
+        }
         if !group.zero_twins.is_empty() {
             let (name, zero) = (group.name(), group.zero_twins.join(", "));
             log::warn!("{name}: there is no delta-m, since single-task models score 0: {zero}");

@@ -243,12 +243,13 @@ fn last_line(log: &Path) -> Option<String> {
     Some(last.trim_start_matches("error: ").to_owned())
 }
 
-/// The main test scores of a finished run, in a line.
+/// The main scores of a finished run in a line: on test, or else on dev.
 fn scores(job: &Job) -> String {
     let Ok(finished) = RunReport::read(&RunDirectory { path: job.run.clone() }) else { return String::new() };
     let tasks = finished.splits.values().next().map_or(&[][..], |report| &report.tasks);
     let score = |(i, task): (usize, &TaskReport)| {
         Some(format!("{} {}", task.name, table::percent(finished.best_known(i)?.value)))
     };
-    tasks.iter().enumerate().filter_map(score).collect::<Vec<_>>().join(", ")
+    let split = if finished.splits.contains_key("test") { "test" } else { "dev" };
+    format!("{split} {}", tasks.iter().enumerate().filter_map(score).collect::<Vec<_>>().join(", "))
 }

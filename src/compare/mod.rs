@@ -70,9 +70,9 @@ pub struct Group {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub variant: String,
     pub fraction: f64,
-    /// The one that dev chose, of so many.
+    /// The one that dev chose, and all that it chose from.
     pub learning_rate: f64,
-    pub n_learning_rates: usize,
+    pub learning_rates: Vec<f64>,
     pub seeds: Vec<u64>,
     pub tasks: Vec<TaskResult>,
     pub delta_m: Option<Estimate>,
@@ -151,10 +151,10 @@ pub fn compare(runs: &[Run]) -> Comparison {
     Comparison { groups, twins, savings }
 }
 
-/// The runs of a label at one learning rate, by seed, and of how many rates that is.
+/// The runs of a label at one learning rate, by seed, and the rates that it was chosen from, in ascending order.
 struct Chosen<'a> {
     runs: Vec<&'a Run>,
-    n_rates: usize,
+    rates: Vec<f64>,
 }
 
 /// Those at the learning rate with the best mean, over the seeds that all rates have, of what chose their checkpoints on dev.
@@ -163,7 +163,6 @@ fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     let mut rates: Vec<f64> = runs.iter().map(|run| run.learning_rate).collect();
     rates.sort_by(f64::total_cmp);
     rates.dedup();
-    let n_rates = rates.len();
     let at = |rate: f64, seed: u64| runs.iter().find(|run| run.learning_rate == rate && run.seed == seed);
     let of_all = |run: &&&Run| rates.iter().all(|&rate| at(rate, run.seed).is_some());
     let some = runs.iter().any(|run| of_all(&run));
@@ -175,7 +174,7 @@ fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     let best = rates.iter().copied().rev().max_by(|a, b| dev(*a).total_cmp(&dev(*b)));
     let mut runs: Vec<&Run> = runs.into_iter().filter(|run| Some(run.learning_rate) == best).collect();
     runs.sort_by_key(|run| run.seed);
-    Chosen { runs, n_rates }
+    Chosen { runs, rates }
 }
 
 /// `twin` is what a run's task is held to.
@@ -217,7 +216,7 @@ fn summarize(chosen: &Chosen, twin: &dyn Fn(&Run, &str) -> Option<RunTask>) -> G
         variant: first.variant.clone(),
         fraction: first.fraction,
         learning_rate: first.learning_rate,
-        n_learning_rates: chosen.n_rates,
+        learning_rates: chosen.rates.clone(),
         seeds: group.iter().map(|run| run.seed).collect(),
         tasks: first.tasks.iter().map(result).collect(),
         delta_m: changes.map(|changes| estimate(&changes)),

@@ -64,14 +64,16 @@ impl Comparison {
             }
         }
         // The rate that dev chose is told where there was a choice.
-        let rates = groups().any(|group| group.n_learning_rates > 1);
+        let rates = groups().any(|group| group.learning_rates.len() > 1);
         let mut header = vec!["data".to_owned(), "strategy".to_owned()];
         header.extend(rates.then(|| "learning rate".to_owned()));
         header.push("seeds".to_owned());
         header.extend(names.iter().map(|(_, title)| title.clone()));
         let joint = self.groups.iter().any(|group| group.sentence_accuracy.is_some());
         header.extend(joint.then(|| "sentence accuracy".to_owned()));
-        header.extend(["delta-m (%)".to_owned(), "seconds".to_owned(), "parameters".to_owned()]);
+        let twins = !self.twins.is_empty();
+        header.extend(twins.then(|| "delta-m (%)".to_owned()));
+        header.extend(["seconds".to_owned(), "parameters".to_owned()]);
         let score = |tasks: &[&TaskResult], name: &str| -> String {
             let task = tasks.iter().find(|task| task.name == name);
             task.map_or("-".to_owned(), |task| spread(task.mean, task.deviation))
@@ -90,7 +92,7 @@ impl Comparison {
                 row.extend(names.iter().map(|(name, _)| score(&tasks, name)));
                 let whole = group.sentence_accuracy.as_ref().map(|whole| spread(whole.mean, whole.deviation));
                 row.extend(joint.then(|| whole.unwrap_or("-".to_owned())));
-                row.push(group.delta_m.as_ref().map_or("-".to_owned(), interval));
+                row.extend(twins.then(|| group.delta_m.as_ref().map_or("-".to_owned(), interval)));
                 row.push(format!("{:.0}", group.training_secs));
                 row.push(parameters(group.n_parameters));
                 rows.push(row);

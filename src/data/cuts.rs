@@ -111,7 +111,7 @@ mod tests {
             let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
             for i in 0..200 {
                 let label = if i % 4 == 0 { "rare" } else { "common" };
-                builder.push(i + 1, &[&format!("w{i}")], &[Field::Class(label)]);
+                builder.push(i + 1, &[&format!("w{i}")], &[Field::Class(label.into())]);
             }
             let mut rows = Rows::new(1);
             rows.append_file(Path::new("f"), vec![builder.rows]);
@@ -143,7 +143,7 @@ mod tests {
         let wanted = [Wanted { column: "label".into(), kind: TaskKind::Classification }];
         let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
         for (i, n) in [2, 4, 3, 9].into_iter().enumerate() {
-            builder.push(i + 1, &vec!["w"; n], &[Field::Class("a")]);
+            builder.push(i + 1, &vec!["w"; n], &[Field::Class("a".into())]);
         }
         let mut rows = Rows::new(1);
         rows.append_file(Path::new("f"), vec![builder.rows]);
@@ -161,7 +161,7 @@ mod tests {
         for (fraction, keep, expected) in [(0.25, true, (8, 0)), (0.99, true, (29, 0)), (0.5, false, (20, 5))] {
             let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
             for (i, label) in labels.iter().enumerate() {
-                builder.push(i + 1, &["w"], &[Field::Class(label)]);
+                builder.push(i + 1, &["w"], &[Field::Class(label.into())]);
             }
             let mut rows = Rows::new(1);
             rows.append_file(Path::new("f"), vec![builder.rows]);
@@ -185,7 +185,7 @@ mod tests {
                 } else {
                     ["O", "O"]
                 };
-                builder.push(i + 1, &["a", "b"], &[Field::Tags(tags.to_vec())]);
+                builder.push(i + 1, &["a", "b"], &[Field::Tags(tags.iter().map(|&tag| tag.into()).collect())]);
             }
             let mut rows = Rows::new(1);
             rows.append_file(Path::new("f"), vec![builder.rows]);

@@ -185,6 +185,8 @@ pub fn written(task: &Task, ids: &[usize]) -> (Vec<String>, Vec<Span<String>>) {
 
 #[cfg(test)]
 mod tests {
+    use std::borrow::Cow;
+
     use super::*;
     use crate::data::rows::{Field, RowsBuilder, Wanted};
     use std::path::Path;
@@ -193,9 +195,9 @@ mod tests {
     fn tags_become_bio_ids_and_come_back_as_written() {
         let wanted = [Wanted { column: "ner".into(), kind: TaskKind::Tagging(Scheme::Bioes) }];
         let mut builder = RowsBuilder::new(Path::new("f"), &wanted);
-        builder.push(1, &["a", "b", "c"], &[Field::Tags(vec!["B-x", "E-x", "S-y"])]);
+        builder.push(1, &["a", "b", "c"], &[Field::Tags(["B-x", "E-x", "S-y"].map(Cow::from).to_vec())]);
         builder.push(2, &["d"], &[Field::Absent]);
-        builder.push(3, &["e", "f"], &[Field::Tags(vec!["B-x", "O"])]);
+        builder.push(3, &["e", "f"], &[Field::Tags(["B-x", "O"].map(Cow::from).to_vec())]);
         let mut rows = Rows::new(1);
         rows.append_file(Path::new("f"), vec![builder.rows]);
         let kind = TaskKind::Tagging(Scheme::Bioes);

@@ -1,5 +1,6 @@
 //! A data set as read from its files: flat arrays over interned strings, so that a million sentences stay compact.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use indexmap::IndexSet;
@@ -74,8 +75,8 @@ impl Column {
 #[derive(Clone, Debug)]
 pub enum Field<'a> {
     Absent,
-    Class(&'a str),
-    Tags(Vec<&'a str>),
+    Class(Cow<'a, str>),
+    Tags(Vec<Cow<'a, str>>),
 }
 
 /// Sentences with their labels, in file order.

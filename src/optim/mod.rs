@@ -185,9 +185,8 @@ impl Optimizer {
     ) -> Result<()> {
         let (learning_rate, grad_scale) = (learning_rate.into(), grad_scale.into());
         if let Some(on_device) = &self.on_device {
-            let share = average.as_ref().map(|(_, share)| *share);
-            let average = average.as_ref().map(|(average, _)| &**average);
-            return self.step_on_device(on_device, gradients, rows, (learning_rate, share), grad_scale, average);
+            let average = average.as_ref().map(|(average, share)| (&**average, *share));
+            return self.step_on_device(on_device, gradients, rows, (learning_rate, average), grad_scale);
         }
         let waits = rows.filter(|_| !self.config.lazy_rows());
         let is_table = |rows: Option<&Touched>, number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));

@@ -121,11 +121,11 @@ impl Optimizer {
         OnDevice { dense, deferred }: &OnDevice,
         gradients: &[Tensor],
         rows: Option<&Touched>,
-        (rate, share): (Number, Option<Number>),
+        (rate, average): (Number, Option<(&Ema, Number)>),
         grad_scale: GradScale,
-        average: Option<&Ema>,
     ) -> Result<()> {
         let device = self.slots[0].parameter.device();
+        let (average, share) = average.unzip();
         let (rate, share) = (rate.on(device), share.unwrap_or(Number::Host(0.0)).on(device));
         let gradient = |number: usize| gradients.get(number).filter(|gradient| gradient.defined());
         let moving = dense.numbers().filter(|&number| gradient(number).is_some());

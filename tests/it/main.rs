@@ -1,5 +1,7 @@
 //! Tests of the whole: the library on small and on real data, and the program as a user runs it.
 
+#![allow(clippy::print_stdout, clippy::unwrap_used)]
+
 mod cli;
 mod config;
 mod doctor;

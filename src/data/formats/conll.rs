@@ -1,5 +1,6 @@
 //! One word a line with its columns, sentences apart by empty lines: CoNLL of any columns, and CoNLL-U.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use super::{Cut, Format, Layout, Parsed, in_parts, lines};
@@ -271,7 +272,7 @@ impl<'a> Sentence<'a> {
             let n_missing = tags.iter().filter(|tag| missing(tag)).count();
             fields.push(match source {
                 Source::Comment(name) => match self.comments.iter().find(|(known, _)| known == name) {
-                    Some((_, value)) => Field::Class(value),
+                    Some((_, value)) => Field::Class((*value).into()),
                     None => Field::Absent,
                 },
                 Source::Column(_) if n_missing == tags.len() => Field::Absent,
@@ -283,7 +284,7 @@ impl<'a> Sentence<'a> {
                     let line = self.first_line + if self.gaps { 0 } else { first };
                     return builder.error(line, message);
                 }
-                Source::Column(_) => Field::Tags(tags),
+                Source::Column(_) => Field::Tags(tags.into_iter().map(Cow::Borrowed).collect()),
             });
         }
         match self.gaps {

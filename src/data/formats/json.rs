@@ -120,78 +120,72 @@ fn add_row(line: usize, row: &Value, layout: &Layout, builder: &mut RowsBuilder)
     if layout.offsets == Offsets::Words {
         (ranges, length) = ((0..words.len()).map(|i| (i, i + 1)).collect(), words.len());
     }
-    // An empty list of classes and a list of nulls are no label; Rasa leaves `entities` away where there are none.
-    static NONE: Value = Value::Array(Vec::new());
-    let none = |wanted: &Wanted| {
-        let rasa = layout.format == Format::Rasa && wanted.column == "entities" && wanted.kind.has_spans();
-        (rasa && row.get("entities").is_none()).then_some(&NONE)
-    };
-    let labels = |wanted: &Wanted| {
-        value(row, &wanted.column).or_else(|| none(wanted)).filter(|found| match (found, wanted.kind) {
-            (Value::Array(all), TaskKind::Classification) => !all.is_empty(),
-            (Value::Array(all), TaskKind::Tagging(_)) => all.is_empty() || !all.iter().all(Value::is_null),
-            _ => true,
-        })
-    };
-    // Tags that are made here, not borrowed from the row; filled before the fields borrow them.
-    let mut made: Vec<Option<Vec<String>>> = Vec::new();
-    for wanted in builder.wanted {
-        let spans = match (labels(wanted), wanted.kind) {
-            (Some(found), TaskKind::Tagging(scheme)) => {
-                if let Some(tags) = numbers(found) {
-                    made.push(Some(tags));
-                    continue;
-                }
-                wanted.kind.has_spans().then(|| spans(found)).flatten().map(|spans| (scheme, spans))
-            }
-            _ => None,
-        };
-        made.push(match spans {
-            None => None,
-            Some((_, Err(message))) => return builder.error(line, format!("`{}`: {message}", wanted.column)),
-            Some((scheme, Ok(spans))) => {
-                let said = spans.iter().filter_map(|span| other_text(span, row, layout));
-                said.for_each(|message| builder.warning(line, message));
-                match tags_of_spans((&ranges, length), spans, (line, builder)) {
-                    Some(tags) => Some(from_bio(scheme, &tags.iter().map(String::as_str).collect::<Vec<_>>())),
-                    None => return,
-                }
-            }
-        });
-    }
-    let mut scalars: Vec<Option<Cow<str>>> = Vec::new();
-    for wanted in builder.wanted {
-        scalars.push(match (labels(wanted), wanted.kind) {
-            (Some(found), TaskKind::Classification) => match scalar(found) {
-                Some(text) => Some(text),
-                None => return builder.error(line, format!("`{}` is not a label: {found}", wanted.column)),
-            },
-            _ => None,
-        });
-    }
     let mut fields = Vec::new();
-    for ((wanted, made), scalar) in builder.wanted.iter().zip(&made).zip(&scalars) {
-        fields.push(match (labels(wanted), made, scalar) {
-            (_, Some(tags), _) => Field::Tags(tags.iter().map(String::as_str).collect()),
-            (_, _, Some(label)) if !label.is_empty() => Field::Class(label),
-            (None, ..) | (_, _, Some(_)) => Field::Absent,
-            (Some(Value::String(tags)), ..) => Field::Tags(tags.split_whitespace().collect()),
-            (Some(Value::Array(tags)), ..) if tags.iter().all(Value::is_string) => {
-                Field::Tags(tags.iter().filter_map(Value::as_str).collect())
-            }
-            (Some(_), ..) => {
-                let message = match wanted.kind.has_spans() {
-                    _ if labels(wanted).and_then(Value::as_array).is_some_and(|all| all.contains(&Value::Null)) => {
-                        format!("`{}`: a word has no tag; tag all or none", wanted.column)
-                    }
-                    true => format!("`{}` is neither tags nor spans ({{start, end, label}})", wanted.column),
-                    false => format!("`{}` is not a list of tags, one per word", wanted.column),
-                };
-                return builder.error(line, message);
-            }
-        });
+    for wanted in builder.wanted {
+        let found = match (labels(row, wanted, layout), wanted.kind) {
+            (None, _) => Ok(Field::Absent),
+            (Some(found), TaskKind::Classification) => class(found),
+            (Some(found), TaskKind::Tagging(scheme)) => match spans(found).filter(|_| wanted.kind.has_spans()) {
+                None => tags(found, wanted.kind),
+                Some(Err(message)) => Err(format!(": {message}")),
+                Some(Ok(spans)) => {
+                    let other = spans.iter().filter_map(|span| other_text(span, row, layout));
+                    other.for_each(|message| builder.warning(line, message));
+                    // Its errors are already reported.
+                    let Some(bio) = tags_of_spans((&ranges, length), spans, (line, builder)) else { return };
+                    let tags = from_bio(scheme, &bio.iter().map(String::as_str).collect::<Vec<_>>());
+                    Ok(Field::Tags(tags.into_iter().map(Cow::Owned).collect()))
+                }
+            },
+        };
+        match found {
+            Ok(field) => fields.push(field),
+            Err(message) => return builder.error(line, format!("`{}`{message}", wanted.column)),
+        }
     }
     builder.push(line, &words, &fields);
+}
+
+/// The labels of a row in a column, if it has any: an empty list of classes and a list of nulls are none. Rasa omits `entities`
+/// where there are none, which means that every word is outside.
+fn labels<'a>(row: &'a Value, wanted: &Wanted, layout: &Layout) -> Option<&'a Value> {
+    static NONE: Value = Value::Array(Vec::new());
+    let rasa = layout.format == Format::Rasa && wanted.column == "entities" && wanted.kind.has_spans();
+    let none = (rasa && row.get("entities").is_none()).then_some(&NONE);
+    value(row, &wanted.column).or(none).filter(|found| match (found, wanted.kind) {
+        (Value::Array(all), TaskKind::Classification) => !all.is_empty(),
+        (Value::Array(all), TaskKind::Tagging(_)) => all.is_empty() || !all.iter().all(Value::is_null),
+        _ => true,
+    })
+}
+
+/// # Errors
+/// The end of a message that begins with the column.
+fn class(found: &Value) -> Result<Field<'_>, String> {
+    match scalar(found) {
+        Some(label) if label.is_empty() => Ok(Field::Absent),
+        Some(label) => Ok(Field::Class(label)),
+        None => Err(format!(" is not a label: {found}")),
+    }
+}
+
+/// Tags as a list of texts or numbers, or as one text.
+///
+/// # Errors
+/// The end of a message that begins with the column.
+fn tags(found: &Value, kind: TaskKind) -> Result<Field<'_>, String> {
+    match found {
+        Value::String(tags) => Ok(Field::Tags(tags.split_whitespace().map(Cow::Borrowed).collect())),
+        Value::Array(items) if items.iter().all(Value::is_string) => {
+            Ok(Field::Tags(items.iter().filter_map(Value::as_str).map(Cow::Borrowed).collect()))
+        }
+        Value::Array(items) if items.iter().all(Value::is_number) => {
+            Ok(Field::Tags(items.iter().map(|number| Cow::Owned(number.to_string())).collect()))
+        }
+        Value::Array(items) if items.contains(&Value::Null) => Err(": a word has no tag; tag all or none".to_owned()),
+        _ if kind.has_spans() => Err(" is neither tags nor spans ({start, end, label})".to_owned()),
+        _ => Err(" is not a list of tags, one per word".to_owned()),
+    }
 }
 
 /// What to say of a span that names another text than stands there.
@@ -203,12 +197,6 @@ fn other_text(span: &WrittenSpan, row: &Value, layout: &Layout) -> Option<String
     let there: String = text.chars().skip(*start).take(end.saturating_sub(*start)).collect();
     let said = said.filter(|said| *said != there && !there.is_empty())?;
     Some(format!("span {start}..{end} `{label}` is recorded as `{said}`, but the text at its offsets is `{there}`"))
-}
-
-/// Tags that are numbers.
-fn numbers(value: &Value) -> Option<Vec<String>> {
-    let items = value.as_array().filter(|items| !items.is_empty() && items.iter().all(Value::is_number))?;
-    Some(items.iter().map(Value::to_string).collect())
 }
 
 fn scalar(value: &Value) -> Option<Cow<'_, str>> {
@@ -281,7 +269,8 @@ fn missing(row: &Value, column: &str) -> String {
 /// value holds no spans; an empty list is a sentence without spans.
 fn spans(value: &Value) -> Option<Result<Vec<WrittenSpan<'_>>, String>> {
     let Value::Array(items) = value else { return None };
-    if items.iter().any(Value::is_string) {
+    let tags = items.iter().any(Value::is_string) || (!items.is_empty() && items.iter().all(Value::is_number));
+    if tags {
         return None;
     }
     fn read(item: &Value) -> Result<WrittenSpan<'_>, String> {

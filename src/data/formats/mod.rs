@@ -9,6 +9,7 @@ mod unique;
 pub use conll::{ConllLayout, ConllLine, line_of_a_word};
 pub use json::{row_of as json_row, value as json_value};
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use encoding_rs::Encoding;
@@ -225,8 +226,8 @@ fn lines(text: &str, first_line: usize) -> impl Iterator<Item = (usize, &str)> {
 fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a str>) -> Vec<Field<'a>> {
     let field = |wanted: &Wanted| match (value(&wanted.column).map(str::trim), wanted.kind) {
         (None | Some(""), _) => Field::Absent,
-        (Some(label), TaskKind::Classification) => Field::Class(label),
-        (Some(tags), TaskKind::Tagging(_)) => Field::Tags(tags.split_whitespace().collect()),
+        (Some(label), TaskKind::Classification) => Field::Class(label.into()),
+        (Some(tags), TaskKind::Tagging(_)) => Field::Tags(tags.split_whitespace().map(Cow::Borrowed).collect()),
     };
     wanted.iter().map(field).collect()
 }
