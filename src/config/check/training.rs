@@ -1,4 +1,4 @@
-//! What `training:` may hold.
+//! Checks of `training:`.
 
 use super::super::Experiment;
 use super::super::decode::suggestion;
@@ -51,7 +51,7 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
     c.require("training.early_stopping.patience_epochs", !(no_dev && waits), "needs dev, which no data set has");
 }
 
-/// What chooses checkpoints has to be a score that there is.
+/// The metric that selects the best checkpoint must exist.
 fn check_metric(c: &mut Checker, experiment: &Experiment) {
     let (path, metric) = ("training.early_stopping.metric", &experiment.training.early_stopping.metric);
     let (task, score) = metric.split_once('.').map_or((metric.as_str(), None), |(task, score)| (task, Some(score)));
