@@ -1,9 +1,9 @@
-//! What is wrong with an input, and where: the one shape of every message about experiment files and data.
+//! Problems with an input and where they are: the common form of all messages about experiment files and data.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// A file, and a line in it counted from 1 (0: the file as a whole), or the [`row`](Self::row) of one that has no lines.
+/// A file and a line in it, from 1 (0: the whole file), or a [`row`](Self::row) if its rows are not on separate lines.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     pub file: PathBuf,
@@ -17,7 +17,7 @@ impl Place {
         Place { file: file.to_owned(), line }
     }
 
-    /// Stands in the place of a line for row `n`, from 1.
+    /// Represents row `n` (from 1) in place of a line.
     pub fn row(n: usize) -> usize {
         n | Self::ROW
     }
@@ -34,14 +34,14 @@ impl fmt::Display for Place {
     }
 }
 
-/// Whether training may start in spite of it.
+/// Whether a problem prevents training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
     Error,
     Warning,
 }
 
-/// One thing wrong with an input.
+/// One problem with an input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     pub severity: Severity,
@@ -62,7 +62,7 @@ impl Problem {
         Problem { severity, place: None, message: message.into() }
     }
 
-    /// Whether it keeps `path`, a file or a folder, from being read.
+    /// Whether it is an error in `path`, a file or a folder.
     pub fn is_error_in(&self, path: &Path) -> bool {
         self.severity == Severity::Error && self.place.as_ref().is_some_and(|place| place.file.starts_with(path))
     }
@@ -81,16 +81,16 @@ impl fmt::Display for Problem {
 #[derive(Debug)]
 pub struct InvalidInput(pub Vec<Problem>);
 
-/// So many problems of one kind are enough to see what is wrong.
+/// Maximum number of problems to show.
 const SHOWN: usize = 20;
 
 impl InvalidInput {
-    /// The problems that are told one by one.
+    /// The problems to show one by one.
     pub fn shown(&self) -> &[Problem] {
         &self.0[..SHOWN.min(self.0.len())]
     }
 
-    /// How many others there are, where there are some.
+    /// The number of further problems as text, if any.
     pub fn rest(&self) -> Option<String> {
         (self.0.len() > SHOWN).then(|| format!("... and {} more", self.0.len() - SHOWN))
     }
@@ -110,7 +110,7 @@ impl fmt::Display for InvalidInput {
 
 impl std::error::Error for InvalidInput {}
 
-/// A text of the data's, without what a terminal obeys.
+/// `text` with control characters escaped, except line breaks, so that it cannot control the terminal.
 pub fn shown(text: &str) -> String {
     let one = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(one).collect()
@@ -121,12 +121,12 @@ pub fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-/// An [`InvalidInput`] of one message without a place.
+/// An [`InvalidInput`] of one message without a location.
 pub fn invalid(message: impl Into<String>) -> anyhow::Error {
     InvalidInput(vec![Problem::general(Severity::Error, message)]).into()
 }
 
-/// Fails with all errors among `problems`; without one, gives back the warnings.
+/// Fails with all errors among `problems`; if there are none, returns the warnings.
 pub fn fail_on_errors(problems: Vec<Problem>) -> anyhow::Result<Vec<Problem>> {
     let (errors, warnings): (Vec<_>, Vec<_>) = problems.into_iter().partition(|p| p.severity == Severity::Error);
     if errors.is_empty() { Ok(warnings) } else { Err(InvalidInput(errors).into()) }

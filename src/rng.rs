@@ -1,10 +1,10 @@
-//! One seed an experiment; every use of chance derives its own from it, by purpose and index, so that no use disturbs
-//! another and each can be repeated without replaying what came before.
+//! One seed per experiment; every use of randomness derives its own seed from it, by purpose and index, so that uses
+//! are independent and each can be repeated without replaying earlier ones.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// What chance is used for.
+/// What randomness is used for.
 #[derive(Clone, Copy, Debug)]
 pub enum Purpose {
     /// Initial weights.
@@ -13,7 +13,7 @@ pub enum Purpose {
     Sampling = 2,
     /// Dropout masks and unknown-word replacement, by micro-batch.
     Dropout = 3,
-    /// Cutting a dev split from train.
+    /// Splitting off dev from train, and drawing `train_fraction`.
     Split = 4,
     /// Random loss weights, by step.
     Weighting = 5,
@@ -24,7 +24,7 @@ pub enum Purpose {
 pub struct Seed(pub u64);
 
 impl Seed {
-    /// The seed of `purpose` number `index` (an epoch, a step, 0).
+    /// The seed for use `index` (such as an epoch or a step) of `purpose`.
     pub fn derive(self, purpose: Purpose, index: u64) -> u64 {
         mix(mix(mix(self.0).wrapping_add(purpose as u64)).wrapping_add(index))
     }

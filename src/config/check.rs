@@ -1,4 +1,4 @@
-//! What types cannot say: ranges, names that must exist, options that need each other.
+//! Checks that types cannot express: ranges, names that must exist, options that need each other.
 
 mod training;
 
@@ -15,10 +15,10 @@ use crate::model::{CharactersConfig, ClassWeights, HeadConfig};
 use crate::problem::{Problem, Severity};
 use crate::weighting::{FixedConfig, InitialLoss, WeightingConfig};
 
-/// Keys beside the tasks' names in predictions and records.
+/// Keys that appear next to task names in predictions and records.
 const WRITTEN: [&str; 7] = ["text", "words", "place", "kind", "step", "epoch", "sentence_accuracy"];
 
-/// What a TorchScript module has of itself.
+/// Attributes that every TorchScript module has.
 const SCRIPT: [&str; 2] = ["training", "forward"];
 
 /// Python's keywords.
@@ -47,7 +47,7 @@ impl Checker<'_> {
     }
 }
 
-/// Everything wrong with an experiment whose types are right.
+/// All problems of an experiment that could be read into its types.
 pub fn check(experiment: &Experiment, tree: &SourceTree) -> Result<Vec<Problem>> {
     let mut c = Checker { tree, problems: Vec::new() };
     for (path, range) in schema::out_of_range(&experiment.to_value()?) {
@@ -60,7 +60,7 @@ pub fn check(experiment: &Experiment, tree: &SourceTree) -> Result<Vec<Problem>>
         name.chars().all(name_ok) && name.starts_with(|c: char| c.is_ascii_alphanumeric()),
         "use letters, digits, `-`, `_` and `.`, beginning with a letter or digit",
     );
-    // A map that lost a broken entry is not empty in the file.
+    // As in the file: a mapping whose invalid entries were removed is not empty there.
     let empty = |at: &str| tree.value.pointer(at).and_then(|map| map.as_object()).is_none_or(|map| map.is_empty());
     c.require("data.sets", !empty("/data/sets"), "give at least one set");
     for (name, set) in &experiment.data.sets {
@@ -150,7 +150,7 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
         !words.into_iter().any(|word| *word == name),
         "is a reserved word in TorchScript, to which models are exported",
     );
-    // As written: a set that was taken out for its own errors is still known.
+    // As in the file: a set that was removed for its own errors is still known.
     let written = c.tree.value.pointer("/data/sets").and_then(|sets| sets.as_object());
     let known: Vec<String> = written.map_or(Vec::new(), |sets| sets.keys().cloned().collect());
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
@@ -180,7 +180,7 @@ fn check_task(c: &mut Checker, name: &str, head: &HeadConfig, experiment: &Exper
     }
 }
 
-/// What a head reads: the trunk, a layer that there is, and heads that do not see it in turn.
+/// A head must read the trunk, an existing layer of it, and only heads that do not read it in turn.
 fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, experiment: &Experiment) {
     let inputs = format!("{path}.inputs");
     c.require(&inputs, head.reads_trunk(), "must include `trunk`");
@@ -193,7 +193,7 @@ fn check_reads(c: &mut Checker, path: &str, name: &str, head: &HeadConfig, exper
     let mut others: Vec<&str> = head.inputs().iter().map(String::as_str).collect();
     others.sort_unstable();
     c.require(&inputs, others.windows(2).all(|pair| pair[0] != pair[1]), "list each only once");
-    // All that it sees, directly or through others.
+    // All heads that it reads, directly or through others.
     let mut seen: Vec<&str> = head.other_inputs().collect();
     let mut next = 0;
     while let Some(&other) = seen.get(next) {
@@ -246,7 +246,7 @@ fn check_weighting(c: &mut Checker, path: &str, weighting: &WeightingConfig, exp
     }
 }
 
-/// What to say of a strategy where every step has one task.
+/// The error for a strategy that needs several tasks per step.
 fn several_tasks(strategy: &str) -> String {
     format!(
         "{strategy} balances the tasks within a step, but with round_robin sampling of separate sets every step has one task. \
@@ -254,7 +254,7 @@ fn several_tasks(strategy: &str) -> String {
     )
 }
 
-/// Whether no step ever has labels of two tasks.
+/// Whether there are several tasks, but every step has the labels of only one.
 fn one_task_a_step(experiment: &Experiment) -> bool {
     let in_turn = matches!(experiment.training.sampling, SamplingConfig::RoundRobin(_));
     let shared = |name: &String| experiment.tasks.values().filter(|head| head.sets().contains(name)).count() > 1;

@@ -1,5 +1,5 @@
-//! From the tree of values to types, telling every error and not only the first: what is wrong is noted and taken out, and
-//! the rest is read again.
+//! From the tree of values to types, reporting every error and not only the first: an invalid part is reported and
+//! removed, and the rest is read again.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -11,8 +11,8 @@ use super::schema;
 use super::source::SourceTree;
 use crate::problem::{Place, Problem, Severity};
 
-/// `{strategy: gradnorm, alpha: 1}` becomes `{gradnorm: {alpha: 1}}`, which serde reads with the path of every error; and so
-/// does `gradnorm` alone. A mapping that names no kind is of that in `defaults`, if it has one there.
+/// Turns `{strategy: gradnorm, alpha: 1}` into `{gradnorm: {alpha: 1}}`, for which serde gives the path of every error,
+/// and `gradnorm` into `{gradnorm: {}}`. A mapping that names no kind gets that in `defaults`, else goes to `missing`.
 fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(String, &'static str)>) -> Value {
     let object = match value {
         Value::Object(object) => object,
@@ -40,7 +40,7 @@ fn to_external(value: Value, path: &str, defaults: &Value, missing: &mut Vec<(St
     }
 }
 
-/// The inverse, for writing a file.
+/// The inverse of `to_external`, for writing a file.
 pub fn to_written(value: Value) -> Value {
     fn walk(value: Value, path: &str) -> Value {
         let Value::Object(object) = value else { return value };
@@ -60,8 +60,8 @@ pub fn to_written(value: Value) -> Value {
     walk(value, "")
 }
 
-/// Reads the tree as `T`; mappings that name no kind are of those in `defaults`. What is wrong goes to `problems`; `None` when
-/// too little is left to make a `T`.
+/// Reads the tree as `T`; mappings that name no kind get that in `defaults`. Errors go to `problems`; `None` if too
+/// little is valid to make a `T`.
 pub fn decode<T: DeserializeOwned + Serialize>(
     tree: &SourceTree,
     defaults: &Value,
@@ -96,7 +96,7 @@ pub fn decode<T: DeserializeOwned + Serialize>(
         if found.missing.is_some() {
             found.message += &meant(tree, &found.owner);
         }
-        // What was wrong and is taken out is then missing.
+        // A key that was reported and removed is now missing; do not report it again.
         let told = |key: &String| removed.iter().any(|gone| gone == key || gone.starts_with(&format!("{key}.")));
         if !found.missing.as_ref().is_some_and(told) {
             report(tree, problems, &found.path, found.message);
@@ -108,21 +108,21 @@ pub fn decode<T: DeserializeOwned + Serialize>(
     }
 }
 
-/// What is wrong in a tree, from serde's words.
+/// An error in the tree, from serde's message.
 struct Diagnosis {
-    /// Where it is told.
+    /// Where it is reported.
     path: String,
     message: String,
-    /// A key that is not there.
+    /// The missing key, if that is the error.
     missing: Option<String>,
-    /// The mapping or value that serde stopped at.
+    /// The mapping or value at which serde stopped.
     owner: String,
-    /// What has to go so that the rest can be read, key by key, kinds included.
+    /// The path to remove so that the rest can be read, including kinds.
     remove: Vec<String>,
 }
 
 fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis {
-    // With kinds, as the tree has them, and without, as they are written.
+    // The path with kinds, as in the externally tagged tree, and without, as in the file.
     let (mut raw, mut shown): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
     for segment in error.path() {
         match segment {
@@ -149,11 +149,11 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
         }
         let owner = shown.join(".");
         let hint = match tag_key(&owner) {
-            // What names the kind of other mappings.
+            // `key` names the kind of other mappings.
             Some(tag) if is_tag(key) => format!("; did you mean `{tag}`?"),
             tag => {
                 let known: Vec<&str> = tag.into_iter().chain(quoted[1..].iter().copied()).collect();
-                // Those further down the same branch, where there are some, are what was meant.
+                // Prefer mappings inside `owner`, if any.
                 let (within, elsewhere): (Vec<String>, Vec<String>) =
                     schema::owners_of(key).into_iter().partition(|found| found.starts_with(&format!("{owner}.")));
                 let owners = if within.is_empty() { elsewhere } else { within };
@@ -172,7 +172,7 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
         let kind = quoted[0];
         let mut path = owner.clone();
         if let Some(tag) = tag_key(&path) {
-            // The mapping's only key is the unknown kind: all of it goes.
+            // The mapping's only key is the unknown kind: remove the whole mapping.
             path = format!("{path}.{tag}");
             raw.truncate(shown.len());
         } else if raw.last().is_some_and(|last| last == kind) && raw.len() > shown.len() {
@@ -188,14 +188,14 @@ fn diagnose(error: &serde_path_to_error::Error<serde_json::Error>) -> Diagnosis 
         return Diagnosis { path: owner.clone(), message, missing, owner, remove: raw };
     }
     let what = match shown.iter().find(|key| key.contains('.')) {
-        // What names a kind was not seen to, behind such a key.
+        // `to_external` does not recognise kinds in a mapping whose name contains a dot.
         Some(key) if message.contains("map with a single key") => format!("`{key}`: names must not contain dots"),
         _ => plain(&message, tag_key(&owner).is_some()),
     };
     Diagnosis { path: owner.clone(), message: format!("{owner}: {what}"), missing: None, owner, remove: raw }
 }
 
-/// Where a list stands for a mapping: serde takes it for the mapping's values in order.
+/// Paths of lists given for mappings, which serde accepts as the mapping's values in order.
 fn lists_for_mappings(found: &Value, understood: &Value, path: &str) -> Vec<String> {
     match (found, understood) {
         (Value::Array(_), Value::Object(_)) => vec![path.to_owned()],
@@ -214,7 +214,7 @@ fn lists_for_mappings(found: &Value, understood: &Value, path: &str) -> Vec<Stri
     }
 }
 
-/// For a mapping that only `--set` names: the one beside it that may have been meant.
+/// For a mapping that only `--set` gives: a hint to a sibling with a similar name.
 fn meant(tree: &SourceTree, path: &str) -> String {
     let Some((parent, name)) = path.rsplit_once('.') else { return String::new() };
     let parent_of = format!("/{}", parent.replace('.', "/"));
@@ -226,7 +226,7 @@ fn meant(tree: &SourceTree, path: &str) -> String {
     }
 }
 
-/// The kinds that a tagged mapping may have, learned from serde by offering one that cannot be.
+/// The kinds that a tagged mapping may have, from serde's error for an impossible one.
 fn kinds_of<T: DeserializeOwned>(path: &str) -> String {
     let mut probe = serde_json::json!({"?": {}});
     for key in path.split('.').rev() {
@@ -242,7 +242,7 @@ fn report(tree: &SourceTree, problems: &mut Vec<Problem>, path: &str, message: S
     problems.push(Problem { severity: Severity::Error, place, message });
 }
 
-/// Takes the value at `path` out of the tree, or, where it stands in a list, the whole list; false when there is none.
+/// Removes the value at `path` or, if it is in a list, the whole list; false if there is none.
 fn remove(value: &mut Value, path: &[String]) -> bool {
     let Some((last, parents)) = path.split_last() else { return false };
     let pointer = |keys: &[String]| keys.iter().map(|key| format!("/{key}")).collect::<String>();
@@ -253,7 +253,7 @@ fn remove(value: &mut Value, path: &[String]) -> bool {
     }
 }
 
-/// The nearest of the known names, or all of them.
+/// A hint to the most similar known name, or to all of them.
 pub fn suggestion(name: &str, known: &[&str]) -> String {
     match near(name, known) {
         Some(near) => format!("; did you mean {near}?"),
@@ -262,7 +262,7 @@ pub fn suggestion(name: &str, known: &[&str]) -> String {
     }
 }
 
-/// The name that is spelled nearly like `name`, or those of which it is a word, as `epochs` is of `max_epochs`.
+/// The known name with a similar spelling, or those that contain `name` as a word, as `max_epochs` contains `epochs`.
 fn near(name: &str, known: &[&str]) -> Option<String> {
     let distance = |known: &str| strsim::damerau_levenshtein(&name.to_lowercase(), &known.to_lowercase());
     let nearest = known.iter().min_by_key(|known| distance(known));
@@ -274,7 +274,7 @@ fn near(name: &str, known: &[&str]) -> Option<String> {
     (!of_words.is_empty()).then(|| of_words.join(" or "))
 }
 
-/// serde's words in the user's.
+/// Rewrites serde's message in terms that users know.
 fn plain(message: &str, has_kinds: bool) -> String {
     if let Some((_, n)) = message.split_once("expected a tuple of size ") {
         return format!("expected a list of {n}");

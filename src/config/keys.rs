@@ -1,8 +1,8 @@
-//! Dotted paths of keys, `tasks.topic.type`, and which mappings name their kind by a key.
+//! Dotted paths of keys, such as `tasks.topic.type`, and the mappings that name their kind by a key.
 
 use serde_json::Value;
 
-/// Mappings of several kinds, and the key that names the kind. `*` stands for any name.
+/// Mappings that come in several kinds, and the key that names the kind. `*` matches any name.
 const TAGGED: [(&str, &str); 8] = [
     ("tasks.*", "type"),
     ("tokenizer", "model"),
@@ -28,9 +28,9 @@ pub fn is_tag(key: &str) -> bool {
     TAGGED.iter().any(|(_, tag)| *tag == key)
 }
 
-/// The kind of the mapping at `path` where it names none: what `defaults` has there, as types are read.
+/// The kind of the mapping at `path` if it names none: that in `defaults`, which has serde's externally tagged form.
 pub fn default_kind<'a>(path: &'a str, defaults: &'a Value) -> Option<&'a str> {
-    // A strategy of a study may go by its own name.
+    // The name of a study's strategy is its default kind.
     if let Some(name) = path.strip_prefix("study.strategies.") {
         return Some(name);
     }

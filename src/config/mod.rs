@@ -1,4 +1,4 @@
-//! The experiment: as written in one YAML file, and as checked, with every default filled in.
+//! The experiment: read from a YAML file, checked, and with every default filled in.
 
 mod check;
 mod decode;
@@ -64,17 +64,17 @@ fn default_seed() -> u64 {
 }
 
 impl Experiment {
-    /// Reads, completes and checks an experiment file; `overrides` are `path.to.key=value`.
+    /// Reads an experiment file, fills in defaults and checks it; `overrides` are `path.to.key=value`.
     ///
     /// # Errors
-    /// [`InvalidInput`] with everything that is wrong, each with file and line.
+    /// [`InvalidInput`] with all problems, each with file and line.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Experiment> {
         Experiment::of_text((path, &source::text_of(path)?), overrides)
     }
 
-    /// The same from a text that `path` stands for.
+    /// Like [`Self::load`], with `text` as the content of `path`.
     pub fn of_text((path, text): (&Path, &str), overrides: &[String]) -> Result<Experiment> {
-        // Not that of the loss weighting: whoever gives it options means one.
+        // None for `weighting`: its options are an error without `strategy:`.
         let defaults = json!({
             "tokenizer": TokenizerConfig::default(),
             "model": ModelConfig::default(),
@@ -95,19 +95,19 @@ impl Experiment {
         Ok(experiment)
     }
 
-    /// The file with every default filled in; training from it repeats the run.
+    /// The experiment file with every default filled in; training from it repeats the run.
     pub fn to_yaml(&self) -> Result<String> {
         Ok(serde_yaml::to_string(&self.to_value()?)?)
     }
 
-    /// The same as a tree.
+    /// The content of [`Self::to_yaml`] as a tree.
     pub fn to_value(&self) -> Result<Value> {
         Ok(decode::to_written(serde_json::to_value(self)?))
     }
 
-    /// Takes from another what may change in a run that has begun.
+    /// Copies from `other` the settings that may change when a run is resumed.
     pub fn take_changeable(&mut self, other: &Experiment) {
-        // Checkpoints know the content of the training and dev data.
+        // A fingerprint in the checkpoints ensures that the training and dev data stay the same.
         self.data = other.data.clone();
         self.study = other.study.clone();
         self.training.take_changeable(&other.training);

@@ -1,4 +1,4 @@
-//! What an experiment file may hold, as JSON Schema, from the types and their doc comments.
+//! The JSON Schema of experiment files, from the types and their doc comments.
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
@@ -6,9 +6,9 @@ use serde_json::{Map, Value, json};
 use super::Experiment;
 use super::keys::{join, tag_key};
 
-/// The JSON Schema (draft 7, which editors read) of experiment files. It has no subschemas by reference.
+/// The JSON Schema (draft 7, which editors support) of experiment files, with all subschemas inlined.
 ///
-/// Nothing is required, since a file may extend another.
+/// No key is required, since a file may extend another.
 pub fn schema() -> Value {
     let settings = SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
     let mut schema = settings.into_generator().into_root_schema_for::<Experiment>().to_value();
@@ -21,7 +21,7 @@ pub fn schema() -> Value {
     schema
 }
 
-/// The mappings that have a key of this name, by dotted path; those of sets and tasks are `data.sets.*` and `tasks.*`.
+/// Dotted paths of the mappings that have `key`; those of sets and tasks are `data.sets.*` and `tasks.*`.
 pub fn owners_of(key: &str) -> Vec<String> {
     fn walk(schema: &Value, path: &str, key: &str, found: &mut Vec<String>) {
         for (name, inner) in schema["properties"].as_object().into_iter().flatten() {
@@ -42,7 +42,7 @@ pub fn owners_of(key: &str) -> Vec<String> {
     found
 }
 
-/// From how types are read to how files are written: a kind is named by a key, or stands alone.
+/// Converts the schema of the types to that of files, where the kind of a mapping is named by a key, or given alone.
 fn to_written(schema: &mut Value, path: &str) {
     let Value::Object(object) = schema else { return };
     object.remove("required");
@@ -70,7 +70,7 @@ fn to_written(schema: &mut Value, path: &str) {
     if let Some(Value::Array(choices)) = object.get_mut("anyOf") {
         choices.iter_mut().for_each(|choice| to_written(choice, path));
     }
-    // A word with a value: the description is the word's.
+    // A variant with a value, such as `mean_of_first: 5`: the key takes over its description.
     for choice in object.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
         let description = choice["description"].clone();
         for (_, inner) in choice.get_mut("properties").and_then(Value::as_object_mut).into_iter().flatten() {
@@ -79,7 +79,7 @@ fn to_written(schema: &mut Value, path: &str) {
     }
 }
 
-/// The range of a number, such as `at least 1`, in the words of `polytask options` and of errors.
+/// The range of a number as text, such as `at least 1`, for `polytask options` and error messages.
 pub fn range(schema: &Value) -> Option<String> {
     let bound = |key: &str| schema[key].as_f64();
     let unsigned = schema["format"].as_str().is_some_and(|format| format.starts_with("uint"));
@@ -96,7 +96,7 @@ pub fn range(schema: &Value) -> Option<String> {
     }
 }
 
-/// The numbers of an experiment, as its file has them, that are out of their range: dotted path and what they must be.
+/// The numbers of an experiment, in the form of its file, that are out of range: dotted path and permitted range.
 pub fn out_of_range(experiment: &Value) -> Vec<(String, String)> {
     fn walk(schema: &Value, value: &Value, path: &str, found: &mut Vec<(String, String)>) {
         if let (Some(number), Some(range)) = (value.as_f64(), range(schema)) {
@@ -117,7 +117,7 @@ pub fn out_of_range(experiment: &Value) -> Vec<(String, String)> {
         for (i, item) in value.as_array().into_iter().flatten().enumerate() {
             walk(&schema["items"], item, &join(path, &i.to_string()), found);
         }
-        // Of a mapping's kinds, its own.
+        // Of the possible kinds of a mapping, check only the one it has.
         let is_own = |kind: &&Value| {
             let mut keys = kind["properties"].as_object().into_iter().flatten();
             keys.all(|(key, inner)| inner["const"].is_null() || inner["const"] == value[key])
@@ -129,7 +129,7 @@ pub fn out_of_range(experiment: &Value) -> Vec<(String, String)> {
     found
 }
 
-/// `{properties: {NAME: INNER}}` as INNER with the key `tag`.
+/// Turns `{properties: {NAME: INNER}}` into INNER with a key `tag`, whose value is NAME.
 fn kind(mut variant: Value, tag: &str) -> Option<Value> {
     let Value::Object(named) = variant["properties"].take() else { return None };
     let (name, mut inner) = named.into_iter().next()?;

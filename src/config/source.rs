@@ -1,4 +1,4 @@
-//! From files to one tree of values that remembers where each value stands: YAML, `extends`, `--set`, environment.
+//! Reads an experiment into a tree of values with their locations: YAML, `extends`, `--set`, environment variables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use super::keys::{default_kind, join, tag_key};
 use crate::problem::{InvalidInput, Place, Problem, invalid};
 use crate::run::atomic::folder_of;
 
-/// A tree of values with the place of each by its dotted path.
+/// A tree of values, with the location of each by its dotted path.
 pub struct SourceTree {
     pub value: Value,
     pub places: BTreeMap<String, Place>,
@@ -19,7 +19,7 @@ pub struct SourceTree {
 }
 
 impl SourceTree {
-    /// Where `path` stands, or the nearest thing around it that has a place.
+    /// The location of `path` or, if it has none, of its nearest ancestor with one.
     pub fn place(&self, path: &str) -> Option<Place> {
         let mut path = path;
         loop {
@@ -35,7 +35,7 @@ impl SourceTree {
     }
 }
 
-/// `defaults` has the kinds of mappings that name none.
+/// `defaults` gives the kind of each mapping that does not name one.
 pub fn load((path, text): (&Path, &str), overrides: &[String], defaults: &Value) -> Result<SourceTree> {
     let mut tree = layer((path, text), &mut Vec::new(), defaults)?;
     for text in overrides {
@@ -58,11 +58,11 @@ pub fn text_of(path: &Path) -> Result<String> {
         std::io::ErrorKind::NotFound => invalid(format!("experiment file {} does not exist", path.display())),
         _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
     })?;
-    // A byte order mark, as some editors write it.
+    // Some editors write a byte order mark.
     Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_owned))
 }
 
-/// What a file says, laid over what the files that it extends say.
+/// The values of a file, merged over those of the files that it extends.
 fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value) -> Result<SourceTree> {
     let fail = |line: usize, message: String| InvalidInput(vec![Problem::error(Place::new(path, line), message)]);
     let (places, twice) = places(path, text);
@@ -80,7 +80,7 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
     let Value::Object(object) = &mut value else {
         return Err(fail(1, "an experiment must be a mapping of keys to values".to_owned()).into());
     };
-    // A place for what `*anchors` name.
+    // Keys `x-...` are ignored: a place to define YAML anchors.
     object.retain(|key, _| !key.starts_with("x-"));
     let extends = object.shift_remove("extends");
     anchor(&mut value, path);
@@ -94,7 +94,7 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
     if !base.exists() {
         return Err(fail(line, format!("extends: {} does not exist", base.display())).into());
     }
-    // By one name, however it is spelled.
+    // Different spellings of a path must compare equal.
     let one = |path: &Path| path.canonicalize().unwrap_or(path.to_owned());
     chain.push(one(path));
     if chain.contains(&one(&base)) {
@@ -106,7 +106,7 @@ fn layer((path, text): (&Path, &str), chain: &mut Vec<PathBuf>, defaults: &Value
     Ok(whole)
 }
 
-/// serde_yaml's words without its place, which is told before them.
+/// serde_yaml's message without the position, which is reported before the message.
 fn plain(message: &str) -> String {
     let message = message.split(" at line ").next().unwrap_or(message);
     if message.contains("more than one document") {
@@ -122,7 +122,7 @@ fn plain(message: &str) -> String {
     }
 }
 
-/// YAML as JSON: keys become texts, and numbers must be finite. An error has the path of what is wrong.
+/// Converts YAML to JSON: keys become strings, and numbers must be finite. An error has the path of the invalid value.
 fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String)> {
     Ok(match yaml {
         serde_yaml::Value::Null => Value::Null,
@@ -150,7 +150,7 @@ fn to_json(yaml: serde_yaml::Value, path: &str) -> Result<Value, (String, String
                     object.insert(key, value);
                     continue;
                 }
-                // What is merged stands here, but for keys that the mapping has itself; of several the first counts.
+                // Merged keys go here, except those that the mapping has itself; of several mappings, the first wins.
                 let merged = if let Value::Array(several) = value { several } else { vec![value] };
                 for one in merged {
                     let Value::Object(one) = one else {
@@ -176,13 +176,13 @@ fn key_of(key: &serde_yaml::Value) -> String {
     }
 }
 
-/// A key that stands twice, with the two lines.
+/// A duplicate key, with its two lines.
 type Twice = (String, usize, usize);
 
-/// The line of every key and list item, by dotted path, and the first key that stands twice. The text is parsed besides, so
-/// errors end the walk only.
+/// The line of every key and list item, by dotted path, and the first duplicate key. Syntax errors only end the walk,
+/// since the caller parses the text too.
 fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
-    /// An open mapping (with the key whose value comes next, and the lines of all) or list (with the number of the next item).
+    /// An open mapping (the key whose value comes next, the lines of all keys) or list (the index of the next item).
     enum Open {
         Mapping(Option<String>, BTreeMap<String, usize>),
         List(usize),
@@ -224,7 +224,7 @@ fn places(file: &Path, text: &str) -> (BTreeMap<String, Place>, Option<Twice>) {
     (found, twice)
 }
 
-/// `path.to.key=value`, the value in YAML.
+/// Parses `path.to.key=value`, where the value is YAML.
 fn override_layer(text: &str) -> Result<SourceTree> {
     let wrong = || invalid(format!("--set {text}: expected path.to.key=value"));
     let (path, value) = text.split_once('=').ok_or_else(wrong)?;
@@ -251,7 +251,7 @@ fn override_layer(text: &str) -> Result<SourceTree> {
     Ok(SourceTree { value, places, problems: Vec::new() })
 }
 
-/// Puts all that is within a value where the value is.
+/// Gives everything inside a value the location of the value.
 fn place_inner(value: &Value, path: &str, place: &Place, places: &mut BTreeMap<String, Place>) {
     let inner: Vec<(String, &Value)> = match value {
         Value::Object(object) => object.iter().map(|(key, value)| (join(path, key), value)).collect(),
@@ -264,18 +264,18 @@ fn place_inner(value: &Value, path: &str, place: &Place, places: &mut BTreeMap<S
     }
 }
 
-/// Lays `over` on `base`: mappings merge, numbers as keys reach into a list, all else is replaced. Where a mapping has a kind
-/// (`strategy:`, `type:`, ...) and `over` names another, the options of the old kind go.
+/// Merges `over` into `base`: mappings are merged, numeric keys address list items, everything else is replaced. If
+/// `over` changes the kind of a mapping (`strategy:`, `type:`, ...), the options of the old kind are dropped.
 fn overlay(base: &mut SourceTree, over: SourceTree, defaults: &Value) {
     Merge { places: &mut base.places, defaults }.merge(&mut base.value, over.value, "");
     for (path, place) in over.places {
-        // A mapping that both have stays where it is: what it lacks, it lacks there.
+        // A mapping that both have keeps its location in `base`, where missing keys are then reported.
         base.places.entry(path).or_insert(place);
     }
     base.problems.extend(over.problems);
 }
 
-/// The place in a list that a key counts, from 0.
+/// `key` as an index into `items`, if it is one.
 fn place_in(items: &[Value], key: &str) -> Option<usize> {
     key.parse().ok().filter(|&i| i < items.len())
 }
@@ -287,7 +287,7 @@ struct Merge<'a> {
 
 impl Merge<'_> {
     fn merge(&mut self, base: &mut Value, over: Value, path: &str) {
-        // A kind that stands alone takes options as the mapping that it is short for.
+        // A kind alone is short for a mapping: expand it, so that it can take options.
         if let (Value::String(kind), Value::Object(_), Some(key)) = (&*base, &over, tag_key(path)) {
             *base = Value::Object(Map::from_iter([(key.to_owned(), Value::String(kind.clone()))]));
         }
@@ -305,7 +305,7 @@ impl Merge<'_> {
                 for (key, value) in over {
                     let path = join(path, &key);
                     match base.get_mut(&key) {
-                        // null takes a key of the base away, so that its default holds.
+                        // null removes a key of the base, so that its default applies.
                         Some(_) if value.is_null() => {
                             self.forget_inside(&path);
                             base.shift_remove(&key);
@@ -338,7 +338,7 @@ impl Merge<'_> {
     }
 }
 
-/// Replaces `${EXPERIMENT_DIR}` in texts by the folder of `file`, in which they stand.
+/// Replaces `${EXPERIMENT_DIR}` in strings by the folder of `file`.
 fn anchor(value: &mut Value, file: &Path) {
     match value {
         Value::Object(object) => object.values_mut().for_each(|value| anchor(value, file)),
@@ -348,7 +348,8 @@ fn anchor(value: &mut Value, file: &Path) {
     }
 }
 
-/// Replaces `${NAME}` and `${NAME:-default}` in texts. A text that is one such reference takes the type of what it stands for.
+/// Replaces `${NAME}` and `${NAME:-default}` in strings. A string that is only a reference becomes a number or boolean
+/// if its replacement is one.
 fn substitute(value: &mut Value, path: &str, problem: &mut dyn FnMut(&str, String)) {
     match value {
         Value::Object(object) => {

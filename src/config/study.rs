@@ -1,4 +1,4 @@
-//! The `study:` of an experiment: which runs show whether multi-task training helped.
+//! The `study:` of an experiment: the runs that show whether multi-task training helps.
 
 use std::path::Path;
 
@@ -67,11 +67,11 @@ pub struct PlannedRun {
 }
 
 impl Experiment {
-    /// The variants of the study of an experiment that was read from `path` with `overrides`, which change its file as if they
-    /// were overrides too.
+    /// The variants of the study of an experiment that was read from `path` with `overrides`. The changes of a variant
+    /// apply like further overrides.
     ///
     /// # Errors
-    /// What is wrong in a variant, with its name.
+    /// [`InvalidInput`] with the problems of the first invalid variant, prefixed by its name.
     pub fn variants(&self, path: &Path, overrides: &[String]) -> Result<IndexMap<String, Experiment>> {
         let mut variants = IndexMap::new();
         for (name, changes) in self.study.iter().flat_map(|study| &study.variants) {
@@ -93,7 +93,7 @@ impl Experiment {
         Ok(variants)
     }
 
-    /// The runs of the study, seed by seed, so that the first results are already a comparison. `variants` are those of
+    /// The runs of the study, seed by seed, so that the first results already allow a comparison. `variants` come from
     /// [`Self::variants`].
     pub fn planned_runs(&self, study: &StudyConfig, variants: &IndexMap<String, Experiment>) -> Vec<PlannedRun> {
         let weighted = |of: &Experiment, variant: &str| -> Vec<(String, String, Experiment)> {
@@ -114,7 +114,7 @@ impl Experiment {
         for &seed in &study.seeds {
             for &fraction in &study.data_fractions {
                 for &rate in &rates {
-                    // A study to which fractions or rates are added later keeps the runs that it has.
+                    // Default values are not named, so that existing runs keep their names when others are added.
                     let fraction_name = if fraction == 1.0 { String::new() } else { format!("f{fraction}-") };
                     let rate_name = if rate == own_rate { String::new() } else { format!("lr{rate}-") };
                     let suffix = format!("{fraction_name}{rate_name}s{seed}");
@@ -139,7 +139,7 @@ impl Experiment {
         runs
     }
 
-    /// `task` alone, on the sets that have its labels.
+    /// The single-task experiment for `task`, on the sets that have its labels.
     fn twin(&self, task: &str) -> Experiment {
         let mut alone = Experiment { weighting: WeightingConfig::default(), ..self.clone() };
         alone.tasks.retain(|name, _| name == task);
@@ -151,11 +151,11 @@ impl Experiment {
         let sets = self.tasks[task].sets();
         alone.data.sets.retain(|name, _| sets.contains(name));
         if matches!(self.training.sampling, SamplingConfig::RoundRobin(_)) {
-            // A step keeps the batches that it had of these sets.
+            // A step keeps its number of batches from these sets.
             let batches = self.training.accumulate_steps * alone.data.sets.len() / self.data.sets.len();
             alone.training.accumulate_steps = batches.max(1);
         }
-        // The twin's cuts have to take the rows that the cuts of the whole experiment take.
+        // The twin must be stratified like the whole experiment, to have the same training and dev rows.
         for (name, set) in &mut alone.data.sets {
             if set.stratify.is_some() || set.stratify_tags.is_some() {
                 continue;

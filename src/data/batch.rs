@@ -1,13 +1,13 @@
-//! Batches: as the host plans them, and on the device.
+//! Batches: their plan on the host, and their tensors on the device.
 //!
-//! B sentences, T tokens of the longest, W words of the longest, b sentences with a label for a task.
+//! B sentences, T tokens of the longest, W words of the longest, L bytes per word, b sentences with a label for a task.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::libtorch::upload;
 use crate::task::TaskId;
 
-/// Lengths of the rows of a batch, known to the host and on the device.
+/// Lengths of the rows of a batch, on the host and on the device.
 #[derive(Debug)]
 pub struct Lengths {
     pub host: Vec<i64>,
@@ -27,7 +27,7 @@ impl Lengths {
         Lengths { host: host.to_vec(), device, max: host.iter().copied().max().unwrap_or(0) }
     }
 
-    /// The same lengths, the tensor shared.
+    /// A copy that shares the device tensor.
     pub fn share(&self) -> Lengths {
         Lengths { host: self.host.clone(), device: self.device.shallow_clone(), max: self.max }
     }
@@ -53,16 +53,16 @@ impl Lengths {
 /// The labels of one task in a batch.
 #[derive(Debug)]
 pub struct Targets {
-    /// The rows of the batch that carry a label, and the same on the device.
+    /// Positions in the batch of the rows with a label; `index` is the same on the device.
     pub rows: Vec<usize>,
-    /// How many labelled rows the whole batch has before these.
+    /// Number of labelled rows before these in the whole batch.
     pub first_row: usize,
     pub index: Tensor,
-    /// `[b]` for classes, `[b, W]` for tags with -1 beyond a sentence's end.
+    /// `[b]` for classes; `[b, W]` for tags, with -1 beyond a sentence's end.
     pub labels: Tensor,
-    /// How many decisions are labelled: sentences, or words.
+    /// Number of labelled sentences (classes) or words (tags).
     pub n_decisions: i64,
-    /// What each class counts in training, `[C]`, where not all count the same.
+    /// Weight of each class in the training loss, `[C]`; `None` if all are equal.
     pub class_weights: Option<Tensor>,
 }
 
@@ -71,14 +71,14 @@ pub struct Targets {
 pub struct Batch {
     /// Row numbers in the set.
     pub rows: Vec<usize>,
-    /// How many rows the whole batch has before these, where this is a part of one.
+    /// Number of rows before these in the whole batch, of which this may be a part.
     pub first_row: usize,
     /// [B, T]
     pub token_ids: Tensor,
-    /// The largest id of the whole set.
+    /// Largest token id in the whole split.
     pub max_id: i64,
     pub lengths: Lengths,
-    /// The bytes of each token's word, each plus 1, with 0 beyond its end, [B, T, L]; where the set keeps them.
+    /// Bytes of each token's word, each plus 1, padded with 0, [B, T, L]; `None` if the split does not keep them.
     pub bytes: Option<Tensor>,
     /// Position of each word's first token, [B, W]; `None` where every word is one token.
     pub first_tokens: Option<Tensor>,
@@ -88,9 +88,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// What an exported model reads: token ids [B, T], lengths `[B]`, for words with characters their bytes [B, T, L] and, for
-    /// pieces of words, the position of each word's
-    /// first token [B, W] and the number of words `[B]`.
+    /// The inputs of an exported model: token ids [B, T]; lengths `[B]`; for models that read characters, the bytes of
+    /// words [B, T, L]; for subword tokens, the position of each word's first token [B, W] and word counts `[B]`.
     pub fn inputs(&self) -> Vec<Tensor> {
         let mut inputs = vec![self.token_ids.shallow_clone(), self.lengths.device.shallow_clone()];
         inputs.extend(self.bytes.as_ref().map(Tensor::shallow_clone));
@@ -105,13 +104,13 @@ impl Batch {
     }
 }
 
-/// A batch as the host knows it, before the device gathers it.
+/// The host's plan of a batch, by which the device gathers it.
 pub struct BatchPlan {
     pub(super) rows: Vec<usize>,
     pub(super) first_row: usize,
     pub(super) lengths: Vec<i64>,
     pub(super) words: Vec<i64>,
-    /// Bytes of a token's word in the batch; where the set keeps them.
+    /// Bytes per word (L), padding included; `None` if the split does not keep them.
     pub(super) n_bytes: Option<i64>,
     pub(super) targets: Vec<Option<PlannedTargets>>,
 }
@@ -128,12 +127,12 @@ impl BatchPlan {
         self.lengths.iter().sum()
     }
 
-    /// Labels of a task.
+    /// Number of labelled sentences or words of a task.
     pub fn n_decisions(&self, task: TaskId) -> i64 {
         self.targets[task.0].as_ref().map_or(0, |targets| targets.n_decisions)
     }
 
-    /// What two batches have in common for which the device does the same work.
+    /// Equal for batches for which the device executes the same operations, so that they can share a CUDA graph.
     pub fn shape(&self) -> Vec<i64> {
         let mut shape = vec![self.rows.len() as i64, self.n_bytes.unwrap_or(0)];
         let even = |lengths: &[i64], rows: &[usize]| {
@@ -146,7 +145,7 @@ impl BatchPlan {
         }
         for targets in &self.targets {
             shape.extend(targets.as_ref().map_or([0; 4], |targets| {
-                // Heads treat padded rows otherwise, and look at their own rows alone.
+                // Heads treat padded and unpadded rows differently, and look only at their labelled rows.
                 let [even_tokens, even_words] =
                     [&self.lengths, &self.words].map(|lengths| even(lengths, &targets.rows));
                 [targets.rows.len() as i64, targets.n_decisions, even_tokens, even_words]

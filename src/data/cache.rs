@@ -1,8 +1,8 @@
-//! What large data files hold, kept beside them in a form that is read faster than the text.
+//! A cache of large data files, stored next to them, that loads faster than their text.
 //!
-//! `.polytask/FILE-KEY.rows` stands in the folder of the file. Its key is a hash of how the file is to be read; inside stand a
-//! hash of the file's content and one of its own, so that a changed source or a damaged cache is noticed and the file read
-//! again. Small files are read as they are.
+//! The cache of FILE is `.polytask/FILE-KEY.rows` in its folder, where KEY is a hash of how the file is read. It
+//! contains hashes of the file's content and of its own, so that a changed file or a damaged cache is detected and the
+//! file is read again. Small files are not cached.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ use super::rows::{Column, Rows, Strings, Wanted};
 use crate::problem::{Place, Problem, Severity};
 use crate::run::atomic;
 
-/// Files of fewer bytes are read in no time.
+/// Smaller files (in bytes) are not cached.
 const SMALLEST: u64 = 16 << 20;
 
-/// A new number where older caches would be misread.
+/// To be increased when older caches would be misread.
 const FORMAT: &str = "6";
 
-/// [`formats::read`], from the cache where there is one that holds.
+/// Like [`formats::read`], but from the cache if it is valid.
 pub fn read(path: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     let file = formats::file_of(path, layout.format);
     let large = std::fs::metadata(&file).is_ok_and(|data| data.is_file() && data.len() >= SMALLEST);
@@ -42,7 +42,7 @@ fn read_at(cache: &Path, path: &Path, file: &Path, layout: &Layout, wanted: &[Wa
     let (parts, problems) = formats::read(path, layout, wanted);
     let mut rows = Rows::new(wanted.len());
     rows.append_file(file, parts);
-    // Where the folder cannot be written to, every run reads the text.
+    // If the folder is not writable, every run reads the text.
     if let Err(error) = save(cache, &rows, &problems, &source).and_then(|()| forget_oldest(cache)) {
         log::debug!("{error:#}");
     }
@@ -56,13 +56,13 @@ fn place(path: &Path, file: &Path, layout: &Layout, wanted: &[Wanted]) -> PathBu
     folder.join(format!("{}-{key}.rows", file.file_name().unwrap_or_default().to_string_lossy()))
 }
 
-/// So many ways of reading a file are kept.
+/// Maximum number of caches per file, one for each way of reading it.
 const KEPT: usize = 16;
 
-/// Removes the oldest of what is kept of the same file, beyond [`KEPT`].
+/// Removes the oldest caches of the same file, beyond [`KEPT`].
 fn forget_oldest(cache: &Path) -> Result<()> {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // Without the key, which says how it is read.
+    // Without the key.
     let own = name(cache);
     let file = own.rsplit_once('-').map_or(own.as_str(), |(file, _)| file);
     let mut known = Vec::new();
@@ -80,7 +80,7 @@ fn bytes(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-/// Texts one after the other, and where each ends.
+/// The strings concatenated, and the end of each.
 fn texts(strings: &Strings) -> (Vec<u8>, Vec<u8>) {
     let (mut all, mut ends) = (Vec::new(), Vec::new());
     for text in strings.iter() {
@@ -128,7 +128,7 @@ fn digest(arrays: &[(String, Vec<u8>)], problems: &str) -> String {
 }
 
 /// # Errors
-/// A cache that is missing, damaged, or of another content of the file.
+/// The cache is missing, damaged, or of a different content of the file.
 fn load(cache: &Path, file: &Path, source: &str) -> Result<Parsed> {
     let content = std::fs::read(cache)?;
     let (_, header) = SafeTensors::read_metadata(&content)?;

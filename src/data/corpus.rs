@@ -1,4 +1,4 @@
-//! All sets of an experiment, read, cut and checked.
+//! Reads, splits and checks all sets of an experiment.
 
 use std::fs::File;
 use std::io::BufRead;
@@ -18,7 +18,7 @@ use crate::problem::{InvalidInput, Place, Problem, Severity};
 use crate::rng::{Purpose, Seed};
 use crate::task::{Scheme, TaskId, TaskKind};
 
-/// One set as read.
+/// One set as read from its files.
 pub struct LoadedSet {
     pub name: String,
     pub wanted: Vec<Wanted>,
@@ -29,13 +29,13 @@ pub struct LoadedSet {
 }
 
 impl LoadedSet {
-    /// The labels of a row in a column: one, or that of each word; `None` where it has none.
+    /// The labels of a row in a column: one for a class, one per word for tags; `None` if it has none.
     pub fn labels_of<'a>(&self, rows: &'a Rows, column: usize, row: usize) -> Option<&'a [u32]> {
         rows.labels_of(self.wanted[column].kind, column, row)
     }
 }
 
-/// All sets as read.
+/// All sets as read from their files.
 pub struct Corpus {
     pub sets: Vec<LoadedSet>,
 }
@@ -45,7 +45,7 @@ impl Corpus {
         self.sets.iter().map(|set| &set.splits[split as usize]).collect()
     }
 
-    /// Each set's column of a task.
+    /// The sets that have labels of a task, each with the index of the task's column.
     pub fn columns_of(&self, task: TaskId) -> impl Iterator<Item = (&LoadedSet, usize)> {
         self.sets.iter().filter_map(move |set| {
             let column = set.tasks.iter().position(|&known| known == task)?;
@@ -59,7 +59,7 @@ impl Corpus {
         self.columns_of(task).any(|(set, column)| labelled(&set.splits[split as usize].columns[column]))
     }
 
-    /// A fingerprint of the rows of a split that carry labels for a task: equal where sentences and labels are.
+    /// A hash of the sentences and labels of the rows of a split that have labels for a task.
     pub fn fingerprint(&self, task: TaskId, split: Split) -> String {
         let mut hasher = blake3::Hasher::new();
         for (set, column) in self.columns_of(task) {
@@ -77,11 +77,11 @@ impl Corpus {
     }
 }
 
-/// Reads `splits` of every set that a task uses, and the training rows where dev is cut off them. `progress` hears of each
-/// file before it is read.
+/// Reads `splits` of every set that a task uses, and the training rows if dev is split off from them. `progress` is
+/// called with each file before it is read.
 ///
 /// # Errors
-/// [`InvalidInput`] with every file that is missing. What is wrong inside files is returned beside the corpus.
+/// [`InvalidInput`] with every set that lacks files. Problems inside files are returned with the corpus.
 pub fn load(
     config: &DataConfig,
     columns: &[TaskColumn],
@@ -137,7 +137,7 @@ pub fn load(
         problems.extend(config.max_words.and_then(|max| leave_out_long(&mut rows[0], &wanted, max)));
         sets.push(LoadedSet { name: name.clone(), wanted, tasks, splits: rows });
     }
-    // What is wrong in a file says why nothing comes of it.
+    // An error in a file already explains why rows or labels are missing.
     let wrong = |file: &Path| problems.iter().any(|found| found.is_error_in(file));
     let mut absent = check_presence(config, columns, &sets, splits);
     absent.retain(|absent| absent.place.as_ref().is_none_or(|place| !wrong(&place.file)));
@@ -145,12 +145,11 @@ pub fn load(
     Ok((Corpus { sets }, problems))
 }
 
-/// The column whose shares cuts keep, as its place in `wanted`. One that no task needs is added: it is read for the cuts and
-/// then let go.
+/// The index in `wanted` of the column to stratify by. If no task uses it, it is appended for now.
 fn strata(set: &SetConfig, wanted: &mut Vec<Wanted>) -> usize {
     let is_class = |wanted: &Wanted| wanted.kind == TaskKind::Classification;
     let Some((field, column)) = set.named_strata() else {
-        // The first classes, else the first tags: a set that is read has a task.
+        // The first column of classes, else the first of tags: every set that is read has a task.
         return wanted.iter().position(is_class).unwrap_or(0);
     };
     let kind = if field == "stratify" { TaskKind::Classification } else { TaskKind::Tagging(Scheme::Bio) };
@@ -193,7 +192,7 @@ fn read_files(
     for path in paths {
         progress(&path);
         let (parts, found) = cache::read(&path, layout, wanted);
-        // A parallel folder's rows stand in its file of words.
+        // The rows of a parallel folder are located in its file of words.
         let main = layout.tokens.as_deref().or(layout.text.as_deref()).unwrap_or("seq.in");
         let file = match layout.format {
             Format::Parallel => path.join(main),
@@ -219,7 +218,7 @@ fn layout(set: &SetConfig, splitter: Splitter) -> Layout {
     }
 }
 
-/// Errors where train or dev has no row, or a task no label to learn from; warnings where nothing can be scored.
+/// Errors if train or dev has no rows, or a task has no training labels; warnings if nothing can be scored.
 fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet], splits: &[Split]) -> Vec<Problem> {
     let mut problems = Vec::new();
     for set in sets {
@@ -232,7 +231,7 @@ fn check_presence(config: &DataConfig, columns: &[TaskColumn], sets: &[LoadedSet
     problems
 }
 
-/// What to say of a set that has no row in a split.
+/// The problem of a set without rows in a split.
 fn without_rows(config: &DataConfig, set: &LoadedSet, split: Split) -> Option<Problem> {
     let own = &config.sets[&set.name];
     if !set.splits[split as usize].is_empty() || (split == Split::Dev && own.has_no_dev()) {
@@ -259,7 +258,7 @@ fn without_rows(config: &DataConfig, set: &LoadedSet, split: Split) -> Option<Pr
     })
 }
 
-/// What to say of a set whose rows of a split have no label in its column `i`, that of `task`.
+/// The problem of a set whose rows in a split have no labels in column `i`, that of `task`.
 fn without_labels(config: &DataConfig, (set, i): (&LoadedSet, usize), task: &str, split: Split) -> Option<Problem> {
     let (rows, own, column) = (&set.splits[split as usize], &config.sets[&set.name], &set.wanted[i].column);
     if rows.is_empty() || rows.columns[i].values.iter().any(|&value| value != ABSENT) {
@@ -283,7 +282,7 @@ fn without_labels(config: &DataConfig, (set, i): (&LoadedSet, usize), task: &str
     Some(Problem::error(place, format!("no row has a `{column}` for task `{task}`{hint}")))
 }
 
-/// The keys of the first row of JSON lines, for a message.
+/// For a message: the keys of the first row of a JSON Lines file.
 fn keys_of(file: &Path, format: Format) -> String {
     let read = || -> Option<Vec<String>> {
         let first =

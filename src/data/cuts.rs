@@ -1,4 +1,4 @@
-//! Rows taken out of a training split: those without labels, and shares of it, seeded and stratified.
+//! Removes rows from a training split: unlabelled rows, long ones, and fractions of it, seeded and stratified.
 
 use rand::seq::SliceRandom;
 
@@ -6,14 +6,14 @@ use super::rows::{ABSENT, Rows, Strings, Wanted};
 use crate::problem::Problem;
 use crate::task::TaskKind;
 
-/// Takes rows that carry no label at all out of a training split: a batch of them would have no loss.
+/// Removes rows without any label from a training split: a batch of them would have no loss.
 pub fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Problem> {
     let labelled = |row: usize| {
         wanted.iter().enumerate().any(|(column, wanted)| train.labels_of(wanted.kind, column, row).is_some())
     };
     let unlabelled: Vec<bool> = (0..train.len()).map(|row| !labelled(row)).collect();
     if !unlabelled.contains(&false) {
-        return None; // Said by task, as an error.
+        return None; // Reported per task as an error.
     }
     leave_out(train, &unlabelled, wanted, |n| match n {
         1 => "a row without a label for any task is left out of training".to_owned(),
@@ -21,7 +21,7 @@ pub fn leave_out_unlabelled(train: &mut Rows, wanted: &[Wanted]) -> Option<Probl
     })
 }
 
-/// Takes sentences of more than `max` words out of a training split.
+/// Removes sentences of more than `max` words from a training split.
 pub fn leave_out_long(train: &mut Rows, wanted: &[Wanted], max: usize) -> Option<Problem> {
     let long: Vec<bool> = (0..train.len()).map(|row| train.words_of(row).len() > max).collect();
     leave_out(train, &long, wanted, |n| match n {
@@ -45,9 +45,9 @@ fn kinds(wanted: &[Wanted]) -> Vec<TaskKind> {
     wanted.iter().map(|wanted| wanted.kind).collect()
 }
 
-/// Cuts off `fraction` of the rows, the same share of every stratum: rows of one class, or, without classes, rows that
-/// share their rarest type of span or tag. With `keep_single`, every stratum keeps a row, where one has several. `column` is the
-/// one of the classes or tags.
+/// Splits off `fraction` of the rows, the same share of every stratum: rows of one class or, for tags, rows with the
+/// same rarest tag or span type. `column` is the column to stratify by. With `keep_single`, every stratum keeps at
+/// least one row, unless all strata have only one.
 pub fn cut(
     train: &mut Rows,
     (wanted, column): (&[Wanted], usize),
@@ -58,7 +58,7 @@ pub fn cut(
     let stratum: Vec<u32> = match wanted[column].kind {
         TaskKind::Classification => train.columns[column].values.clone(),
         TaskKind::Tagging(_) => {
-            // The type alone counts: a task writes the spans of a file in its scheme.
+            // Only the type counts, so that the scheme of the tags does not change the split.
             let strings = &train.columns[column].strings;
             let mut types = Strings::default();
             let type_of: Vec<_> =
@@ -80,7 +80,7 @@ pub fn cut(
         strata.retain(|_, rows| rows.len() > 1);
     }
     let mut taken = vec![false; train.len()];
-    // The running sum keeps the total right where strata are too small for a share of their own.
+    // The running sum keeps the total right even if strata are too small for a share of their own.
     let (mut due, mut n_taken) = (0.0, 0);
     for rows in strata.values_mut() {
         rows.shuffle(&mut generator);

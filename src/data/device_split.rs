@@ -20,10 +20,10 @@ pub struct DeviceSplit {
     max_id: i64,
     token_ids: Tensor,
     first_tokens: Option<Tensor>,
-    /// Forms [n_forms, max_bytes] of 16-bit integers, and the form of each token.
+    /// Bytes of each distinct word, [n_forms, max_bytes] of 16-bit integers, and the word index of each token.
     spelling: Option<(Tensor, Tensor)>,
     targets: Vec<Tensor>,
-    /// By task.
+    /// By task; `None` if all classes have equal weight.
     class_weights: Vec<Option<Tensor>>,
 }
 
@@ -50,7 +50,8 @@ impl DeviceSplit {
         }
     }
 
-    /// Has each of a task's classes count N / (C n_c) in training: n_c of the N labels here are its, C classes have some.
+    /// Weights each class of a task by N / (C n_c) in the training loss: N labels in this split, n_c of them of the
+    /// class, C classes with labels.
     pub fn balance(&mut self, task: TaskId, n_labels: usize) {
         let (TargetValues::Classes(values) | TargetValues::Tags(values)) = &self.set.targets[task.0];
         let mut counts = vec![0u32; n_labels];
@@ -68,7 +69,7 @@ impl DeviceSplit {
         self.gathered(&self.plan(rows, 0..rows.len()))
     }
 
-    /// Some of a batch's rows, planned.
+    /// Plans the rows `range` of the batch `whole`.
     pub fn plan(&self, whole: &[usize], range: Range<usize>) -> BatchPlan {
         let (first_row, rows) = (range.start, &whole[range]);
         let words: Vec<i64> = rows.iter().map(|&row| self.set.n_words(row)).collect();
@@ -98,14 +99,14 @@ impl DeviceSplit {
         let spelling = self.set.spelling.as_ref()?;
         let tokens = rows.iter().flat_map(|&row| self.set.token_offsets[row]..self.set.token_offsets[row + 1]);
         let longest = tokens.map(|token| spelling.n_bytes(token as usize)).max().unwrap_or(0).max(1);
-        // Few widths on CUDA, so that batches share the graph of a step.
+        // Few distinct widths on CUDA, so that batches can share CUDA graphs.
         Some(match self.device {
             Device::Cpu => longest,
             _ => longest.next_multiple_of(8).min(spelling.max_bytes),
         } as i64)
     }
 
-    /// All that the device has to be told to gather a batch, in the order in which [`Self::gather`] reads it.
+    /// All numbers that the device needs to gather a batch, in the order in which [`Self::gather`] reads them.
     pub fn numbers(&self, plan: &BatchPlan) -> Vec<i64> {
         let starts = |offsets: &[i64]| -> Vec<i64> { plan.rows.iter().map(|&row| offsets[row]).collect() };
         let word_starts = starts(&self.set.word_offsets);
@@ -135,8 +136,8 @@ impl DeviceSplit {
         self.gather(plan, &upload(&self.numbers(plan), self.device))
     }
 
-    /// Gathers a batch on the device. Only shapes come from `plan`: every value that the device uses comes from `numbers`, so
-    /// that a recorded graph can be replayed with those of another batch.
+    /// Gathers a batch on the device. Only shapes come from `plan`: every value that the device uses comes from
+    /// `numbers`, so that a recorded CUDA graph can be replayed with those of another batch.
     pub fn gather(&self, plan: &BatchPlan, numbers: &Tensor) -> Batch {
         let mut at = 0;
         let mut next = |n: usize| {
@@ -151,7 +152,7 @@ impl DeviceSplit {
         let targets = plan.targets.iter().enumerate().map(|(task, targets)| {
             let PlannedTargets { rows, first_row, n_decisions } = targets.as_ref()?;
             let (index, starts) = (next(rows.len()), next(rows.len()));
-            // A class is a row of one label; tags are as wide as the batch.
+            // A class is a row of width 1; tags are as wide as the batch.
             let tags = matches!(self.set.targets[task], TargetValues::Tags(_));
             let host = rows.iter().map(|&row| if tags { plan.words[row] } else { 1 }).collect();
             let own = Lengths { host, device: next(rows.len()), max: if tags { word_lengths.max } else { 1 } };
@@ -221,7 +222,7 @@ mod tests {
     #[test]
     fn balanced_classes_count_the_same() {
         let mut set = DeviceSplit::new(set(), 0, Device::Cpu);
-        // Rows 0 and 2 have classes 1 and 0; words have tags 2, 3 and 1 of four.
+        // Rows 0 and 2 have classes 1 and 0; three words have tags 2, 3 and 1 of four.
         set.balance(TaskId(0), 2);
         set.balance(TaskId(1), 4);
         let batch = set.batch(&[1, 2]);

@@ -15,18 +15,18 @@ use crate::task::{Task, TaskId};
 
 /// The labels of one task over all rows of a split.
 pub enum TargetValues {
-    /// One a row.
+    /// One per row.
     Classes(Vec<i32>),
-    /// One a word.
+    /// One per word.
     Tags(Vec<i32>),
 }
 
 /// How words are spelled, for models that read characters.
 pub struct Spelling {
-    /// The bytes of each distinct word, each plus 1, with 0 beyond its end: [n_forms, max_bytes].
+    /// Bytes of each distinct word, each plus 1, truncated or padded with 0: [n_forms, max_bytes].
     pub bytes: Vec<i16>,
     pub max_bytes: usize,
-    /// Which of the words each token is, or is a piece of.
+    /// For each token, the index of the distinct word that it belongs to.
     pub token_forms: Vec<i32>,
 }
 
@@ -46,7 +46,7 @@ impl Spelling {
         }
     }
 
-    /// Bytes of the word of a token.
+    /// Number of bytes of a token's word, at most `max_bytes`.
     pub fn n_bytes(&self, token: usize) -> usize {
         let form = self.token_forms[token] as usize;
         let bytes = &self.bytes[form * self.max_bytes..(form + 1) * self.max_bytes];
@@ -54,12 +54,12 @@ impl Spelling {
     }
 }
 
-/// Labels of a task that it does not know, and so can only miss.
+/// Labels in the data that a task does not have, so that the model cannot predict them.
 #[derive(Default)]
 pub struct Unseen {
-    /// Their ids come after the task's own.
+    /// Their ids follow the task's own.
     pub labels: Vec<String>,
-    /// The labels of the rows that have such. In the targets these have none: no loss can be told for them.
+    /// The labels of each row with such a label. In the targets these rows are unlabelled, since they have no loss.
     pub rows: BTreeMap<usize, Vec<i32>>,
 }
 
@@ -71,20 +71,20 @@ pub struct EncodedSplit {
     pub word_offsets: Vec<i64>,
     /// The position in its row of each word's first token; `None` where every word is one token.
     pub first_tokens: Option<Vec<i32>>,
-    /// Where the tokenizer was told to keep it.
+    /// `None` unless the tokenizer has `max_bytes`.
     pub spelling: Option<Spelling>,
     /// By [`TaskId`].
     pub targets: Vec<TargetValues>,
-    /// By task, of those with such labels.
+    /// Only for tasks with unseen labels.
     pub unseen: BTreeMap<TaskId, Unseen>,
-    /// First row of each set, and the number of rows at the end.
+    /// First row of each set, then the total number of rows.
     pub set_starts: Vec<usize>,
-    /// Where each row stands, for error messages; empty for text that comes from no file.
+    /// The location of each row, for error messages; empty for text that is not from a file.
     pub places: Vec<Place>,
 }
 
 impl EncodedSplit {
-    /// What tells whether sets hold the same tokens and labels.
+    /// A hash of the tokens and labels of `sets`.
     pub fn fingerprint(sets: &[&EncodedSplit]) -> String {
         let mut hasher = blake3::Hasher::new();
         for set in sets {
@@ -143,7 +143,7 @@ impl EncodedSplit {
         Ok(set)
     }
 
-    /// Takes the labels of rows with an id of `n_known` or more out of the targets.
+    /// Removes the labels of rows with an id of `n_known` or more from the targets; returns them by row.
     fn take_rows_above(&mut self, task: TaskId, n_known: i32) -> BTreeMap<usize, Vec<i32>> {
         let mut taken = BTreeMap::new();
         for row in 0..self.len() {
@@ -180,7 +180,7 @@ impl EncodedSplit {
         Ok(set)
     }
 
-    /// Notes how `words` are spelled; the number of the first.
+    /// Adds the spellings of `words`; returns the index of the first.
     fn add_forms(&mut self, words: &Strings) -> usize {
         let Some(spelling) = &mut self.spelling else { return 0 };
         let first = spelling.n_forms();
@@ -188,7 +188,7 @@ impl EncodedSplit {
         first
     }
 
-    /// Adds a row of `words`, numbers in the list of which `pieces` are and whose first form is `first_form`.
+    /// Adds a row; `words` are indices into `pieces`, whose first word has the spelling `first_form`.
     fn add_row(&mut self, words: &[u32], pieces: &Pieces, first_form: usize) {
         let start = self.token_ids.len();
         for &word in words {
@@ -203,7 +203,7 @@ impl EncodedSplit {
         self.token_offsets.push(self.token_ids.len() as i64);
     }
 
-    /// No rows yet.
+    /// A split without rows.
     fn empty(tasks: &[Task], tokenizer: &Tokenizer) -> EncodedSplit {
         let target = |task: &Task| match task.kind {
             crate::task::TaskKind::Classification => TargetValues::Classes(Vec::new()),
@@ -242,7 +242,7 @@ impl EncodedSplit {
         self.word_offsets[row + 1] - self.word_offsets[row]
     }
 
-    /// Where the labels of a row stand among a task's targets.
+    /// The range of a row's labels in a task's targets.
     fn range(&self, task: TaskId, row: usize) -> Range<usize> {
         match &self.targets[task.0] {
             TargetValues::Classes(_) => row..row + 1,
@@ -250,27 +250,26 @@ impl EncodedSplit {
         }
     }
 
-    /// The labels of a row: one for a class, one a word for tags; `None` where it has none, or one that the task does not
-    /// know.
+    /// The labels of a row: one for a class, one per word for tags; `None` if it has none, or any that is unseen.
     pub fn labels(&self, task: TaskId, row: usize) -> Option<&[i32]> {
         let (TargetValues::Classes(values) | TargetValues::Tags(values)) = &self.targets[task.0];
         let labels = &values[self.range(task, row)];
         (labels.first() != Some(&NO_LABEL)).then_some(labels)
     }
 
-    /// The labels that a task does not know, whose ids come after its own.
+    /// The labels in the data that a task does not have; their ids follow its own.
     pub fn unseen_labels(&self, task: TaskId) -> &[String] {
         self.unseen.get(&task).map_or(&[], |unseen| &unseen.labels)
     }
 
-    /// The same with labels that the task does not know, as ids after its own.
+    /// Like [`Self::labels`], including labels that the task does not have, with ids after its own.
     pub fn gold(&self, task: TaskId, row: usize) -> Option<&[i32]> {
         let unseen = self.unseen.get(&task).and_then(|unseen| unseen.rows.get(&row));
         unseen.map(Vec::as_slice).or_else(|| self.labels(task, row))
     }
 }
 
-/// The labels of a split that a task does not know.
+/// The labels of a split that a task does not have.
 fn unseen(corpus: &Corpus, split: Split, id: TaskId, task: &Task) -> Vec<String> {
     let columns = corpus.columns_of(id).map(|(set, column)| &set.splits[split as usize].columns[column]);
     let mut labels = labels::collect(task.kind, &columns.collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! Files as they are or packed by gzip, which their first two bytes tell.
+//! Reads plain and gzip-compressed files, which are recognised by their first two bytes.
 
 use std::io::{BufRead, BufReader, Read, Result};
 use std::path::Path;
@@ -7,7 +7,7 @@ use flate2::bufread::MultiGzDecoder;
 
 const MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// What a file holds, unpacked.
+/// The content of a file, decompressed.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let packed = std::fs::read(path)?;
     if !packed.starts_with(&MAGIC) {
@@ -18,7 +18,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The same while it comes.
+/// The same as a stream.
 pub fn unpacked(source: impl Read + 'static) -> Result<Box<dyn BufRead>> {
     let mut source = BufReader::new(source);
     Ok(match source.fill_buf()?.starts_with(&MAGIC) {

@@ -1,4 +1,4 @@
-//! From labels as written to label ids: class names, plain tags, and spans as BIO.
+//! From labels in the data to label ids: class names, plain tags, and spans as BIO tags.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -10,8 +10,8 @@ use crate::task::{Scheme, Span, Tag, Task, TaskKind, from_bio, spans_of};
 /// Marks a decision without a label in encoded targets.
 pub const NO_LABEL: i32 = -1;
 
-/// The labels of one task that stand in the columns that carry it: classes and plain tags sorted, BIO as `O`, then `B-`
-/// and `I-` of each type, sorted.
+/// The label set of a task from its columns: classes and plain tags sorted; for spans `O`, then `B-` and `I-` of each
+/// type, sorted by type.
 pub fn collect(kind: TaskKind, columns: &[&Column]) -> Vec<String> {
     let written = || columns.iter().flat_map(|column| column.used());
     match kind {
@@ -29,7 +29,7 @@ pub fn collect(kind: TaskKind, columns: &[&Column]) -> Vec<String> {
     }
 }
 
-/// The labels of a task that are named by the user: classes, plain tags, or types of spans.
+/// The label set of a task from the names that the user gives: classes, plain tags, or span types.
 pub fn named(kind: TaskKind, names: &[String]) -> Vec<String> {
     match kind.has_spans() {
         true => tags_of_types(names),
@@ -42,7 +42,7 @@ fn tags_of_types(types: impl IntoIterator<Item = impl Display>) -> Vec<String> {
     std::iter::once("O".to_owned()).chain(tags).collect()
 }
 
-/// Labels as a user would name them: classes, plain tags, or types of spans.
+/// Labels as the user names them: classes, plain tags, or span types.
 pub fn names(kind: TaskKind, labels: &[String]) -> Vec<&str> {
     match kind.has_spans() {
         true => labels.iter().filter_map(|label| label.strip_prefix("B-")).collect(),
@@ -57,13 +57,13 @@ pub struct Labels<'a> {
 }
 
 impl<'a> Labels<'a> {
-    /// Those of the task, then `more`, which it does not know.
+    /// The labels of the task, then `more`, which the task does not have.
     pub fn new(task: &'a Task, more: &'a [String]) -> Self {
         let all = task.labels.iter().chain(more).enumerate();
         Labels { kind: task.kind, ids: all.map(|(id, label)| (label.as_str(), id as i32)).collect() }
     }
 
-    /// The label ids of a whole column: one a row for classes, one a word for tags, [`NO_LABEL`] where absent.
+    /// The label ids of a whole column: one per row for classes, one per word for tags, [`NO_LABEL`] if absent.
     pub fn encode(&self, rows: &Rows, column: usize) -> Vec<i32> {
         let strings = &rows.columns[column].strings;
         let values = &rows.columns[column].values;
@@ -113,7 +113,7 @@ fn parse_all(scheme: Scheme, column: &Column) -> Vec<Option<Tag<'_>>> {
     column.strings.iter().map(|tag| scheme.parse(tag)).collect()
 }
 
-/// Tags that are none of their scheme (errors) and sequences that break it (warnings), by file and line.
+/// Tags that their scheme does not have (errors) and sequences that violate it (warnings), by file and line.
 pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec<Problem> {
     let mut problems = Vec::new();
     if scheme == Scheme::Plain {
@@ -121,7 +121,7 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
     }
     let strings = &rows.columns[column].strings;
     let parsed = parse_all(scheme, &rows.columns[column]);
-    // The wrong scheme is told as such, not by a word.
+    // If the scheme is wrong, report that once, not every word.
     let schemes = [Scheme::Bio, Scheme::Bioes, Scheme::Bmes, Scheme::Bilou];
     let fits = |scheme: &&Scheme| strings.iter().all(|tag| scheme.parse(tag).is_some());
     let of_none = |tag: &str| schemes.iter().all(|scheme| scheme.parse(tag).is_none());
@@ -146,7 +146,7 @@ pub fn check_tags(scheme: Scheme, name: &str, rows: &Rows, column: usize) -> Vec
                 let message = format!("`{name}`, word {}: `{written}` is not a {scheme} tag{hint}", i + 1);
                 add(Severity::Error, (row, i), message);
                 if !hint.is_empty() {
-                    // It says why all the others are wrong too.
+                    // The hint explains all other errors too.
                     return problems;
                 }
                 previous = None;
@@ -169,7 +169,7 @@ fn name_of(scheme: Scheme) -> String {
     format!("{scheme:?}").to_lowercase()
 }
 
-/// Label ids of a sentence as the data would write them, with the spans that they hold.
+/// The labels of a sentence in the scheme of the data, from their ids, and the spans in them.
 pub fn written(task: &Task, ids: &[usize]) -> (Vec<String>, Vec<Span<String>>) {
     let labels: Vec<&str> = ids.iter().map(|&id| task.labels[id].as_str()).collect();
     match task.kind {
@@ -207,7 +207,7 @@ mod tests {
         let (tags, spans) = written(&task, &[1, 2, 3]);
         assert_eq!(tags, ["B-x", "E-x", "S-y"]);
         assert_eq!(spans[0], Span { start: 0, end: 2, kind: "x".to_owned() });
-        // An I- that nothing began begins a span.
+        // An I- without a preceding B- starts a span.
         assert_eq!(written(&task, &[2, 0]).0, ["S-x", "O"]);
         assert_eq!(written(&task, &[0, 2]).1[0].start, 1);
         let problems = check_tags(Scheme::Bioes, "ner", &rows, 0);

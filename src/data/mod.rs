@@ -1,4 +1,4 @@
-//! From files to batches: formats, words, tokenizer and label maps, encoded sets, batches, and the order of rows.
+//! From files to batches: formats, word splitting, tokenizers, label ids, encoded splits, batches and sampling.
 
 mod batch;
 mod cache;

@@ -37,23 +37,23 @@ impl Strings {
         self.0.iter().map(|text| &**text)
     }
 
-    /// Takes over the strings of `other`; `result[id]` is the number here of its string `id`.
+    /// Adds the strings of `other`; `result[id]` is the id here of its string `id`.
     fn absorb(&mut self, other: &Strings) -> Vec<u32> {
         other.iter().map(|text| self.add(text)).collect()
     }
 }
 
-/// Stands for a label that a row does not carry.
+/// The value of a missing label.
 pub const ABSENT: u32 = u32::MAX;
 
-/// What a reader has to find for one task.
+/// A column that a reader has to find, usually the labels of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     pub column: String,
     pub kind: TaskKind,
 }
 
-/// The labels of one column: a value a row for classes, a value a word for tags, [`ABSENT`] where a row has none.
+/// The labels of one column: one value per row for classes, one per word for tags; [`ABSENT`] if a row has none.
 #[derive(Clone, Debug, Default)]
 pub struct Column {
     pub strings: Strings,
@@ -61,7 +61,7 @@ pub struct Column {
 }
 
 impl Column {
-    /// The strings that are values; others were those of rows that have gone elsewhere.
+    /// The strings that occur as values; the others belong to rows that were split off.
     pub fn used(&self) -> impl Iterator<Item = &str> {
         let mut used = vec![false; self.strings.len()];
         for &value in self.values.iter().filter(|&&value| value != ABSENT) {
@@ -90,11 +90,11 @@ pub struct Rows {
     files: Vec<PathBuf>,
     /// First row of each file.
     file_starts: Vec<usize>,
-    /// With [`BY_WORD`] where it holds.
+    /// The first line of each row, with the flag [`BY_WORD`] where it applies.
     lines: Vec<u32>,
 }
 
-/// Added to the line of a row whose every word has a line of its own, one below the other.
+/// Flag on the line of a row whose words are on consecutive lines, one word per line.
 const BY_WORD: u32 = 1 << 31;
 
 impl Rows {
@@ -121,7 +121,7 @@ impl Rows {
         Rows { words, word_ids, offsets, columns, files: vec![file.to_owned()], file_starts: vec![0], lines }
     }
 
-    /// Where each row stands in its file, as [`Rows::of_file`] takes it.
+    /// The line of each row in its file, in the form that [`Rows::of_file`] takes.
     pub fn lines(&self) -> &[u32] {
         &self.lines
     }
@@ -138,13 +138,13 @@ impl Rows {
         &self.word_ids[self.offsets[row]..self.offsets[row + 1]]
     }
 
-    /// The tags of `row` in a column of tags, or `None` where it has none.
+    /// The tags of `row` in a column of tags; `None` if it has none.
     pub fn tags_of(&self, column: usize, row: usize) -> Option<&[u32]> {
         let values = &self.columns[column].values[self.offsets[row]..self.offsets[row + 1]];
         (values.first() != Some(&ABSENT)).then_some(values)
     }
 
-    /// The labels of `row` in a column of a kind: one, or that of each word; `None` where it has none.
+    /// The labels of `row` in a column of `kind`: one for a class, one per word for tags; `None` if it has none.
     pub fn labels_of(&self, kind: TaskKind, column: usize, row: usize) -> Option<&[u32]> {
         match kind {
             TaskKind::Classification => {
@@ -158,13 +158,13 @@ impl Rows {
         self.words_of(row).iter().map(|&word| self.words.get(word)).collect::<Vec<_>>().join(" ")
     }
 
-    /// Where the row stands in its file.
+    /// The location of a row.
     pub fn place(&self, row: usize) -> Place {
         let file = self.file_starts.partition_point(|&start| start <= row) - 1;
         Place::new(&self.files[file], (self.lines[row] & !BY_WORD) as usize)
     }
 
-    /// Where word `index` of the row stands; where the row does, if its words have no lines of their own.
+    /// The location of word `index` of a row, or of the row if its words have no lines of their own.
     pub fn place_of_word(&self, row: usize, index: usize) -> Place {
         let mut place = self.place(row);
         if self.lines[row] & BY_WORD != 0 {
@@ -195,7 +195,7 @@ impl Rows {
         }
     }
 
-    /// Splits off the rows for which `taken` says true; the others stay, in order.
+    /// Splits off the rows for which `taken` is true; the others stay, in order.
     pub fn split_off(&mut self, taken: &[bool], kinds: &[TaskKind]) -> Rows {
         let (cut, rest) = (self.select(taken, true, kinds), self.select(taken, false, kinds));
         *self = rest;
@@ -230,7 +230,7 @@ impl Rows {
     }
 }
 
-/// Takes rows from a format's reader, checks them, and collects what is wrong.
+/// Collects and checks the rows from a format's reader, and collects problems.
 pub struct RowsBuilder<'a> {
     pub file: &'a Path,
     pub wanted: &'a [Wanted],
@@ -256,7 +256,7 @@ impl<'a> RowsBuilder<'a> {
         self.add((line, 0), words, fields);
     }
 
-    /// The same for a row with a line for every word, from `line` on.
+    /// Like [`Self::push`], for a row with one line per word, starting in `line`.
     pub fn push_by_word(&mut self, line: usize, words: &[&str], fields: &[Field]) {
         self.add((line, BY_WORD), words, fields);
     }

@@ -1,7 +1,7 @@
-//! Which rows an epoch has and in what batches: a pure function of seed and epoch, so that any position can be resumed.
+//! The rows and batches of an epoch: a pure function of seed and epoch, so that training can resume at any position.
 //!
-//! Two ideas: how many rows of each set an epoch takes (proportion), and how they become batches (order). Rows of one
-//! length go together; what is left over of each length is batched with its neighbours, so that padding is rare.
+//! Two decisions: how many rows of each set an epoch takes (proportion), and how they are batched (order). Rows of
+//! equal length are batched together; those left over are batched with neighbouring lengths, so that padding is rare.
 
 use std::collections::BTreeMap;
 
@@ -50,11 +50,11 @@ fn default_temperature() -> f64 {
     2.0
 }
 
-/// Plans epochs.
+/// Plans the batches of epochs.
 pub struct Sampler {
     seed: Seed,
     batch_size: usize,
-    /// Tokens of every row.
+    /// Number of tokens of every row.
     lengths: Vec<i64>,
     /// Rows of each set, and how many an epoch takes.
     sets: Vec<(std::ops::Range<usize>, usize)>,
@@ -98,7 +98,7 @@ impl Sampler {
         if !self.in_turn {
             let mut rows = chosen.concat();
             if self.sets.len() > 1 {
-                // Batches take rows in this order, and are to mix the sets.
+                // Batches take rows in this order and should mix the sets.
                 rows.shuffle(&mut generator);
             }
             let mut batches = self.by_length(rows);
@@ -120,8 +120,8 @@ impl Sampler {
         batches
     }
 
-    /// The rows that `epoch` takes from a set: the next ones of an endless row of permutations, so that none is left
-    /// out while another comes twice.
+    /// The rows that `epoch` takes from a set: the next ones of an endless sequence of permutations, so that every row
+    /// is used before any is repeated.
     fn rows(&self, set: usize, epoch: usize) -> Vec<usize> {
         let (range, count) = &self.sets[set];
         let n = range.len();
@@ -157,10 +157,10 @@ impl Sampler {
     }
 }
 
-/// Splits sum(sizes) into shares proportional to size^power, rounded so that the sum stays (largest remainders).
+/// Splits sum(sizes) into shares proportional to size^power, rounded by largest remainders so that the sum stays.
 fn shares(sizes: &[usize], power: f64) -> Vec<usize> {
     let total: usize = sizes.iter().sum();
-    // Shares of the largest, whose powers no temperature makes too large to count.
+    // Relative to the largest size, so that powers cannot overflow at any temperature.
     let largest = sizes.iter().copied().max().unwrap_or(1) as f64;
     let weights: Vec<f64> = sizes.iter().map(|&size| (size as f64 / largest).powf(power)).collect();
     let sum: f64 = weights.iter().sum();

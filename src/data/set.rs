@@ -104,18 +104,18 @@ pub struct SetConfig {
 }
 
 impl SetConfig {
-    /// Whether it is trained on without dev, on purpose.
+    /// Whether the experiment asks to train without dev on this set (`dev_fraction: 0`).
     pub fn has_no_dev(&self) -> bool {
         self.dev_fraction == Some(0.0)
     }
 
-    /// Its encoding, whose name may also be spelled as Python does (`latin-1`, `utf_8`).
+    /// The encoding, whose name may also be spelled as in Python (`latin-1`, `utf_8`); `None` if it is unknown.
     pub fn known_encoding(&self) -> Option<&'static encoding_rs::Encoding> {
         let known = |name: &str| encoding_rs::Encoding::for_label(name.as_bytes());
         known(&self.encoding).or_else(|| known(&self.encoding.replace(['-', '_'], "")))
     }
 
-    /// Where a split stands, if it is one of those `wanted`, or dev is and has to be cut off it.
+    /// The files of a split, if it is `wanted`, or if it is train and a `wanted` dev is split off from it.
     pub fn paths(&self, split: Split, wanted: &[Split]) -> Option<&OneOrMany> {
         let cut = split == Split::Train && self.dev_fraction.is_some() && wanted.contains(&Split::Dev);
         let paths = match split {
@@ -126,13 +126,13 @@ impl SetConfig {
         paths.filter(|_| cut || wanted.contains(&split))
     }
 
-    /// The files below `root` of the splits that are `wanted`.
+    /// The files of the `wanted` splits, below `root`.
     pub fn files<'a>(&'a self, root: &'a Path, wanted: &'a [Split]) -> impl Iterator<Item = PathBuf> + 'a {
         let paths = Split::ALL.into_iter().filter_map(|split| self.paths(split, wanted)).flat_map(|paths| &paths.0);
         paths.map(|path| formats::file_of(&root.join(path), self.format))
     }
 
-    /// The key that names the column of cuts, and the column.
+    /// The key that names the column to stratify by, and the column.
     pub fn named_strata(&self) -> Option<(&str, &String)> {
         let classes = self.stratify.as_ref().map(|column| ("stratify", column));
         classes.or_else(|| self.stratify_tags.as_ref().map(|column| ("stratify_tags", column)))
@@ -153,7 +153,7 @@ fn default_encoding() -> String {
 #[schemars(with = "Written")]
 pub struct OneOrMany(pub Vec<String>);
 
-/// What [`OneOrMany`] is written as.
+/// The schema of [`OneOrMany`].
 #[derive(JsonSchema)]
 #[serde(untagged)]
 #[expect(dead_code, reason = "only its schema is read")]

@@ -1,9 +1,9 @@
-//! Pretrained word vectors: reading them, and giving each token of a vocabulary its own.
+//! Pretrained word vectors: reads them and assigns them to the tokens of a vocabulary.
 //!
-//! A token has the vector of the word as it is written or, where the file does not know that, in lower case. Words of the
-//! file that training never meets become further tokens, so that a trained model knows them when it meets them in use.
+//! A token gets the vector of its exact form or, if the file lacks that, of its lower-cased form. Words of the file
+//! that do not occur in training become additional tokens, so that a trained model knows them at prediction time.
 //!
-//! V tokens, E numbers a word.
+//! V tokens, E dimensions.
 
 use std::path::{Path, PathBuf};
 
@@ -46,7 +46,7 @@ fn default_max_words() -> usize {
     400_000
 }
 
-/// A file of vectors as read.
+/// The content of a file of vectors.
 #[derive(Debug)]
 struct Table {
     words: Vec<String>,
@@ -55,26 +55,26 @@ struct Table {
     values: Vec<f32>,
 }
 
-/// How much of the training text a file of vectors knows.
+/// How much of the training text a file of vectors covers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Coverage {
     pub file: PathBuf,
     pub dim: usize,
     /// Words in the file.
     pub n_words: usize,
-    /// Distinct training words, and how many of them the file knows.
+    /// Number of distinct training words, and how many of them the file covers.
     pub types: (usize, usize),
-    /// Running training words, and how many of them the file knows.
+    /// Number of running training words, and how many of them the file covers.
     pub tokens: (u64, u64),
-    /// The tokenizer tells capital letters apart, of which the file has none: its words are not known when they are
-    /// capitalized and training did not meet them so.
+    /// The tokenizer is case-sensitive, but the file has no capital letters (in its first 10,000 words): a capitalised
+    /// word is unknown unless it occurs so in training.
     pub case_lost: bool,
 }
 
-/// Reads the files, gives `tokenizer` their further words and all its tokens their vectors.
+/// Reads the files, adds their words to `tokenizer` and sets the vectors of all its tokens.
 ///
 /// # Errors
-/// [`InvalidInput`] with file and line of what cannot be read.
+/// [`InvalidInput`] with the file, and the line if known, of what cannot be read.
 pub fn attach(
     tokenizer: &mut Tokenizer,
     configs: &[VectorsConfig],
@@ -128,7 +128,7 @@ pub fn attach(
     Ok(coverages)
 }
 
-/// How often training meets each token; unknown words count as that token.
+/// Frequency of each token in training; unknown words count as the unknown token.
 fn counts(tokenizer: &Tokenizer, train: &[&Rows]) -> Result<Vec<u64>> {
     let mut counts = vec![0; tokenizer.size()];
     for rows in train {
@@ -141,8 +141,8 @@ fn counts(tokenizer: &Tokenizer, train: &[&Rows]) -> Result<Vec<u64>> {
 }
 
 impl Table {
-    /// The vectors at the rows `found` for all tokens, [V, E]. A token without one has zeros, or, where it is trained, normal
-    /// numbers of the table's own spread.
+    /// The vectors of all tokens, [V, E], from the rows `found`. A token without a vector gets zeros or, if it is
+    /// trained, normally distributed numbers with the table's root mean square as standard deviation.
     fn of(
         &self,
         found: &[Option<usize>],
@@ -218,7 +218,7 @@ fn read_npy(path: &Path, words: &Path) -> Result<Table> {
     Ok(Table { words: list, dim: dim as usize, values })
 }
 
-/// The numbers of a file in 16, 32 or 64 bits; `None` where they are others.
+/// The values of a file of 16-, 32- or 64-bit floats; `None` for other types.
 fn floats(file: npyz::NpyFile<&[u8]>) -> Option<std::io::Result<Vec<f32>>> {
     let file = match file.try_data::<f32>() {
         Ok(values) => return Some(values.collect()),
@@ -259,7 +259,7 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
         return Err(error(1, "expected `word v1 v2 ...`, or `count dim` on the first line").into());
     }
     let parse = |(number, line): &(usize, &[u8])| {
-        // From the right: some files have words with spaces in them.
+        // From the right: in some files, words contain spaces.
         let mut fields = line.rsplitn(dim + 1, |&byte| byte == b' ');
         let mut values: Vec<f32> = Vec::with_capacity(dim);
         for field in fields.by_ref().take(dim) {
@@ -283,7 +283,7 @@ fn read_text(path: &Path, content: &[u8]) -> Result<Table> {
             Err(InvalidInput(more)) => problems.extend(more),
         }
     }
-    // A word may have spaces in it, and numbers after them, but most have not.
+    // A word may contain spaces followed by numbers; it is an error if most words do, or one has too many numbers.
     let spare = |word: &String| word.split(' ').skip(1).filter(|field| field.parse::<f32>().is_ok()).count();
     let odd: Vec<(usize, usize)> = table.words.iter().map(spare).enumerate().filter(|&(_, n)| n > 0).collect();
     let most = 2 * odd.len() > table.words.len();
@@ -368,7 +368,7 @@ mod tests {
         let coverage = attach(&mut tokenizer, &[vectors], folder.path(), &[&builder.rows], Seed(1)).unwrap();
         assert_eq!((coverage[0].types, coverage[0].tokens, coverage[0].n_words), ((3, 2), (4, 3), 4));
         assert!(coverage[0].case_lost);
-        // [PAD] [UNK] Play song the, then words that training did not meet, of the first three of the file.
+        // [PAD] [UNK] Play song the, then those of the first three words of the file that do not occur in training.
         assert_eq!(tokenizer.vocabulary()[..2], ["[PAD]", "[UNK]"]);
         assert_eq!(
             (tokenizer.n_trained(), tokenizer.vocabulary()[5..].to_vec()),

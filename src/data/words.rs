@@ -1,4 +1,4 @@
-//! Splitting text into words, by the same rules as the pre-tokenizer that the saved `tokenizer.json` names.
+//! Splits text into words by the same rules as the pre-tokenizer of the saved `tokenizer.json`.
 
 use std::sync::LazyLock;
 
@@ -6,7 +6,7 @@ use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How raw text becomes words. A word that the data gives stays one, of several tokens where it is cut.
+/// How raw text is split into words. Words that the data gives are not split, but may consist of several tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Splitter {

@@ -1,4 +1,4 @@
-//! The task table: what every layer knows of a task.
+//! The types of tasks that all modules share.
 
 mod scheme;
 
@@ -10,24 +10,24 @@ pub use scheme::{Scheme, Span, Tag, from_bio, spans_of};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TaskId(pub usize);
 
-/// What a task's labels are about.
+/// What a task labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TaskKind {
-    /// One label a sentence.
+    /// One label per sentence.
     Classification,
-    /// One label a word, written in the data in this scheme.
+    /// One label per word, in this scheme in the data.
     Tagging(Scheme),
 }
 
 impl TaskKind {
-    /// Whether the labels of words form spans, which are inside always BIO.
+    /// Whether the tags form spans, which are always BIO internally.
     pub fn has_spans(self) -> bool {
         matches!(self, TaskKind::Tagging(scheme) if scheme != Scheme::Plain)
     }
 }
 
-/// One task with its labels as the model knows them: class names, plain tags, or BIO tags.
+/// One task with the labels that the model predicts: class names, plain tags, or BIO tags.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     pub name: String,

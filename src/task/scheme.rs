@@ -1,7 +1,7 @@
-//! Tag schemes: how spans are written as one tag a word.
+//! Tag schemes: how spans are written as one tag per word.
 //!
-//! Whatever the data uses, spans are read by the rules of CoNLL's `conlleval` (a chunk ends and starts where prefixes or
-//! types say so, broken sequences included), kept as BIO inside, and written back in the data's own scheme.
+//! In every scheme, spans are read by the rules of CoNLL's `conlleval` (prefixes and types determine where a chunk
+//! starts and ends, also in invalid sequences), represented internally as BIO, and written in the scheme of the data.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ pub enum Scheme {
     Plain,
 }
 
-/// A tag taken apart: the letter before the hyphen and the type after it. `O` has no type.
+/// A parsed tag: the letter before the hyphen and the type after it. `O` has no type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tag<'a> {
     pub prefix: u8,
@@ -45,7 +45,7 @@ impl<'a> Tag<'a> {
     }
 }
 
-/// Words `start..end` of a sentence, under one type.
+/// Words `start..end` of a sentence, with a type.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Span<T> {
     pub start: usize,
@@ -64,7 +64,7 @@ impl Scheme {
         }
     }
 
-    /// The letters within a span, at its last word and at its only one, where the last word has one of its own.
+    /// The letters inside a span, at its end and for a span of one word; `None` if the scheme does not mark ends.
     fn closed(self) -> Option<(u8, u8, u8)> {
         match self {
             Scheme::Bioes => Some((b'I', b'E', b'S')),
@@ -74,7 +74,7 @@ impl Scheme {
         }
     }
 
-    /// Takes a tag apart; `None` when it is none of this scheme. `Plain` has no parts to take apart.
+    /// Parses a tag; `None` if this scheme does not have it. `Plain` has only `O`.
     pub fn parse(self, tag: &str) -> Option<Tag<'_>> {
         if tag == "O" {
             return Some(Tag::OUTSIDE);
@@ -109,15 +109,15 @@ impl Scheme {
         }
     }
 
-    /// Whether a sentence may not end in `tag`.
+    /// Whether `tag` leaves a span open, so that a sentence may not end in it.
     pub fn left_open(self, tag: Tag) -> bool {
         self.closed().is_some_and(|(inside, ..)| tag.prefix == b'B' || tag.prefix == inside)
     }
 }
 
-/// The spans that conlleval counts in a sequence of tags of any scheme.
+/// The spans that `conlleval` counts in a sequence of tags of any scheme.
 ///
-/// Source: `endOfChunk` and `startOfChunk` of the CoNLL-2000 evaluation script, as facts; L- and U- are E- and S-.
+/// Source: the rules of `endOfChunk` and `startOfChunk` in the CoNLL-2000 evaluation script; L- and U- count as E-, S-.
 pub fn spans_of<'a>(tags: impl IntoIterator<Item = Tag<'a>>) -> Vec<Span<&'a str>> {
     let mut spans = Vec::new();
     let mut open: Option<(usize, &str)> = None;
@@ -170,7 +170,7 @@ fn text(tag: Tag) -> String {
     if tag.is_outside() { "O".to_owned() } else { format!("{}-{}", tag.prefix as char, tag.kind) }
 }
 
-/// Rewrites BIO tags, valid or not, in `scheme`.
+/// Converts BIO tags, valid or not, to `scheme`.
 pub fn from_bio(scheme: Scheme, tags: &[&str]) -> Vec<String> {
     let parsed = tags.iter().map(|tag| Scheme::Bio.parse(tag).unwrap_or(Tag::OUTSIDE));
     tags_of(scheme, &spans_of(parsed), tags.len()).into_iter().map(text).collect()

@@ -1,4 +1,4 @@
-//! What `training:` may hold.
+//! Checks of `training:`.
 
 use super::super::Experiment;
 use super::super::decode::suggestion;
@@ -55,7 +55,7 @@ pub(super) fn check_training(c: &mut Checker, experiment: &Experiment) {
 
 const METRIC: &str = "training.early_stopping.metric";
 
-/// What chooses checkpoints has to be a score that there is.
+/// The metric that selects the best checkpoint must exist.
 fn check_metric(c: &mut Checker, metric: &str, experiment: &Experiment) {
     let path = METRIC;
     let (task, score) = metric.split_once('.').map_or((metric, None), |(task, score)| (task, Some(score)));

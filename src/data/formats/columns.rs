@@ -1,4 +1,4 @@
-//! Rows with a value a column: CSV and TSV, and plain lines.
+//! Rows with one value per column: CSV, TSV and plain lines.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use super::{Cut, Format, Layout, Parsed, in_parts, lines, text_fields, words_of}
 use crate::data::rows::{Field, RowsBuilder, Wanted};
 use crate::problem::{Place, Problem, counted};
 
-/// The number of each needed column: the text or the tokens first, then the wanted ones.
+/// The index of each needed column: the text or the tokens first, then the wanted ones.
 fn positions(names: &[&str], layout: &Layout, wanted: &[Wanted]) -> Result<Vec<usize>, String> {
     let main = layout.text.as_deref().or(layout.tokens.as_deref()).unwrap_or("text");
     let needed = std::iter::once(main).chain(wanted.iter().map(|wanted| wanted.column.as_str()));
@@ -71,7 +71,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
         Err(message) => return (Vec::new(), vec![Problem::error(Place::new(path, 1), message)]),
     };
     let (mut seen, mut line) = (0, 1);
-    // The first row of several lines, and how many there are.
+    // Line of the first row that spans several lines, and the number of such rows.
     let mut long_rows: Option<(usize, usize)> = None;
     for record in reader.records() {
         let record = match record {
@@ -81,7 +81,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
                 continue;
             }
         };
-        // The reader's own count of lines falls behind where they end in `\r\n`.
+        // The reader itself undercounts lines that end in `\r\n`.
         let start = record.position().map_or(seen, |position| position.byte() as usize);
         let start = start + text[start..].bytes().take_while(|byte| b"\r\n".contains(byte)).count();
         line += text.as_bytes()[seen..start].iter().filter(|&&byte| byte == b'\n').count();
@@ -102,7 +102,7 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
             }
             add_row(line, &values, &positions, layout, &mut builder);
         } else {
-            // What a quote that was never closed has swallowed.
+            // A misplaced quote may have merged several values or lines into one.
             let held = values.iter().any(|value| value.contains([char::from(delimiter), '\n']));
             let hint = if held { "; a value in `\"` contains several" } else { "" };
             let what = if has_header { "the header has" } else { "`columns:` names" };
@@ -118,8 +118,8 @@ pub fn read_csv(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -> 
     (vec![builder.rows], builder.problems)
 }
 
-/// Where a quote opens that nothing closes, and before it where its record begins. As the csv crate reads, a quote opens where a
-/// value begins, and two within it stand for one.
+/// Position of an unclosed quote, preceded by that of its record. As in the csv crate, a quote opens only at the start
+/// of a value, and two quotes inside it stand for one.
 fn open_quote(text: &str, delimiter: u8) -> Option<(usize, usize)> {
     enum At {
         Start,

@@ -1,4 +1,4 @@
-//! One word a line with its columns, sentences apart by empty lines: CoNLL of any columns, and CoNLL-U.
+//! CoNLL with any columns, and CoNLL-U: one word per line, sentences separated by empty lines.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -14,29 +14,29 @@ const CONLLU: [&str; 10] = ["id", "form", "lemma", "upos", "xpos", "feats", "hea
 /// Columns of CoNLL-U in which `_` stands for an empty list: feats, deps, misc.
 const UNDERSCORE_IS_A_VALUE: [usize; 3] = [5, 8, 9];
 
-/// Where a wanted column stands: in each word's line, or in a comment of the sentence.
+/// Where a wanted column is found: in each word's line, or in a comment of the sentence.
 enum Source<'a> {
     Column(usize),
     Comment(&'a str),
 }
 
-/// A line that is known to hold a word, by which the number of columns is guessed: the sentence's `last`, or `other` where that
-/// may be a comment.
+/// A line that holds a word, from which the number of columns is inferred: the sentence's `last` line, or `other` if
+/// that may be a comment.
 pub fn line_of_a_word<'a>(last: &'a str, other: &'a str) -> &'a str {
     if last.starts_with("# ") { other } else { last }
 }
 
-/// How the lines of words are written.
+/// The layout of the lines of words.
 pub struct ConllLayout {
     conllu: bool,
     separator: Option<String>,
-    /// Their columns, where those are named.
+    /// Names of the columns; empty if they have none.
     names: Vec<String>,
-    /// The column of the word.
+    /// The index of the column with the word.
     word: Option<usize>,
 }
 
-/// What a line is.
+/// A classified line.
 pub enum ConllLine<'a> {
     /// The columns of a word.
     Word(Vec<&'a str>),
@@ -47,7 +47,7 @@ pub enum ConllLine<'a> {
 }
 
 impl ConllLayout {
-    /// As a set has them.
+    /// The layout that a set configures.
     pub fn of(set: &SetConfig) -> ConllLayout {
         ConllLayout::new(set.format == Format::Conllu, &set.columns, set.separator.clone(), set.tokens.as_deref())
     }
@@ -60,7 +60,7 @@ impl ConllLayout {
         layout
     }
 
-    /// The number of a column from its name or its number.
+    /// The index of a column, given by its name or number.
     fn position(&self, name: &str) -> Option<usize> {
         self.names.iter().position(|known| known == name).or_else(|| name.parse().ok())
     }
@@ -69,8 +69,8 @@ impl ConllLayout {
         (!self.conllu && !self.names.is_empty()).then_some(self.names.len())
     }
 
-    /// `within`: whether a word of the sentence stands before it; `last` is the sentence's last line, or another that is a
-    /// word's.
+    /// Classifies a line. `within`: whether a word of the sentence precedes it; `last`: the sentence's last line, or
+    /// another line of a word.
     pub fn line<'a>(&self, line: &'a str, within: bool, last: &str) -> ConllLine<'a> {
         if line.starts_with("-DOCSTART-") {
             return ConllLine::Other;
@@ -79,7 +79,7 @@ impl ConllLayout {
         let comment = comment.filter(|rest| !rest.contains('\t'));
         let named = comment.filter(|rest| rest.starts_with(' ') || rest.contains(" = "));
         let pair = named.and_then(|rest| rest.split_once(['=', ':']));
-        // A `:` stands at the end of its name, as in `# intent: greet`.
+        // A `:` must directly follow the name and precede a space, as in `# intent: greet`.
         let spelled = |(name, value): &(&str, &str)| {
             let colon = named.is_some_and(|rest| rest[name.len()..].starts_with(':'));
             let apart = name.ends_with(' ') || !(value.is_empty() || value.starts_with(' '));
@@ -113,13 +113,13 @@ impl ConllLayout {
         }
     }
 
-    /// The word of a line, by its columns; of one that has fewer than are named, the first.
+    /// The word among the columns of a line; the first column if the line has too few.
     pub fn word<'a>(&self, fields: &[&'a str]) -> Option<&'a str> {
         fields.get(self.word.unwrap_or(0)).or(fields.first()).copied()
     }
 
-    /// Adds a task's tag to the columns of a line, `None` where that is no word's. CoNLL-U has ten: the one that training read
-    /// takes it, or else the last, as `TASK=TAG`. Other formats get a further one.
+    /// Adds a task's tag to the columns of a line (`None` if it holds no word). CoNLL-U: in the column that training
+    /// read, if that is one of the ten, else in `misc` as `TASK=TAG`. Other formats: in a new column.
     pub fn add(&self, fields: &mut Vec<String>, (task, column): (&str, &str), tag: Option<&str>) {
         match tag {
             _ if !self.conllu => fields.push(tag.unwrap_or("_").to_owned()),
@@ -138,7 +138,7 @@ impl ConllLayout {
         }
     }
 
-    /// What stands between the columns of `line`.
+    /// The separator between the columns of `line`.
     pub fn separator<'a>(&'a self, line: &str) -> &'a str {
         let unknown = if line.contains('\t') || !line.trim().contains(' ') { "\t" } else { " " };
         self.separator.as_deref().unwrap_or(if self.conllu { "\t" } else { unknown })
@@ -207,7 +207,7 @@ struct Sentence<'a> {
     words: Vec<&'a str>,
     tags: Vec<Vec<&'a str>>,
     comments: Vec<(&'a str, &'a str)>,
-    /// Other lines stand between those of the words.
+    /// Whether other lines occur between those of the words.
     gaps: bool,
     broken: bool,
 }
@@ -265,7 +265,7 @@ impl<'a> Sentence<'a> {
         }
         let mut fields = Vec::with_capacity(plan.sources.len());
         for (i, (source, tags)) in plan.sources.iter().zip(self.tags).enumerate() {
-            // No feature is a value of its own; no part of speech is none.
+            // `_` as features is a value, the empty list; as a part of speech it is a missing value.
             let unset = plan.layout.conllu
                 && !matches!(source, Source::Column(column) if UNDERSCORE_IS_A_VALUE.contains(column));
             let missing = |tag: &&str| tag.is_empty() || (unset && *tag == "_");

@@ -1,4 +1,4 @@
-//! JSON: one object a line, an array of rows within one file, and Rasa's training data.
+//! JSON: one object per line, an array of rows within one file, and Rasa's training data.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ pub fn read_lines(path: &Path, text: &str, layout: &Layout, wanted: &[Wanted]) -
     })
 }
 
-/// A row from its text.
+/// Parses a row.
 pub fn row_of(text: &str) -> Result<Value, String> {
     let row = serde_json::from_str(text).map(|Unique(row)| row);
     row.map_err(|error| match error.is_data() {
@@ -36,7 +36,7 @@ pub fn row_of(text: &str) -> Result<Value, String> {
     })
 }
 
-/// `serde_json` counts lines within the text it was given, which here is one line: only the column says something.
+/// `serde_json` counts lines from the start of the row, which is usually one line: only the column is informative.
 fn without_line(error: &serde_json::Error) -> String {
     let text = error.to_string();
     match text.rsplit_once(" at line ") {
@@ -45,14 +45,14 @@ fn without_line(error: &serde_json::Error) -> String {
     }
 }
 
-/// `file.json#a/b` as the file and the path to the array of rows in it. A `#` may stand in the names of folders and files too.
+/// Splits `file.json#a/b` into the file and the path to the array of rows in it. File and folder names may contain `#`.
 pub fn split_pointer(path: &Path, format: Format) -> (PathBuf, Vec<String>) {
     let text = path.to_string_lossy();
     let default = if format == Format::Rasa { "rasa_nlu_data/common_examples" } else { "" };
     let cuts = text.match_indices('#').map(|(at, _)| (&text[..at], &text[at + 1..]));
     let ways: Vec<(&str, &str)> = std::iter::once((&*text, default)).chain(cuts).collect();
     let is_there = |(file, _): &&(&str, &str)| Path::new(file).is_file();
-    // A missing file is told by its name.
+    // If no file exists, choose the one that an error message should name.
     let could_be = |(file, _): &&(&str, &str)| {
         let file = Path::new(file);
         file.file_name().is_some_and(|name| !name.to_string_lossy().contains('#')) && folder_of(file).is_dir()
@@ -68,7 +68,7 @@ pub fn read_array(path: &Path, text: &str, pointer: &[String], layout: &Layout, 
         Err((line, message)) => return (Vec::new(), vec![Problem::error(Place::new(path, line), message)]),
         Ok(rows) => {
             let start = |row: &RawValue| row.get().as_ptr() as usize - text.as_ptr() as usize;
-            // Written without line ends, as programs do.
+            // All rows are on one line, as programs write them: locate them by row number.
             let in_a_line = rows.len() > 1 && !text[start(rows[0])..start(rows[rows.len() - 1])].contains('\n');
             let (mut seen, mut line) = (0, 1);
             for (i, row) in rows.into_iter().enumerate() {
@@ -85,7 +85,7 @@ pub fn read_array(path: &Path, text: &str, pointer: &[String], layout: &Layout, 
     (vec![builder.rows], builder.problems)
 }
 
-/// The array at `pointer`, each row still as text, so that its line can be told.
+/// The rows of the array at `pointer`, each as text, so that its line can be determined.
 fn rows_at<'a>(text: &'a str, pointer: &[String]) -> Result<Vec<&'a RawValue>, (usize, String)> {
     let not_json = |error: serde_json::Error| (error.line(), format!("not JSON: {error}"));
     let mut value: &RawValue = serde_json::from_str(text).map_err(not_json)?;
@@ -203,7 +203,7 @@ fn scalar(value: &Value) -> Option<Cow<'_, str>> {
     match value {
         Value::String(text) => Some(Cow::Borrowed(text.trim())),
         Value::Number(_) | Value::Bool(_) => Some(Cow::Owned(value.to_string())),
-        // A list of one, as tools for annotation write it.
+        // A list of one label, as annotation tools write it.
         Value::Array(items) => match items.as_slice() {
             [only] => scalar(only),
             _ => None,
@@ -212,7 +212,7 @@ fn scalar(value: &Value) -> Option<Cow<'_, str>> {
     }
 }
 
-/// Words, their character ranges, and the characters of the text.
+/// Words, their character ranges, and the number of characters of the text.
 type Words<'a> = (Vec<&'a str>, Vec<(usize, usize)>, usize);
 
 fn words<'a>(row: &'a Value, layout: &Layout) -> Result<Words<'a>, String> {
@@ -265,8 +265,8 @@ fn missing(row: &Value, column: &str) -> String {
     }
 }
 
-/// Reads spans: objects with `start`, `end` and `label` (or what else tools call them), or `[start, end, label]`. `None` when the
-/// value holds no spans; an empty list is a sentence without spans.
+/// Reads spans: objects with `start`, `end` and `label` (or the names that other tools use), or `[start, end, label]`.
+/// `None` if the value is not a list of spans; an empty list is a sentence without spans.
 fn spans(value: &Value) -> Option<Result<Vec<WrittenSpan<'_>>, String>> {
     let Value::Array(items) = value else { return None };
     let tags = items.iter().any(Value::is_string) || (!items.is_empty() && items.iter().all(Value::is_number));

@@ -1,4 +1,4 @@
-//! Readers of data files, one file a family of formats. Each turns text into rows and names what is wrong by line.
+//! Readers of data files, one module per family of formats. Each turns text into rows and reports problems by line.
 
 mod columns;
 mod conll;
@@ -49,7 +49,7 @@ pub enum Format {
     Rasa,
 }
 
-/// What the numbers of spans in JSON count.
+/// Unit of the offsets of spans in JSON.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Offsets {
@@ -70,7 +70,7 @@ impl Offsets {
 #[derive(Clone, Debug)]
 pub struct Layout {
     pub format: Format,
-    /// The column with raw text, or with words; where neither is given, the format's own.
+    /// The column with raw text (`text`) or with words (`tokens`); if neither is given, the format's default.
     pub text: Option<String>,
     pub tokens: Option<String>,
     pub columns: Vec<String>,
@@ -81,10 +81,10 @@ pub struct Layout {
     pub encoding: &'static Encoding,
 }
 
-/// What came out of one file: its rows in order, in parts, and what is wrong with it.
+/// The result of reading one file: its rows in order, in parts, and its problems.
 pub type Parsed = (Vec<Rows>, Vec<Problem>);
 
-/// Reads one file (for `parallel`: one folder). Problems that end the reading are among the problems too.
+/// Reads one file (for `parallel`: one folder). An error that stops reading is among the problems too.
 pub fn read(path: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     match layout.format {
         Format::Parallel => parallel::read(path, layout, wanted),
@@ -99,7 +99,7 @@ pub fn read(path: &Path, layout: &Layout, wanted: &[Wanted]) -> Parsed {
     }
 }
 
-/// The file that a path of this format stands for, without a pointer into it.
+/// The file of a path, without the pointer into it that JSON paths may have.
 pub fn file_of(path: &Path, format: Format) -> std::path::PathBuf {
     match format {
         Format::Json | Format::Rasa => json::split_pointer(path, format).0,
@@ -114,7 +114,7 @@ fn with_text(path: &Path, layout: &Layout, parse: impl FnOnce(&str) -> Parsed) -
     }
 }
 
-/// The text of a file, or each line that is not in the layout's encoding.
+/// The decoded text of a file, or why it cannot be read; for UTF-8, one problem per invalid line.
 fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
     let bytes = gzip::read(path).map_err(|error| {
         let message = match error.kind() {
@@ -154,14 +154,14 @@ fn text_of(path: &Path, layout: &Layout) -> Result<String, Vec<Problem>> {
     }
 }
 
-/// Where a text may be cut for reading in parallel.
+/// Where a text may be split for parallel reading.
 #[derive(Clone, Copy)]
 enum Cut {
     Line,
     EmptyLine,
 }
 
-/// Reads parts of `text` in parallel, cut at `cut`; `parse` gets each part with the number of its first line.
+/// Reads parts of `text` in parallel, split at `cut`; `parse` gets each part with the number of its first line.
 fn in_parts(
     (path, text): (&Path, &str),
     cut: Cut,
@@ -216,13 +216,13 @@ fn end_of_part(text: &str, wished: usize, cut: Cut) -> usize {
     bytes.len()
 }
 
-/// The lines of a text with their numbers, without line ends of either kind. Only `\n` ends a line.
+/// The lines of a text with their numbers. Only `\n` ends a line; a `\r` before it is removed.
 fn lines(text: &str, first_line: usize) -> impl Iterator<Item = (usize, &str)> {
     let lines = text.strip_suffix('\n').unwrap_or(text).split('\n');
     lines.enumerate().map(move |(i, line)| (first_line + i, line.strip_suffix('\r').unwrap_or(line)))
 }
 
-/// The fields of a row that has its values as text: tags are separated by white space, an empty class is absent.
+/// The fields of a row whose values are text: tags are separated by white space; an empty value is absent.
 fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a str>) -> Vec<Field<'a>> {
     let field = |wanted: &Wanted| match (value(&wanted.column).map(str::trim), wanted.kind) {
         (None | Some(""), _) => Field::Absent,
@@ -232,17 +232,17 @@ fn text_fields<'a>(wanted: &[Wanted], mut value: impl FnMut(&str) -> Option<&'a 
     wanted.iter().map(field).collect()
 }
 
-/// A span as data states it: `start..end` of the text, in [`Offsets`].
+/// A span as given in the data: `start..end` in units of [`Offsets`].
 struct WrittenSpan<'a> {
     start: usize,
     end: usize,
     label: &'a str,
-    /// What it says of itself that stands there.
+    /// The text of the span, if the data records it.
     text: Option<&'a str>,
 }
 
-/// BIO tags of `words` (ranges in the unit of the spans) for spans. Where a span ends inside a word it takes the whole
-/// word, with a warning; a span of no word and spans that share a word are errors.
+/// BIO tags of `words` (ranges in the unit of the spans) for `spans`. A span that starts or ends inside a word is
+/// extended to the whole word, with a warning; a span without words and spans that share a word are errors.
 fn tags_of_spans(
     (words, length): (&[(usize, usize)], usize),
     mut spans: Vec<WrittenSpan>,

@@ -1,4 +1,4 @@
-//! A folder with one file a column and one line a sentence, as SNIPS is published: `seq.in`, `seq.out`, `label`.
+//! A folder with one file per column and one line per sentence, as SNIPS is published: `seq.in`, `seq.out`, `label`.
 
 use std::path::Path;
 

@@ -1,10 +1,10 @@
-//! JSON as `serde_json` reads it, but that a key which stands twice in an object is an error and not the last of its values.
+//! JSON as `serde_json` reads it, except that a duplicate key in an object is an error, not overwritten.
 
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-/// A value of which no object has a key twice.
+/// A value whose objects have no duplicate keys.
 pub struct Unique(pub Value);
 
 impl<'de> Deserialize<'de> for Unique {

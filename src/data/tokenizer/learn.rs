@@ -1,4 +1,4 @@
-//! Learning a tokenizer from the words of the training rows, the same from the same text.
+//! Learns a tokenizer from the words of the training rows, deterministically.
 
 use std::collections::BTreeSet;
 
@@ -29,7 +29,7 @@ fn tokenizer_json(model: serde_json::Value, lowercase: bool, fold_digits: bool, 
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     };
-    // Only the word model knows its ids now; the others get theirs when they are trained.
+    // Only the word model has its ids already; the others get them in training.
     let added = if model["type"] == "WordLevel" { vec![special(0, PADDING), special(1, UNKNOWN)] } else { vec![] };
     json!({
         "version": "1.0",
@@ -46,7 +46,7 @@ fn tokenizer_json(model: serde_json::Value, lowercase: bool, fold_digits: bool, 
     .into_bytes()
 }
 
-/// How often each distinct word stands in the rows, in the order of first appearance.
+/// Frequency of each distinct word in the rows, in order of first appearance.
 fn count_words<'a>(train: &[&'a Rows]) -> indexmap::IndexMap<&'a str, u64, rustc_hash::FxBuildHasher> {
     let mut total = indexmap::IndexMap::default();
     for rows in train {
@@ -61,8 +61,8 @@ fn count_words<'a>(train: &[&'a Rows]) -> indexmap::IndexMap<&'a str, u64, rustc
     total
 }
 
-/// How often each piece of text that the pre-tokenizer leaves stands in the rows, most frequent first. A word may fall
-/// apart at punctuation.
+/// Frequency of each part of a word that the pre-tokenizer outputs, most frequent first. A word may be split at
+/// punctuation.
 fn count_parts(engine: &Engine, train: &[&Rows]) -> Result<Vec<(String, u64)>> {
     let counted = count_words(train);
     let words: Vec<&str> = counted.keys().copied().collect();
@@ -93,7 +93,7 @@ pub fn learn_words(config: &WordConfig, train: &[&Rows]) -> Result<Engine> {
     engine_from(&tokenizer_json(model, config.lowercase, config.fold_digits, config.split))
 }
 
-/// The normalized pieces into which the pre-tokenizer cuts one word.
+/// The normalised parts into which the pre-tokenizer splits one word.
 pub fn parts_of(engine: &Engine, word: &str) -> Result<Vec<String>> {
     use tokenizers::{Normalizer, OffsetReferential, OffsetType, PreTokenizer};
     let mut text = tokenizers::NormalizedString::from(word);
@@ -109,7 +109,7 @@ pub fn parts_of(engine: &Engine, word: &str) -> Result<Vec<String>> {
     Ok(splits.into_iter().map(|(part, _, _)| part.to_owned()).collect())
 }
 
-/// What kind of pieces to learn.
+/// The subword model to learn.
 #[derive(Clone, Copy, PartialEq)]
 pub enum PieceKind {
     Bpe,
@@ -117,8 +117,8 @@ pub enum PieceKind {
     Unigram,
 }
 
-/// Learns pieces so that the same text gives the same tokenizer. The library's trainers go through hash maps of random
-/// order; where that reaches the result, the order is given from here.
+/// Learns subwords, deterministically. The library's trainers iterate over hash maps in random order; where that
+/// affects the result, the order is fixed here.
 pub fn learn_pieces(config: &PieceConfig, kind: PieceKind, train: &[&Rows]) -> Result<Engine> {
     let failed = |error| anyhow!("the tokenizer could not be trained: {error}");
     let model = match kind {
@@ -137,7 +137,7 @@ pub fn learn_pieces(config: &PieceConfig, kind: PieceKind, train: &[&Rows]) -> R
             train_engine(&mut engine, TrainerWrapper::BpeTrainer(trainer), train)?;
         }
         PieceKind::Wordpiece => {
-            // Continuations of one letter would be numbered in random order: they are given first, as if special.
+            // One-letter continuations would get ids in random order: add them first, as special tokens.
             let letters: BTreeSet<char> = parts.iter().flat_map(|(part, _)| part.chars().skip(1)).collect();
             let continued = letters.into_iter().map(|letter| AddedToken::from(format!("##{letter}"), true));
             let trainer = WordPieceTrainer::builder()
@@ -163,7 +163,7 @@ pub fn learn_pieces(config: &PieceConfig, kind: PieceKind, train: &[&Rows]) -> R
                 .map_err(|error| anyhow!("{error}"))?;
             let counts = parts.into_iter().map(|(part, count)| (part, count.min(u32::MAX.into()) as u32)).collect();
             let mut model = Unigram::default();
-            // One thread, so that sums of probabilities are added in one order.
+            // One thread, so that probabilities are summed in a fixed order.
             tokenizers::parallelism::set_parallelism(false);
             let trained = trainer.do_train(counts, &mut model);
             tokenizers::parallelism::set_parallelism(true);
@@ -186,9 +186,9 @@ fn train_engine(engine: &mut Engine, mut trainer: TrainerWrapper, train: &[&Rows
     trained.map_err(|error| anyhow!("the tokenizer could not be trained: {error}"))
 }
 
-/// Takes out what a random order left in a unigram vocabulary: sums that differ in the last digits, the order of equal
-/// scores, and that of the letters which training pruned and which come back near the lowest score, each 0.0001 above the
-/// one before. Special tokens stand first and keep their place.
+/// Removes the effects of random order from a unigram vocabulary: sums that differ in the last digits, the order of
+/// equal scores, and the order of letters that training pruned and restored near the lowest score, each 0.0001 above
+/// the one before. Special tokens come first and keep their places.
 fn in_one_order(mut vocab: Vec<(String, f64)>) -> Vec<(String, f64)> {
     for (_, score) in &mut vocab {
         *score = (*score * 1e8).round() / 1e8;

@@ -1,6 +1,6 @@
-//! From words to token ids, by Hugging Face's `tokenizers`: learned from the training text, or any `tokenizer.json`.
+//! From words to token ids with Hugging Face's `tokenizers`: learned from the training text, or any `tokenizer.json`.
 //!
-//! Every word is encoded on its own, whatever the model: in Python, `encode(words, is_pretokenized=True)` with the saved
+//! With every model, each word is encoded on its own: in Python, `encode(words, is_pretokenized=True)` with the saved
 //! `tokenizer.json` gives the same ids.
 
 mod learn;
@@ -122,7 +122,7 @@ impl TokenizerConfig {
         }
     }
 
-    /// Rate at which words seen once in training are read as unknown.
+    /// Probability that a word seen once in training is read as unknown.
     pub fn unknown_rate(&self) -> f64 {
         match self {
             TokenizerConfig::Word(config) => config.unknown_rate,
@@ -136,7 +136,7 @@ pub struct Tokenizer {
     engine: Engine,
     pub splitter: Splitter,
     pub padding: u32,
-    /// Whether `padding` is a token for that alone.
+    /// Whether `padding` is a dedicated padding token.
     pub pads: bool,
     pub unknown: u32,
     max_bytes: Option<usize>,
@@ -144,7 +144,7 @@ pub struct Tokenizer {
     vectors: Vec<Tensor>,
 }
 
-/// The token ids of each of a list of distinct words: word `w` has `ids[offsets[w]..offsets[w + 1]]`.
+/// The token ids of a list of distinct words: word `w` has `ids[offsets[w]..offsets[w + 1]]`.
 pub struct Pieces {
     pub ids: Vec<u32>,
     pub offsets: Vec<usize>,
@@ -157,8 +157,8 @@ impl Pieces {
 }
 
 impl Tokenizer {
-    /// Learns a tokenizer from the training rows of all sets, or loads the one that the configuration names. Sets that it encodes
-    /// keep `max_bytes` of each word's spelling, if any.
+    /// Learns a tokenizer from the training rows of all sets, or loads the one that the configuration names. If
+    /// `max_bytes` is given, splits that it encodes keep up to that many bytes of each word.
     pub fn build(
         config: &TokenizerConfig,
         root: &Path,
@@ -190,7 +190,7 @@ impl Tokenizer {
         let find = |names: &[&str]| names.iter().find_map(|name| engine.token_to_id(name));
         let unknown = find(&[UNKNOWN, "<unk>", "<UNK>", "UNK", "<|endoftext|>"]);
         let unknown = unknown.ok_or_else(|| anyhow!("the tokenizer has no token for unknown words ({UNKNOWN})"))?;
-        // Padding is masked wherever it could count, so that any id serves where a tokenizer has none of its own.
+        // Padding is masked wherever it matters, so any id will do if the tokenizer has no padding token.
         let padding = find(&[PADDING, "<pad>", "<PAD>"]);
         let (padding, pads) = (padding.unwrap_or(0), padding.is_some());
         let mut tokenizer =
@@ -199,34 +199,34 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Bytes of each word's spelling that sets keep.
+    /// Maximum number of bytes of each word that splits keep; `None` if they keep none.
     pub fn max_bytes(&self) -> Option<usize> {
         self.max_bytes
     }
 
-    /// Tokens that training may meet: they come first. The others stand for words that pretrained vectors know.
+    /// Number of tokens that may occur in training; they come first. The others have only pretrained vectors.
     pub fn n_trained(&self) -> usize {
         self.n_trained
     }
 
-    /// Pretrained vectors of all tokens, [V, E] a file.
+    /// Pretrained vectors of all tokens, one [V, E] per file.
     pub fn vectors(&self) -> &[Tensor] {
         &self.vectors
     }
 
-    /// Gives it the vectors of all tokens, of which training may meet the first `n_trained`.
+    /// Sets the vectors of all tokens, of which the first `n_trained` may occur in training.
     pub fn set_vectors(&mut self, n_trained: usize, vectors: Vec<Tensor>) {
         (self.n_trained, self.vectors) = (n_trained, vectors);
     }
 
-    /// Words of an earlier training, which are known on.
+    /// Adds words of an earlier run, as tokens that may occur in training.
     pub fn learn<'a>(&mut self, words: impl Iterator<Item = &'a str>) -> Result<()> {
         self.extend(words)?;
         self.n_trained = self.size();
         Ok(())
     }
 
-    /// The number of token ids; some of a `tokenizer.json` may have no token.
+    /// The number of token ids; some ids of a `tokenizer.json` may have no token.
     pub fn size(&self) -> usize {
         self.engine.get_vocab(true).into_values().max().map_or(0, |last| last as usize + 1)
     }
@@ -236,7 +236,7 @@ impl Tokenizer {
         (0..self.size() as u32).map(|id| self.engine.id_to_token(id).unwrap_or_default()).collect()
     }
 
-    /// The tokens that whole words would be, known or not; `None` where a word falls apart.
+    /// The tokens that whole words would be, in the vocabulary or not; `None` if the pre-tokenizer splits a word.
     pub fn whole_tokens(&self, words: &[String]) -> Vec<Option<String>> {
         let engine = &self.engine;
         let whole = |word: &String| {
@@ -246,7 +246,7 @@ impl Tokenizer {
         words.par_iter().map(whole).collect()
     }
 
-    /// Appends words to the vocabulary of a word tokenizer; those that it knows stay where they are.
+    /// Appends words to the vocabulary of a word tokenizer; words that it already has keep their ids.
     pub fn extend<'a>(&mut self, words: impl Iterator<Item = &'a str>) -> Result<()> {
         let mut json: serde_json::Value = serde_json::from_str(&self.to_json()?)?;
         let vocab =
@@ -263,7 +263,7 @@ impl Tokenizer {
         self.engine.to_string(true).map_err(|error| anyhow!("{error}"))
     }
 
-    /// Encodes distinct words, in parallel. A word of which the tokenizer leaves nothing is the unknown token.
+    /// Encodes distinct words in parallel. A word for which the tokenizer returns no token becomes the unknown token.
     pub fn encode_words(&self, words: &Strings) -> Result<Pieces> {
         let words: Vec<&str> = words.iter().collect();
         let (engine, unknown) = (&self.engine, self.unknown);
@@ -294,7 +294,7 @@ mod tests {
     use crate::data::rows::RowsBuilder;
 
     impl Tokenizer {
-        /// Whole words: padding is 0, the unknown word 1, and `words` follow.
+        /// A word tokenizer: padding is 0, the unknown word is 1, and `words` follow.
         pub fn of_words(words: &[&str]) -> Tokenizer {
             let all = [PADDING, UNKNOWN].iter().chain(words);
             let vocabulary: serde_json::Map<_, _> =
