@@ -1,4 +1,4 @@
-//! Compiles the C++ shim against libtorch's headers and tells the program where libtorch's libraries lie.
+//! Compiles the C++ shim against libtorch's headers, and links the program to libtorch's libraries.
 
 use std::path::PathBuf;
 use std::{env, fs};
@@ -13,7 +13,7 @@ fn main() {
     println!("cargo:rerun-if-changed=src/libtorch/kernels.cpp");
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
     let library = libtorch.join("lib/libtorch_cpu.so");
-    // Behind links lies the folder whose neighbours hold everything else, CUDA included.
+    // Symbolic links are resolved: the other libraries, CUDA included, are found relative to the real folder.
     let Ok(library) = fs::canonicalize(&library) else {
         panic!("{} not found: run scripts/setup once, it fetches libtorch", library.display());
     };
@@ -38,7 +38,7 @@ fn main() {
     }
 }
 
-/// The part that needs CUDA's headers, as a library of its own within the program; nothing of it where there are no headers.
+/// Builds the shared library, to be embedded in the program, that needs CUDA's headers; an empty file without them.
 fn build_cuda(build: &cc::Build, headers: &std::path::Path) {
     println!("cargo:rerun-if-changed={}", headers.display());
     let library = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("libpolytask_cuda.so");
@@ -47,7 +47,7 @@ fn build_cuda(build: &cc::Build, headers: &std::path::Path) {
         return;
     }
     let mut command = build.clone().include(headers).get_compiler().to_command();
-    // Only the functions that are called from Rust are seen from outside.
+    // -s strips the symbol table; the functions called from Rust stay in the dynamic one.
     command.args(["-shared", "-fPIC", "-s", "-o"]).arg(&library);
     command.args(["src/libtorch/graph.cpp", "src/libtorch/kernels.cpp"]);
     let status = command.status().expect("the C++ compiler runs");

@@ -1,4 +1,4 @@
-//! Gradients as libtorch's autograd takes them, where tch asks for less.
+//! Autograd functions that tch lacks: weighted backward passes, and values with given gradients.
 
 use std::ffi::c_char;
 
@@ -27,8 +27,8 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-/// The gradients to `inputs` of sum_i weights_i . outputs_i, each weight of its output's shape; undefined where nothing depends
-/// on an input, and in 16 bits where that is.
+/// The gradients of sum_i weights_i . outputs_i with respect to `inputs`, each weight of its output's shape. A gradient
+/// is undefined where no output depends on the input, and in 16 bits where the input is.
 pub fn backward(outputs: &[&Tensor], weights: &[&Tensor], inputs: &[&Tensor], keep_graph: bool) -> Result<Vec<Tensor>> {
     ensure!(outputs.len() == weights.len(), "every output needs a weight");
     let (outputs, weights, inputs) = (handles(outputs), handles(weights), handles(inputs));
@@ -49,14 +49,14 @@ pub fn backward(outputs: &[&Tensor], weights: &[&Tensor], inputs: &[&Tensor], ke
     }
 }
 
-/// `value` (a scalar without a gradient), in the same memory, as one whose gradients are known: of each input, four at most, the
-/// tensor beside it.
+/// `value` (a scalar without gradient), in the same memory, as a graph node with given gradients: `known` pairs each
+/// input, at most four, with the gradient with respect to it.
 pub fn with_gradients(value: &Tensor, known: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
     ensure!(known.len() <= 4, "gradients to {} inputs are known, not 4 at most", known.len());
     let (inputs, gradients): (Vec<&Tensor>, Vec<&Tensor>) = known.iter().copied().unzip();
     let (n, inputs, gradients) = (known.len(), handles(&inputs), handles(&gradients));
     let mut out = std::ptr::null_mut();
-    // SAFETY: value and lists, of `n` each, are live; on success `out` is one new tensor.
+    // SAFETY: `value` and both lists, of `n` tensors each, are live; on success `out` is one new tensor.
     unsafe {
         checked(pt_with_gradients(value.as_ptr().cast_mut(), n, inputs.as_ptr(), gradients.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
@@ -81,7 +81,7 @@ mod tests {
         let gradients = backward(&[&known, &other], &[&two, &three], &[&x, &y], true).unwrap();
         assert_eq!(gradients[0], Tensor::from_slice(&[4.0f32, 1.0]));
         assert!(!gradients[1].defined());
-        // Again, with others in front; the value itself has none.
+        // Again, with other inputs first; `value` itself has no gradient.
         let known = with_gradients(&value, &[(&y, &y.detach()), (&x, &of_x)]).unwrap();
         let gradients = backward(&[&(known * 2.0)], &[&three], &[&x, &y], false).unwrap();
         assert_eq!(gradients, [Tensor::from_slice(&[3.0f32, -6.0]), Tensor::from_slice(&[30.0f32])]);

@@ -1,15 +1,16 @@
-// What a step's gradients come to, as src/train/clip.rs has it: the norm of all, what divides them, and whether they are taken.
+// The norm of a step's gradients, their divisor, and whether the step is skipped, as in src/train/clip.rs.
 
-// What lies elsewhere each step.
+// Addresses, which change from step to step.
 struct Listed {
   const void* at[256];
 };
 
-// One block. squares [n]: parts of the gradients' squares; values: the n_losses losses, then the norm. grad_scale: what the
-// gradients are divided by, 1 where they are left out, 1 less that, and 1 where they are not finite; left out they are from now
-// on where `halted` is 1, or becomes so. `limit` has the bits of a float, 0 is none. Where the gradients are `loss_scale` times
-// too large, which adapts to them while it is more than 1, those that are not finite are left out this once, and the norm is
-// -1; it doubles after `to_grow` steps without such ones, which `sound` counts.
+// One block. squares [n]: partial sums of the gradients' squares. values: the n_losses losses, then the norm.
+// grad_scale: the gradients' divisor, skip (1 or 0), 1 - skip, and overflow (1 or 0). `halted` becomes 1 at the first
+// norm or loss that is not finite; from then on all steps are skipped. `limit` has the bits of a float; 0 is none.
+// With to_grow > 0 the gradients are `loss_scale` times too large. While the scale exceeds 1, a norm that is not finite
+// is an overflow: only this step is skipped, the scale is halved and the norm is -1. `sound` counts steps without
+// overflow; after `to_grow` of them the scale doubles.
 extern "C" __global__ void clip(
     const float* squares, float* halted, float* values, float* grad_scale, float* loss_scale, int* sound, int n, int n_losses,
     int limit, int to_grow, Listed losses) {
@@ -25,7 +26,7 @@ extern "C" __global__ void clip(
   if (i > 0) return;
   const float scale = to_grow ? *loss_scale : 1, most = __int_as_float(limit);
   float norm = (float)sqrt(shared[0]) / scale;
-  // Infinity times 0 is no number, and no number is unlike 0.
+  // x * 0 != 0 exactly if x is infinite or NaN.
   const bool overflow = to_grow && scale > 1 && norm * 0 != 0;
   if (overflow) {
     norm = 0, *loss_scale = scale * 0.5f, *sound = 0;

@@ -1,6 +1,6 @@
-// The CRF's forward-backward pass over a batch: what src/model/heads/crf.rs computes by operators, word by word, in two launches.
+// The CRF's forward-backward pass over a batch in two launches; src/model/heads/crf.rs does the same with operators.
 //
-// b sentences, W words, C tags; float64 with a running maximum, as there. A sum has one order, whatever the GPU does at once.
+// b sentences, W words, C tags; float64 with a running maximum, as in crf.rs. All sums have a fixed order.
 
 #define INF __longlong_as_double(0x7ff0000000000000)
 
@@ -10,10 +10,11 @@ __device__ double largest(const double* values, int n) {
   return most;
 }
 
-// A block a sentence, a thread a tag. x [b, W, C], labels [b, W] (-1 beyond the end); transitions and their exp, plain and
-// transposed, [C, C]; alphas, left and right [b, W, C] are filled, left and right with the factors of a transition's expected
-// number: of the tag before word t, and of the tag of word t. to_x [b, W, C] is the gradient. By word, pairs has the gold
-// transition into it, or -1. By sentence: the last word, and the negative log-likelihood.
+// One block per sentence, one thread per tag. Inputs: x [b, W, C]; labels [b, W], -1 beyond the end; transitions, their
+// exp (step) and its transpose (step_back), [C, C]. Outputs: alphas [b, W, C]; left and right [b, W, C], the factors of
+// the expected transitions into word t, by the tag of word t-1 and of word t; to_x [b, W, C], the gradient; pairs
+// [b, W], the gold transition into each word (from * C + to), or -1; lasts [b], the index of the last word; losses [b],
+// the negative log-likelihoods.
 extern "C" __global__ void __launch_bounds__(1024) crf_sentences(
     const float* x, const long long* labels, const double* transitions, const double* step, const double* step_back,
     const double* start, const double* end, double* alphas, double* left, double* right, float* to_x, int* pairs, int* lasts,
@@ -28,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(1024) crf_sentences(
   int n = 0;
   while (n < n_words && labels[n] >= 0) n++;
 
-  // The score of the gold tags, a thread every so many words.
+  // The score of the gold tags; the threads share the words.
   double score = 0;
   for (int t = c; t < n_words; t += blockDim.x) {
     int pair = -1;
@@ -103,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(1024) crf_sentences(
   }
 }
 
-// Sums over the batch. A block for each tag before a transition, then one each for first tags, last tags and the loss; its
-// threads are tags across, and rows apart down.
+// Sums over the batch. One block for the transitions from each tag, then one each for the start tags, the end tags and
+// the loss. In a block, threads along x are tags, and those along y share the rows.
 extern "C" __global__ void __launch_bounds__(1024) crf_batch(
     const double* left, const double* right, const double* step, const int* pairs, const float* to_x, const int* lasts,
     const double* losses, float* to_transitions, float* to_start, float* to_end, float* loss, int n_rows, int n_words,

@@ -1,9 +1,9 @@
-// The cross-entropy of src/model/heads/cross_entropy.rs with its gradient, in two launches.
+// The cross-entropy of src/model/heads/cross_entropy.rs and its gradient, in two launches.
 //
-// N rows of C logits; float32, sums in float64. A sum has one order, whatever the GPU does at once.
+// N rows of C logits; float32, sums in float64 and in a fixed order.
 
-// A block a row: x and the gradient to_x [N, C], labels and losses [N]; rows labelled -1 do not count. `smoothing` has the bits
-// of a float.
+// One block per row: x and the gradient to_x [N, C], labels and losses [N]; rows labelled -1 do not count. `smoothing`
+// has the bits of a float.
 extern "C" __global__ void cross_entropy_rows(
     const float* x, const long long* labels, float* to_x, float* losses, int n_classes, int n_decisions, int smoothing) {
   extern __shared__ double shared[];
@@ -39,7 +39,7 @@ extern "C" __global__ void cross_entropy_rows(
   }
 }
 
-// One block of a power of two: the sum of losses [N] over the number of decisions.
+// One block, whose size is a power of two: the sum of losses [N] divided by the number of decisions.
 extern "C" __global__ void cross_entropy_sum(const float* losses, float* loss, int n_rows, int n_decisions) {
   extern __shared__ double shared[];
   const int i = threadIdx.x;

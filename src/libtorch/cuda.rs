@@ -1,4 +1,4 @@
-//! The library that needs CUDA: C++ files of this folder, within the program, opened once a GPU is used.
+//! The shared library that needs CUDA: C++ files of this folder, embedded in the program, opened when a GPU is used.
 
 use std::ffi::{c_char, c_void};
 use std::fs::File;
@@ -11,7 +11,7 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use torch_sys::C_tensor;
 
-/// `graph.cpp` and `kernels.cpp` as a shared library; empty where the program was built without CUDA's headers.
+/// `graph.cpp` and `kernels.cpp` as a shared library; empty if the program was built without CUDA's headers.
 static LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libpolytask_cuda.so"));
 
 #[repr(C)]
@@ -34,7 +34,7 @@ type Launch = unsafe extern "C" fn(
 type MaxPool =
     unsafe extern "C" fn(*mut c_void, *mut c_void, *mut C_tensor, *mut C_tensor, *mut *mut C_tensor) -> *mut c_char;
 
-/// What the library offers, with the types that its C++ files give it.
+/// The library's functions, with the types of the C++ files.
 pub struct Functions {
     pub graph_begin: Symbol<unsafe extern "C" fn(*mut u64, *mut *mut Recording) -> *mut c_char>,
     pub graph_end: Symbol<unsafe extern "C" fn(*mut Recording) -> *mut c_char>,
@@ -49,16 +49,16 @@ pub struct Functions {
 
 static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
 
-/// Opens a shared library that lies in memory. A file would need a folder from which programs may run.
+/// Opens a shared library from memory. A file would need a folder that is not mounted `noexec`.
 fn open(library: &[u8]) -> Result<Library> {
     let mut file = File::from(memfd_create(c"polytask", MFdFlags::MFD_CLOEXEC).context("no file in memory")?);
     file.write_all(library)?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // SAFETY: the library is one of ours, without initializers of its own.
+    // SAFETY: the library is built from this project's sources, which have no initializers of their own.
     Ok(unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL)? })
 }
 
-/// Opens the library; libtorch's CUDA library has to be open already.
+/// Opens the library at the first call. libtorch's CUDA library must be open already.
 pub fn functions() -> Result<&'static Functions> {
     if let Some(functions) = FUNCTIONS.get() {
         return Ok(functions);
@@ -79,7 +79,7 @@ pub fn functions() -> Result<&'static Functions> {
             peak_memory: library.get(b"pt_peak_memory")?,
         }
     };
-    // They are used for the life of the process.
+    // The functions are used for the life of the process.
     std::mem::forget(library);
     Ok(FUNCTIONS.get_or_init(|| functions))
 }

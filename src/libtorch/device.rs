@@ -1,4 +1,4 @@
-//! Devices: CUDA's library opened at run time, and numbers brought to it.
+//! Devices: CUDA's libraries opened at run time, and numbers copied to the device.
 
 use std::ffi::c_char;
 
@@ -15,11 +15,11 @@ unsafe extern "C" {
     fn pt_use_cuda(device: i8) -> *mut c_char;
 }
 
-/// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else asks for CUDA.
+/// Opens libtorch's CUDA library, which registers its kernels. Call it before anything else uses CUDA.
 fn open_cuda() -> Result<()> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
-        // cuBLAS is deterministic with this, or with `:4096:8`, by which no step was faster and the device held 64 MiB more.
+        // cuBLAS is deterministic with this or `:4096:8`, which made no step faster and took 64 MiB more.
         // SAFETY: no thread that reads the environment has been started yet.
         unsafe { std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":16:8") };
     }
@@ -27,7 +27,7 @@ fn open_cuda() -> Result<()> {
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
     // Its kernels are registered for the life of the process: it must never be closed.
     std::mem::forget(library.context("libtorch_cuda.so cannot be opened; scripts/setup --cuda downloads it")?);
-    // NVRTC, for kernels of our own, is found from here and not from the library that asks for it; without it operators serve.
+    // NVRTC compiles the custom kernels; their library cannot find it by itself. Without it, operators are used.
     // SAFETY: as above.
     if let Ok(library) = unsafe { Library::open(Some("libcaffe2_nvrtc.so"), RTLD_NOW | RTLD_GLOBAL) } {
         std::mem::forget(library);
@@ -35,10 +35,10 @@ fn open_cuda() -> Result<()> {
     Ok(())
 }
 
-/// The device that `wish` names: `auto`, `cpu`, `cuda` or `cuda:N`.
+/// The device named by `wish`: `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
-/// An unknown name, or CUDA where its libraries, its driver or the device is missing. `auto` falls back to the CPU.
+/// An unknown name, or CUDA if its libraries, its driver or the device are missing. `auto` falls back to the CPU.
 pub fn device(wish: &str) -> Result<Device> {
     let index = match wish {
         "cpu" => return Ok(Device::Cpu),
@@ -66,7 +66,7 @@ pub fn device(wish: &str) -> Result<Device> {
     }
 }
 
-/// `values` on a device, `[n]`. Neither the host nor a CUDA device waits for the copy.
+/// Copies `values` to a device, `[n]`. Neither the host nor a CUDA device waits for the copy.
 pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
     let host = Tensor::from_slice(values);
     let Device::Cuda(index) = device else { return host };
@@ -81,13 +81,13 @@ pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
 
 static PUT: Kernel = Kernel::new(include_str!("put.cu"), "put");
 
-/// Launches that take less time than a copy.
+/// The most kernel launches that take less time than a copy.
 const FEW: usize = 6;
 
-/// Puts `values` into the memory of `out` `[n]`, which has as many of them. Nobody waits for it.
+/// Writes `values` into the memory of `out` `[n]`, which has the same length. Nothing waits for the write.
 ///
 /// # Errors
-/// Another number of values.
+/// A different number of values, or an `out` that is not int64.
 pub fn upload_into(values: &[i64], out: &Tensor) -> Result<()> {
     ensure!(values.len() == out.numel() && out.kind() == Kind::Int64, "other numbers than those that were there");
     if values.len() <= FEW * LISTED && PUT.serves(out.device()) {

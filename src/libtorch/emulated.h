@@ -1,4 +1,4 @@
-// What kernels of this folder need of CUDA, on the CPU: a thread of a block is a thread, and blocks come one after the other.
+// What the kernels of this folder use of CUDA, on the CPU: a CUDA thread is a thread; blocks run one after another.
 #include <algorithm>
 #include <barrier>
 #include <cmath>
@@ -21,7 +21,7 @@ static thread_local Place threadIdx, blockIdx;
 static Place blockDim, gridDim;
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<unsigned char> votes;  // by thread of the block
-// The kernels' own name and type for it may differ.
+// Kernels declare it as `shared`, each with a type of its own.
 alignas(16) unsigned char block_memory[1 << 16] __asm__("shared");
 
 static unsigned thread_number() { return threadIdx.y * blockDim.x + threadIdx.x; }
@@ -36,7 +36,7 @@ static unsigned votes_among(bool vote, unsigned first, unsigned n) {
   return bits;
 }
 
-// Whole blocks vote, so that all warps of a block have to come here together.
+// Waits for the whole block, so all warps of a block must vote together.
 static unsigned __ballot_sync(unsigned, bool vote) { return votes_among(vote, thread_number() / 32 * 32, 32); }
 static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
@@ -80,7 +80,7 @@ static unsigned short float_to_half(float x) {
   if (size != size) return 0x7e00;
   if (size >= 65520) return sign | 0x7c00;
   int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
-  // Rounded to the nearest, even numbers first; what is carried over moves the exponent.
+  // Rounds to nearest, ties to even; a carry increments the exponent.
   return sign | (unsigned short)(std::nearbyint(std::ldexp(size, 10 - exponent)) + (exponent + 14) * 1024);
 }
 
@@ -100,7 +100,7 @@ void emulate(void (*kernel)(A...), const uint32_t* grid, const uint32_t* block, 
   blockDim = {block[0], block[1]}, gridDim = {grid[0], grid[1]};
   auto n = block[0] * block[1];
   auto next_block = [n]() noexcept {
-    // Nothing may be read that was not written before.
+    // NaN everywhere, so that a kernel that reads memory before writing it fails its test.
     std::memset(block_memory, 0xff, sizeof block_memory);
     votes.assign(n, 0);
     block_barrier = std::make_unique<std::barrier<>>(n);

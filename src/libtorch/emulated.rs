@@ -1,4 +1,4 @@
-//! Kernels on the CPU, for tests on machines without a GPU: their source as C++, under a header that stands for CUDA.
+//! Kernels on the CPU, for tests without a GPU: their source, compiled as C++ with a header that stands in for CUDA.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -17,10 +17,10 @@ use super::LaunchConfig;
 /// Grid, block and the addresses of the arguments.
 type Run = unsafe extern "C" fn(*const u32, *const u32, *const *mut c_void);
 
-/// What was compiled, by source and name.
+/// The compiled kernels, by source and name.
 static KERNELS: Mutex<BTreeMap<(&str, &str), Symbol<Run>>> = Mutex::new(BTreeMap::new());
 
-/// A shared library of C++, in a folder that lives as long as its handle.
+/// Compiles C++ into a shared library, in a folder that is deleted when its handle is dropped.
 pub fn built(code: &str) -> Result<(PathBuf, TempDir)> {
     let folder = tempfile::tempdir()?;
     let (file, library) = (folder.path().join("code.cpp"), folder.path().join("code.so"));
@@ -37,7 +37,7 @@ fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
     let run = "extern \"C\" void run(const uint32_t* grid, const uint32_t* block, void* const* arguments)";
     let code = format!("{header}\n{source}\n{run} {{ emulate({name}, grid, block, arguments); }}\n");
     let (library, _folder) = built(&code).with_context(|| format!("kernel {name}"))?;
-    // SAFETY: the library was made here, and its function has this type.
+    // SAFETY: the library was compiled here, and its function has this type.
     unsafe {
         let library = Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL)?;
         let run = library.get(b"run")?;
@@ -46,7 +46,7 @@ fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
     }
 }
 
-/// As [`super::Kernel::launch`], with tensors on the CPU. One launch at a time: a kernel's block has one memory.
+/// As [`super::Kernel::launch`], with tensors on the CPU. One launch at a time, since all share one block memory.
 pub fn launch(
     (source, name): (&'static str, &'static str),
     shape: LaunchConfig,
@@ -68,7 +68,7 @@ pub fn launch(
     let of_numbers = numbers.iter_mut().map(|number| std::ptr::from_mut(number).cast());
     let list = listed.map(|list| std::ptr::from_ref(list).cast_mut().cast());
     let arguments: Vec<*mut c_void> = of_tensors.chain(of_numbers).chain(list).collect();
-    // SAFETY: everything lives for the call; the kernel is one of this project's, called with what it declares.
+    // SAFETY: everything lives for the call; this project's kernels are called with the arguments that they declare.
     unsafe { run(grid.as_ptr(), block.as_ptr(), arguments.as_ptr()) };
     Ok(())
 }

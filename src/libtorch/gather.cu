@@ -1,4 +1,4 @@
-// out[b, t] = flat[starts[b] + t] within row b's length, else `fill`; n numbers in rows of `width`.
+// out[b, t] = flat[starts[b] + t] within row b's length, else `fill`; n elements in rows of `width`.
 
 extern "C" __global__ void gather_rows(
     const int* flat, const long long* starts, const long long* lengths, long long* out, int n, int width, int fill) {

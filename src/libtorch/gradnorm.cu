@@ -1,9 +1,9 @@
-// GradNorm's update of src/weighting/gradnorm.rs, which operators take in two dozen launches: one thread, for some tasks.
+// GradNorm's update of src/weighting/gradnorm.rs, on one thread; operators need two dozen launches.
 //
-// Float64 throughout. losses, norms, weights, moved, Adam's moments and steps, and initial [T]; seen [3, T]; `given` has the
-// numbers below, then priorities and presence (1 or 0), [T] each.
+// All float64. [T]: losses, norms, initial, weights, moved (the new weights), Adam's moments and steps. seen [3, T]:
+// norms, training rates and targets. `given`: the numbers read below, then priorities and presence (1 or 0), [T] each.
 
-// Of two numbers the larger; what is no number stays so.
+// The larger of two numbers; NaN stays NaN.
 __device__ double at_least(double x, double least) { return x < least ? least : x; }
 
 extern "C" __global__ void gradnorm(
@@ -22,7 +22,7 @@ extern "C" __global__ void gradnorm(
   }
   const double unknown = __longlong_as_double(0x7ff8000000000000);
   if (magnitudes * 0 != 0) {
-    // What is not finite moves nothing.
+    // Where something is not finite, no weight changes.
     for (int i = 0; i < n; i++) moved[i] = weights[i], seen[i] = seen[n + i] = seen[2 * n + i] = unknown;
     return;
   }
@@ -55,13 +55,13 @@ extern "C" __global__ void gradnorm(
   for (int i = 0; i < n; i++) moved[i] = here[i] > 0 ? moved[i] * (before / after) : weights[i];
 }
 
-// What changes from launch to launch.
+// Values that change from launch to launch.
 struct Listed {
   long long at[256];
 };
 
-// For src/train/taps.rs: parts of the squares of float32 tensors, added up in one order: parts [tensors, P], a block each.
-// `tensors` has where they lie and how many numbers they have, one pair after the other. Blocks of a power of two.
+// For src/train/taps.rs: partial sums of squares of float32 tensors, in a fixed order: parts [tensors, P], one per
+// block. `tensors` has address and size of each tensor, in pairs. The block size is a power of two.
 extern "C" __global__ void squares_of(double* parts, Listed tensors) {
   extern __shared__ double shared[];
   const float* x = (const float*)tensors.at[2 * blockIdx.y];
@@ -77,8 +77,8 @@ extern "C" __global__ void squares_of(double* parts, Listed tensors) {
   if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = shared[0];
 }
 
-// squares [T]: what the parts [K, P] of the tensors of each task add up to, over the square of its weight; 0 where it has none.
-// `tasks` has whose each of the K tensors is. One block, a thread a task.
+// squares [T]: for each task, the sum of the parts [K, P] of its tensors, divided by its squared weight; 0 if it has
+// none. `tasks` has the task of each of the K tensors. One block, one thread per task.
 extern "C" __global__ void squares_by_task(
     const double* parts, const double* weights, double* squares, int n_tasks, int n_tensors, int n_parts, Listed tasks) {
   const int task = threadIdx.x;

@@ -1,5 +1,5 @@
-// CUDA graphs of the stream that pt_use_cuda makes current. With kernels.cpp a library of its own, which the program opens after
-// libtorch_cuda.so: it finds there what it needs, and a program on the CPU does without it.
+// CUDA graphs of the stream that pt_use_cuda makes current. With kernels.cpp this is a shared library of its own,
+// opened after libtorch_cuda.so, whose symbols it needs; on the CPU it is never opened.
 #include "guarded.h"
 
 #include <ATen/core/CachingHostAllocator.h>
@@ -20,8 +20,8 @@ struct Recording {
 
 namespace {
 
-// What a recording that failed leaves behind: libtorch 2.11 still takes this device's allocators and generator to be recording,
-// and refuses to draw or to free until they are told otherwise.
+// Cleans up after a failed recording: libtorch 2.11 still regards this device's allocators and generator as recording,
+// and refuses to draw or to free until they are reset.
 void clear_away(const Recording& recording) {
   auto quietly = [](auto f) {
     try {
@@ -41,12 +41,12 @@ void clear_away(const Recording& recording) {
 
 extern "C" {
 
-// Gives memory that nothing uses back to the device: while it records, the allocator does not do so where it lacks some.
+// Returns unused memory to the device. While recording, the allocator does not do so when memory runs out.
 char* pt_release_memory() {
   return guarded([] { c10::cuda::CUDACachingAllocator::emptyCache(); });
 }
 
-// Starts to record what this thread does on CUDA. `pool` is the id of the memory that recordings share; zeros at first.
+// Starts to record this thread's work on CUDA. `pool` is the id of the recordings' common memory; zeros at first.
 char* pt_graph_begin(uint64_t pool[2], Recording** out) {
   return guarded([&] {
     c10::cuda::device_synchronize();
@@ -66,7 +66,7 @@ char* pt_graph_begin(uint64_t pool[2], Recording** out) {
   });
 }
 
-// Ends the recording; after an error it can only be freed.
+// Ends the recording, which after an error can only be freed.
 char* pt_graph_end(Recording* recording) {
   return guarded([&] {
     try {

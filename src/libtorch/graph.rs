@@ -1,15 +1,15 @@
-//! CUDA graphs: what a stretch of code asks of the device, recorded once and replayed as one call.
+//! CUDA graphs: device work that is recorded once and replayed as one call.
 
 use anyhow::Result;
 
 use super::cuda::{Functions, Recording, functions};
 use super::{caught, checked};
 
-/// The memory that the graphs of a training run share.
+/// The memory pool that the graphs of a training run share.
 #[derive(Default)]
 pub struct GraphPool {
     id: [u64; 2],
-    /// Whether a recording was broken off since this was last asked: libtorch replays none that came before it.
+    /// Set when a recording fails: libtorch cannot replay earlier recordings then. The caller resets it.
     pub broken: bool,
 }
 
@@ -19,14 +19,14 @@ pub struct CudaGraph {
 }
 
 impl CudaGraph {
-    /// Records what `work` asks of the device, without doing it; its tensors hold their results after [`Self::replay`]. Where
-    /// that fails, it is tried once more.
+    /// Records the device work of `work` without running it; its tensors hold their results after [`Self::replay`]. A
+    /// failed recording is tried once more.
     ///
     /// # Errors
-    /// Whatever cannot be recorded: a wait for the device, memory from the host. Then nothing has happened.
+    /// Whatever cannot be recorded: a wait for the device, memory from the host. Nothing has been computed then.
     pub fn record<T>(pool: &mut GraphPool, mut work: impl FnMut() -> Result<T>) -> Result<(CudaGraph, T)> {
         let functions = functions()?;
-        // What earlier steps left to the allocator is of no use to a recording. Giving it back waits for the device.
+        // Recordings cannot use what earlier steps left in the allocator's cache. Releasing it waits for the device.
         // SAFETY: takes nothing.
         let make_room = || checked(unsafe { (functions.release_memory)() });
         if pool.id == [0, 0] {
@@ -48,12 +48,12 @@ impl CudaGraph {
         work: &mut impl FnMut() -> Result<T>,
     ) -> Result<(CudaGraph, T)> {
         let mut recording = std::ptr::null_mut();
-        // SAFETY: `begin` fills `recording` where it returns null, and reads and writes two numbers of `pool`.
+        // SAFETY: `begin` fills `recording` if it succeeds, and reads and writes the two numbers of `pool`.
         let begun = checked(unsafe { (functions.graph_begin)(pool.id.as_mut_ptr(), &mut recording) });
         pool.broken |= begun.is_err();
         begun?;
         let graph = CudaGraph { functions, recording };
-        // A recording that has begun must end.
+        // The recording must be ended, whether `work` fails or not.
         let done = caught(work);
         // SAFETY: the recording is live and has begun.
         let ended = checked(unsafe { (functions.graph_end)(recording) });
@@ -71,7 +71,7 @@ impl CudaGraph {
 
 impl Drop for CudaGraph {
     fn drop(&mut self) {
-        // SAFETY: the recording is live, and nobody uses it after this.
+        // SAFETY: the recording is live, and is not used after this.
         unsafe { (self.functions.graph_free)(self.recording) }
     }
 }

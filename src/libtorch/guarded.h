@@ -1,4 +1,4 @@
-// What every function of the shim shares: handles of tensors, and exceptions turned into texts.
+// Used by all functions of the shim: lists of tensor handles, and exceptions returned as text.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ inline std::vector<at::Tensor> list(const Handle* handles, size_t n) {
   return tensors;
 }
 
-// Runs `f` without gradients. Null, or the text of the exception that was thrown, which the caller frees with pt_free.
+// Runs `f` without autograd. Returns null, or the text of the exception, which the caller frees with pt_free.
 template <typename F>
 char* guarded(F f) {
   try {

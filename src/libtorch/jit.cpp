@@ -1,5 +1,5 @@
-// TorchScript modules: built from source text, saved, loaded and run. Every function returns null, or the text of the
-// exception that was thrown, which the caller frees with pt_free.
+// TorchScript modules: built from source text, saved, loaded and run. Functions that can fail return null, or the text
+// of the exception, which the caller frees with pt_free.
 #include "guarded.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -28,7 +28,7 @@ c10::IValue call(const char* name, std::vector<c10::IValue> stack) {
   return stack.back();
 }
 
-// What names in source text stand for: `torch` for aten's operators, as everywhere, and `quantized` for its own.
+// Resolves names in source text: `torch` to aten's operators, as usual, and `quantized` to the quantized operators.
 struct Names : torch::jit::Resolver {
   std::shared_ptr<torch::jit::SugaredValue> resolveValue(
       const std::string& name, torch::jit::GraphFunction&, const torch::jit::SourceRange&) override {
@@ -40,7 +40,7 @@ struct Names : torch::jit::Resolver {
   c10::TypePtr resolveType(const std::string&, const torch::jit::SourceRange&) override { return nullptr; }
 };
 
-// Weights as int8 with a scale for each output, symmetric.
+// An affine map with int8 weights: symmetric, one scale per output.
 c10::IValue packed_linear(const at::Tensor& weight, const at::Tensor& bias) {
   auto rows = weight.detach().contiguous();
   auto scales = rows.abs().amax({1}).clamp_min(1e-8).div(127).to(at::kDouble);
@@ -73,7 +73,7 @@ char* pt_module_define(Module* module, const char* source) {
   return guarded([&] { module->define(source, std::make_shared<Names>()); });
 }
 
-// An attribute `packed`: the weights [outputs, inputs] of an affine map as int8, for quantized::linear_dynamic.
+// Adds an attribute `packed` for quantized::linear_dynamic: an affine map, its weights [outputs, inputs] as int8.
 char* pt_module_quantized_linear(Module* module, Handle weight, Handle bias) {
   return guarded([&] {
     auto packed = packed_linear(*weight, *bias);
@@ -81,11 +81,11 @@ char* pt_module_quantized_linear(Module* module, Handle weight, Handle bias) {
   });
 }
 
-// An attribute for aten::quantized_lstm: the weights of one direction of one layer as int8.
+// Adds an attribute for aten::quantized_lstm: one direction of one layer with int8 weights.
 char* pt_module_quantized_cell(Module* module, const char* name, const Handle* weights) {
   return guarded([&] {
     auto input = packed_linear(*weights[0], *weights[2]), hidden = packed_linear(*weights[1], *weights[3]);
-    // Activations of 7 bits: with 8 the 16-bit sums of older processors overflow.
+    // `true` limits activations to 7 bits: with 8, the 16-bit sums of older processors overflow.
     auto cell = call("quantized::make_quantized_cell_params_dynamic",
         {input, hidden, weights[2]->detach(), weights[3]->detach(), true});
     module->register_attribute(name, cell.type(), cell);
@@ -102,7 +102,7 @@ char* pt_module_save(Module* module, const char* path, size_t n, const char** na
     torch::jit::ExtraFilesMap extra;
     for (size_t i = 0; i < n; i++) extra[names[i]] = std::string(contents[i], lengths[i]);
     module->eval();
-    // Written from memory: on a full disk libtorch's own writer to a file ends the process.
+    // Saved to memory first: on a full disk libtorch's own file writer ends the process.
     std::ostringstream buffer;
     module->save(buffer, extra);
     std::ofstream file(path, std::ios::binary);
@@ -112,7 +112,7 @@ char* pt_module_save(Module* module, const char* path, size_t n, const char** na
   });
 }
 
-// `contents[i]` is the file `names[i]` stored beside the module, empty where there is none.
+// Sets `contents[i]` to the file `names[i]` stored with the module; empty if there is none.
 char* pt_module_load(const char* path, size_t n, const char** names, char** contents, Module** out) {
   return guarded([&] {
     torch::jit::ExtraFilesMap extra;
@@ -123,7 +123,7 @@ char* pt_module_load(const char* path, size_t n, const char** names, char** cont
   });
 }
 
-// Up to `capacity` entries; `n` is how many there are.
+// Returns up to `capacity` entries; `n` is how many there are.
 char* pt_module_parameters(Module* module, size_t capacity, char** names, Handle* tensors, size_t* n) {
   return guarded([&] {
     *n = 0;
@@ -137,7 +137,7 @@ char* pt_module_parameters(Module* module, size_t capacity, char** names, Handle
   });
 }
 
-// forward(inputs...) -> Dict[str, Tensor], in the dictionary's order, or a tuple of tensors, whose names are empty.
+// forward(inputs...) -> Dict[str, Tensor], in the dictionary's order, or a tuple of tensors, with empty names.
 char* pt_module_forward(Module* module, size_t n_inputs, const Handle* inputs, size_t capacity, char** names,
     Handle* tensors, size_t* n) {
   return guarded([&] {

@@ -1,4 +1,4 @@
-// Kernels of our own: CUDA source compiled on the machine that runs it, by the NVRTC that comes with libtorch.
+// Custom kernels: CUDA source, compiled at run time by the NVRTC that comes with libtorch.
 #include "guarded.h"
 
 #include <ATen/ops/empty.h>
@@ -19,7 +19,7 @@
 
 namespace {
 
-// What is used of NVRTC, whose headers are not needed for it.
+// The functions used of NVRTC, declared here so that its headers are not needed.
 struct Nvrtc {
   using Program = void*;
   int (*create)(Program*, const char*, const char*, int, const char* const*, const char* const*);
@@ -31,7 +31,7 @@ struct Nvrtc {
   int (*destroy)(Program*);
 
   Nvrtc() {
-    // The program has opened it, which lies beside libtorch's other libraries and knows where NVRTC is.
+    // Already opened by the program; it lies with libtorch's other libraries and knows where NVRTC is.
     auto* library = dlopen("libcaffe2_nvrtc.so", RTLD_NOW | RTLD_GLOBAL);
     TORCH_CHECK(library, "NVRTC cannot be opened: ", dlerror());
     auto find = [&](auto& function, const char* name) {
@@ -90,7 +90,7 @@ void launch(
   C10_CUDA_CHECK(cudaLaunchKernel(kernel, grid, block, arguments.data(), shared, stream));
 }
 
-// States of which positions come first in memory, or sentences, [T, B, F] or [B, T, F] as they lie there.
+// States [B, T, F] as they lie in memory: positions first, [T, B, F], or sentences first, [B, T, F].
 struct States {
   at::Tensor memory;
   bool positions_first;
@@ -107,7 +107,7 @@ struct States {
   int32_t by_position() const { return static_cast<int32_t>(positions_first ? rows * features : features); }
 };
 
-// The largest state of each sentence, by the kernels of max_pool.cu.
+// Max pooling over the positions of each sentence, by the kernels of max_pool.cu.
 struct MaxPool : torch::autograd::Function<MaxPool> {
   static constexpr uint32_t BLOCK = 128;
 
@@ -144,10 +144,10 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
 
 extern "C" {
 
-// Finds the kernel `name` in `source`, which is compiled once, for the life of the process.
+// Finds the kernel `name` in `source`; each source is compiled once per process.
 char* pt_kernel_find(const char* source, const char* name, void** out) {
   return guarded([&] {
-    // CUDA 12 does not have it in all its versions, and graphs need none of this.
+    // Looked up at run time: some versions of CUDA 12 lack it, and graphs do not need it.
     auto* get = reinterpret_cast<decltype(&cudaLibraryGetKernel)>(dlsym(RTLD_DEFAULT, "cudaLibraryGetKernel"));
     TORCH_CHECK(get, "this CUDA runtime loads no kernels");
     static std::mutex mutex;
@@ -161,8 +161,7 @@ char* pt_kernel_find(const char* source, const char* name, void** out) {
   });
 }
 
-// `tensors` come first among a kernel's arguments, as pointers to their memory, `numbers` after them, as int, and in the end
-// the list, unless it is null.
+// The kernel's arguments: pointers to the memory of `tensors`, `numbers` as int, then the list unless it is null.
 char* pt_kernel_launch(
     void* kernel, const uint32_t grid[2], const uint32_t block[2], uint32_t shared, size_t n, const Handle* tensors, size_t m,
     const int32_t* numbers, const void* listed) {
@@ -173,8 +172,8 @@ char* pt_kernel_launch(
   });
 }
 
-// The largest state of each sentence of x [B, T, F], float32, within lengths [B], none of them 0; the kernels are those of
-// max_pool.cu.
+// Max pooling over the positions of each sentence of x [B, T, F], float32, within lengths [B], none of them 0, by the
+// kernels of max_pool.cu.
 char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
@@ -184,7 +183,7 @@ char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths,
   });
 }
 
-// The most bytes of the current device that libtorch held at once.
+// The peak number of bytes that libtorch reserved on the current device.
 char* pt_peak_memory(int64_t* out) {
   return guarded([&] {
     auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());

@@ -1,4 +1,4 @@
-//! Kernels of our own: what libtorch does in many small steps on a GPU, in one.
+//! Custom GPU kernels: one launch for what takes libtorch many.
 
 use std::ffi::{CString, c_void};
 use std::sync::OnceLock;
@@ -9,26 +9,26 @@ use tch::{Device, Kind, Tensor};
 use super::cuda::functions;
 use super::{checked, handles};
 
-/// The environment's word on them: 0 leaves their work to operators.
+/// Environment variable; 0 disables the custom kernels, and operators are used instead.
 const SWITCH: &str = "POLYTASK_KERNELS";
 
 struct Found(*mut c_void);
 
-// SAFETY: a kernel that was found is read alone, from any thread.
+// SAFETY: a kernel handle is only read, by any thread.
 unsafe impl Send for Found {}
 // SAFETY: likewise.
 unsafe impl Sync for Found {}
 
-/// The most entries of a kernel's list.
+/// The largest number of entries in a kernel's list.
 pub(crate) const LISTED: usize = 256;
 
-/// What changes from launch to launch: numbers, or where tensors lie, 0 for nothing. A kernel takes it by value.
+/// Values that change from launch to launch: numbers or addresses of tensors, 0 for none. Kernels take it by value.
 #[derive(Clone, Copy)]
 pub(crate) struct Listed([i64; LISTED]);
 
 impl Listed {
     /// # Errors
-    /// More than [`LISTED`].
+    /// More than [`LISTED`] values.
     pub fn new(values: &[i64]) -> Result<Listed> {
         ensure!(values.len() <= LISTED, "a kernel's list has {LISTED} entries at most");
         let mut list = [0; LISTED];
@@ -36,10 +36,10 @@ impl Listed {
         Ok(Listed(list))
     }
 
-    /// Where tensors lie, of which some may be undefined.
+    /// The addresses of tensors; 0 for undefined ones.
     ///
     /// # Errors
-    /// Tensors that are not contiguous; more than [`LISTED`].
+    /// Tensors that are not contiguous, or more than [`LISTED`] of them.
     pub fn of(tensors: &[&Tensor]) -> Result<Listed> {
         let defined = |tensor: &&&Tensor| tensor.defined();
         ensure!(
@@ -51,14 +51,14 @@ impl Listed {
     }
 }
 
-/// A kernel of a CUDA source, compiled when it is first asked for.
+/// A kernel of a CUDA source, compiled at its first use.
 pub struct Kernel {
     source: &'static str,
     name: &'static str,
     found: OnceLock<Option<Found>>,
 }
 
-/// Blocks across and down, threads of a block across and down, and the bytes that these share.
+/// The grid in blocks, the block in threads (x and y each), and the bytes of shared memory per block.
 #[derive(Clone, Copy, Debug)]
 pub struct LaunchConfig {
     pub grid: [usize; 2],
@@ -71,7 +71,7 @@ impl Kernel {
         Kernel { source, name, found: OnceLock::new() }
     }
 
-    /// Whether it can be had on `device`; where it cannot, operators do its work, and a warning says why.
+    /// Whether the kernel is available on `device`; if not, operators are used, and on CUDA a warning says why.
     pub fn serves(&self, device: Device) -> bool {
         device != Device::Cpu && self.get().is_some()
     }
@@ -81,7 +81,7 @@ impl Kernel {
             ensure!(std::env::var(SWITCH).as_deref() != Ok("0"), "{SWITCH} is 0");
             let (source, name) = (CString::new(self.source)?, CString::new(self.name)?);
             let mut kernel = std::ptr::null_mut();
-            // SAFETY: both texts live for the call, which fills `kernel` where it returns null.
+            // SAFETY: both texts live for the call, which fills `kernel` if it succeeds.
             checked(unsafe { (functions()?.kernel_find)(source.as_ptr(), name.as_ptr(), &mut kernel) })?;
             Ok(Found(kernel))
         };
@@ -91,15 +91,15 @@ impl Kernel {
         self.found.get_or_init(|| find().map_err(told).ok()).as_ref()
     }
 
-    /// Its arguments are the tensors' memory, then the numbers as `int`; kinds and sizes have to be those that its source names.
+    /// The arguments are the tensors' memory, then the numbers as `int`; kinds and sizes must be as its source expects.
     ///
     /// # Errors
-    /// Tensors that are not contiguous on the GPU; a shape that the GPU refuses.
+    /// Tensors that are not contiguous on the GPU; a launch configuration that the GPU rejects.
     pub(crate) fn launch(&self, shape: LaunchConfig, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
         self.launch_with(shape, tensors, numbers, None)
     }
 
-    /// With a list as the last argument.
+    /// As [`Self::launch`], with a list as the last argument.
     pub(crate) fn launch_with(
         &self,
         shape: LaunchConfig,
@@ -116,7 +116,7 @@ impl Kernel {
         let (grid, block) = (narrow(shape.grid)?, narrow(shape.block)?);
         let numbers = numbers.iter().map(|&number| Ok(number.try_into()?)).collect::<Result<Vec<i32>>>()?;
         let (tensors, shared) = (handles(tensors), shape.shared.try_into()?);
-        // SAFETY: tensors and numbers live for the call; the kernel is one of this project's, called with what it declares.
+        // SAFETY: tensors and numbers live for the call; this project's kernels get the arguments that they declare.
         checked(unsafe {
             (functions()?.kernel_launch)(
                 kernel.0,
@@ -137,8 +137,8 @@ const MAX_POOL_SOURCE: &str = include_str!("max_pool.cu");
 static MAX_POOL: Kernel = Kernel::new(MAX_POOL_SOURCE, "max_pool");
 static MAX_POOL_GRADIENT: Kernel = Kernel::new(MAX_POOL_SOURCE, "max_pool_gradient");
 
-/// The largest state of each sentence of `x` [B, T, F] within `lengths` `[B]`, none of which is 0: [B, F]. Nothing where there
-/// is no kernel for it.
+/// Max pooling over the positions of each sentence of `x` [B, T, F] within `lengths` `[B]`, none of them 0: [B, F].
+/// `None` if there is no kernel for it.
 pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
     let fits = x.kind() == Kind::Float && x.numel() > 0 && x.numel() < i32::MAX as usize && x.device() != Device::Cpu;
     let (kernel, gradient) = (fits.then(|| MAX_POOL.get()).flatten()?, MAX_POOL_GRADIENT.get()?);
@@ -152,7 +152,7 @@ pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
     }
 }
 
-/// The most bytes that libtorch has taken of the GPU at once.
+/// The peak number of bytes that libtorch has reserved on the GPU.
 pub fn peak_device_memory() -> Result<usize> {
     let mut bytes = 0;
     // SAFETY: fills one number.
@@ -168,7 +168,7 @@ mod tests {
     fn the_largest_states_and_their_gradients_are_libtorch_s() {
         tch::manual_seed(3);
         let device = Device::Cpu;
-        // Rows of different lengths, ties, more features than a block has threads; sentences first, and positions.
+        // Rows of different lengths, ties, more features than a block has threads, and both memory layouts.
         let (rows, width, features) = (3i64, 5i64, 40i64);
         let lengths = Tensor::from_slice(&[5i64, 2, 1]);
         let x = Tensor::randint(3, [rows, width, features], (Kind::Float, device)).set_requires_grad(true);

@@ -1,6 +1,6 @@
-// Both directions of an LSTM layer at the same time on a GPU, by cuDNN, forward and backward. A cuDNN handle does one thing
-// after the other, whatever the streams, and a thread has one handle: the reverse direction is another thread's, on a stream of
-// its own.
+// Both directions of an LSTM layer at the same time on a GPU, with cuDNN, forward and backward. A cuDNN handle runs one
+// call after another, whatever the streams, and there is one handle per thread: the reverse direction runs on a thread
+// and a stream of its own.
 #include "guarded.h"
 
 #include <ATen/ops/_cudnn_rnn.h>
@@ -21,7 +21,7 @@
 
 namespace {
 
-// What `work` throws, or null.
+// The exception that `work` throws, or null.
 template <typename Work>
 std::exception_ptr failure_of(Work work) {
   try {
@@ -32,7 +32,7 @@ std::exception_ptr failure_of(Work work) {
   }
 }
 
-// A thread that works beside whoever asks, on a stream of its own.
+// A thread that works beside its caller, on a stream of its own.
 class Helper {
  public:
   explicit Helper(at::Device device)
@@ -44,8 +44,8 @@ class Helper {
     }).detach();
   }
 
-  // Does `other` here and `own` there, after all that this thread's stream was asked for; what it is asked for next comes after
-  // both.
+  // Runs `other` here and `own` on the helper thread, both after all work queued on this thread's stream; work queued
+  // on it later waits for both.
   template <typename Own, typename Other>
   void beside(Own own, Other other) {
     std::lock_guard<std::mutex> alone(turn_);
@@ -96,7 +96,7 @@ class Helper {
   std::exception_ptr failed_;
 };
 
-// One device and one thread that trains a process, for its life: while that one records, the stream is part of the recording.
+// One per process, for its one training thread and device. When that thread records, this stream is recorded too.
 Helper& helper(at::Device device) {
   static auto* helper = new Helper(device);
   return *helper;
@@ -109,14 +109,14 @@ struct Direction {
   std::vector<at::Tensor> weights;
   at::Tensor x, zero, y, reserve, buffer;
 
-  // `buffer` has the weights as cuDNN wants them.
+  // `buffer` has the weights in cuDNN's layout.
   void forward(bool train) {
     auto hidden = weights[1].size(1);
     std::tie(y, std::ignore, std::ignore, reserve, std::ignore) =
         at::_cudnn_rnn(x, weights, 4, buffer, zero, zero, LSTM, hidden, 0, 1, false, 0.0, train, false, {}, {});
   }
 
-  // The gradients to the input, if asked for, and to the weights.
+  // The gradients of the input, if `to_x`, and of the weights.
   std::pair<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradient, bool to_x, bool again) {
     auto hidden = weights[1].size(1);
     auto done = at::_cudnn_rnn_backward(
@@ -126,7 +126,7 @@ struct Direction {
   }
 };
 
-// x [T, B, F] with the positions of each sentence turned round: all, or as `places` [T * B] say, which undo themselves.
+// x [T, B, F] with the positions of each sentence reversed: all, or by the self-inverse permutation `places` [T * B].
 at::Tensor turned(const at::Tensor& x, const at::Tensor& places) {
   return places.defined() ? x.flatten(0, 1).index_select(0, places).view(x.sizes()) : x.flip({0});
 }
@@ -188,9 +188,9 @@ struct BothDirections : torch::autograd::Function<BothDirections> {
 
 extern "C" {
 
-// x [T, B, E], contiguous on a GPU, to [T, B, 2 * H]. weights: those of one direction, then those of the other, as torch.lstm
-// takes them; buffers: the memory of each direction's, as cuDNN wants them. `places` [T * B]: where the reverse direction reads
-// what, flat, or null.
+// x [T, B, E], contiguous on a GPU, to [T, B, 2 * H]. weights: four per direction, in the order of torch.lstm; buffers:
+// the memory of each direction's weights, in cuDNN's layout. `places` [T * B]: the flat position that the reverse
+// direction reads at each position; null to reverse all.
 char* pt_both_directions(Handle x, const Handle* weights, const Handle* buffers, Handle places, bool train, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {

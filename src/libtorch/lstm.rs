@@ -19,9 +19,9 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-/// `x` [T, B, E] on CUDA to [T, B, 2*H], as `torch.lstm` with these eight `weights` has it. `buffers`: the memory of each
-/// direction's weights, as cuDNN wants them. `places` [T * B]: where the reverse direction reads each position of the flat `x`;
-/// each trades places with another or stays. Without them it reads from the last position to the first.
+/// `x` [T, B, E] on CUDA to [T, B, 2*H], as `torch.lstm` with these eight `weights`. `buffers`: the memory of each
+/// direction's weights, in cuDNN's layout. `places` [T * B]: the position of the flat `x` that the reverse direction
+/// reads at each position, a permutation that is its own inverse. Without it, the last position is read first.
 pub fn both_directions(
     x: &Tensor,
     weights: &[&Tensor],
@@ -33,7 +33,7 @@ pub fn both_directions(
     let (x, weights, buffers) = (x.contiguous(), handles(weights), handles(buffers));
     let places = places.map_or(std::ptr::null_mut(), |places| places.as_ptr().cast_mut());
     let mut out = std::ptr::null_mut();
-    // SAFETY: all tensors and lists are live, eight weights and so many buffers; on success the shim hands over one new tensor.
+    // SAFETY: all tensors and lists, of eight weights and two buffers, are live; on success `out` is one new tensor.
     unsafe {
         let x = x.as_ptr().cast_mut();
         checked(pt_both_directions(x, weights.as_ptr(), buffers.as_ptr(), places, train, &mut out))?;

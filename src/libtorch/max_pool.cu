@@ -1,7 +1,7 @@
-// The largest state of a sentence, feature by feature, and its gradient, shared evenly by states that are as large.
+// Max pooling over the positions of each sentence, and its gradient, which tied states share evenly.
 //
-// x and to_x: B sentences of F features, whose sentences are `by_row` numbers apart and their positions `by_position`; lengths
-// [B]; most, counts and the gradient [B, F]. A block a sentence and some features.
+// x and to_x: B sentences of F features; sentences are `by_row` numbers apart, positions `by_position`. lengths [B];
+// most, counts (of tied states) and the gradient [B, F]. One block per sentence and group of features.
 
 extern "C" __global__ void max_pool(
     const float* x, const long long* lengths, float* most, float* counts, int features, int by_row, int by_position) {
@@ -14,14 +14,14 @@ extern "C" __global__ void max_pool(
 #pragma unroll 4
   for (int t = 1; t < length; t++) {
     const float value = x[(size_t)t * by_position];
-    // A state that is no number stays.
+    // NaN wins over all numbers.
     if (value > largest || value != value) largest = value, count = 1;
     else count += value == largest;
   }
   most[blockIdx.x * features + f] = largest, counts[blockIdx.x * features + f] = count;
 }
 
-// `width` positions a sentence.
+// `width` is the number of positions, padding included.
 extern "C" __global__ void max_pool_gradient(
     const float* x, const long long* lengths, const float* most, const float* counts, const float* gradient, float* to_x, int width,
     int features, int by_row, int by_position) {

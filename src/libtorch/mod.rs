@@ -1,6 +1,6 @@
-//! What libtorch offers and tch does not: fused optimizers, gradient clipping without host synchronization, weighted backward
-//! passes, global switches, CUDA graphs, kernels of our own, and CUDA libraries opened at run time. The only `unsafe` code of the
-//! project.
+//! Functions of libtorch that tch lacks: fused optimizers, gradient clipping without host synchronization, weighted
+//! backward passes, global switches, CUDA graphs, custom kernels, and CUDA libraries opened at run time. The only
+//! `unsafe` code of the project.
 
 mod autograd;
 mod cuda;
@@ -62,12 +62,12 @@ fn checked(text: *mut c_char) -> Result<()> {
     Err(anyhow!("libtorch: {first}"))
 }
 
-/// The handles of a list. tch hands out `*const`, yet its in-place operators write through the same pointer.
+/// The handles of a list. tch returns `*const`, but its own in-place operators write through the same pointer.
 fn handles(tensors: &[&Tensor]) -> Vec<*mut C_tensor> {
     tensors.iter().map(|tensor| tensor.as_ptr().cast_mut()).collect()
 }
 
-/// A number that the host knows, or one on the device (a scalar of float32), which recorded work reads anew each time.
+/// A number on the host, or a float32 scalar on the device, which a recorded step reads anew at each replay.
 #[derive(Clone, Copy, Debug)]
 pub enum Number<'a> {
     Host(f64),
@@ -88,7 +88,7 @@ impl Number<'_> {
         }
     }
 
-    /// As a scalar of float32.
+    /// The number as a float32 scalar.
     pub fn on(self, device: Device) -> Tensor {
         match self {
             Number::Host(value) => Tensor::full([], value, (Kind::Float, device)),
@@ -96,7 +96,7 @@ impl Number<'_> {
         }
     }
 
-    /// The host's number, or 0, and the handle of the device's, or null.
+    /// The host's number, or 0, and the handle of the device's number, or null.
     fn split(self) -> (f64, *mut C_tensor) {
         match self {
             Number::Host(value) => (value, std::ptr::null_mut()),
@@ -105,11 +105,11 @@ impl Number<'_> {
     }
 }
 
-/// `into[i] = from[i]`, in place, of whatever kind.
+/// `into[i] = from[i]`, in place; kinds may differ.
 pub fn copy_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
     ensure!(into.len() == from.len(), "lists of different lengths");
     let (into, from) = (handles(into), handles(from));
-    // SAFETY: both lists are live and of one length.
+    // SAFETY: both lists are live and of the same length.
     checked(unsafe { pt_copy(into.len(), into.as_ptr(), from.as_ptr()) })
 }
 
@@ -117,30 +117,30 @@ pub fn copy_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
 pub fn add_lists(into: &[&Tensor], from: &[&Tensor]) -> Result<()> {
     ensure!(into.len() == from.len(), "lists of different lengths");
     let (into, from) = (handles(into), handles(from));
-    // SAFETY: both lists are live and of one length.
+    // SAFETY: both lists are live and of the same length.
     checked(unsafe { pt_add(into.len(), into.as_ptr(), from.as_ptr()) })
 }
 
-/// The numbers of a float32 tensor on the CPU, in place.
+/// The elements of a float32 tensor on the CPU, as a view of its memory.
 pub(crate) fn floats(tensor: &mut Tensor) -> Result<&mut [f32]> {
     let fits = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous();
     ensure!(fits, "a contiguous float32 tensor on the CPU is needed");
     if tensor.numel() == 0 {
         return Ok(&mut []);
     }
-    // SAFETY: the tensor owns that many floats for as long as it is borrowed. Handles that share them are not used meanwhile.
+    // SAFETY: the tensor owns this many floats while borrowed. Other handles to the same memory are not used meanwhile.
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
 }
 
-/// Draws for training: a seed, and which row of the whole batch the first one at hand is.
+/// Where random draws come from in training: a seed, and the index of the first row within the whole batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draws {
     pub seed: u64,
     pub first_row: u64,
 }
 
-/// 1 at probability `p`, else 0, float32 `[rows, ...]`. On the CPU each row has a stream of its own (Philox), so that the rows
-/// of a batch draw the same however it is cut; on CUDA libtorch's generator draws.
+/// 1 with probability `p`, else 0, float32 `[rows, ...]`. On the CPU each row has its own random stream (Philox), so
+/// draws do not depend on how a batch is split; on CUDA libtorch's generator draws.
 pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
     if device != Device::Cpu {
         return Tensor::empty(size, (Kind::Float, device)).bernoulli_float_(p);
@@ -152,19 +152,18 @@ pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
     out
 }
 
-/// Runs `work`, and gives what its panic says as an error: tch's operators panic where libtorch throws, for want of memory above
-/// all.
+/// Runs `work` and returns a panic as an error: tch's operators panic where libtorch throws, mostly for lack of memory.
 pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
     done.unwrap_or_else(|panic| Err(anyhow!(panic_text(panic.as_ref()))))
 }
 
-/// What a panic says in a line; those of tch's operators hold the text of libtorch's exception.
+/// A panic's message in one line; those of tch's operators contain the text of libtorch's exception.
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let text = text.unwrap_or("libtorch gave up");
     let text = text.split_once("Torch(\"").map_or(text, |(_, thrown)| thrown);
-    // Those of this folder's operators, which expect none, end in it.
+    // A failed `expect` of this folder ends with the exception's text.
     let text = text.split_once(": libtorch: ").map_or(text, |(_, thrown)| thrown);
     let text = text.split("\\n").flat_map(str::lines).next().unwrap_or_default();
     match text.split_once("DefaultCPUAllocator: ") {
@@ -173,14 +172,14 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
     }
 }
 
-/// Runs `work(0)`, ..., `work(n - 1)` on rayon's threads and returns what they return, in order; on this thread where n is 1.
+/// Runs `work(0)`, ..., `work(n - 1)` on rayon's threads and returns the results in order; if n is 1, on this thread.
 ///
-/// Tensors are handles without locks. Calls may read the same ones and build graphs on them; none may write to memory that
-/// another one touches, and what they share besides tensors must be `Sync`.
+/// Tensors are handles without locks. Calls may read the same tensors and build graphs on them, but must not write to
+/// memory that another call touches; everything else that they share must be `Sync`.
 pub(crate) fn side_by_side<T: Send>(n: usize, work: &(dyn Fn(usize) -> T + '_)) -> Vec<T> {
     struct Reading<'a, T>(&'a (dyn Fn(usize) -> T + 'a));
-    // SAFETY: the crate's callers share tensors that they read (which is thread-safe in libtorch) or of which each call writes
-    // a block of its own, and plain data; no cells, no counted references of this thread alone.
+    // SAFETY: the crate's callers share plain data and tensors, which they either read (thread-safe in libtorch) or
+    // write each in a block of its own. They share no cells and no `Rc`.
     unsafe impl<T> Sync for Reading<'_, T> {}
     impl<T> Reading<'_, T> {
         fn call(&self, i: usize) -> T {
@@ -194,30 +193,30 @@ pub(crate) fn side_by_side<T: Send>(n: usize, work: &(dyn Fn(usize) -> T + '_)) 
     (0..n).into_par_iter().map(|i| reading.call(i)).collect()
 }
 
-/// Parts that a batch is cut in on the CPU.
+/// The number of parts that a batch is split into on the CPU.
 static WORKERS: AtomicUsize = AtomicUsize::new(1);
 
 pub fn workers() -> usize {
     WORKERS.load(Ordering::Relaxed)
 }
 
-/// Process-wide switches of libtorch: deterministic kernels (a warning where an operator has none), TF32 products on
-/// CUDA, threads and workers. With several workers each has its share of the threads within an operator, and so has the main
-/// thread: libgomp's threads spin while they wait, and would take the processor from the workers.
+/// Sets libtorch's process-wide switches: deterministic kernels (a warning if an operator has none), TF32 products on
+/// CUDA, threads and workers. With several workers, each of them and the main thread has an equal share of the threads
+/// within an operator: libgomp's threads spin while they wait, and would take the processor from the workers.
 pub fn configure(threads: usize, workers: usize, tf32: bool) -> Result<()> {
     let share = i32::try_from((threads / workers).max(1)).context("too many threads")?;
     WORKERS.store(workers, Ordering::Relaxed);
-    // Fails only where a pool exists already.
+    // Fails only if a pool exists already.
     let start = move |_| tch::set_num_threads(share);
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(start).build_global();
     if tch::get_num_threads() != share {
         tch::set_num_threads(share);
     }
-    // SAFETY: `warned` takes what the shim gives it, a NUL-terminated text that lives for the call.
+    // SAFETY: `warned` accepts what the shim passes, a NUL-terminated text that lives for the call.
     checked(unsafe { pt_configure(true, tf32, warned) })
 }
 
-/// Hears libtorch's warnings, which are for its own users and come at every call: each is told once, to who asks for more.
+/// Logs libtorch's warnings, each once, at debug level: they address programmers and repeat at every call.
 extern "C" fn warned(text: *const c_char) {
     static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     // SAFETY: the shim passes a NUL-terminated text that lives for the call.
@@ -227,19 +226,18 @@ extern "C" fn warned(text: *const c_char) {
     }
 }
 
-/// Whether the processor multiplies matrices of bfloat16 numbers (AVX-512 BF16).
+/// Whether the processor has instructions for products of bfloat16 matrices (AVX-512 BF16).
 pub fn has_bfloat16() -> bool {
     std::is_x86_feature_detected!("avx512bf16")
 }
 
-/// Whether operators on the CPU may be oneDNN's.
+/// Sets whether operators on the CPU may use oneDNN.
 pub(crate) fn use_onednn(on: bool) {
     // SAFETY: takes a plain value.
     checked(unsafe { pt_use_onednn(on) }).expect("invariant: a switch can be set");
 }
 
-/// Ends the process at once, from any thread: what runs at an ordinary exit would take libtorch's memory away from threads that
-/// are at work in it.
+/// Ends the process at once, from any thread. An ordinary exit would free libtorch's memory while other threads use it.
 pub(crate) fn exit_at_once(code: i32) -> ! {
     // SAFETY: takes a plain value and does not return.
     unsafe { _exit(code) }

@@ -1,9 +1,9 @@
-// The update of src/optim on a GPU, and what it needs to know of gradients.
+// The updates of src/optim on a GPU, and the sums of gradients that they need.
 //
-// Parameters are cut in pieces, a block of threads each. Tables of which a step reads some rows are cut in rows, as
-// src/optim/deferred.rs has it on the CPU: the others wait for their updates, which are a step's rates and nothing else.
+// Parameters are cut into pieces, one block of threads each. Tables of which a step reads some rows are updated by row,
+// as in src/optim/deferred.rs on the CPU: other rows wait for their updates, which depend only on each step's rates.
 //
-// V rows of E numbers; N places of a step's tokens, whose ids may come more than once: the first place of an id stands for it.
+// V rows of E numbers; N places (tokens) of a step. An id may occur more than once: its first place represents it.
 
 #ifdef __CUDACC__
 __device__ float half_to_float(unsigned short bits) {
@@ -19,21 +19,21 @@ __device__ unsigned short float_to_half(float x) {
 }
 #endif
 
-// Numbers of a step that rows take.
+// The numbers of one step that the update of a row needs.
 struct Step {
-  // Factor of the weights, share of the weights in the gradient; rate / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t).
+  // Factor of the weights, factor of the weights in the gradient; rate / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t).
   float keep, l2, size, spread;
-  // What the weights count in their average; whether the table moves; whether updates that are nothing are looked for. The last
-  // fills up to eight.
+  // Factor of the weights in their average; whether the table moves; whether to check for negligible updates. The last
+  // pads to eight.
   float share, moves, looks, rest;
 };
 
-// What an optimizer makes of them: Adam, decoupled decay or none, or SGD, whose momentum is beta_1.
+// The optimizer: Adam (1) or SGD (0), whose momentum is beta1; whether the decay is decoupled.
 struct Rule {
   double adam, decoupled, beta1, beta2, epsilon, decay;
 };
 
-// Updates below this share of the learning rate are as small as rounding: their first moment counts as 0.
+// Updates below this fraction of the learning rate are negligible: their first moment is set to 0.
 #define NOTHING 1e-7f
 #define LOOK_EVERY 16
 
@@ -49,7 +49,7 @@ __device__ Step step_of(const Rule& rule, double rate, float share, double t) {
   return step;
 }
 
-// first [V] and count [V]: the first place of each id and how many it has.
+// first [V] and count [V]: the first place of each id and its number of places.
 extern "C" __global__ void mark_rows(const long long* ids, int* first, int* count, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
@@ -57,12 +57,12 @@ extern "C" __global__ void mark_rows(const long long* ids, int* first, int* coun
   atomicAdd(count + ids[i], 1);
 }
 
-// The sum of what the threads of a block have, in one order; `shared` holds a number a thread.
+// The sum over the threads of a block, in a fixed order; `shared` holds one number per thread.
 __device__ void add_up(float own, float* sum, float* shared) {
   __syncthreads();
   shared[threadIdx.x] = own;
   __syncthreads();
-  // Sixteen partial sums, then their sum: no more than a block's width in turn.
+  // Sixteen partial sums, then their sum, so that no thread adds up the whole block.
   if (threadIdx.x < 16)
     for (int i = threadIdx.x + 16; i < blockDim.x; i += 16) own += shared[i];
   __syncthreads();
@@ -73,8 +73,8 @@ __device__ void add_up(float own, float* sum, float* shared) {
   *sum = own;
 }
 
-// sums [N, E] of gradients [N, E] at the places `ids`: at the first place of an id what all its places have, in their order; 0
-// at the others, and for the id `skipped`; and its squares, added up, [N]. A block a place.
+// Sums gradients [N, E] by id. sums [N, E]: at the first place of an id, the sum over all its places, in their order; 0
+// at the others, and for the id `skipped`. squares [N]: the sum of squares of each row of sums. One block per place.
 extern "C" __global__ void sum_rows(
     const float* gradients, const long long* ids, const int* first, const int* count, float* sums, float* squares, int n, int width,
     int skipped) {
@@ -116,7 +116,7 @@ extern "C" __global__ void sum_rows(
   add_up(square, squares + place, (float*)shared);
 }
 
-// Adds a step to `steps`, of which there are `now`: one thread. `table_steps` counts those in which the table moved.
+// Appends a step to the `now` entries of `steps`, on one thread. `table_steps` counts those in which the table moved.
 extern "C" __global__ void note_step(
     const double* rule, const float* rate, const float* share, const float* skip, float* table_steps, float* steps, int* now,
     int moves) {
@@ -125,13 +125,13 @@ extern "C" __global__ void note_step(
   ((Step*)steps)[(*now)++] = moved ? step_of(*(const Rule*)rule, *rate, *share, *table_steps += 1) : still;
 }
 
-// What a thread has of a row. Operations are named one by one, so that no compiler joins some here and others there: how long
-// steps wait changes no bit.
+// One element of a row. Operations are intrinsics, so that the compiler cannot fuse some here and others there: how
+// long steps wait changes no bit.
 struct Number {
   float weight, first, second, average;
 };
 
-// Within two units of the last place.
+// Accurate to two units in the last place.
 __device__ float root(float x) { return x > 0 ? __fmul_rn(x, rsqrtf(x)) : 0; }
 
 __device__ void take(Number& x, const Step& step, const Rule& rule, float given, bool touched) {
@@ -156,7 +156,7 @@ __device__ void take(Number& x, const Step& step, const Rule& rule, float given,
   x.average = __fmaf_rn(step.share, __fsub_rn(x.weight, x.average), x.average);
 }
 
-// The steps from `from` to `to` for row `row`, with the gradients `given` or without; a block.
+// Applies steps `from` to `to` - 1 to row `row`, with the gradient `given` if it is not null; one block.
 __device__ void advance_row(
     float* weights, float* firsts, float* seconds, float* averages, const double* rule_numbers, const float* steps, long long row,
     int from, int to, int width, const float* given, float divisor, bool averaged, Step* shared) {
@@ -175,9 +175,9 @@ __device__ void advance_row(
   }
 }
 
-// The rows of `ids` take the steps that they have not: `taken` [V] of `now`. With `gradients` [N, E], which are `divisor` times
-// too large, that is the step of these. A block a place. In the end first and count are as before the step where `last` says
-// so.
+// Applies the steps that the rows of `ids` have not taken: those from `taken` [V] to `now`. If `touched`, that is the
+// one step of `gradients` [N, E], which are `divisor` times too large. One block per place. If `last`, first and count
+// are reset for the next step.
 extern "C" __global__ void step_rows(
     const long long* ids, int* first, int* count, float* weights, float* firsts, float* seconds, float* averages, int* taken,
     const double* rule, const float* steps, const int* now, const float* gradients, const float* divisor, int width, int averaged,
@@ -198,7 +198,7 @@ extern "C" __global__ void step_rows(
   if (last) first[id] = 0x7fffffff, count[id] = 0;
 }
 
-// All rows take the steps that they have not, and `taken` is 0 for the next ones. A block a row.
+// Applies the steps that any row has not taken, and resets `taken` to 0. One block per row.
 extern "C" __global__ void settle_rows(
     float* weights, float* firsts, float* seconds, float* averages, int* taken, const double* rule, const float* steps, const int* now,
     int width, int averaged) {
@@ -212,13 +212,13 @@ extern "C" __global__ void settle_rows(
   if (threadIdx.x == 0) taken[row] = 0;
 }
 
-// What lies elsewhere each step, null where there is none.
+// Addresses, which change from step to step; null for none.
 struct Listed {
   const void* at[256];
 };
 
-// A piece of a parameter: which of the gradients is its own, from which of its numbers, how many; then where they lie.
-// `average` is 0 where there is none, `half` where nothing reads 16-bit copies of the weights.
+// A piece of a parameter: its gradient's place in the list, its first element, its number of elements, then addresses.
+// `average` is null if there is none, `half` if there is no 16-bit copy of the weights.
 struct Piece {
   long long gradient, start, n;
   float *weights, *first, *second, *average;
@@ -232,17 +232,17 @@ __device__ float widened(unsigned short bits, bool bfloat) { return bfloat ? __i
 __device__ unsigned short narrowed(float x, bool bfloat) {
   if (!bfloat) return float_to_half(x);
   unsigned bits = __float_as_int(x);
-  // To the nearest, and to the even one of two; what is no number stays so.
+  // Rounds to nearest, ties to even; NaN stays NaN.
   return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-// `halves` says whether gradients of parameters with 16-bit copies are of those.
+// `halves`: whether gradients of parameters with 16-bit copies are in 16 bits.
 __device__ float gradient_at(const Piece& piece, const void* gradient, int i, int halves) {
   return halves && piece.half ? widened(((const unsigned short*)gradient)[piece.start + i], piece.bfloat)
                               : ((const float*)gradient)[piece.start + i];
 }
 
-// The squares of each piece's gradient, added up.
+// The sum of squares of each piece's gradient.
 extern "C" __global__ void squares(const long long* pieces, float* sums, int halves, Listed gradients) {
   extern __shared__ int shared[];
   const Piece piece = ((const Piece*)pieces)[blockIdx.x];
@@ -255,8 +255,8 @@ extern "C" __global__ void squares(const long long* pieces, float* sums, int hal
   add_up(sum, sums + blockIdx.x, (float*)shared);
 }
 
-// The update of all pieces whose parameter has a gradient, which is `divisor` times too large, where `skip` is 0; their weights
-// go into the averages in any case. `steps` of a parameter count the one at hand.
+// Updates all pieces whose parameter has a gradient, `divisor` times too large, unless `skip` is 1; the averages take
+// in the weights in any case. The parameters' `steps` count this one already.
 extern "C" __global__ void update(
     const long long* pieces, const double* rule_numbers, const float* rate, const float* share, const float* skip, const float* divisor,
     int halves, Listed gradients) {

@@ -1,4 +1,4 @@
-//! Fused optimizers, and the clipping before them.
+//! Fused optimizers and gradient clipping.
 
 use std::ffi::c_char;
 
@@ -57,13 +57,13 @@ unsafe extern "C" {
     fn pt_count(n: usize, counters: List, skip: *mut C_tensor, taken: *mut C_tensor) -> *mut c_char;
 }
 
-/// The tensors of one fused Adam step, in one order; all of one device and kind (float32).
+/// The tensors of one fused Adam step, in the same order; all on one device and of one kind (float32).
 pub struct AdamLists<'a> {
     pub parameters: &'a [&'a Tensor],
     pub gradients: &'a [&'a Tensor],
     pub first_moments: &'a [&'a Tensor],
     pub second_moments: &'a [&'a Tensor],
-    /// One scalar tensor each: how many steps the parameter has had, with this one.
+    /// One scalar tensor each: the parameter's number of steps, including this one.
     pub steps: &'a [&'a Tensor],
 }
 
@@ -74,18 +74,18 @@ pub struct Adam<'a> {
     pub betas: (f64, f64),
     pub epsilon: f64,
     pub weight_decay: f64,
-    /// True for AdamW (decay apart from the gradient), false for Adam with an L2 term.
+    /// True for AdamW (decay separate from the gradient), false for Adam with an L2 term.
     pub decoupled: bool,
 }
 
-/// How an optimizer takes the gradients of a step; one float each, on the device.
+/// How an optimizer treats the gradients of a step; one float each, on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct GradScale<'a> {
-    /// What gradients are divided by, in passing.
+    /// Divisor of the gradients, applied within the update.
     pub divisor: Option<&'a Tensor>,
-    /// 1 where no parameter and no moment changes.
+    /// 1 to skip the step: no parameter and no moment changes.
     pub skip: &'a Tensor,
-    /// 1 - skip, where it is known.
+    /// 1 - skip, if known.
     pub taken: Option<&'a Tensor>,
 }
 
@@ -149,8 +149,8 @@ pub struct Sgd<'a> {
     pub weight_decay: f64,
 }
 
-/// One step of `torch._fused_sgd_`, in place. Momenta begin with zeros: such a one times the momentum, plus the gradient, is what
-/// PyTorch puts there in its first step.
+/// One step of `torch._fused_sgd_`, in place. Momenta start at 0: with those, the usual update gives what PyTorch
+/// stores in its first step, the gradient.
 pub fn fused_sgd(
     (parameters, gradients, momenta): (&[&Tensor], &[&Tensor], &[&Tensor]),
     sgd: Sgd,
@@ -178,9 +178,9 @@ pub fn fused_sgd(
     })
 }
 
-/// The common 2-norm of `gradients`, whose squares add up to those of `squares` where they are known, and what divides them so
-/// that it is at most `limit` (0: no limit), if anything: scalars on the device, for which the host does not wait. With
-/// `loss_scale`, the gradients are that much too large: the norm is that of the right ones, and the divisor puts them right.
+/// The 2-norm of all `gradients` together, or from `squares`, partial sums of their squares; and the divisor, if any,
+/// that limits the norm to `limit` (0: no limit). Both are scalars on the device; the host does not wait. With
+/// `loss_scale` the gradients are that many times too large: the norm is without it, and the divisor includes it.
 pub fn clip_gradients(
     gradients: &[&Tensor],
     squares: Option<&Tensor>,
@@ -223,7 +223,7 @@ pub fn divide_list(gradients: &[&Tensor], divisor: &Tensor) -> Result<()> {
     checked(unsafe { pt_divide(list.len(), list.as_ptr(), divisor.as_ptr().cast_mut()) })
 }
 
-/// Adds 1 to each of `counters`, or 0 where `grad_scale` says that nothing changes.
+/// Adds 1 to each of `counters`, or 0 if `grad_scale` skips the step.
 pub fn count_up(counters: &[&Tensor], grad_scale: GradScale) -> Result<()> {
     let list = handles(counters);
     let (skip, taken) = (grad_scale.skip.as_ptr().cast_mut(), or_null(grad_scale.taken));

@@ -1,4 +1,4 @@
-// Numbers that the host tells the device, without a copy: a GPU waits several microseconds for one.
+// Writes numbers that the host passes as an argument: a copy would make the GPU wait several microseconds.
 struct Listed {
   long long at[256];
 };

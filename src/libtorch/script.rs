@@ -1,4 +1,4 @@
-//! TorchScript modules: built from source, saved with files beside them, loaded and run.
+//! TorchScript modules: built from source, saved with extra files, loaded and run.
 
 use std::ffi::{CStr, CString, c_char};
 use std::os::unix::ffi::OsStrExt;
@@ -73,14 +73,14 @@ impl Drop for ScriptModule {
     }
 }
 
-/// Entries that a module gives back at most: parameters, or outputs.
+/// The largest number of parameters or outputs of a module.
 const CAPACITY: usize = 4096;
 
 fn text(text: &str) -> Result<CString> {
     CString::new(text).context("a zero byte in a text for TorchScript")
 }
 
-/// The number of `kind` in c10::ScalarType.
+/// The number of `kind` in `c10::ScalarType`.
 fn scalar_type(kind: Kind) -> Result<i32> {
     match kind {
         Kind::Half => Ok(5),
@@ -90,7 +90,7 @@ fn scalar_type(kind: Kind) -> Result<i32> {
     }
 }
 
-/// Takes over a text that the shim allocated.
+/// Copies a text that the shim allocated, and frees it.
 fn owned(text: *mut c_char) -> String {
     // SAFETY: a NUL-terminated string of the shim's, freed once, here.
     unsafe {
@@ -101,7 +101,7 @@ fn owned(text: *mut c_char) -> String {
 }
 
 impl ScriptModule {
-    /// An empty module; `name` is its type's name in the file.
+    /// An empty module; `name` is the name of its type in the file.
     pub fn new(name: &str) -> Result<Self> {
         let mut module = std::ptr::null_mut();
         // SAFETY: on success the shim hands over one new module.
@@ -157,7 +157,7 @@ impl ScriptModule {
         checked(unsafe { pt_module_convert(self.0, scalar_type(kind)?) })
     }
 
-    /// Writes the module with `extra` files (name, content) beside it.
+    /// Writes the module together with `extra` files (name, content).
     pub fn save(&self, path: &Path, extra: &[(&str, String)]) -> Result<()> {
         let path = CString::new(path.as_os_str().as_bytes())?;
         let names: Vec<CString> = extra.iter().map(|(name, _)| text(name)).collect::<Result<_>>()?;
@@ -170,7 +170,7 @@ impl ScriptModule {
         })
     }
 
-    /// Reads a module onto the CPU, and the files beside it by name; empty where there is none.
+    /// Reads a module onto the CPU, and the contents of its `extra` files by name; empty for a missing one.
     pub fn load(path: &Path, extra: &[&str]) -> Result<(Self, Vec<String>)> {
         let path = CString::new(path.as_os_str().as_bytes())?;
         let names: Vec<CString> = extra.iter().map(|name| text(name)).collect::<Result<_>>()?;
@@ -190,7 +190,7 @@ impl ScriptModule {
         entries(|names, tensors, n| unsafe { pt_module_parameters(self.0, CAPACITY, names, tensors, n) })
     }
 
-    /// `forward(inputs...)`, for a module that returns a dictionary of tensors, or a tuple, whose names are then empty.
+    /// `forward(inputs...)`, for a module that returns a dictionary of tensors, or a tuple, with empty names.
     pub fn forward(&self, inputs: &[&Tensor]) -> Result<Vec<(String, Tensor)>> {
         let inputs = handles(inputs);
         // SAFETY: module and inputs live through the call, the lists have room for CAPACITY entries.
@@ -209,7 +209,7 @@ fn entries(
     checked(call(names.as_mut_ptr(), tensors.as_mut_ptr(), &mut n))?;
     ensure!(n <= CAPACITY, "a TorchScript module with {n} entries");
     let entry = |(name, tensor): (*mut c_char, *mut C_tensor)| {
-        // SAFETY: the shim handed over one new tensor an entry.
+        // SAFETY: the shim returned one new tensor per entry.
         (owned(name), unsafe { Tensor::from_ptr(tensor) })
     };
     Ok(names.into_iter().zip(tensors).take(n).map(entry).collect())

@@ -1,5 +1,5 @@
-// The operators of libtorch that the tch crate does not reach. Every function returns null, or the text of the
-// exception that was thrown, which the caller frees with pt_free.
+// Operators of libtorch that the tch crate lacks. Functions that can fail return null, or the text of the exception,
+// which the caller frees with pt_free.
 #include "guarded.h"
 
 #include <ATen/Context.h>
@@ -44,14 +44,14 @@ class Listener : public c10::WarningHandler {
   void (*hear_)(const char*);
 };
 
-// A number whose gradients to four inputs are given, or to fewer of them. (libtorch sees inputs that are arguments by themselves,
-// and none in a list.)
+// A value with given gradients for up to four inputs. (libtorch tracks inputs that are arguments of their own, not
+// those in a list.)
 struct Known : torch::autograd::Function<Known> {
   static at::Tensor forward(
       torch::autograd::AutogradContext* context, const at::Tensor& value, const at::Tensor& a, const at::Tensor& b,
       const at::Tensor& c, const at::Tensor& d, const std::vector<at::Tensor>& gradients) {
     context->save_for_backward(gradients);
-    // The same memory; the argument itself would come back as a view.
+    // The same memory; returning the argument itself would make the result a view.
     return value.detach();
   }
 
@@ -95,7 +95,7 @@ char* pt_fused_sgd(
     size_t n, const Handle* parameters, const Handle* gradients, const Handle* momenta, double learning_rate,
     double momentum, double weight_decay, Handle rate, Handle divisor, Handle skip) {
   return guarded([&] {
-    // CUDA's kernel takes no momenta where the momentum is 0.
+    // CUDA's kernel takes no momentum buffers if the momentum is 0.
     auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, momentum > 0 ? n : 0);
     auto with = [&](auto rate) {
       at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, false, optional(divisor), *skip);
@@ -104,9 +104,9 @@ char* pt_fused_sgd(
   });
 }
 
-// The common norm of the gradients, or what `squares` come to where it is not null, which are `loss_scale` times too large
-// unless it is null, and what an optimizer has to divide them by, so that their norm is at most `limit` (0: no limit); null for
-// nothing.
+// norm: the 2-norm of all gradients together, or from `squares`, partial sums of their squares, unless null. The
+// gradients are `loss_scale` times too large unless that is null. divisor: what an optimizer must divide them by to
+// limit their norm to `limit` (0: no limit); null for nothing.
 char* pt_clip(
     size_t n, const Handle* gradients, Handle squares, double limit, Handle loss_scale, Handle* norm, Handle* divisor) {
   return guarded([&] {
@@ -132,7 +132,7 @@ char* pt_divide(size_t n, const Handle* gradients, Handle divisor) {
   return guarded([&] { at::_foreach_mul_(list(gradients, n), divisor->reciprocal()); });
 }
 
-// The gradients to `inputs` of sum over i of weights[i] . outputs[i], null where there is none.
+// The gradients of sum over i of weights[i] . outputs[i] with respect to `inputs`; null where there is none.
 char* pt_backward(
     size_t n, const Handle* outputs, const Handle* weights, size_t m, const Handle* inputs, bool keep_graph, Handle* out) {
   return guarded([&] {
@@ -142,35 +142,35 @@ char* pt_backward(
   });
 }
 
-// `value` as a number that has these gradients to `inputs`, n each, four at most.
+// `value` as a graph node with these gradients with respect to `inputs`, n of each, at most four.
 char* pt_with_gradients(Handle value, size_t n, const Handle* inputs, const Handle* gradients, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
     c10::AutoGradMode as_before(grad_mode);
-    // An input must be there; the value has no gradient to take.
+    // Unused inputs must be tensors too: `value`, which takes no gradient.
     at::Tensor to[] = {*value, *value, *value, *value};
     for (size_t i = 0; i < n; i++) to[i] = *inputs[i];
     *out = new at::Tensor(Known::apply(*value, to[0], to[1], to[2], to[3], list(gradients, n)));
   });
 }
 
-// into[i] = from[i], of whatever kind.
+// into[i] = from[i]; dtypes may differ.
 char* pt_copy(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_copy_(list(into, n), list(from, n)); });
 }
 
-// into += from, element by element of the lists.
+// into[i] += from[i]
 char* pt_add(size_t n, const Handle* into, const Handle* from) {
   return guarded([&] { at::_foreach_add_(list(into, n), list(from, n), 1); });
 }
 
-// Adds 1 - skip to every tensor of the list; `taken` is that number, or null.
+// Adds 1 - skip to every tensor of the list; `taken` is 1 - skip, or null.
 char* pt_count(size_t n, const Handle* counters, Handle skip, Handle taken) {
   return guarded([&] { at::_foreach_add_(list(counters, n), taken ? *taken : at::rsub(*skip, 1)); });
 }
 
-// Fills `out` [rows, ...] (float, on the CPU) with 1 at probability p and else 0. Each row has a stream of its own, by seed and
-// `first_row` + row, so that a batch cut in pieces draws what the whole one would.
+// Fills `out` [rows, ...] (float, on the CPU) with 1 with probability p, else 0. Each row has its own random stream,
+// given by seed and `first_row` + row, so that a batch in parts draws the same as the whole one.
 char* pt_bernoulli(Handle out, uint64_t seed, uint64_t first_row, double p) {
   return guarded([&] {
     auto rows = out->size(0), width = rows == 0 ? 0 : out->numel() / rows;
@@ -185,7 +185,7 @@ char* pt_bernoulli(Handle out, uint64_t seed, uint64_t first_row, double p) {
   });
 }
 
-// `host` on a CUDA device, from pinned memory, so that neither side waits for the copy.
+// Copies `host` to a CUDA device through pinned memory, so that neither side waits for the copy.
 char* pt_upload(Handle host, int8_t device, Handle* out) {
   return guarded([&] {
     auto pinned = host->pin_memory();
@@ -193,7 +193,7 @@ char* pt_upload(Handle host, int8_t device, Handle* out) {
   });
 }
 
-// Puts `host` into the memory of `out`, as pt_upload does.
+// Copies `host` into the memory of `out`, as pt_upload does.
 char* pt_upload_into(Handle host, Handle out) {
   return guarded([&] {
     TORCH_CHECK(host->sizes() == out->sizes() && host->dtype() == out->dtype(), "other numbers than those that were there");
@@ -201,9 +201,9 @@ char* pt_upload_into(Handle host, Handle out) {
   });
 }
 
-// Makes a CUDA device this thread's own: recordings and generators are those of the current one. All that the thread asks of it
-// goes to one stream, which can be recorded, as the default one cannot; backward passes follow it. cuBLAS has a workspace a
-// stream.
+// Makes a CUDA device this thread's current one, whose graphs and generator are used. All of the thread's work on it
+// goes to one stream other than the default one, which cannot be recorded; backward passes follow it. cuBLAS has one
+// workspace per stream.
 char* pt_use_cuda(int8_t index) {
   return guarded([&] {
     auto* guard = c10::impl::getDeviceGuardImpl(at::kCUDA);
@@ -219,14 +219,14 @@ char* pt_use_onednn(bool on) {
   return guarded([&] { at::globalContext().setUserEnabledMkldnn(on); });
 }
 
-// `warn` hears the warnings of this thread, which libtorch would print; not null.
+// `warn`, not null, receives this thread's warnings, which libtorch would print.
 char* pt_configure(bool deterministic, bool tf32, void (*warn)(const char*)) {
   return guarded([&] {
     static Listener listener(warn);
     c10::WarningUtils::set_warning_handler(&listener);
 #ifdef __GLIBC__
-    // Memory of a step is kept for the next one: given back and asked for again it would be cleared by the kernel, page by page,
-    // one thread at a time. 32 MB is the largest threshold that glibc takes.
+    // Keeps the memory of a step for the next one: if it were returned and requested again, the operating system would
+    // clear it, page by page, on one thread. 32 MB is the largest threshold that glibc accepts.
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
     mallopt(M_TRIM_THRESHOLD, 2147483647);
     mallopt(M_TOP_PAD, 64 << 20);
@@ -235,7 +235,7 @@ char* pt_configure(bool deterministic, bool tf32, void (*warn)(const char*)) {
     context.setDeterministicCuDNN(deterministic);
     context.setBenchmarkCuDNN(false);
     context.setDeterministicAlgorithms(deterministic, true);
-    // Every new tensor would be filled with NaN first: nothing here reads what was not written.
+    // Off: it fills every new tensor with NaN, and no code here reads memory before writing it.
     context.setDeterministicFillUninitializedMemory(false);
     context.setAllowTF32CuBLAS(tf32);
     context.setAllowTF32CuDNN(tf32);

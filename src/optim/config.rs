@@ -1,4 +1,4 @@
-//! The `training.optimizer:` of an experiment.
+//! The `training.optimizer:` section of an experiment file.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -106,7 +106,7 @@ impl OptimizerConfig {
         }
     }
 
-    /// What makes up step `count` (from 1) at `rate` for a row of a table.
+    /// The numbers of step `count` (from 1) at learning rate `rate` that the update of a table row needs.
     pub(super) fn rates(&self, rate: f64, count: f64, decays: bool) -> Rates {
         let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
         let (keep, l2, rule) = match self {

@@ -1,11 +1,11 @@
-//! Updates of embedding rows that are deferred: a sparse update with the results of a dense one.
+//! Deferred updates of embedding rows: sparse updates with the results of dense ones.
 //!
-//! Where a step reads some rows of a table, all others have a gradient of 0: their update needs nothing but the row and the
-//! step's rates, so that it can wait until a step reads the row or all rows are wanted. Steps taken one after another while the
-//! row is in the processor's cache cost arithmetic alone, where each by itself moves the whole table through memory. The
-//! numbers do not depend on how long steps wait, bit for bit.
+//! When a step reads some rows of a table, all others have a gradient of 0. Their update depends only on the row and
+//! the step's rates, so it can wait until a step reads the row or all rows are needed. Several steps together, while
+//! the row is in the processor's cache, cost only arithmetic; each on its own would move the whole table through
+//! memory. The results are the same, bit for bit, however long steps wait.
 //!
-//! V rows, E numbers a row.
+//! V rows, E numbers per row.
 
 use anyhow::Result;
 use multiversion::multiversion;
@@ -14,54 +14,55 @@ use tch::Tensor;
 
 use crate::libtorch::floats;
 
-/// Numbers that are computed at once.
+/// Elements that are computed together.
 const LANES: usize = 16;
-/// Rows below which it costs more to share them out than to do them.
+/// The fewest rows that are worth a task of their own.
 const LEAST: usize = 8;
-/// Updates below this share of the learning rate are as small as rounding. Their first moment counts as 0, which spares rare
-/// words most of their steps.
+/// Updates below this fraction of the learning rate are negligible. Their first moment is set to 0, which makes most
+/// steps of rare words cheaper.
 const NOTHING: f32 = 1e-7;
-/// Steps from one look for such updates to the next.
+/// Steps between two checks for such updates.
 const LOOK_EVERY: u64 = 16;
 
 /// One step of a whole table.
 #[derive(Clone, Copy, Debug)]
 pub struct PastStep {
-    /// How many steps the table has had, with this one where it moves.
+    /// The table's number of steps, including this one if the table moves.
     pub count: u64,
-    /// `None` where the table stands still.
+    /// `None` if the table does not move.
     pub rates: Option<Rates>,
-    /// What the weights after it count in their average, where there is one.
+    /// Factor of the new weights in their average, if there is one.
     pub share: Option<f32>,
 }
 
-/// What a step's update of a row is made of.
+/// The numbers that a step's update of a row needs.
 #[derive(Clone, Copy, Debug)]
 pub struct Rates {
     /// Factor of the weights, for decoupled decay.
     pub keep: f32,
-    /// Share of the weights in the gradient, for decay by an L2 term.
+    /// Factor of the weights in the gradient, for an L2 term.
     pub l2: f32,
     pub rule: Rule,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub enum Rule {
-    /// m = beta_1 m + (1 - beta_1) g, v = beta_2 v + (1 - beta_2) g^2, w = w - size m / (spread sqrt(v) + epsilon); size is
-    /// rate / (1 - beta_1^t) and spread 1 / sqrt(1 - beta_2^t). `rests` are 1 - beta, which float32 betas do not give.
+    /// m = beta_1 m + (1 - beta_1) g, v = beta_2 v + (1 - beta_2) g^2, w = w - size m / (spread sqrt(v) + epsilon);
+    /// size is rate / (1 - beta_1^t) and spread 1 / sqrt(1 - beta_2^t). `rests` are 1 - beta, rounded after the
+    /// subtraction.
     Adam { betas: (f32, f32), rests: (f32, f32), size: f32, spread: f32, epsilon: f32 },
     /// m = momentum m + g, w = w - rate m.
     Sgd { momentum: f32, rate: f32 },
 }
 
-/// The steps of one table that some of its rows have yet to take.
+/// The steps of one table that some of its rows have not taken yet.
 pub struct DeferredRows {
     past: Vec<PastStep>,
-    /// How many of them each row has taken, [V].
+    /// How many of them each row has taken, `[V]`.
     taken: Vec<usize>,
 }
 
-/// A table's numbers, [V, E] each.
+/// A table's weights and optimizer state, [V, E] each.
 pub struct TableState<'a> {
     width: usize,
     weights: &'a mut [f32],
@@ -72,20 +73,20 @@ pub struct TableState<'a> {
     average: &'a mut [f32],
 }
 
-/// One row of them.
+/// One row of a table.
 struct Row<'a> {
     weights: &'a mut [f32],
     first: &'a mut [f32],
     second: &'a mut [f32],
     average: &'a mut [f32],
-    /// Its place among the rows wanted, and the steps that it has taken.
+    /// Its position in the list of ids, and the number of steps that it has taken.
     place: usize,
     taken: usize,
 }
 
 impl<'a> TableState<'a> {
     /// # Errors
-    /// Tensors that are no contiguous float32 ones on the CPU.
+    /// Tensors that are not contiguous float32 tensors on the CPU.
     pub fn of(
         weights: &'a mut Tensor,
         first: &'a mut Tensor,
@@ -101,7 +102,7 @@ impl<'a> TableState<'a> {
         })
     }
 
-    /// The rows `ids`, each once, in the table's order.
+    /// The rows `ids`, which are distinct, in the table's order.
     fn rows(mut self, ids: &[i64], taken: &[usize]) -> Vec<Row<'a>> {
         let mut order: Vec<usize> = (0..ids.len()).collect();
         order.sort_unstable_by_key(|&place| ids[place]);
@@ -123,7 +124,7 @@ impl<'a> TableState<'a> {
     }
 }
 
-/// Takes `skip` numbers and the `width` ones after them off `numbers`, and returns the latter; nothing of nothing.
+/// Splits `skip` numbers and the next `width` off `numbers`, and returns the latter; nothing if `numbers` is empty.
 fn cut<'a>(numbers: &mut &'a mut [f32], skip: usize, width: usize) -> &'a mut [f32] {
     let all = std::mem::take(numbers);
     if all.is_empty() {
@@ -139,8 +140,8 @@ impl DeferredRows {
         DeferredRows { past: Vec::new(), taken: vec![0; n_rows] }
     }
 
-    /// A step that the rows `ids`, which are up to date, take at once, with their gradients [ids, E] where the table moves, and
-    /// all others later.
+    /// A step that the rows `ids`, which must be up to date, take now, with their gradients [ids, E] if the table
+    /// moves, and all other rows later.
     pub fn step(&mut self, now: PastStep, ids: &[i64], gradients: Option<&[f32]>, numbers: TableState) {
         let width = numbers.width;
         let mut rows = numbers.rows(ids, &self.taken);
@@ -157,7 +158,7 @@ impl DeferredRows {
         ids.iter().for_each(|&id| self.taken[id as usize] = self.past.len());
     }
 
-    /// The rows `ids` take the steps that they have not.
+    /// Applies the steps that the rows `ids` have not taken.
     pub fn catch_up(&mut self, ids: &[i64], numbers: TableState) {
         let mut rows = numbers.rows(ids, &self.taken);
         let past = &self.past;
@@ -165,7 +166,7 @@ impl DeferredRows {
         self.mark(ids);
     }
 
-    /// All rows take the steps that they have not, and the steps are forgotten.
+    /// Applies the steps that any row has not taken, and clears the list of steps.
     pub fn settle(&mut self, numbers: TableState) {
         if self.past.is_empty() {
             return;

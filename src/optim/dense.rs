@@ -1,22 +1,22 @@
-//! The update of whole parameters on a GPU by the kernels of `src/libtorch/optimizer.cu`: one launch for up to [`LISTED`] of
-//! them, their averages and 16-bit copies with them.
+//! Updates of whole parameters on a GPU by the kernels of `src/libtorch/optimizer.cu`: one launch for up to [`LISTED`]
+//! parameters, including their averages and 16-bit copies.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, upload};
 
-/// Numbers that a block of threads works through, and its threads.
+/// Elements per block of threads, and threads per block.
 const PIECE: usize = 4096;
 const BLOCK: usize = 256;
-/// Numbers of the kernel's `Piece`.
+/// Fields of the kernel's `Piece`.
 const FIELDS: i64 = 11;
 
 const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
 static SQUARES: Kernel = Kernel::new(SOURCE, "squares");
 static UPDATE: Kernel = Kernel::new(SOURCE, "update");
 
-/// What is updated; all float32, contiguous, and never moved.
+/// A parameter to update. Its tensors are contiguous, never moved, and float32 except for `half`.
 pub struct Parameter<'a> {
     pub number: usize,
     pub weights: &'a Tensor,
@@ -26,7 +26,7 @@ pub struct Parameter<'a> {
     pub average: Option<&'a Tensor>,
     /// A copy of the weights in 16 bits.
     pub half: Option<&'a Tensor>,
-    /// How many steps it has had.
+    /// Its number of steps.
     pub step: &'a Tensor,
     pub decays: bool,
 }
@@ -44,12 +44,12 @@ struct Group {
 }
 
 impl Dense {
-    /// Whether the kernels can be had.
+    /// Whether the kernels are available.
     pub fn serves(device: Device) -> bool {
         SQUARES.serves(device) && UPDATE.serves(device)
     }
 
-    /// `rule` is the kernel's.
+    /// `rule` is the kernel's `Rule`.
     pub fn new(parameters: &[Parameter], rule: &[f64], device: Device) -> Self {
         let group = |parameters: &[Parameter]| {
             let pieces: Vec<i64> =
@@ -64,12 +64,12 @@ impl Dense {
         self.groups.iter().map(|group| group.pieces.size()[0]).sum()
     }
 
-    /// The parameters that it updates.
+    /// The numbers of the parameters that it updates.
     pub fn numbers(&self) -> impl Iterator<Item = usize> {
         self.groups.iter().flat_map(|group| group.numbers.iter().copied())
     }
 
-    /// Parts of the squares of the parameters' `gradients` into `sums` `[n_pieces]`.
+    /// Writes partial sums of the squares of the parameters' `gradients` into `sums` `[n_pieces]`.
     pub fn squares(&self, gradients: &[Tensor], sums: &Tensor) -> Result<()> {
         let (shape, mut start) = (launch_config(BLOCK * size_of::<f32>()), 0);
         for group in &self.groups {
@@ -81,8 +81,8 @@ impl Dense {
         Ok(())
     }
 
-    /// One step of all parameters that have a gradient, `divisor` times too large, where `skip` is 0; their `steps` count it.
-    /// Weights go into their averages in any case.
+    /// One step of all parameters that have a gradient, `divisor` times too large, unless `skip` is 1; their step
+    /// counts include it already. The averages take in the weights in any case.
     pub fn update(&self, gradients: &[Tensor], [rate, share, skip, divisor]: [&Tensor; 4]) -> Result<()> {
         let shape = launch_config(8 * size_of::<f32>());
         for group in &self.groups {
@@ -99,7 +99,7 @@ fn launch_config(shared: usize) -> impl Fn(i64) -> LaunchConfig {
 }
 
 impl Group {
-    /// Its own of all gradients, which have to live until they are read, where they lie, and whether some are in 16 bits.
+    /// This group's gradients, which must live until they are read, their addresses, and whether some are in 16 bits.
     fn of(&self, gradients: &[Tensor]) -> Result<(Vec<Tensor>, Listed, i64)> {
         let own = |&number: &usize| match gradients.get(number).filter(|gradient| gradient.defined()) {
             Some(gradient) => gradient.contiguous(),
@@ -113,7 +113,7 @@ impl Group {
 }
 
 impl Parameter<'_> {
-    /// For the gradient at `place` of the list.
+    /// The parameter's pieces; its gradient is at `place` of the list.
     fn pieces(&self, place: i64) -> Vec<i64> {
         let n = self.weights.numel();
         let piece = |start: usize| {

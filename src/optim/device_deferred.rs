@@ -1,7 +1,7 @@
-//! Updates of embedding rows that are deferred, on a GPU: as in `deferred.rs`, but that the device itself knows which rows a
-//! step reads, so that steps can be recorded. All rows catch up every [`MOST`] steps at the latest.
+//! Deferred updates of embedding rows on a GPU: as in `deferred.rs`, except that the device itself finds the rows that
+//! a step reads, so that steps can be recorded. All rows catch up at least every [`MOST`] steps.
 //!
-//! V rows, E numbers a row, N tokens of a step.
+//! V rows, E numbers per row, N tokens per step.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -9,9 +9,9 @@ use tch::{Device, Kind, Tensor};
 use super::config::OptimizerConfig;
 use crate::libtorch::{Kernel, LaunchConfig, upload};
 
-/// Steps that rows wait at most. More would save little: all rows are moved once in so many steps.
+/// The most steps that rows wait. More would save little: all rows are updated once in so many steps.
 const MOST: i64 = 64;
-/// Numbers of the kernels' `Step`.
+/// Fields of the kernels' `Step`.
 const STEP: i64 = 8;
 
 const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
@@ -21,9 +21,9 @@ static NOTE: Kernel = Kernel::new(SOURCE, "note_step");
 static STEP_ROWS: Kernel = Kernel::new(SOURCE, "step_rows");
 static SETTLE: Kernel = Kernel::new(SOURCE, "settle_rows");
 
-/// The tables of an embedding, which have the same rows.
+/// The tables of an embedding, which have the same row ids.
 pub struct DeviceDeferredRows {
-    /// The first place of each id in the step at hand, and how many it has: `[V]`.
+    /// The first place of each id in the current step, and its number of places: `[V]`.
     first: Tensor,
     count: Tensor,
     tables: Vec<DeferredTable>,
@@ -31,11 +31,11 @@ pub struct DeviceDeferredRows {
     n_waiting: i64,
 }
 
-/// What one table waits for.
+/// The steps that rows of one table have not taken yet.
 struct DeferredTable {
     /// Its number among the parameters.
     number: usize,
-    /// The kernel's `Rule`, and its `Step`s [MOST, STEP], of which there are `now`.
+    /// The kernel's `Rule`, and its `Step`s [MOST, STEP], of which the first `now` are in use.
     rule: Tensor,
     steps: Tensor,
     now: Tensor,
@@ -43,7 +43,7 @@ struct DeferredTable {
     taken: Tensor,
 }
 
-/// A table's numbers, [V, E] each; `second` is empty for SGD.
+/// A table's weights and optimizer state, [V, E] each; `second` is empty for SGD.
 #[derive(Clone, Copy)]
 pub struct TableState<'a> {
     pub weights: &'a Tensor,
@@ -57,19 +57,19 @@ impl TableState<'_> {
         self.weights.size()[1]
     }
 
-    /// As the kernels take them, and whether there is an average.
+    /// In the order of the kernels' arguments, and whether there is an average.
     fn arguments(&self) -> ([&Tensor; 4], i64) {
         ([self.weights, self.first, self.second, self.average.unwrap_or(self.weights)], self.average.is_some().into())
     }
 }
 
 impl DeviceDeferredRows {
-    /// Whether the kernels can be had.
+    /// Whether the kernels are available.
     pub fn serves(device: Device) -> bool {
         [&MARK, &SUM, &NOTE, &STEP_ROWS, &SETTLE].iter().all(|kernel| kernel.serves(device))
     }
 
-    /// For tables of so many rows: their numbers among the parameters, and whether each decays.
+    /// For tables of `n_rows` rows: their numbers among the parameters, and whether each decays.
     pub fn new(config: &OptimizerConfig, n_rows: i64, tables: &[(usize, bool)], device: Device) -> Self {
         let ints = |size: &[i64], value: i64| Tensor::full(size, value, (Kind::Int, device));
         let waiting = |&(number, decays): &(usize, bool)| DeferredTable {
@@ -92,7 +92,7 @@ impl DeviceDeferredRows {
         self.tables.iter().map(|own| own.number)
     }
 
-    /// Before a step that is computed, or recorded and replayed.
+    /// Must be called once before each step, computed or replayed.
     pub fn begin(&mut self, tables: &[TableState]) -> Result<()> {
         if self.n_waiting == MOST {
             self.settle(tables)?;
@@ -101,7 +101,7 @@ impl DeviceDeferredRows {
         Ok(())
     }
 
-    /// Notes that the step reads the rows `ids` `[N]`, of which one may come more than once, and brings them up to date.
+    /// Marks the rows `ids` `[N]`, which may repeat, as read by the step, and brings them up to date.
     pub fn read(&self, ids: &Tensor, tables: &[TableState]) -> Result<()> {
         let n = ids.numel();
         let block = n.next_multiple_of(32).min(256);
@@ -113,8 +113,8 @@ impl DeviceDeferredRows {
         Ok(())
     }
 
-    /// The sums by id of `gradients` [N, E] at the places `ids` `[N]`: [N, E], of which the first place of an id has its sum
-    /// and all others 0, as has the id `skipped`; and its squares, added up, into `squares` `[N]`.
+    /// Sums `gradients` [N, E] at the places `ids` `[N]` by id: [N, E], with the sum at the first place of an id and 0
+    /// at all others and for the id `skipped`. Writes the sum of squares of each row into `squares` `[N]`.
     pub fn sum(&self, gradients: &Tensor, ids: &Tensor, skipped: i64, squares: &Tensor) -> Result<Tensor> {
         let (n, gradients) = (ids.numel(), gradients.contiguous());
         let width = gradients.numel() / n;
@@ -126,8 +126,8 @@ impl DeviceDeferredRows {
         Ok(sums)
     }
 
-    /// A step that the rows `ids` take at once, each table with the sums of its gradients where it moves, and all others later.
-    /// `moved` counts those in which a table moves.
+    /// A step that the rows `ids` take now, with the summed gradients of each table that moves, and all other rows
+    /// later. `moved` counts the steps in which a table moves.
     pub fn step(
         &self,
         ids: &Tensor,
@@ -143,7 +143,7 @@ impl DeviceDeferredRows {
         Ok(())
     }
 
-    /// `now` is the step at hand, with the sums of its gradients and what divides them; without it rows catch up.
+    /// `now`: the summed gradients of the current step, and their divisor; without it rows only catch up.
     fn step_rows(
         &self,
         own: &DeferredTable,
@@ -154,7 +154,7 @@ impl DeviceDeferredRows {
     ) -> Result<()> {
         let (touched, (sums, divisor)) = match now {
             Some((Some(sums), divisor)) => (1, (sums, divisor)),
-            // Nobody reads these.
+            // Placeholders that the kernel does not read.
             _ => (0, (numbers.weights, numbers.weights)),
         };
         let ([weights, first, second, average], averaged) = numbers.arguments();
@@ -177,7 +177,7 @@ impl DeviceDeferredRows {
         STEP_ROWS.launch(shape, &tensors, &[numbers.width(), averaged, touched, last.into()])
     }
 
-    /// All rows of all tables take the steps that they have not, and the steps are forgotten.
+    /// Applies the steps that any row of any table has not taken, and clears the lists of steps.
     pub fn settle(&mut self, tables: &[TableState]) -> Result<()> {
         if self.n_waiting == 0 {
             return Ok(());
@@ -194,7 +194,7 @@ impl DeviceDeferredRows {
     }
 }
 
-/// A block a row, which has the steps in its memory.
+/// One block per row, with the steps in its shared memory.
 fn launch_config(n_rows: usize, width: i64) -> LaunchConfig {
     let block = (width as usize).next_multiple_of(32).min(512);
     LaunchConfig { grid: [n_rows, 1], block: [block, 1], shared: (MOST * STEP) as usize * size_of::<f32>() }

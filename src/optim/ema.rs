@@ -1,8 +1,8 @@
 //! The exponential moving average of the weights, which is evaluated and kept in their place.
 //!
-//! a_t = d_t a_(t-1) + (1 - d_t) w_t with d_t = min(d, (1 + t) / (10 + t)), t steps from 1 (Polyak & Juditsky 1992; the rising
-//! rate is that of TensorFlow's ExponentialMovingAverage). Once the run is halted the weights stay, and the average goes to
-//! them.
+//! a_t = d_t a_(t-1) + (1 - d_t) w_t with d_t = min(d, (1 + t) / (10 + t)), t steps from 1 (Polyak & Juditsky 1992; the
+//! warm-up of d is that of TensorFlow's ExponentialMovingAverage). Once a run is halted the weights stay the same, and
+//! the average converges to them.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::libtorch::{Number, side_by_side, workers};
 
 pub struct Ema {
     decay: f64,
-    /// The weights, and their averages.
+    /// Name, weights and average of each parameter.
     pairs: Vec<(String, Tensor, Tensor)>,
 }
 
@@ -23,13 +23,13 @@ impl Ema {
         Ema { decay, pairs: parameters.map(pair).collect() }
     }
 
-    /// What the weights after step `number` (from 0) count: 1 - decay.
+    /// The factor of the weights after step `number` (from 0) in the average: 1 - decay.
     pub fn share(&self, number: usize) -> f64 {
         let t = number as f64 + 1.0;
         1.0 - self.decay.min((1.0 + t) / (10.0 + t))
     }
 
-    /// Takes in the weights, which count `share`; but not those of `tables`, whose rows take part by themselves.
+    /// Moves the averages towards the weights by `share`, except those of `tables`, which are averaged row by row.
     pub(super) fn update(&mut self, share: Number, tables: &[usize]) -> Result<()> {
         let workers = workers();
         let lerp = |worker: usize| -> Result<()> {
@@ -61,7 +61,7 @@ impl Ema {
         &mut self.pairs[number].2
     }
 
-    /// Exchanges the weights and their averages.
+    /// Swaps the weights and their averages.
     pub fn swap(&mut self) -> Result<()> {
         for (_, weight, average) in &mut self.pairs {
             let kept = weight.copy();
@@ -76,7 +76,7 @@ impl Ema {
         self.pairs.iter().map(|(name, _, average)| (format!("{name}.average"), average.shallow_clone())).collect()
     }
 
-    /// Takes its part of a checkpoint's tensors.
+    /// Restores the averages, removing them from a checkpoint's tensors.
     pub fn load(&mut self, state: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for (name, _, average) in &mut self.pairs {
             let name = format!("{name}.average");

@@ -1,5 +1,5 @@
-//! Optimizers on libtorch's fused operators, on a GPU on kernels of our own, with their state in the open so that a run resumes
-//! exactly; schedules.
+//! Optimizers on libtorch's fused operators or, on a GPU, custom kernels, with state that can be saved so that a run
+//! resumes exactly; learning-rate schedules.
 
 mod config;
 mod deferred;
@@ -26,37 +26,38 @@ use crate::libtorch::{
     Adam, AdamLists, GradScale, Number, Sgd, count_up, floats, fused_adam, fused_sgd, side_by_side, workers,
 };
 
-/// Biases, other vectors such as a CRF's first tags, and all of the embedding: their size says nothing of complexity.
+/// Whether a parameter is exempt from weight decay by default: biases, other vectors such as a CRF's start scores, and
+/// the whole embedding, as their size says nothing about complexity.
 fn is_spared(name: &str, parameter: &Tensor) -> bool {
     parameter.dim() < 2 || name.starts_with("embedding.")
 }
 
-/// One parameter with what the optimizer remembers of it.
+/// One parameter and its optimizer state.
 struct Slot {
     name: String,
     parameter: Tensor,
     first: Tensor,
     second: Tensor,
-    /// Steps that this parameter has had: a head absent from a step has none.
+    /// Number of steps of this parameter; a head absent from a step does not count it.
     step: Tensor,
     decays: bool,
-    /// For a table whose gradient comes as rows: what the other rows have yet to do.
+    /// For a table whose gradient comes as rows: the steps that other rows have not taken yet.
     deferred: Option<DeferredRows>,
 }
 
-/// Tables of which a step reads some rows alone.
+/// The table rows that a step reads.
 pub struct Touched {
-    /// `[U]`, each once; where rows wait on the device `[N]`, as they stand in the step.
+    /// `[U]`, distinct; where rows wait on the device, `[N]` in the order of the step's tokens.
     pub ids: Tensor,
-    /// The same, where the host knows them.
+    /// The same on the host, if known there.
     pub host: Vec<i64>,
-    /// The row that has no gradient; -1 is none.
+    /// The row that has no gradient; -1 for none.
     pub padding: i64,
-    /// Their numbers among the parameters.
+    /// The tables' numbers among the parameters.
     pub tables: Vec<usize>,
 }
 
-/// What one update works on: a parameter, rows of it, or a block.
+/// What one update works on: a parameter, some of its rows, or a block of it.
 struct Piece {
     parameter: Tensor,
     gradient: Tensor,
@@ -67,7 +68,7 @@ struct Piece {
 }
 
 impl Piece {
-    /// Block `i` of `n`, in which no number is that of another block; small ones are not cut, and are block 0's.
+    /// Block `i` of `n` disjoint blocks; small parameters are not split and belong to block 0.
     fn block(&self, i: usize, n: usize) -> Option<Piece> {
         if n == 1 || self.parameter.dim() == 0 || self.parameter.numel() < SMALL {
             return (i == 0).then(|| self.cut(|tensor| tensor.shallow_clone()));
@@ -94,11 +95,11 @@ impl Piece {
     }
 }
 
-/// Numbers below which a parameter is one worker's.
+/// Parameters with fewer elements are updated by one worker.
 const SMALL: usize = 1 << 14;
 
 impl Slot {
-    /// The update's view of it: all of it, or `rows`, of which `gradient` is.
+    /// What the update sees: the whole parameter, or only `rows`, to which `gradient` then belongs.
     fn piece(&self, gradient: &Tensor, rows: Option<&Touched>) -> Piece {
         let part = |tensor: &Tensor| match rows {
             Some(rows) if tensor.dim() == self.parameter.dim() => tensor.index_select(0, &rows.ids),
@@ -114,7 +115,7 @@ impl Slot {
         }
     }
 
-    /// After the update rows go back to their table.
+    /// Writes the updated rows back to their table.
     fn put_back(&mut self, piece: &Piece, rows: &Touched) -> Result<()> {
         let pairs = [
             (&mut self.parameter, &piece.parameter),
@@ -131,7 +132,7 @@ impl Slot {
 pub struct Optimizer {
     config: OptimizerConfig,
     slots: Vec<Slot>,
-    /// Where kernels of our own do the work.
+    /// Set if custom kernels do the work.
     on_device: Option<OnDevice>,
 }
 
@@ -156,7 +157,7 @@ impl Optimizer {
         self.config.lazy_rows()
     }
 
-    /// Brings `rows` of their tables, or all of all tables, up to date with the steps since; and their `average`.
+    /// Applies the deferred steps to `rows` of their tables, or to all rows of all tables, and to their `average`.
     pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Ema>) -> Result<()> {
         self.settle_on_device(average.as_deref())?;
         for (number, Slot { parameter, first, second, deferred, .. }) in self.slots.iter_mut().enumerate() {
@@ -171,10 +172,11 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of embedding tables are
-    /// those of these rows, which must be up to date; the updates of all other rows are deferred until [`Self::catch_up`].
-    /// Gradients are divided by the scale of `grad_scale` (in place, where libtorch's operators do it), and where that says to
-    /// skip the step nothing changes. Then the moving average takes in the weights, with the factor 1 - decay beside it.
+    /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of embedding
+    /// tables are those of these rows, which must be up to date; other rows are updated by [`Self::catch_up`], or never
+    /// with `lazy_rows`. Gradients are divided by the divisor of `grad_scale` (not those of deferred rows on the CPU);
+    /// if it skips the step, nothing changes. Then the moving average takes in the weights with the factor beside it,
+    /// 1 - decay.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
@@ -213,7 +215,7 @@ impl Optimizer {
         waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, grad_scale.skip, average))
     }
 
-    /// The step of the tables' `rows`, which the others take later.
+    /// The step of the tables' `rows`; other rows take it later.
     fn step_tables(
         &mut self,
         gradients: &[Tensor],
@@ -261,7 +263,7 @@ impl Optimizer {
         side_by_side(workers, &update).into_iter().collect()
     }
 
-    /// The update of parameters that all decay, or of which none does.
+    /// Updates parameters that either all decay or all do not.
     fn update(&self, pieces: &[&Piece], learning_rate: Number, grad_scale: GradScale, decays: bool) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());

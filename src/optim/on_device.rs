@@ -1,4 +1,4 @@
-//! The optimizer on a GPU, by kernels of our own: whole parameters, and rows of tables that wait until a step reads them.
+//! The optimizer on a GPU, with custom kernels: whole parameters, and table rows that wait until a step reads them.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -10,16 +10,16 @@ use crate::libtorch::{GradScale, Number, count_up};
 
 pub(super) struct OnDevice {
     dense: Dense,
-    /// Of the tables of which steps read some rows, if there are any.
+    /// For tables of which steps read only some rows, if there are any.
     deferred: Option<DeviceDeferredRows>,
 }
 
 impl Optimizer {
-    /// Lets kernels do the work from now on, where the device has them. The rows of `tables` then wait until a step reads them;
-    /// `halves` are 16-bit copies of parameters, by number, which are kept up to date.
+    /// Uses the custom kernels from now on, if the device has them. The rows of `tables` then wait until a step reads
+    /// them; `halves` are 16-bit copies of parameters, by number, which are kept up to date.
     pub fn work_on_device(&mut self, tables: Vec<usize>, halves: &[(usize, &Tensor)], average: Option<&Ema>) {
         let device = self.slots.first().map_or(Device::Cpu, |slot| slot.parameter.device());
-        // On the CPU there are kernels for tests alone.
+        // On the CPU there are kernels only for tests.
         let serves = (Dense::serves(device) && DeviceDeferredRows::serves(device)) || cfg!(test);
         if !serves || self.lazy_rows() {
             return;
@@ -44,8 +44,8 @@ impl Optimizer {
         self.on_device = Some(OnDevice { dense, deferred });
     }
 
-    /// Whether 16-bit copies of parameters are kept up to date, and gradients to them may stay in 16 bits. Whoever else writes
-    /// weights refreshes the copies, as every step does that is not recorded.
+    /// Whether 16-bit copies of parameters are kept up to date, and their gradients may stay in 16 bits. Other code
+    /// that writes weights must refresh the copies, as every step does that is not recorded.
     pub fn keeps_halves(&self) -> bool {
         self.on_device.is_some()
     }
@@ -55,7 +55,7 @@ impl Optimizer {
         self.on_device.as_ref().is_some_and(|own| own.deferred.is_some())
     }
 
-    /// Before a step is computed, or recorded and replayed.
+    /// Must be called once before each step, computed or replayed.
     pub fn begin(&mut self, average: Option<&Ema>) -> Result<()> {
         self.with_backlog(average, DeviceDeferredRows::begin)
     }
@@ -75,7 +75,7 @@ impl Optimizer {
         done
     }
 
-    /// Brings rows that wait on the device up to date, which the step at hand reads.
+    /// Brings the waiting rows that the current step reads up to date.
     pub fn read(&self, rows: &Touched, average: Option<&Ema>) -> Result<()> {
         let Some(OnDevice { deferred: Some(deferred), .. }) = &self.on_device else { return Ok(()) };
         deferred.read(&rows.ids, &self.numbers(deferred, average))
@@ -89,8 +89,8 @@ impl Optimizer {
         deferred.tables().map(numbers).collect()
     }
 
-    /// Parts of the squares of all `gradients`, `[n]`, where kernels do the work. Those of tables whose rows wait, which come
-    /// by place of the step, become those of rows.
+    /// Partial sums of the squares of all `gradients`, `[n]`, if kernels do the work. Gradients of tables whose rows
+    /// wait come by place of the step, and are replaced by their sums by row.
     pub fn squares(&self, rows: Option<&Touched>, gradients: &mut [Tensor]) -> Result<Option<Tensor>> {
         let Some(OnDevice { dense, deferred }) = &self.on_device else { return Ok(None) };
         let waiting = deferred.as_ref().zip(rows);
@@ -155,7 +155,7 @@ mod tests {
     const ROWS: i64 = 7;
     const WIDTH: i64 = 20;
 
-    /// A table of which each step reads some rows, and a bias that every step moves; steps are left out where `skips` says so.
+    /// A table of which each step reads some rows, and a bias that every step moves; `skips` selects steps to skip.
     fn run(config: &OptimizerConfig, waits: bool, settle_every: usize, skips: fn(usize) -> bool) -> Vec<Tensor> {
         let random = |size: &[i64], seed: i64| {
             tch::manual_seed(seed);
@@ -168,7 +168,7 @@ mod tests {
             optimizer.work_on_device(vec![0], &[], Some(&average));
         }
         for step in 0..70 {
-            // Row 2 comes twice, row 0 as padding, row 6 at first alone.
+            // Row 2 occurs twice, row 0 is padding, row 6 is read only in the first step.
             let ids: &[i64] = if step == 0 { &[6, 2, 0, 2] } else { [&[2, 1, 2][..], &[4, 0, 3]][step % 2] };
             let ids = Tensor::from_slice(ids);
             let at_places = random(&[ids.size()[0], WIDTH], 10 + step as i64);
@@ -233,7 +233,7 @@ mod tests {
             let config: OptimizerConfig = serde_json::from_value(json!({"adamw": {}})).unwrap();
             let mut optimizer = Optimizer::new(&config, named());
             optimizer.work_on_device(Vec::new(), &[(0, &half)], None);
-            // From the smallest that are apart from 0 to the largest.
+            // From magnitudes that underflow in float16 to nearly its largest.
             let scales = Tensor::logspace(-9.0, 4.0, 70, 10.0, (Kind::Float, Device::Cpu));
             let gradient = (Tensor::randn([70, 70], (Kind::Float, Device::Cpu)) * scales).to_kind(kind);
             let before = weights.copy();

@@ -1,8 +1,8 @@
-//! A loss scale, so that small gradients do not vanish in float16.
+//! A loss scale, so that small gradients do not underflow in float16.
 //!
-//! Losses are multiplied by S before the backward pass and gradients divided by it in the update. Where their norm is not finite
-//! the step is left out and S halved; after 2,000 steps without that S is doubled. Where S is 1 the gradients themselves are not
-//! finite, and that is an error as in float32.
+//! Losses are multiplied by S before the backward pass, and gradients divided by it in the update. A step whose
+//! gradient norm is not finite is skipped and S halved; after 2,000 steps without one, S is doubled. If S is 1 the
+//! gradients themselves are not finite, which is an error as in float32.
 //!
 //! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.2; numbers as in PyTorch's GradScaler.
 
@@ -14,14 +14,14 @@ use tch::{Device, Kind, Tensor};
 const FIRST: f64 = 65536.0;
 const STEPS_TO_GROW: i64 = 2000;
 
-/// Whether a scalar is not finite: one on its device.
+/// Whether a scalar is not finite, as a tensor on its device.
 pub fn is_not_finite(value: &Tensor) -> Tensor {
-    // Infinity times 0 is no number, and no number is unlike 0.
+    // x * 0 != 0 exactly if x is infinite or NaN.
     (value * 0.0).ne(0.0)
 }
 
 pub struct LossScale {
-    /// S, and the steps since it changed: one number each on the device.
+    /// S, and the steps without overflow since it changed: one number each on the device.
     scale: Tensor,
     steps: Tensor,
 }
@@ -38,12 +38,12 @@ impl LossScale {
         &self.scale
     }
 
-    /// S, the sound steps since it changed, and after how many of them it doubles.
+    /// S, the steps without overflow since it changed, and after how many of them it doubles.
     pub fn parts(&mut self) -> (&Tensor, &Tensor, i64) {
         (&self.scale, &self.steps, STEPS_TO_GROW)
     }
 
-    /// Whether a step is left out, since the `norm` of its gradients is not finite and the scale, which is adapted, may be why.
+    /// Adapts the scale. Returns whether to skip the step: its `norm` is not finite, perhaps because of the scale.
     pub fn adapt(&mut self, norm: &Tensor) -> Result<Tensor> {
         let found = is_not_finite(norm).logical_and(&self.scale.gt(1.0));
         let as_float = found.to_kind(Kind::Float);
@@ -51,13 +51,13 @@ impl LossScale {
         Ok(found)
     }
 
-    /// For a checkpoint; what [`Self::load`] takes.
+    /// State for a checkpoint; what [`Self::load`] takes.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let steps = self.steps.to_kind(Kind::Float);
         vec![("loss_scale".to_owned(), self.scale.shallow_clone()), ("loss_scale.steps".to_owned(), steps)]
     }
 
-    /// Takes its part of a checkpoint's tensors.
+    /// Restores the state, removing it from a checkpoint's tensors.
     pub fn load(&mut self, state: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for (name, tensor) in [("loss_scale", &mut self.scale), ("loss_scale.steps", &mut self.steps)] {
             tensor.f_copy_(&state.remove(name).with_context(|| format!("the checkpoint lacks `{name}`"))?)?;

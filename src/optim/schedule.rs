@@ -1,7 +1,8 @@
-//! Learning-rate schedules: a factor a step.
+//! Learning-rate schedules: one factor per step.
 //!
 //! With s the step from 0, w warm-up steps and n steps in all: (s + 1) / w while s < w, then with
-//! p = (s - w) / (n - w): constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2; range f^p, f the final factor.
+//! p = (s - w) / (n - w): constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2. Range, without warm-up:
+//! f^(s / (n - 1)), f the final factor.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,7 +51,7 @@ impl ScheduleConfig {
         }
     }
 
-    /// The factor of `step` (from 0) of `n_steps`.
+    /// The factor at `step` (from 0) of `n_steps`.
     pub fn factor(&self, step: usize, n_steps: usize) -> f64 {
         let warmup = (self.warmup_fraction() * n_steps as f64).round() as usize;
         if step < warmup {

@@ -1,4 +1,4 @@
-//! What a step's gradients come to: their norm, what divides them, and whether they are taken. By operators, or on a GPU by the
+//! The norm of a step's gradients, their divisor, and whether the step is skipped: by operators, or on a GPU by the
 //! kernel of `src/libtorch/clip.cu`.
 //!
 //! norm = |(g_1, ..., g_n)|, divisor = max(1, (norm + 1e-6) / limit) (Pascanu 2013, algorithm 1)
@@ -9,24 +9,24 @@ use tch::{Kind, Tensor};
 use crate::libtorch::{GradScale, Kernel, LISTED, LaunchConfig, Listed, clip_gradients};
 use crate::optim::{LossScale, is_not_finite};
 
-/// The gradients of a step, and its losses in float32; `limit` 0 is none.
+/// The gradients of a step, and its losses in float32; a `limit` of 0 is none.
 pub struct Clip<'a> {
     pub gradients: &'a [&'a Tensor],
-    /// Parts of their squares `[n]`, where kernels have them; otherwise gradients are float32.
+    /// Partial sums of their squares `[n]`, if kernels computed them; otherwise gradients are float32.
     pub squares: Option<&'a Tensor>,
     pub losses: &'a [&'a Tensor],
     pub limit: f64,
-    /// 1 since a loss or a gradient was not finite: it is brought up to date.
+    /// 1 once a loss or a gradient was not finite; updated in place.
     pub halted: &'a Tensor,
 }
 
 pub struct Clipped {
-    /// The losses, then the norm before clipping; -1 where float16 leaves the step out.
+    /// The losses, then the norm before clipping, which is -1 if float16 skips the step.
     pub values: Tensor,
     pub divisor: Option<Tensor>,
-    /// 1 where the step is left out.
+    /// 1 to skip the step.
     skip: Tensor,
-    /// 1 - skip, where it is known.
+    /// 1 - skip, if known.
     taken: Option<Tensor>,
 }
 
@@ -39,7 +39,7 @@ impl Clipped {
 }
 
 impl Clip<'_> {
-    /// With `loss_scale` the gradients are that much too large, and so are `norms`, which are put right with them.
+    /// With `loss_scale` the gradients are that many times too large; so are `norms`, which are corrected here.
     pub fn apply(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {
         let fits = self.losses.len() <= LISTED && self.losses.iter().all(|loss| loss.kind() == Kind::Float);
         match self.squares.filter(|_| fits && KERNEL.serves(self.halted.device())) {
@@ -61,7 +61,7 @@ impl Clip<'_> {
         if let Some(scale) = &loss_scale {
             *norms = norms.take().map(|norms| norms / scale.value());
         }
-        // Without a scale nobody reads what stands in its place.
+        // Placeholders that the kernel does not read without a scale.
         let (scale, sound, to_grow) = loss_scale.map_or((squares, squares, 0), |scale| scale.parts());
         KERNEL.launch_with(
             LaunchConfig { grid: [1, 1], block: [threads, 1], shared: threads * size_of::<f64>() },
@@ -82,7 +82,7 @@ impl Clip<'_> {
 
     fn by_operators(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {
         let (mut norm, divisor) = match self.gradients.is_empty() {
-            // All that the step has labels for is frozen.
+            // Everything that the step has labels for is frozen.
             true => (Tensor::zeros([], (Kind::Float, self.halted.device())), None),
             false => {
                 clip_gradients(self.gradients, self.squares, self.limit, loss_scale.as_deref().map(LossScale::value))?
@@ -92,7 +92,7 @@ impl Clip<'_> {
             Some(scale) => {
                 *norms = norms.take().map(|norms| norms / scale.value());
                 let overflow = scale.adapt(&norm)?;
-                // The step is left out, and nobody learns from its gradients.
+                // The step is skipped, and no weighting strategy learns from its gradients.
                 norm = norm.masked_fill(&overflow, -1.0);
                 *norms = norms.take().map(|norms| norms.masked_fill(&overflow, f64::NAN));
                 Some(overflow)
@@ -137,7 +137,7 @@ mod tests {
             let (by, of) = (scale.as_mut(), &mut norms);
             let clipped = if by_kernel { clip.by_kernel(&squares, by, of) } else { clip.by_operators(by, of) }.unwrap();
             assert!(clipped.taken.as_ref().is_none_or(|taken| *taken == 1.0 - &clipped.skip));
-            // Nobody divides what is left out.
+            // The divisor of a skipped step is not used.
             let divisor = clipped.divisor.as_ref().filter(|_| clipped.skip == Tensor::from(0f32));
             let divisor = divisor.map_or(1.0, |divisor| divisor.double_value(&[]));
             let mut all = Vec::<f64>::try_from(clipped.values.to_kind(Kind::Double)).unwrap();
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn the_kernel_computes_what_operators_do() {
-        // More gradients than the block has threads, and one.
+        // Many gradients, and one.
         let many: Vec<f32> = (1..50).map(|i| i as f32 / 7.0).collect();
         for gradients in [&many[..], &[0.25]] {
             for limit in [5.0, 0.0, 1e6] {

@@ -1,4 +1,4 @@
-//! What the device does in a step: forward, backward, update.
+//! The device's work in a step: forward, backward, update.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -14,25 +14,25 @@ use crate::optim::{LossScale, Touched};
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
 
-/// What a step is computed from, besides its batches.
+/// The inputs of a step besides its batches.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a> {
     pub wants: Wants,
     pub present: &'a [bool],
-    /// Labels of the step by task.
+    /// Number of labels in the step, by task.
     pub n_decisions: &'a [i64],
-    /// The rows of the tables; without them gradients are of whole tables.
+    /// The table rows that the step reads; without them gradients are those of whole tables.
     pub rows: Option<&'a TableRows>,
-    /// Weights of the losses, unless they follow from the losses.
+    /// Weights of the losses, unless they depend on the losses.
     pub weights: Option<&'a Tensor>,
     pub learning_rate: Number<'a>,
-    /// What the new weights count in their average.
+    /// Factor of the new weights in their average.
     pub share: Number<'a>,
-    /// Whether the tasks' gradients are compared.
+    /// Whether to compare the tasks' gradients.
     pub diagnose: bool,
 }
 
-/// What a step leaves on the device.
+/// The results of a step, on the device.
 pub(super) struct Computed {
     /// The losses of the tasks present, in order, then the gradient norm.
     pub values: Tensor,
@@ -53,8 +53,8 @@ impl Computed {
         as_vector(&losses, self.values.device())
     }
 
-    /// Copies the results out of the graph's memory, which the next replay overwrites. Norms are shared, not copied: the strategy
-    /// reads them before that. `weights`, where given, take the place of the recorded ones.
+    /// Copies the results out of the graph's memory, which the next replay overwrites. Norms are shared, not copied:
+    /// the strategy reads them before that. `weights`, if given, replace the recorded ones.
     pub fn copy(&self, weights: Option<&Tensor>) -> Computed {
         Computed {
             values: self.values.detach_copy(),
@@ -66,7 +66,7 @@ impl Computed {
 }
 
 impl Trainer<'_> {
-    /// Forward, backward, update: everything of a step that the device does.
+    /// Forward, backward, update: all of a step's work on the device.
     pub(super) fn compute(
         &mut self,
         step: &Step,
@@ -74,12 +74,13 @@ impl Trainer<'_> {
         inputs: &Inputs,
     ) -> Result<Computed> {
         let device = self.model.parameters.device();
-        // What is recorded follows a step that was computed, and whoever keeps copies up to date does so from then on.
+        // A shape is recorded after a computed step, which refreshed the 16-bit copies; if the optimizer keeps them up
+        // to date, a recorded step need not.
         if !self.graphs.recording() || !self.optimizer.keeps_halves() {
             self.model.refresh()?;
         }
         let known: Option<Vec<Option<Tensor>>> = match inputs.wants {
-            // A further pass without gradients: the step's losses are known only after its last batch.
+            // An extra pass without gradients: the step's losses are known only after its last batch.
             Wants::Losses if batches.len() > 1 => {
                 let mut all = (0..batches.len()).flat_map(|i| {
                     let parts = batches[i].as_ref();
@@ -94,11 +95,11 @@ impl Trainer<'_> {
         let halves = self.optimizer.keeps_halves() && batches.len() == 1;
         let frozen = self.frozen_numbers(step.number);
         let backward = Backward { model: self.model, tasks: self.tasks, reference, halves, frozen: &frozen };
-        // Where rows of tables wait on the device, a step has one batch of one part.
+        // If table rows wait on the device, a step has one batch of one part.
         let mut read: Option<TableRows> = None;
         let mut gradients = Gradients::default();
         let mut losses = None;
-        // The tasks' gradients at the last layer, where they are compared: [T, n].
+        // The tasks' gradients at the last layer, if they are compared: [T, n].
         let mut by_task: Option<Tensor> = None;
         let mut weights = inputs.weights.map(Tensor::shallow_clone);
         for (i, parts) in batches.iter().map(AsRef::as_ref).enumerate() {
@@ -140,8 +141,8 @@ impl Trainer<'_> {
         Ok(Computed { values, weights, norms, gram: by_task.map(|own| own.matmul(&own.tr())) })
     }
 
-    /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks present, in
-    /// order, then the gradient's norm before clipping.
+    /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks
+    /// present, in order, then the gradient norm before clipping.
     fn update(
         &mut self,
         (gradients, rows): (&[Tensor], Option<&Touched>),
@@ -160,7 +161,7 @@ impl Trainer<'_> {
             halted: &self.halted,
         };
         let mut clipped = clip.apply(self.loss_scale.as_mut(), norms)?;
-        // On the CPU the rows of tables read their gradients by themselves.
+        // On the CPU deferred updates of table rows do not apply the divisor, so it is applied here.
         if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu)
             && divisor.double_value(&[]) > 1.0
         {
@@ -177,7 +178,7 @@ impl Trainer<'_> {
         self.config.freeze_epochs.iter().filter(|(_, epochs)| epoch < **epochs).map(|(part, _)| part).collect()
     }
 
-    /// How many parts are frozen at a step: as they only thaw, it tells which.
+    /// How many parts are frozen at a step. As parts only thaw, the number determines which.
     pub(super) fn n_frozen(&self, step: usize) -> usize {
         self.frozen(step).len()
     }
@@ -189,12 +190,12 @@ impl Trainer<'_> {
         names.filter(|(_, (name, _))| frozen.iter().any(|part| is_part(name, part))).map(|(number, _)| number).collect()
     }
 
-    /// What dropout draws from in batch `i` of a step.
+    /// The seed of dropout in batch `i` of a step.
     pub(super) fn dropout_seed(&self, step: &Step, i: usize) -> u64 {
         self.seed.derive(Purpose::Dropout, (step.number * self.config.accumulate_steps + i) as u64)
     }
 
-    /// The losses of a part of batch `i` of a step: its share of the means over the step's labels.
+    /// The forward pass of one part of batch `i`. Its losses are its share of the means over the step's labels.
     fn forward(&self, step: &Step, i: usize, batch: &Batch, inputs: &Inputs) -> Result<Pass> {
         let seed = self.dropout_seed(step, i);
         if batch.token_ids.device() != Device::Cpu && !self.graphs.recording() {
@@ -226,11 +227,11 @@ impl Trainer<'_> {
     }
 }
 
-/// A part of a batch, forward.
+/// The forward pass of a part of a batch.
 struct Pass {
     shared: Shared,
     losses: Vec<Option<Tensor>>,
-    /// The rows of the tables that it reads, where they wait on the device.
+    /// The table rows that it reads, if rows wait on the device.
     rows: Option<TableRows>,
 }
 
@@ -245,7 +246,7 @@ fn copies(losses: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
     losses.iter().map(|loss| loss.as_ref().map(Tensor::shallow_clone)).collect()
 }
 
-/// Sums of losses by task, without gradients.
+/// Adds losses by task, without gradients.
 fn add_losses(sum: Option<Vec<Option<Tensor>>>, more: Vec<Option<Tensor>>) -> Option<Vec<Option<Tensor>>> {
     let more = more.into_iter().map(|loss| loss.map(|loss| loss.detach()));
     let Some(sum) = sum else { return Some(more.collect()) };

@@ -1,4 +1,4 @@
-//! The `training:` of an experiment.
+//! The `training:` section of an experiment file.
 
 use indexmap::IndexMap;
 use schemars::JsonSchema;
@@ -58,12 +58,12 @@ pub struct TrainingConfig {
 }
 
 impl TrainingConfig {
-    /// What says when training ends.
+    /// The settings that determine when training ends.
     pub fn end(&self) -> (usize, Option<usize>, Option<usize>) {
         (self.max_epochs, self.max_steps, self.early_stopping.patience_epochs)
     }
 
-    /// Takes from another what may change once training has begun.
+    /// Takes from `other` the settings that may change once training has begun.
     pub fn take_changeable(&mut self, other: &TrainingConfig) {
         (self.max_epochs, self.max_steps, self.early_stopping.patience_epochs) = other.end();
         self.log_every_steps = other.log_every_steps;

@@ -1,6 +1,6 @@
-//! From task losses to the step's gradient, and on request the size of each task's own.
+//! From task losses to the step's gradient and, on request, the norm of each task's own gradient.
 //!
-//! T tasks. Weights are held constant: nothing of a strategy reaches the network but sum_i w_i L_i.
+//! T tasks. Weights are held constant: the network is trained on sum_i w_i L_i alone, not on a strategy's own loss.
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -11,42 +11,42 @@ use crate::model::{Model, Shared, TableRows};
 use crate::task::Task;
 use crate::weighting::Reference;
 
-/// What the gradients of a batch are taken to.
+/// What a backward pass needs besides a batch and its losses.
 #[derive(Clone, Copy)]
 pub struct Backward<'a> {
     pub model: &'a Model,
     pub tasks: &'a [Task],
-    /// Where each task's own gradient is measured, if anywhere.
+    /// Where the norm of each task's own gradient is taken, if anywhere.
     pub reference: Option<Reference>,
-    /// Whether gradients to what is in 16 bits stay so, where one pass takes them all; else they become float32.
+    /// Whether gradients of 16-bit copies stay in 16 bits if one pass computes them; otherwise they become float32.
     pub halves: bool,
-    /// Numbers of the parameters that are to have no gradient: where one pass takes all, it does not go to them.
+    /// Numbers of the parameters that get no gradient; a single pass for all tasks skips them.
     pub frozen: &'a [usize],
 }
 
 /// The gradient of a part of a batch, of a batch or of a step.
 #[derive(Default)]
 pub struct Gradients {
-    /// d sum_i w_i L_i by parameter; undefined where no loss depends on it, of the rows alone where a table has [`TableRows`].
+    /// The gradient of sum_i w_i L_i by parameter; undefined if no loss depends on it, only rows with [`TableRows`].
     pub sum: Vec<Tensor>,
-    /// At the representation: squares of the norms of the tasks' unweighted gradients, `[T]` float64.
+    /// With `Reference::Representation`: squared norms of the tasks' unweighted gradients, `[T]` float64.
     squares: Option<Tensor>,
-    /// At the last layer: by task, its unweighted gradients to that layer's weights.
+    /// With `Reference::LastLayer`: by task, its unweighted gradients at that layer's weights.
     own: Vec<Vec<Tensor>>,
 }
 
-/// The losses of one batch, and what they are multiplied by.
+/// The losses of one batch, and their factors.
 #[derive(Clone, Copy)]
 pub struct Weighted<'a> {
     /// By task.
     pub losses: &'a [Option<Tensor>],
     /// `[T]`
     pub weights: &'a Tensor,
-    /// A further factor of all, so that small gradients do not vanish in float16.
+    /// A further factor of all losses, so that small gradients do not underflow in float16.
     pub scale: Option<&'a Tensor>,
 }
 
-/// The losses of the tasks present, each with its number of `weights` `[T]`.
+/// The losses of the tasks present, each with its entry of `weights` `[T]`.
 fn with_weights<'a>(
     losses: &'a [Option<Tensor>],
     weights: &Tensor,
@@ -69,10 +69,10 @@ pub fn as_vector(losses: &[Option<Tensor>], device: Device) -> Tensor {
 }
 
 impl Backward<'_> {
-    /// All gradients, and with them the norms, are those of the losses times their scale, where there is one.
+    /// The backward pass. All gradients and norms include the factor `scale`, if there is one.
     ///
     /// # Errors
-    /// A task whose loss does not depend on the reference of its norm.
+    /// A task whose loss does not depend on the point where its norm is taken.
     pub fn pass(&self, shared: &Shared, rows: Option<&TableRows>, losses: Weighted) -> Result<Gradients> {
         let mut own: Vec<Vec<Tensor>> = self.tasks.iter().map(|_| Vec::new()).collect();
         let mut squares = None;
@@ -81,7 +81,7 @@ impl Backward<'_> {
             Some(Reference::LastLayer) => self.by_task(shared, &inputs, losses, &mut own)?,
             _ => self.at_once(shared, inputs, losses, &mut squares)?,
         };
-        // Passes by task go everywhere.
+        // Passes by task also compute gradients of frozen parameters.
         for &number in self.frozen {
             sum.get_mut(number).into_iter().for_each(|gradient| *gradient = Tensor::new());
         }
@@ -91,7 +91,7 @@ impl Backward<'_> {
         Ok(Gradients { sum, squares, own })
     }
 
-    /// One backward pass. The norms at the representation are read in passing, at the taps.
+    /// One backward pass for all tasks. Its gradients at the taps give the norms at the representation.
     fn at_once<'a>(
         &self,
         shared: &'a Shared,
@@ -128,13 +128,13 @@ impl Backward<'_> {
             self.ensure_path(task, &at_taps[tasks.len()])?;
             tasks.extend(shared.taps[task].iter().map(|_| task));
         }
-        // The taps have the gradient of w_i L_i.
+        // The gradients at the taps are those of w_i L_i.
         *squares = Some(squared_norms(&at_taps, &tasks, weights)?);
         Ok(gradients)
     }
 
-    /// A backward pass for each task down to the input of the last shared layer, and one for all below it. Their weighted sum is
-    /// the step's gradient, so that nothing is computed twice.
+    /// A backward pass per task down to the input of the last shared layer. The weighted sum of their gradients goes
+    /// further down in one pass, so that nothing is computed twice.
     fn by_task(
         &self,
         shared: &Shared,
@@ -145,7 +145,7 @@ impl Backward<'_> {
         let range = self.model.last_layer.clone();
         let (below, above) = parameters.split_at(range.start);
         let mut inputs = above.to_vec();
-        // Vectors that are not tuned lead nowhere.
+        // Inputs that come only from frozen vectors have no gradient.
         let cuts: Vec<&Tensor> = shared.cuts.iter().filter(|cut| cut.requires_grad()).collect();
         inputs.extend(&cuts);
         let weights = weights.to_kind(Kind::Float);
@@ -184,7 +184,7 @@ impl Backward<'_> {
 }
 
 impl Gradients {
-    /// Adds those of another part or batch.
+    /// Adds the gradients of another part or batch.
     pub fn merge(&mut self, other: Gradients) -> Result<()> {
         self.own.resize_with(other.own.len(), Vec::new);
         for (own, more) in self.own.iter_mut().zip(other.own) {
@@ -197,7 +197,7 @@ impl Gradients {
         accumulate(&mut self.sum, other.sum)
     }
 
-    /// 2-norms of the tasks' unweighted gradients at the reference that they were taken with, `[T]` float64, 0 for absent tasks.
+    /// 2-norms of the tasks' unweighted gradients at the reference, `[T]` float64, 0 for absent tasks.
     pub fn norms(&self, device: Device) -> Tensor {
         if let Some(squares) = &self.squares {
             return squares.sqrt();
@@ -210,7 +210,7 @@ impl Gradients {
     }
 }
 
-/// Makes gradients in 16 bits float32.
+/// Converts 16-bit gradients to float32.
 fn widen(gradients: &mut [Tensor]) -> Result<()> {
     let narrow: Vec<&mut Tensor> =
         gradients.iter_mut().filter(|g| g.defined() && matches!(g.kind(), Kind::Half | Kind::BFloat16)).collect();
@@ -224,8 +224,9 @@ fn widen(gradients: &mut [Tensor]) -> Result<()> {
     Ok(())
 }
 
-/// The gradients of the tasks' losses at the last layer's weights, one after the other, 0 for absent tasks: [T, n]. The graph
-/// stays as it was. `scale` multiplies losses on the way, so that small gradients do not vanish in float16.
+/// The gradients of the tasks' losses at the last layer's weights, flattened, 0 for absent tasks: [T, n]. The graph is
+/// kept. During the pass `scale` multiplies the losses, so that small gradients do not underflow in float16; the result
+/// is unscaled.
 pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>], scale: Option<&Tensor>) -> Result<Tensor> {
     let parameters = &model.inputs(None)[model.last_layer.clone()];
     let n: usize = parameters.iter().map(|parameter| parameter.numel()).sum();
@@ -245,7 +246,7 @@ pub fn at_last_layer(model: &Model, losses: &[Option<Tensor>], scale: Option<&Te
     Ok(scale.map_or(rows.shallow_clone(), |scale| rows / scale))
 }
 
-/// Adds gradients; those of heads that a batch did not need are undefined.
+/// Adds gradients; those of heads that a batch did not use are undefined.
 fn accumulate(sum: &mut Vec<Tensor>, more: Vec<Tensor>) -> Result<()> {
     if sum.is_empty() || more.is_empty() {
         sum.extend(more);

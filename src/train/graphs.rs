@@ -1,8 +1,8 @@
-//! Steps as CUDA graphs: one for each shape of a batch, over gathering it, forward, backward, clipping, update and average.
+//! Steps as CUDA graphs, one per batch shape: gathering the batch, forward, backward, clipping, update and average.
 //!
-//! A shape is recorded when it comes the second time. Before that, and where a step cannot be recorded, operators are called
-//! one by one: steps of several batches, steps whose weights follow from the losses of some of the tasks, steps that compare the
-//! tasks' gradients, and `lazy_rows`.
+//! A shape is recorded when it occurs the second time. Operators are called one by one before that, and for steps that
+//! cannot be recorded: those of several batches, with weights that depend on the losses while a task is absent, that
+//! compare the tasks' gradients, or with `lazy_rows`.
 
 use std::collections::HashMap;
 
@@ -16,18 +16,18 @@ use crate::data::BatchPlan;
 use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
 use crate::weighting::{Reference, Wants};
 
-/// Shapes that are recorded at most: a graph takes memory on host and device.
+/// The most shapes that are recorded, as a graph takes memory on host and device.
 const MOST: usize = 512;
 
 pub struct Graphs {
     how: How,
-    /// By shape; `None` where it was seen once.
+    /// By shape; `None` if it has occurred once.
     steps: HashMap<Vec<i64>, Option<Recorded>>,
     pool: GraphPool,
     recording: bool,
     /// The weights of the losses on the device, `[T]`.
     weights: Tensor,
-    /// What they were copied from. Strategies give new weights in another tensor.
+    /// The tensor that they were copied from. Strategies return new weights in a new tensor.
     given: Option<Tensor>,
 }
 
@@ -35,19 +35,19 @@ pub struct Graphs {
 enum How {
     Off,
     Replayed,
-    /// Computed again from what was kept, on any device: for tests.
+    /// Computed again from the recorded inputs, on any device: for tests.
     Computed,
 }
 
 struct Recorded {
     graph: Option<CudaGraph>,
-    /// What the device is told of a step: a batch, then [`rates`].
+    /// The step's numbers on the device: a batch, then [`rates`].
     numbers: Tensor,
     computed: Option<Computed>,
 }
 
 impl Graphs {
-    /// For `n_tasks` tasks; off where `on` is false or there is no CUDA.
+    /// For `n_tasks` tasks; off if `on` is false or there is no CUDA.
     pub fn new(on: bool, n_tasks: usize, device: Device) -> Self {
         Graphs {
             how: if on && device != Device::Cpu { How::Replayed } else { How::Off },
@@ -59,7 +59,7 @@ impl Graphs {
         }
     }
 
-    /// Everything as with CUDA, but that steps are computed again, not replayed.
+    /// As with CUDA, except that steps are computed again, not replayed.
     pub fn rehearsed(n_tasks: usize, device: Device) -> Self {
         Graphs { how: How::Computed, ..Graphs::new(false, n_tasks, device) }
     }
@@ -68,7 +68,7 @@ impl Graphs {
         !matches!(self.how, How::Off)
     }
 
-    /// Whether what is asked of the device now is recorded, not done.
+    /// Whether device work is now recorded instead of done.
     pub fn recording(&self) -> bool {
         self.recording
     }
@@ -80,7 +80,7 @@ impl Graphs {
 }
 
 impl Trainer<'_> {
-    /// Takes a step as a graph; `None` where it has to be computed.
+    /// Replays a step from a graph; `None` if it has to be computed instead.
     pub(super) fn recorded(
         &mut self,
         step: &Step,
@@ -89,7 +89,7 @@ impl Trainer<'_> {
     ) -> Result<Option<Computed>> {
         let [parts] = plans else { return Ok(None) };
         let [plan] = parts.as_slice() else { return Ok(None) };
-        // Which tasks are present is known to the host: weights that follow from the losses have no mask where all are.
+        // Only the host knows which tasks are present: weights that depend on the losses are recorded only if all are.
         let weighted = inputs.weights.is_some() || inputs.present.iter().all(|&present| present);
         if !self.graphs.on() || inputs.diagnose || inputs.rows.is_some() || !weighted {
             return Ok(None);
@@ -135,7 +135,7 @@ impl Trainer<'_> {
         again
     }
 
-    /// What two steps have in common that one graph can serve.
+    /// The key of a step's graph: what all steps that it serves have in common.
     fn shape(&self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
         let wants = match inputs.wants {
             Wants::Nothing => 0,
@@ -153,7 +153,7 @@ impl Trainer<'_> {
         if let How::Computed = self.graphs.how {
             return Ok(Recorded { graph: None, numbers, computed: None });
         }
-        // A lap would wait for the device.
+        // The timer waits for the device, which cannot be recorded.
         let timer = std::mem::take(&mut self.timer);
         let mut pool = std::mem::take(&mut self.graphs.pool);
         self.graphs.recording = true;
@@ -167,14 +167,14 @@ impl Trainer<'_> {
         Ok(Recorded { graph: Some(graph), numbers, computed: Some(computed) })
     }
 
-    /// What the device is told of a step.
+    /// The numbers that the device needs for a step.
     fn numbers(&self, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
         let mut numbers = self.train.numbers(plan);
         numbers.push(rates(inputs));
         numbers
     }
 
-    /// A step from what graphs read.
+    /// Computes a step from the memory that graphs read.
     fn compute_kept(&mut self, step: &Step, plan: &BatchPlan, numbers: &Tensor, inputs: &Inputs) -> Result<Computed> {
         let weights = self.graphs.weights.shallow_clone();
         let both = numbers.narrow(0, numbers.size()[0] - 1, 1).view_dtype(Kind::Float);
@@ -190,7 +190,7 @@ impl Trainer<'_> {
     }
 }
 
-/// The learning rate, and what new weights count in their average, float32 one after the other in memory.
+/// The learning rate and the factor of new weights in their average: two float32, one after the other in memory.
 fn rates(inputs: &Inputs) -> i64 {
     let bytes = |number: Number| (number.on_host().unwrap_or_default() as f32).to_ne_bytes();
     let (rate, share) = (bytes(inputs.learning_rate), bytes(inputs.share));

@@ -1,4 +1,4 @@
-//! The training loop: steps, evaluations, checkpoints, the end.
+//! The training loop: steps, evaluations, checkpoints, and when to stop.
 
 mod clip;
 mod compute;
@@ -43,7 +43,7 @@ pub struct Trainer<'a> {
     pub tasks: &'a [Task],
     pub model: &'a Model,
     pub optimizer: Optimizer,
-    /// Evaluated and kept in place of the weights.
+    /// The moving average of the weights, which is evaluated and kept in their place.
     pub average: Option<Ema>,
     /// For float16.
     pub loss_scale: Option<LossScale>,
@@ -54,11 +54,11 @@ pub struct Trainer<'a> {
     pub seed: Seed,
     pub timer: StepTimer,
     pub graphs: Graphs,
-    /// 1 on the device since a loss or a gradient was not finite: from then on no update happens.
+    /// 1 on the device once a loss or a gradient was not finite: from then on no update happens.
     pub halted: Tensor,
 }
 
-/// What is evaluated on the way, and where everything is kept.
+/// What is evaluated during training, and where results are saved.
 #[derive(Clone, Copy)]
 pub struct Course<'a> {
     pub dev: &'a DeviceSplit,
@@ -72,15 +72,15 @@ pub struct Step<'a> {
     pub n_steps: usize,
     /// Row numbers of its batches.
     pub batches: &'a [Vec<usize>],
-    /// Compare the tasks' gradients too.
+    /// Whether to compare the tasks' gradients too.
     pub diagnose: bool,
 }
 
-/// What the loop tells whoever watches.
+/// Receives the progress of training.
 pub trait Observer {
-    /// An epoch (from 1) starts or goes on after `done` of its `n_steps` steps.
+    /// An epoch (from 1) starts, or resumes after `done` of its `n_steps` steps.
     fn epoch_started(&mut self, epoch: usize, n_steps: usize, done: usize);
-    /// A step was taken; `losses` by task are means since the last log, when there are new ones.
+    /// A step was taken; `losses` are means by task since the last record, if there is a new one.
     fn step_taken(&mut self, n_tokens: i64, losses: Option<&[Option<f64>]>);
     fn epoch_ended(&mut self, epoch: usize, losses: &[Option<f64>], report: &Report, improved: bool);
 }
@@ -93,7 +93,7 @@ pub enum Outcome {
 }
 
 impl Trainer<'_> {
-    /// Batches of one step are consecutive ones of the plan.
+    /// A step takes consecutive batches of the plan.
     fn steps_per_epoch(&self) -> usize {
         self.sampler.n_batches().div_ceil(self.config.accumulate_steps)
     }
@@ -104,7 +104,7 @@ impl Trainer<'_> {
         self.config.max_steps.map_or(all, |limit| limit.min(all))
     }
 
-    /// Whether there is no step left, or no point in one.
+    /// Whether no step is left, or early stopping applies.
     fn is_over(&self, state: &State) -> bool {
         let patience = self.config.early_stopping.patience_epochs;
         state.step >= self.n_steps() || patience.is_some_and(|patience| state.epochs_without_gain >= patience)
@@ -128,7 +128,7 @@ impl Trainer<'_> {
         Ok(state)
     }
 
-    /// Trains from `state` to the end, or until `stop` is set, which is seen after each step.
+    /// Trains from `state` to the end, or until `stop` is set, which is checked after each step.
     ///
     /// # Errors
     /// A loss or gradient that is not finite, with step, task and rows named; files that cannot be written.
@@ -175,7 +175,7 @@ impl Trainer<'_> {
                 observer.step_taken(n_tokens, fresh.as_deref());
                 if epoch_ends {
                     let losses = state.epoch.means();
-                    // The last epoch may be cut short, and go on when the run is trained further.
+                    // The last epoch may be cut short, and continue when the run is trained further.
                     if state.step.is_multiple_of(per_epoch) {
                         state.epoch.reset();
                         self.weighting.epoch_ended();
@@ -197,7 +197,7 @@ impl Trainer<'_> {
         Ok(Outcome::Finished)
     }
 
-    /// Whether an epoch, or all, ends with `step` (from 0).
+    /// Whether an epoch or the whole run ends with `step` (from 0).
     fn ends_epoch(&self, step: usize) -> bool {
         (step + 1).is_multiple_of(self.steps_per_epoch()) || step + 1 == self.n_steps()
     }
@@ -258,7 +258,7 @@ impl Trainer<'_> {
         records.add("train", state.step, values)
     }
 
-    /// Scores the model on dev, keeps the checkpoints that it earned, and decides whether to go on.
+    /// Scores the model on dev, saves the last checkpoint and new best ones, and updates early stopping.
     fn evaluate(
         &mut self,
         state: &mut State,
@@ -267,7 +267,7 @@ impl Trainer<'_> {
         epoch: usize,
     ) -> Result<Report> {
         self.settle()?;
-        // Where there is an average, the best checkpoints are of it; the last one holds the weights and their average.
+        // The best checkpoints hold the average, if there is one; the last one holds the weights and their average.
         self.swap_average()?;
         let report = evaluate(self.model, dev, self.tasks)?;
         let mut values =
@@ -317,7 +317,7 @@ impl Trainer<'_> {
         self.average.as_mut().map_or(Ok(()), Ema::swap)
     }
 
-    /// Brings all weights and their averages up to date: within steps, rows of tables may wait.
+    /// Brings all weights and their averages up to date: between steps, updates of table rows may be deferred.
     pub fn settle(&mut self) -> Result<()> {
         self.optimizer.catch_up(None, self.average.as_mut())
     }
@@ -327,7 +327,7 @@ impl Trainer<'_> {
         let model = self.model.parameters.named();
         let state = State { weighting: self.weighting.save(), ..state.clone() };
         let mut about = serde_json::to_value(&state)?;
-        // As the best checkpoints have it.
+        // The same key as in the best checkpoints.
         about["epoch"] = json!(state.step.div_ceil(self.steps_per_epoch()));
         let mut moments = self.optimizer.state();
         moments.extend(self.average.iter().flat_map(Ema::state));
@@ -335,12 +335,12 @@ impl Trainer<'_> {
         checkpoint::save(&run.checkpoint("last"), &model, &moments, &about)
     }
 
-    /// That of `step` (from 0) in a run of `n_steps`.
+    /// The learning rate at `step` (from 0) of a run of `n_steps`.
     pub fn learning_rate(&self, step: usize, n_steps: usize) -> f64 {
         self.config.optimizer.learning_rate() * self.config.schedule.factor(step, n_steps)
     }
 
-    /// Says what a step that ran out of memory was about.
+    /// Adds the step's longest sentence to an error if memory ran out.
     fn out_of_memory(&self, error: anyhow::Error, batches: &[Vec<usize>]) -> anyhow::Error {
         let text = format!("{error:#}");
         let longest = batches.iter().flatten().copied().max_by_key(|&row| self.train.set.n_tokens(row));
@@ -356,7 +356,7 @@ impl Trainer<'_> {
         }
     }
 
-    /// Where a training row stands, without its folder.
+    /// The file, without its folder, and line of a training row.
     fn place(&self, row: usize) -> String {
         self.train.set.places.get(row).map_or("?".to_owned(), |place| {
             Place::new(Path::new(place.file.file_name().unwrap_or_default()), place.line).to_string()
@@ -378,7 +378,7 @@ impl Trainer<'_> {
     }
 }
 
-/// Norms of the gradients of the tasks that were present, and the cosine of each pair, from all products [T, T].
+/// The gradient norms of the tasks present, and the cosine of each pair, from all inner products [T, T].
 fn compared(tasks: &[Task], present: &[bool], gram: &Tensor) -> (Map<String, Value>, Map<String, Value>) {
     let present: Vec<usize> = (0..tasks.len()).filter(|&task| present[task]).collect();
     let product = |i: usize, j: usize| gram.double_value(&[i as i64, j as i64]);

@@ -1,4 +1,4 @@
-//! Where a run stands: everything of a checkpoint that is no tensor.
+//! The state of a run: everything of a checkpoint that is not a tensor.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use crate::evaluate::CheckpointScore;
 pub struct State {
     /// Steps done.
     pub step: usize,
-    /// The best on dev so far, and the step that had it.
+    /// The best score on dev so far, and its step.
     pub best: Option<CheckpointScore>,
     pub best_step: Option<usize>,
     pub best_by_task: Vec<Option<CheckpointScore>>,
@@ -29,8 +29,8 @@ impl State {
         State { best_by_task: vec![None; n_tasks], interval: sums.clone(), epoch: sums, ..State::default() }
     }
 
-    /// Notes what dev says, and the tasks that reached a new best. A lower loss alone is no gain, except where nothing is right
-    /// yet, as with spans in first epochs.
+    /// Records the scores on dev, and the tasks that reached a new best. A lower loss alone is no gain, except while
+    /// the score is 0, as for spans in the first epochs.
     pub fn judge(&mut self, merit: CheckpointScore, improved: bool, by_task: Vec<Option<CheckpointScore>>) {
         let gained = self.best.is_none_or(|best| merit.score > best.score || (merit.score == 0.0 && improved));
         self.epochs_without_gain = if gained { 0 } else { self.epochs_without_gain + 1 };
@@ -49,12 +49,12 @@ impl State {
 pub struct Sums {
     losses: Vec<(f64, u64)>,
     norms: (f64, u64),
-    /// Steps that float16 left out.
+    /// Steps that float16 skipped.
     pub left_out: u64,
 }
 
 impl Sums {
-    /// Adds a step; `losses` by task, without those that were absent, and no norm where float16 left it out.
+    /// Adds a step: `losses` by task, `None` if absent, and the norm, `None` if float16 skipped the step.
     pub fn add(&mut self, losses: &[Option<f64>], norm: Option<f64>) {
         for ((sum, n), loss) in self.losses.iter_mut().zip(losses) {
             *sum += loss.unwrap_or(0.0);

@@ -1,4 +1,4 @@
-//! One step: batches to losses, losses to gradients, gradients to an update; and the host's view of it, later.
+//! One step: batches to losses, losses to gradients, gradients to an update; the host reads the results later.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -11,22 +11,22 @@ use crate::libtorch::{Number, workers};
 use crate::task::{Task, TaskId};
 use crate::weighting::{Observed, Wants};
 
-/// Rows below which cutting a batch in parts costs more than it gains.
+/// The fewest rows per part: splitting a batch further costs more than it gains.
 const ROWS_A_WORKER: usize = 4;
 
-/// What steps left on the device, waiting to be read.
+/// Results of steps that are still on the device.
 pub struct Pending {
     steps: Vec<Waiting>,
     device: Device,
-    /// Weights of the last step, `[T]`, and which tasks it had.
+    /// Weights of the last step, `[T]`, and which tasks were present.
     pub weights: Option<(Tensor, Vec<bool>)>,
-    /// Of the last step that compared the tasks' gradients: which had it, and their products [T, T].
+    /// From the last step that compared the tasks' gradients: which were present, and the inner products [T, T].
     pub gram: Option<(Vec<bool>, Tensor)>,
 }
 
 struct Waiting {
     number: usize,
-    /// The losses of the tasks present, in order, then the gradient norm; -1 where float16 left the step out.
+    /// The losses of the tasks present, in order, then the gradient norm, which is -1 if float16 skipped the step.
     values: Tensor,
     present: Vec<bool>,
 }
@@ -43,18 +43,18 @@ impl Pending {
         Pending { steps: Vec::new(), device, weights: None, gram: None }
     }
 
-    /// On the CPU reading costs nothing; on CUDA it waits for the device, so that it is left to the log interval.
+    /// On the CPU reading costs nothing; on CUDA it waits for the device, so it is left to the log interval.
     pub fn should_drain(&self) -> bool {
         self.device == Device::Cpu
     }
 
-    /// Adds what is waiting to the sums of `state`.
+    /// Adds the waiting results to the sums of `state`.
     pub fn drain(&mut self, state: &mut State, tasks: &[Task]) -> Result<(), NotFinite> {
         let values: Vec<&Tensor> = self.steps.iter().map(|waiting| &waiting.values).collect();
         if values.is_empty() {
             return Ok(());
         }
-        // One copy from the device, whatever waits.
+        // One copy from the device for all waiting steps.
         let all = Vec::<f64>::try_from(Tensor::cat(&values, 0).to_kind(Kind::Double));
         let mut all = all.expect("invariant: a flat list of numbers").into_iter();
         for waiting in self.steps.drain(..) {
@@ -79,7 +79,7 @@ impl Pending {
 }
 
 impl Trainer<'_> {
-    /// Takes one step and returns its number of real tokens. Nothing here waits for the device.
+    /// Takes one step and returns its number of tokens without padding. Only recording a graph waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         self.timer.start();
         self.optimizer.begin(self.average.as_ref())?;
@@ -138,14 +138,14 @@ impl Trainer<'_> {
         Ok(parts().map(BatchPlan::n_tokens).sum())
     }
 
-    /// Whether the host tells which rows of tables a step reads. On CUDA the device finds them, but for `lazy_rows`: a recorded
-    /// step has no lists of changing length.
+    /// Whether the host determines which table rows a step reads. On CUDA the device does, because a recorded step has
+    /// no lists of changing length; except with `lazy_rows`.
     fn reads_rows(&self) -> bool {
         let on_cpu = self.model.parameters.device() == Device::Cpu && !self.graphs.on();
         on_cpu || self.optimizer.lazy_rows()
     }
 
-    /// A batch cut in as many parts as there are workers, unless it is small.
+    /// Splits a batch into one part per worker, or fewer if it is small.
     fn parts(&self, rows: &[usize]) -> Vec<BatchPlan> {
         let n = workers().min(rows.len() / ROWS_A_WORKER).max(1);
         (0..n).map(|i| self.train.plan(rows, rows.len() * i / n..rows.len() * (i + 1) / n)).collect()

@@ -1,10 +1,10 @@
-//! Where a step's time goes, for `bench`: on CUDA every lap waits for the device, which training never does.
+//! Times the parts of a step, for `bench`. On CUDA each measurement waits for the device, which training never does.
 
 use std::time::Instant;
 
 use tch::Device;
 
-/// What a step does, in order.
+/// The parts of a step that are timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// Gathering the batches.
@@ -16,7 +16,7 @@ pub enum Part {
     Update,
     /// The weighting strategy's own work.
     Weighting,
-    /// A recorded step, from forward to update.
+    /// A step replayed from a CUDA graph, from gathering the batch to the update.
     Graph,
 }
 
@@ -31,7 +31,7 @@ impl Part {
     ];
 }
 
-/// Seconds by part; nothing where nobody asks.
+/// Seconds by part; by default nothing is timed.
 #[derive(Default)]
 pub struct StepTimer(Option<Watch>);
 
@@ -52,7 +52,7 @@ impl StepTimer {
         }
     }
 
-    /// Adds the time since the last call to `part`.
+    /// Adds the time since the last [`Self::start`] or `end` to `part`.
     pub fn end(&mut self, part: Part) {
         let Some(watch) = &mut self.0 else { return };
         if let Device::Cuda(index) = watch.device {

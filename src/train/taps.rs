@@ -1,7 +1,7 @@
-//! How large each task's gradient is at what its heads read of the trunk: by operators, or by the kernels of
+//! The norm of each task's gradient at what its heads read of the trunk: by operators, or by the kernels of
 //! `src/libtorch/gradnorm.cu`.
 //!
-//! T tasks, K tensors, one or more a task.
+//! T tasks, K tensors, one or more per task.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -12,14 +12,14 @@ const SOURCE: &str = include_str!("../libtorch/gradnorm.cu");
 static SQUARES: Kernel = Kernel::new(SOURCE, "squares_of");
 static BY_TASK: Kernel = Kernel::new(SOURCE, "squares_by_task");
 
-/// Blocks of threads a tensor, and threads a block.
+/// Blocks per tensor, and threads per block.
 const PARTS: usize = 32;
 const BLOCK: usize = 256;
 
-/// Squares of the 2-norms of the tasks' gradients, `[T]` float64, 0 for those of no tensor. `gradients` are those of w_i L_i,
-/// `tasks` whose each is, and `weights` `[T]` float64 the w.
+/// Squared 2-norms of the tasks' gradients, `[T]` float64, 0 for tasks without a tensor. `gradients` are those of
+/// w_i L_i, `tasks` the task of each, and `weights` `[T]` float64 the w_i.
 pub fn squared_norms(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result<Tensor> {
-    // What the losses were multiplied by is float32.
+    // The losses were multiplied by float32 weights.
     let weights = &weights.to_kind(Kind::Float).to_kind(Kind::Double);
     let fits = gradients.len() <= LISTED / 2 && gradients.iter().all(|x| x.kind() == Kind::Float);
     let serve = |kernel: &Kernel| kernel.serves(weights.device());
@@ -39,7 +39,7 @@ fn by_operators(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Resu
 }
 
 fn by_kernels(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result<Tensor> {
-    // In whatever order, but each number once: a mean's gradient is one for many places.
+    // Any order of memory will do, but each element must lie there once: the gradient of a mean is an expanded tensor.
     let lies = |x: &Tensor| x.is_contiguous() || (x.dim() == 3 && x.transpose(0, 1).is_contiguous());
     let dense = |x: &Tensor| if lies(x) { x.shallow_clone() } else { x.contiguous() };
     let gradients: Vec<Tensor> = gradients.iter().map(dense).collect();

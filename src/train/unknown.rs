@@ -1,4 +1,4 @@
-//! Words seen once in training become the unknown token now and then, so that its embedding gets trained.
+//! Words that occur once in training are randomly read as the unknown token, so that its embedding is trained.
 //!
 //! Source: Lample 2016 ("Neural Architectures for Named Entity Recognition"), section 4.1, with probability 0.5.
 
@@ -8,14 +8,14 @@ use crate::data::EncodedSplit;
 use crate::libtorch::{Draws, bernoulli};
 
 pub struct UnknownWords {
-    /// True for tokens that the training set holds once, [vocabulary].
+    /// True for tokens that occur once in the training set, [vocabulary].
     singletons: Tensor,
     rate: f64,
     unknown: i64,
 }
 
 impl UnknownWords {
-    /// `None` when nothing is to be replaced.
+    /// `None` if nothing would be replaced.
     pub fn new(train: &EncodedSplit, n_tokens: usize, unknown: u32, rate: f64, device: Device) -> Option<Self> {
         let mut counts = vec![0u32; n_tokens];
         for &id in &train.token_ids {
