@@ -1,4 +1,4 @@
-//! `polytask check`: everything that can be known to be wrong, or odd, before training.
+//! `polytask check`: all errors and suspicious values that can be found before training.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::model::HeadConfig;
 use crate::problem::{InvalidInput, Problem, Severity, counted, shown};
 use crate::task::TaskId;
 
-/// Of each kind of finding, so many are shown without --all.
+/// Number of problems of each kind shown without --all.
 const SHOWN: usize = 5;
 
 pub fn run(args: &CheckArgs) -> Result<End> {
@@ -80,14 +80,14 @@ pub fn run(args: &CheckArgs) -> Result<End> {
     Ok(if n_errors == 0 { End::Done } else { End::Invalid })
 }
 
-/// What messages of one kind share: all but names, numbers and places.
+/// The kind of a message: its text without names, numbers and places.
 fn kind_of(message: &str) -> String {
     let message = message.split('(').next().unwrap_or(message);
     let outside_quotes = message.split('`').step_by(2);
     outside_quotes.flat_map(str::chars).filter(|c| !c.is_ascii_digit()).collect()
 }
 
-/// Sentences, words and lengths of every split, and how many rows carry labels for which task.
+/// Sentences, words and lengths of every split, and the number of labelled rows per task.
 fn sizes(corpus: &Corpus) -> comfy_table::Table {
     let mut out = table(&["set", "split", "sentences", "words", "median length", "longest", "rows with labels"], 2);
     for set in &corpus.sets {
@@ -119,7 +119,7 @@ fn n_labelled(set: &LoadedSet, rows: &Rows, column: usize) -> usize {
     (0..rows.len()).filter(|&row| set.labels_of(rows, column, row).is_some()).count()
 }
 
-/// Does what training does before its first step, and returns what of it is odd.
+/// Does what training does before its first step, and returns warnings.
 fn begin(
     experiment: &Experiment,
     corpus: &Corpus,
@@ -137,7 +137,7 @@ fn begin(
     }
 }
 
-/// Share of words that become unknown tokens in dev and test.
+/// Share of words with an unknown token in each split.
 fn unknown_words(tokenizer: &Tokenizer, corpus: &Corpus) -> Result<comfy_table::Table> {
     let mut out = table(&["set", "split", "unknown words (%)", "most frequent"], 2);
     for set in &corpus.sets {
@@ -164,7 +164,7 @@ fn unknown_words(tokenizer: &Tokenizer, corpus: &Corpus) -> Result<comfy_table::
     Ok(out)
 }
 
-/// How often each label, or type of span, stands in each split.
+/// Counts of each label, or span type, in each split.
 fn label_counts(task: TaskId, (name, head): (&str, &HeadConfig), corpus: &Corpus, all: bool) -> comfy_table::Table {
     let kind = head.kind();
     let named = head.labels().into_iter().flatten().map(|label| (label.as_str(), [0; 3]));

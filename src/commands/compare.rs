@@ -1,4 +1,4 @@
-//! `polytask compare`: runs, or the runs of studies, side by side, and against each task alone.
+//! `polytask compare`: runs, or the runs of studies, side by side, and against single-task runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -17,7 +17,7 @@ use crate::config::{Experiment, is_tag};
 use crate::problem::invalid;
 use crate::run::RunDirectory;
 
-/// A study's list of its runs, [`Planned`] each.
+/// The list of a study's runs, one [`Planned`] each.
 pub const PLAN: &str = "plan.json";
 
 #[derive(Serialize, Deserialize)]
@@ -28,10 +28,10 @@ pub struct Planned {
     pub variant: String,
 }
 
-/// A run with its place, for its curves.
+/// A run with its directory, which holds its curves.
 struct Found {
     run: Run,
-    /// What the rows are known by that each task is scored on, if the run says so.
+    /// For each task, the fingerprint of the rows that it is scored on, if the run recorded it.
     scored_on: Vec<Option<String>>,
     path: PathBuf,
     /// The study's folder, or the experiment's name.
@@ -43,7 +43,7 @@ pub fn run(args: &CompareArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Prints the tables, or all of it as JSON, and writes the page where one is wished.
+/// Prints the comparison as tables or JSON, and writes an HTML page if `html` is given.
 pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
     let page = html.map(|path| output(path, &[])).transpose()?;
     let found = find(paths)?;
@@ -94,7 +94,7 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
 }
 
 fn name_of(path: &Path) -> String {
-    // `.` and `..` have names too.
+    // Resolves `.` and `..`, which have no name.
     let path = path.canonicalize().unwrap_or(path.to_owned());
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
@@ -102,7 +102,7 @@ fn name_of(path: &Path) -> String {
 /// The finished runs in run directories and studies.
 fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     let mut found = Vec::new();
-    // A study goes by its folder's name, unless another one has that too.
+    // A study is named after its folder, or by its path if two folders have the same name.
     let known_as = |path: &PathBuf| match paths.iter().filter(|other| name_of(other) == name_of(path)).count() {
         1 => name_of(path),
         _ => path.display().to_string(),
@@ -148,7 +148,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
     }
 }
 
-/// Scores on different rows say nothing of each other.
+/// Warns if a task is scored on different rows, since such scores are not comparable.
 fn warn_of_other_data(found: &[Found]) {
     let mut first: BTreeMap<&str, (&str, &Path)> = BTreeMap::new();
     let mut told = BTreeSet::new();
@@ -166,11 +166,12 @@ fn warn_of_other_data(found: &[Found]) {
     }
 }
 
-/// Tells runs of one label that no study holds together apart by what differs in them, or where that is much by their paths.
+/// Sets the variant of runs outside studies: the settings that differ between runs with the same label, or if these are
+/// more than three, the path of the first run with the same settings.
 fn tell_settings(found: &mut [Found]) {
     let bare: Vec<usize> = (0..found.len()).filter(|&i| found[i].run.study.is_none()).collect();
     for &i in &bare {
-        // Strategies of other experiments are told apart by the name, tasks alone are not.
+        // The experiment's name distinguishes multi-task runs, but not single-task runs.
         let is_like = |other: &&Found| {
             let Found { run, source, .. } = &found[i];
             other.run.label == run.label && (run.is_twin() || other.source == *source)
@@ -186,8 +187,9 @@ fn tell_settings(found: &mut [Found]) {
     }
 }
 
-/// Strategies of experiments with different names, of different studies, or of one seed twice, are not one strategy: their
-/// labels get the source, or the run, in front. Tasks alone keep theirs: they are told apart by their study.
+/// Keeps multi-task runs from being grouped as one strategy if they come from several experiments or studies, or have
+/// the same seed: their labels are prefixed with the source, or with the run's name. Single-task runs keep their
+/// labels, since their study distinguishes them.
 fn tell_apart(found: &mut [Found]) {
     let several = found.windows(2).any(|pair| pair[0].source != pair[1].source);
     let key = |run: &Run| {
@@ -209,7 +211,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
     let split_of = |i: usize| if finished.score("test", i).is_some() { "test" } else { "dev" };
     let scored_on = |i: usize| finished.rows.get(split_of(i))?.get(i).cloned();
     let task = |(i, name): (usize, &String)| {
-        // A task without rows in test is compared on dev, in its twin as here; one without any is not.
+        // A task without a test score is compared on dev, as is its single-task run; one without either is left out.
         let score = finished.best_known(i)?;
         let task = RunTask {
             name: name.clone(),
@@ -251,7 +253,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
 /// Sums and counts by step.
 type Sums = BTreeMap<u64, (f64, u32)>;
 
-/// The curves of the chosen runs with the largest share of the data: mean over seeds of losses, scores and weights.
+/// The curves of losses, scores and weights, mean over seeds, of the chosen runs with the largest data fraction.
 fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     let groups = || comparison.groups.iter().chain(&comparison.twins);
     let largest = groups().map(|group| group.fraction).fold(0.0, f64::max);
@@ -265,7 +267,7 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     };
     let strategies = comparison.groups.iter().map(|group| (group, group.name()));
     let all = strategies.chain(comparison.twins.iter().map(|twin| (twin, named(twin))));
-    // By title and label.
+    // Title, label and sums of each curve.
     let mut curves: Vec<(String, String, Sums)> = Vec::new();
     for (group, label) in all.filter(|(group, _)| group.fraction == largest) {
         let chosen = found.iter().filter(|found| {
@@ -294,7 +296,7 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     }
     let mut charts: Vec<Chart> = Vec::new();
     for (title, label, mut sums) in curves {
-        // Not of those seeds alone that went on.
+        // Only steps that all seeds reached.
         let n_runs = sums.values().map(|(_, n)| *n).max().unwrap_or(0);
         sums.retain(|_, (_, n)| *n == n_runs);
         let points = sums.into_iter().map(|(step, (sum, n))| (step as f64, sum / f64::from(n))).collect();
@@ -307,7 +309,7 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
     Ok(charts)
 }
 
-/// What one record says, by the title of its chart.
+/// The values in one record, each with the title of its chart.
 fn points(record: &Value, tasks: &[RunTask]) -> Vec<(String, f64)> {
     let mut points = Vec::new();
     let mut add = |title: String, value: &Value| points.extend(value.as_f64().map(|value| (title, value)));

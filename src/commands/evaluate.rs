@@ -50,7 +50,7 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     }
     if args.json {
         let content = json!({
-            // An exported model says which one it was made of.
+            // An exported model records the checkpoint that it was made from.
             "checkpoint": trained.about["checkpoint"].as_str().unwrap_or(&args.checkpoint),
             "epoch": trained.about["epoch"],
             "split": split.name(),
@@ -66,7 +66,7 @@ pub fn run(args: &EvaluateArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// What puts a file in the place of a split.
+/// The overrides that replace a split by a file.
 fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec<String>> {
     let sets: Vec<&str> = experiment.data.sets.keys().map(String::as_str).collect();
     let [set] = sets.as_slice() else {
@@ -81,7 +81,7 @@ fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec
             "--input can replace dev or test, but not train, from which rows are split off and sampled",
         ));
     }
-    // A path of JSON may end in a pointer.
+    // The path of a JSON file may end in `#` and a JSON pointer.
     if !file.exists() && !file.to_string_lossy().contains('#') {
         return Err(invalid(format!("{}: no such file", file.display())));
     }
@@ -91,15 +91,15 @@ fn in_place_of(experiment: &Experiment, split: Split, file: &Path) -> Result<Vec
     Ok([given].into_iter().chain(cut).collect())
 }
 
-/// A JSON object a sentence, in the data's order: where it stands, its words, and by task what is right, where the data says so,
-/// and what the model says.
+/// Writes one JSON object per sentence, in the data's order: its place, its words and, by task, the gold labels if it
+/// has any and the predicted labels with their scores.
 fn write_predictions(
     out: &mut impl Write,
     trained: &Trained,
     (corpus, split): (&Corpus, Split),
     data: &DeviceSplit,
 ) -> Result<()> {
-    // Labels that the model does not know have a name all the same.
+    // Includes labels of the data that the model does not know.
     let named = |(i, task): (usize, &Task)| Task {
         labels: [&task.labels, data.set.unseen_labels(TaskId(i))].concat(),
         ..task.clone()
@@ -113,7 +113,7 @@ fn write_predictions(
             ("words".to_owned(), json!(words)),
         ]);
         for (i, (task, decoded)) in tasks.iter().zip(decoded).enumerate() {
-            // As they are: tags that break their scheme stay so, where the data is in BIO itself.
+            // BIO tags are written unchanged, even where they violate the scheme.
             let written = |ids: &[usize]| -> Value {
                 let names: Vec<&String> = ids.iter().map(|&id| &task.labels[id]).collect();
                 match task.kind {
@@ -125,7 +125,7 @@ fn write_predictions(
             let (mut entry, predicted) = (Map::new(), written(&decoded.labels));
             if let Some(gold) = data.set.gold(TaskId(i), number) {
                 let gold: Vec<usize> = gold.iter().map(|&id| id as usize).collect();
-                // As sentence accuracy counts; tags that stand for the same spans are written alike, whatever they are.
+                // As in sentence accuracy, by label ids: different tags of the same spans may be written alike.
                 entry.insert("right".to_owned(), json!(gold == decoded.labels));
                 entry.insert("gold".to_owned(), written(&gold));
             }

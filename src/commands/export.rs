@@ -1,4 +1,4 @@
-//! `polytask export`: a trained run as files that others load, checked before they are kept.
+//! `polytask export`: a trained run as files for other programs, verified before they are kept.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -58,7 +58,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
         None => serde_json::from_value(trained.about["dev"].clone()).ok(),
     };
     let (dev, report) = (dev.as_ref(), report.as_ref());
-    // Built under another name beside its place; dropped, and so removed, when anything fails.
+    // Built in a temporary folder next to `out`, which is removed on drop if anything fails.
     let partial = tempfile::Builder::new().prefix(".partial-").tempdir_in(folder);
     let partial = partial.map_err(|error| invalid(format!("{} cannot be written: {error}", out.display())))?;
     let unfinished = atomic::Unfinished::new(partial.path());
@@ -76,7 +76,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
             None
         }
     };
-    // From here on it holds the folder that was there before.
+    // If `out` is a folder, the temporary folder holds it during the swap: a signal must not remove it then.
     let unfinished = Some(unfinished).filter(|_| !out.is_dir());
     put_in_place(&built, out, partial)?;
     drop(unfinished);
@@ -98,7 +98,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Refuses to replace a folder that no export wrote, whatever `--force` says.
+/// Fails if `out` exists and `--force` is not given, or if it is a folder that `export` did not write.
 fn may_write(args: &ExportArgs) -> Result<()> {
     let out = &args.out;
     if !out.exists() {
@@ -119,10 +119,11 @@ fn may_write(args: &ExportArgs) -> Result<()> {
     Ok(())
 }
 
-/// Stands in every exported folder.
+/// A file that every exported folder contains.
 const MARKER: &str = "polytask.json";
 
-/// Renames `built` to `out`. A file takes the place of a file at once; of folders the old one goes when the new one stands.
+/// Renames `built` to `out`. A file is replaced atomically; a folder is moved into `partial` first, and moved back if
+/// the rename fails.
 fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<()> {
     let name = || format!("{} could not be written", out.display());
     if !out.is_dir() {
@@ -140,7 +141,7 @@ fn put_in_place(built: &Path, out: &Path, partial: tempfile::TempDir) -> Result<
     Ok(())
 }
 
-/// The dev data, which tells scores; an export does without.
+/// The dev data, for scores; `None` if it is empty or cannot be read, since an export can do without.
 fn dev(trained: &Trained) -> Result<Option<DeviceSplit>> {
     match prepare::corpus_of(&trained.experiment, Split::Dev) {
         Ok(corpus) => {
@@ -154,10 +155,10 @@ fn dev(trained: &Trained) -> Result<Option<DeviceSplit>> {
     }
 }
 
-/// Sentences of 1 to 48 words to check an export by: the model's own tokens, and every other one of two of them.
+/// Artificial sentences of 1 to 48 words to verify an export with; a word is one vocabulary token, or two joined.
 fn made_up(trained: &Trained) -> Result<DeviceSplit> {
     let tokenizer = &trained.tokenizer;
-    // What stands for padding and for the unknown is cut out of words.
+    // The tokenizer would split the padding and unknown tokens off a word.
     let special = |id: usize| id == tokenizer.padding as usize || id == tokenizer.unknown as usize;
     let tokens =
         tokenizer.vocabulary().into_iter().enumerate().filter(|(id, token)| !special(*id) && !token.is_empty());
@@ -178,18 +179,18 @@ struct Content<'a> {
     trained: &'a Trained,
     dev: Option<&'a DeviceSplit>,
     made_up: &'a DeviceSplit,
-    /// On dev: now, or when the checkpoint was kept.
+    /// On dev, computed now or stored with the checkpoint.
     report: Option<&'a Report>,
     dtype: Dtype,
 }
 
 impl Content<'_> {
-    /// What an export is checked by.
+    /// The sentences that an export is verified with.
     fn sentences(&self) -> &DeviceSplit {
         self.dev.unwrap_or(self.made_up)
     }
 
-    /// Those that a server can be sent.
+    /// Sentences whose words are all single tokens, which a Triton server can process.
     fn sentences_of_whole_words(&self) -> Result<&DeviceSplit> {
         let whole = |data: &&DeviceSplit| data.set.first_tokens.is_none();
         if !whole(&self.sentences()) {
@@ -249,7 +250,7 @@ impl Content<'_> {
         Ok(FILES.into_iter().zip(texts).collect())
     }
 
-    /// Writes one file, has it checked by a process of its own, and scores it on dev where that is at hand.
+    /// Writes one file, verifies it in a separate process, and scores it on dev if available.
     fn torchscript(&self, file: &Path) -> Result<(f64, Option<Vec<Vec<Score>>>)> {
         let (model, tasks) = (&self.trained.model, &self.trained.tasks);
         let module = export::build(model, tasks, self.dtype, Output::Dictionary)?;
@@ -274,11 +275,11 @@ impl Content<'_> {
         Ok((off, scores))
     }
 
-    /// One ONNX file with the texts of [`FILES`] among its metadata.
+    /// Writes one ONNX file, with the texts of [`FILES`] in its metadata.
     fn onnx(&self, file: &Path) -> Result<()> {
         let trained = self.trained;
         let pieces = match trained.experiment.tokenizer {
-            // Whether words are cut is known by trying: a file's rules may, and words may hold spaces.
+            // Found by encoding: a tokenizer file's rules may split words, and so may spaces in words.
             TokenizerConfig::Word(_) | TokenizerConfig::File(_) => {
                 [self.sentences(), self.made_up].iter().any(|data| data.set.first_tokens.is_some())
             }
@@ -288,7 +289,7 @@ impl Content<'_> {
         atomic::write(file, &graph.into_bytes(&self.files()?))
     }
 
-    /// Weights under PyTorch's names, tokenizer and configuration in a folder.
+    /// Writes a folder with the weights under PyTorch's names, the tokenizer and the configuration.
     fn safetensors(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir(folder)?;
         let kind = self.dtype.kind();
@@ -322,7 +323,7 @@ impl Content<'_> {
         Ok(())
     }
 
-    /// A model repository for Triton's PyTorch backend, with the checked file in its tuple form.
+    /// Writes a model repository for Triton's PyTorch backend, with a module that returns a tuple.
     fn triton(&self, folder: &Path) -> Result<(f64, Option<Vec<Vec<Score>>>)> {
         let tasks = &self.trained.tasks;
         let name = &self.trained.experiment.name;
@@ -335,7 +336,7 @@ impl Content<'_> {
         let module = export::build(&self.trained.model, tasks, self.dtype, Output::Tuple)?;
         let file = version.join("model.pt");
         module.save(&file, &self.files()?)?;
-        // The server's form, read back and run.
+        // The tuple form is read back and verified as well.
         let cases = Cases::new(&self.trained.model, self.sentences_of_whole_words()?, tasks);
         cases.check(&exported_file::open(&file)?.module, tasks, self.dtype)?;
         std::fs::write(folder.join(MARKER), &self.files()?[0].1)?;
@@ -363,7 +364,7 @@ fn scores_table(report: &Report, exported: &[Vec<Score>], dtype: Dtype) -> comfy
     out
 }
 
-/// The check in a process of its own: prints the largest relative difference.
+/// `polytask verify-export`, the verification in a separate process: prints the largest relative difference of logits.
 pub fn verify(args: &VerifyArgs) -> Result<End> {
     let exported = exported_file::open(&args.model)?;
     let tasks: Vec<Task> = serde_json::from_str(&exported.files[2])?;

@@ -1,8 +1,7 @@
-//! `polytask find-lr`: the loss while the learning rate rises, and the rate that it suggests (Smith 2017, "Cyclical Learning
-//! Rates", arXiv 1506.01186, section 3.3).
+//! `polytask find-lr`: learning rate range test (Smith 2017, "Cyclical Learning Rates", arXiv 1506.01186, section 3.3).
 //!
-//! The loss is smoothed with a decay of 0.9, corrected for its start. The suggestion is the rate at which it falls fastest
-//! against the logarithm of the rate, before its lowest point.
+//! The loss is an exponential moving average with decay 0.9 and bias correction. The suggestion is the rate at which it
+//! falls fastest against the logarithm of the rate, before its minimum.
 
 use std::io::Write;
 
@@ -18,10 +17,10 @@ use crate::optim::{RangeConfig, ScheduleConfig};
 use crate::problem::invalid;
 use crate::train::{Pending, State, Step, TrainingConfig};
 
-/// The test ends when the loss is so many times its lowest.
+/// The test ends when the loss exceeds this multiple of its minimum.
 const DIVERGED: f64 = 4.0;
 
-/// A loss whose lowest is not below this part of its first may have fallen by chance.
+/// A loss whose minimum is above this fraction of its first value may have fallen by chance.
 const FELL: f64 = 0.9;
 
 /// A step's learning rate and the sum of the tasks' smoothed losses.
@@ -71,7 +70,7 @@ pub fn run(args: &FindLrArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Trains with a rate that rises at every step, until the loss runs away.
+/// Trains with a rate that rises at every step, until the loss diverges or the steps are done.
 fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     let (device, _) = prepare::machine(&args.machine)?;
     let rehearsal = Rehearsal::new(experiment, device)?;
@@ -96,7 +95,7 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
         let mut state = State::new(tasks.len());
         trainer.take(&Step { number, n_steps, batches, diagnose: false }, &mut pending)?;
         if let Err(diverged) = pending.drain(&mut state, tasks) {
-            // Later on it is the end of the curve.
+            // At a later step it ends the curve.
             if points.is_empty() {
                 let rate = args.from * config.schedule.factor(number, n_steps);
                 bail!(
@@ -107,13 +106,13 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
             }
             break;
         }
-        // Each task apart, so that tasks that come in turn do not look like a rise and a fall.
+        // Averaged per task, so that alternating tasks do not look like a rising and falling loss.
         for ((average, n), loss) in averages.iter_mut().zip(state.interval.means()) {
             let Some(loss) = loss else { continue };
             *average = 0.9 * *average + 0.1 * loss;
             *n += 1;
         }
-        // The sum is of one kind from where every task has come.
+        // Sums are comparable only once every task has a loss.
         if averages.iter().any(|(_, n)| *n == 0) {
             continue;
         }
@@ -131,24 +130,25 @@ fn measure(args: &FindLrArgs, experiment: Experiment) -> Result<Vec<Point>> {
     Ok(points)
 }
 
-/// Steps over a decade of rates: the smoothed loss is that of about ten steps.
+/// Minimum number of steps per decade of rates: the smoothed loss averages about ten steps.
 const LEAST_PER_DECADE: f64 = 20.0;
 
-/// The rates over which a slope is taken: a decade. The slopes of shorter stretches are those of the batches that they have.
+/// Ratio of the rates at the ends of a stretch over which a slope is fitted: a decade. Over shorter stretches,
+/// differences between batches dominate the slope.
 const STRETCH: f64 = 10.0;
 
-/// The middle of the stretch of rates over which the loss falls most steeply (by least squares over the logarithm of the rate),
-/// before its lowest point.
+/// The geometric mean of the rates in the stretch over which the loss falls most steeply (least squares against the
+/// logarithm of the rate), before its minimum.
 fn suggestion(points: &[Point]) -> Option<f64> {
     let lowest = (0..points.len()).min_by(|&a, &b| points[a].1.total_cmp(&points[b].1))?;
-    // The first steps' mean is over too few to tell a slope.
+    // The moving average covers too few of the first steps for a slope.
     let first = (points.len() / 20).max(5);
     if points.get(first)?.1 * FELL < points[lowest].1 {
         return None;
     }
     let stretch_from = |start: usize| {
         let end = start + points[start..=lowest].partition_point(|(rate, _)| *rate <= STRETCH * points[start].0);
-        // One that the lowest point cuts off is none, unless all are.
+        // Stretches that the minimum cuts off are skipped, except the first: if it is cut off, so are all.
         (start == first || end <= lowest).then(|| &points[start..end])
     };
     let fitted = (first..lowest).filter_map(stretch_from).filter_map(|stretch| {
@@ -163,7 +163,7 @@ fn suggestion(points: &[Point]) -> Option<f64> {
     (slope < 0.0).then_some(middle)
 }
 
-/// About twenty of the points, with bars.
+/// A table of about twenty points, with bars.
 fn curve(points: &[Point]) -> comfy_table::Table {
     let mut out = table::table(&["learning rate", "loss", ""], 0);
     let top = points.iter().map(|(_, loss)| *loss).fold(0.0, f64::max).max(f64::MIN_POSITIVE);

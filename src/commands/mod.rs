@@ -1,4 +1,4 @@
-//! The composition root: one file a verb. What is printed is printed here.
+//! The composition root: one module per command. All output is printed here.
 
 mod bench;
 mod check;
@@ -33,7 +33,7 @@ use shared::{
     signals, table,
 };
 
-/// How a command that did not fail came to its end.
+/// The outcome of a command that did not fail.
 pub enum End {
     Done,
     /// `check` found errors; they are printed.
@@ -42,8 +42,8 @@ pub enum End {
     Interrupted,
 }
 
-/// Runs the command line. Exit codes: 0 done; 1 the run failed; 2 the command line, the experiment or the data is wrong;
-/// 130 interrupted, everything saved.
+/// Runs the command line. Exit codes: 0 done; 1 the run failed; 2 the command line, the experiment or the data is
+/// wrong; 130 interrupted, everything saved.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let level = match (cli.quiet, cli.verbose) {
@@ -59,14 +59,14 @@ pub fn main() -> ExitCode {
         level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
     });
     logger.init();
-    // A panic of libtorch's is reported as any other error.
+    // Panics from libtorch are reported like other errors.
     std::panic::set_hook(Box::new(|panic| log::debug!("{panic}")));
     match caught(|| run(&cli.command)) {
         Ok(End::Done) => ExitCode::SUCCESS,
         Ok(End::Invalid) => ExitCode::from(2),
         Ok(End::Interrupted) => ExitCode::from(130),
         Err(error) => {
-            // A reader that has seen enough, such as `head`, is no failure.
+            // A reader that closes the pipe early, such as `head`, is not a failure.
             let broken_pipe = error.chain().any(|cause| {
                 cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
             });
@@ -106,7 +106,7 @@ fn run(command: &Command) -> Result<End> {
     }
 }
 
-/// The file that a command writes its result to, before the work begins; not one of those that it reads.
+/// Opens a command's output file before the work begins; it must not be one of the files that the command reads.
 fn output(path: &Path, read: &[&Path]) -> Result<Partial> {
     let same =
         |other: &&Path| path.canonicalize().is_ok_and(|path| other.canonicalize().is_ok_and(|other| path == other));
@@ -119,7 +119,7 @@ fn output(path: &Path, read: &[&Path]) -> Result<Partial> {
     Partial::new(path).map_err(|error| invalid(format!("{} cannot be written: {error}", path.display())))
 }
 
-/// Prints a result. A reader that is gone is an error, which [`main`] takes for a good end.
+/// Prints a result. A closed pipe is an error, which [`main`] treats as success.
 fn say(text: impl Display) -> Result<()> {
     writeln!(std::io::stdout().lock(), "{text}").context("standard output")
 }

@@ -20,7 +20,7 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
     let mut rows = Vec::new();
     list(&schema, "", 0, &mut rows);
     if let Some(path) = &args.path {
-        // `tasks.intent` is found as `tasks.NAME`.
+        // `tasks.intent` matches `tasks.NAME`.
         let wanted: Vec<&str> = path.split('.').collect();
         rows.retain(|row| {
             let mut keys = row.path.split('.');
@@ -41,9 +41,9 @@ pub fn run(args: &OptionsArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Columns of the listing at most.
+/// Maximum width of the listing, in columns.
 const WIDTH: u16 = 120;
-/// Stands for the keys of a mapping that may have any.
+/// Placeholder for the keys of a mapping with arbitrary keys.
 const NAME: &str = "NAME";
 
 /// A line of the listing.
@@ -66,7 +66,7 @@ impl Row {
     }
 }
 
-/// What a value may be: the keys of a mapping with all below them, the items of a list, kinds, words.
+/// Lists what a value may be: the keys of a mapping with their values, the items of a list, kinds, words.
 fn list(schema: &Value, path: &str, depth: usize, rows: &mut Vec<Row>) {
     for (key, inner) in keys(schema) {
         let path = join(path, key);
@@ -82,7 +82,7 @@ fn list(schema: &Value, path: &str, depth: usize, rows: &mut Vec<Row>) {
             rows.push(Row::new(path, depth, word.to_owned(), choice));
         } else if let Some((tag, kind)) = tag(choice) {
             rows.push(Row::new(path, depth, format!("{tag}: {}", kind["const"].as_str().unwrap_or_default()), kind));
-            // Kinds with the same keys stand together above them.
+            // Consecutive kinds with the same keys share one list of these keys.
             if choices.get(i + 1).is_none_or(|next| keys(next) != keys(choice)) {
                 list(choice, path, depth + 1, rows);
             }
@@ -96,12 +96,12 @@ fn properties(schema: &Value) -> impl Iterator<Item = (&str, &Value)> {
     schema["properties"].as_object().into_iter().flatten().map(|(key, inner)| (key.as_str(), inner))
 }
 
-/// The key that names a kind.
+/// The key that names the kind of a mapping, with its schema.
 fn tag(schema: &Value) -> Option<(&str, &Value)> {
     properties(schema).find(|(_, inner)| inner["const"].is_string())
 }
 
-/// The other keys, with [`NAME`] where any may stand.
+/// The other keys, with [`NAME`] for arbitrary ones.
 fn keys(schema: &Value) -> Vec<(&str, &Value)> {
     let named = Some((NAME, &schema["additionalProperties"])).filter(|(_, inner)| inner.is_object());
     properties(schema).filter(|(_, inner)| !inner["const"].is_string()).chain(named).collect()

@@ -1,4 +1,4 @@
-//! `polytask predict`: sentences in, labels out, in order, as they come.
+//! `polytask predict`: labels a stream of sentences in order, as they arrive.
 
 mod conll;
 
@@ -25,7 +25,7 @@ use crate::problem::{InvalidInput, Place, Problem, counted, invalid};
 use crate::run::atomic::Partial;
 use crate::task::{Task, TaskKind};
 
-/// Sentences that are labelled together at most: enough to batch by length, few enough to keep a pipe flowing.
+/// Maximum number of sentences labelled together: enough to batch by length, few enough to keep a pipe flowing.
 const WINDOW: usize = 2048;
 
 /// One sentence of the input.
@@ -33,17 +33,17 @@ struct Sentence {
     text: String,
     /// Byte ranges of its words.
     words: Vec<(usize, usize)>,
-    /// What else its JSON line holds, which is handed on.
+    /// The other keys of its JSON line, which are copied to the output.
     rest: Map<String, Value>,
-    /// Of a CoNLL file, its lines.
+    /// Its lines, if the input is CoNLL.
     lines: Vec<conll::Written>,
 }
 
-/// What is read at once, with the number of its first line: a line, or in a CoNLL file those of a sentence.
+/// One unit of input, with the number of its first line: a line, or in CoNLL the lines of a sentence.
 type Unit = (usize, Vec<u8>);
 
 pub fn run(args: &PredictArgs) -> Result<End> {
-    // `-` is what is meant without a file.
+    // `-` means standard input or output, as when no file is given.
     let file = |path: &Option<PathBuf>| path.clone().filter(|path| path != Path::new("-"));
     let args = &PredictArgs { input: file(&args.input), output: file(&args.output), ..args.clone() };
     let format = format_of(args)?;
@@ -58,7 +58,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
     };
     let stop = stop_flag("stopping after this batch");
     let read: Vec<&Path> = args.input.as_deref().into_iter().chain([args.run.as_path()]).collect();
-    // A file appears whole under its name, or not at all.
+    // The output file appears complete or not at all.
     let mut file = args.output.as_deref().map(|path| output(path, &read)).transpose()?;
     let trained = saved_model::open(&args.run, &args.checkpoint, device)?;
     let conllu = extension(args) == Some("conllu");
@@ -73,7 +73,7 @@ pub fn run(args: &PredictArgs) -> Result<End> {
         let units = read_units(source, layout.is_some());
         let mut n_done = 0;
         while let Some(window) = next_window(&units, &stop)? {
-            // What stands before a broken line is told all the same.
+            // Sentences before an invalid line are still labelled.
             let mut broken = None;
             let sentences = window.iter().map(|unit| sentence(unit, (format, layout.as_ref()), &trained, name));
             let sentences: Vec<Sentence> =
@@ -112,7 +112,7 @@ fn extension(args: &PredictArgs) -> Option<&str> {
     unpacked.extension()?.to_str()
 }
 
-/// What is asked for, or what the input's name says.
+/// The requested format, or the one that the input's file name implies.
 fn format_of(args: &PredictArgs) -> Result<PredictFormat> {
     match (args.format, extension(args)) {
         (PredictFormat::Auto, Some("conll" | "conllu")) => Ok(PredictFormat::Conll),
@@ -124,14 +124,14 @@ fn format_of(args: &PredictArgs) -> Result<PredictFormat> {
     }
 }
 
-/// Reads in a thread of its own, so that what has come can be labelled while the rest is on its way.
+/// Reads in a separate thread, so that sentences can be labelled while the next ones are read.
 fn read_units(source: Box<dyn Read + Send>, conll: bool) -> Receiver<std::io::Result<Unit>> {
     let (sender, receiver) = sync_channel(2 * WINDOW);
     std::thread::spawn(move || {
         let mut block: Unit = (1, Vec::new());
         let lines = match gzip::unpacked(source) {
             Ok(source) => source.split(b'\n'),
-            // Nobody may be there to hear it.
+            // The receiver may be gone.
             Err(error) => return drop(sender.send(Err(error))),
         };
         for (i, line) in lines.enumerate() {
@@ -145,7 +145,7 @@ fn read_units(source: Box<dyn Read + Send>, conll: bool) -> Receiver<std::io::Re
                 Ok(line) => (i + 1, line),
                 Err(error) => return drop(sender.send(Err(error))),
             };
-            // Several empty lines part sentences as one does.
+            // Several empty lines separate sentences like one.
             let empty = conll && next.1.is_empty();
             if !empty && sender.send(Ok(next)).is_err() {
                 return;
@@ -158,7 +158,7 @@ fn read_units(source: Box<dyn Read + Send>, conll: bool) -> Receiver<std::io::Re
     receiver
 }
 
-/// The sentences at hand, at least one; `None` at the end, or when it is time to stop.
+/// The sentences read so far, at least one; `None` at the end of the input, or when `stop` is set.
 fn next_window(units: &Receiver<std::io::Result<Unit>>, stop: &AtomicBool) -> Result<Option<Vec<Unit>>> {
     let first = loop {
         if stop.load(Ordering::Relaxed) {
@@ -216,7 +216,7 @@ fn sentence(
     Ok(split(line.to_owned(), trained))
 }
 
-/// A sentence from a JSON object, whose fields may be called what the run's data calls them.
+/// A sentence from a JSON object, whose keys may have the names used in the run's data.
 fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
     let row = json_row(line).map_err(|message| format!("{message}; --format text reads each line as a sentence"))?;
     let field = |own: &dyn Fn(&SetConfig) -> Option<&String>, default: &'static str| {
@@ -231,7 +231,7 @@ fn of_json(line: &str, trained: &Trained) -> Result<Sentence, String> {
         Some((_, Value::Array(tokens))) => tokens.iter().map(Value::as_str).collect(),
         _ => None,
     };
-    // What else may be called tokens, as objects of tools for annotation, where there is a text.
+    // `tokens` may hold objects, as annotation tools write them, if there is also a text.
     let objects = |value: &Value| value.as_array().is_some_and(|items| items.iter().all(Value::is_object));
     let (whole, words) = match (&tokens, words, text.as_ref().and_then(|(_, text)| text.as_str())) {
         (_, Some(tokens), text) => {
@@ -264,7 +264,7 @@ fn split(text: String, trained: &Trained) -> Sentence {
     Sentence { text, words, rest: Map::new(), lines: Vec::new() }
 }
 
-/// Words with a space between, and their byte ranges.
+/// The words joined by spaces, and their byte ranges.
 fn joined<'a>(tokens: impl Iterator<Item = &'a str>) -> (String, Vec<(usize, usize)>) {
     let (mut text, mut words) = (String::new(), Vec::new());
     for token in tokens {
@@ -277,7 +277,7 @@ fn joined<'a>(tokens: impl Iterator<Item = &'a str>) -> (String, Vec<(usize, usi
     (text, words)
 }
 
-/// Where words stand in a text, one after the other; `None` where they do not.
+/// Byte ranges of words that occur in a text in this order; `None` if they do not.
 fn ranges_in(text: &str, tokens: &[&str]) -> Option<Vec<(usize, usize)>> {
     let mut at = 0;
     let range = |token: &&str| {
@@ -288,7 +288,7 @@ fn ranges_in(text: &str, tokens: &[&str]) -> Option<Vec<(usize, usize)>> {
     tokens.iter().map(range).collect()
 }
 
-/// What every task says of each sentence; nothing where there is no word.
+/// The predictions of every task for each sentence; `None` for sentences without words.
 fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Vec<Option<Vec<Decoded>>>> {
     let filled: Vec<usize> = (0..sentences.len()).filter(|&i| !sentences[i].words.is_empty()).collect();
     let words: Vec<Vec<&str>> = filled
@@ -310,12 +310,12 @@ fn label(sentences: &[Sentence], trained: &Trained, device: Device) -> Result<Ve
     Ok(all)
 }
 
-/// To as many decimals as float32 has.
+/// A score rounded to 6 decimals, about the precision of float32.
 pub fn probability(score: f32) -> f64 {
     (f64::from(score) * 1e6).round() / 1e6
 }
 
-/// A JSON object of a sentence, with the `top` most probable classes if any are wished. Without words it has null for every task.
+/// A sentence as a JSON object, with the `top` most probable classes if `top` > 0. Without words, every task is null.
 fn object(sentence: &Sentence, decoded: Option<&[Decoded]>, tasks: &[Task], top: usize) -> Value {
     let ranges = character_ranges(&sentence.text, &sentence.words);
     let words: Vec<&str> = sentence.words.iter().map(|&(start, end)| &sentence.text[start..end]).collect();
@@ -346,7 +346,7 @@ fn object(sentence: &Sentence, decoded: Option<&[Decoded]>, tasks: &[Task], top:
                         "text": sentence.text[bytes[span.start].0..bytes[span.end - 1].1],
                         "start": characters[span.start].0,
                         "end": characters[span.end - 1].1,
-                        // As sure as of its least sure word.
+                        // The lowest score of its words.
                         "score": scores[span.start..span.end].iter().copied().fold(1.0, f64::min),
                     })
                 });

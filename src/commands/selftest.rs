@@ -1,4 +1,4 @@
-//! `polytask selftest`: what has to hold of loss weighting, and of an experiment's steps, checked on the user's own device.
+//! `polytask selftest`: checks loss weighting, and the reproducibility of an experiment's steps, on the user's device.
 
 mod reproduce;
 
@@ -60,18 +60,18 @@ pub fn run(args: &SelftestArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// A small model under three heads, and a batch in which rows carry labels for all tasks, some, or one.
+/// A small model with three heads, and a batch whose rows have labels for different subsets of the tasks.
 struct Setting {
     model: Model,
     tasks: Vec<Task>,
     batch: Batch,
 }
 
-/// How much of everything a setting has.
+/// The size of a setting.
 #[derive(Clone, Copy, Debug)]
 enum Size {
     Small,
-    /// Wider than a kernel's block of threads, with more words than it has threads, and a dozen tags.
+    /// Wider than a kernel's thread block, with more words than the block has threads, and 12 tags.
     Large,
 }
 
@@ -89,7 +89,7 @@ impl Size {
             Size::Large => {
                 let lengths: Vec<i64> = (0..40).map(|row| 7 + row % 9).collect();
                 let words = || (0..40).flat_map(|row| (0..7 + row % 9).map(move |word| (row, word)));
-                // Tag 2 would continue a span that is not there.
+                // Tag 2 (I-x) might continue a span that never began.
                 let tag = |row: i32, word: i32| match (3 * row + 5 * word) % 12 {
                     2 => 0,
                     tag => tag,
@@ -153,7 +153,7 @@ impl Setting {
         Ok(Setting { model, tasks, batch })
     }
 
-    /// A forward pass with dropout, the same each time.
+    /// A forward pass with the same dropout masks each time.
     fn forward(&self) -> (Shared, Vec<Option<Tensor>>) {
         Seed(7).seed_torch(Purpose::Dropout, 0);
         let mode = Mode::Train(Draws { seed: 7, first_row: 0 });
@@ -170,13 +170,13 @@ impl Setting {
         Tensor::from_slice(&[0.3f64, 1.9, 0.8]).to_device(self.device())
     }
 
-    /// The gradients of sum w L, by parameter.
+    /// The gradient of sum w L, one tensor per parameter.
     fn plain(&self) -> Result<Vec<Tensor>> {
         let total = weighted_sum(&self.forward().1, &self.weights()).context("no loss")?;
         Ok(Tensor::f_run_backward(&[total], &self.model.parameters.tensors(), false, false)?)
     }
 
-    /// The same through the path that reads norms, and the norms.
+    /// The same gradient, computed by the pass that also takes each task's gradient norm, and the norms.
     fn watched(&self, reference: Reference) -> Result<(Vec<Tensor>, Tensor)> {
         let (shared, losses) = self.forward();
         let backward =
@@ -187,12 +187,12 @@ impl Setting {
         Ok((gradients.sum, norms))
     }
 
-    /// The largest difference in the whole gradient, relative to the largest number in it.
+    /// The largest difference between the two gradients, relative to the largest absolute value.
     fn difference(&self, reference: Reference) -> Result<f64> {
         let largest = |x: Tensor| x.abs().max().double_value(&[]);
         let (plain, watched) = (self.plain()?, self.watched(reference)?.0);
         let offs: Vec<f64> = plain.iter().zip(&watched).map(|(a, b)| largest(a - b)).collect();
-        // Which is no largest number.
+        // `f64::max` would ignore NaN.
         ensure!(offs.iter().all(|off| off.is_finite()), "a gradient is not finite");
         let off = offs.into_iter().fold(0.0, f64::max);
         Ok(off / plain.iter().map(|g| largest(g.shallow_clone())).fold(f64::MIN_POSITIVE, f64::max))
@@ -209,13 +209,13 @@ fn as_on_the_cpu(device: Device) -> Result<()> {
     Ok(())
 }
 
-/// Holds losses and gradients of two settings to each other.
+/// Compares the losses and gradients of two settings.
 fn compare(here: &Setting, there: &Setting) -> Result<()> {
     let losses = |setting: &Setting| as_vector(&setting.forward().1, setting.device()).to_device(Device::Cpu);
     let all = |gradients: Vec<Tensor>| {
         Tensor::cat(&gradients.iter().map(|gradient| gradient.flatten(0, -1)).collect::<Vec<_>>(), 0)
     };
-    // TF32 products have 10 bits.
+    // TF32 products have a mantissa of 10 bits.
     let tolerance = 5e-3;
     for (what, ours, theirs) in [
         ("loss", losses(here), losses(there)),
@@ -229,7 +229,7 @@ fn compare(here: &Setting, there: &Setting) -> Result<()> {
 
 fn no_leak(device: Device) -> Result<()> {
     let setting = Setting::new(device, 0.3, Size::Small)?;
-    // The graph is the same one: nothing may be rounded differently.
+    // The graph is the same, so the gradients must be bit-identical.
     let off = setting.difference(Reference::Representation)?;
     ensure!(off == 0.0, "a gradient differs by {off:.1e} of its size");
     Ok(())
@@ -237,7 +237,7 @@ fn no_leak(device: Device) -> Result<()> {
 
 fn no_leak_apart(device: Device) -> Result<()> {
     let off = Setting::new(device, 0.3, Size::Small)?.difference(Reference::LastLayer)?;
-    // float32 sums in another order; TF32 products on CUDA have 10 bits.
+    // float32 sums in another order; on CUDA, TF32 products with a mantissa of 10 bits.
     let tolerance = if device == Device::Cpu { 1e-5 } else { 5e-3 };
     ensure!(off < tolerance, "a gradient differs by {off:.1e} of its size");
     Ok(())

@@ -1,4 +1,4 @@
-//! `polytask study`: every run of an experiment's `study:`, several side by side, each a process of its own.
+//! `polytask study`: the runs of an experiment's `study:`, each in its own process, several in parallel.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -26,7 +26,7 @@ use crate::problem::{counted, invalid};
 use crate::run::{NewRun, RunDirectory, atomic};
 use crate::task::TaskId;
 
-/// One run of the plan on disk.
+/// A planned run with its paths.
 struct Job {
     name: String,
     experiment: PathBuf,
@@ -50,7 +50,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     }
     let variants = experiment.variants(&args.experiment, &args.overrides)?;
     let mut runs = experiment.planned_runs(study, &variants);
-    // What no run could read is told once, before the first.
+    // Errors in the data are reported once, before the first run.
     let (corpus, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
     let without_dev = corpus.rows(Split::Dev).iter().all(|rows| rows.is_empty());
@@ -119,7 +119,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Writes `plan.json`, which makes the folder a study, and an experiment file a run.
+/// Writes `plan.json`, which marks the folder as a study, and one experiment file per run.
 fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
     let mut jobs = Vec::new();
     let mut files = Vec::new();
@@ -204,13 +204,13 @@ fn train(program: &Path, job: &Job, device: &str, threads: usize, stop: &AtomicB
     if job.run.join("checkpoints/last.safetensors").is_file() {
         command.arg("--resume");
     } else if job.run.exists() {
-        // Killed before its first checkpoint, unless somebody is at it.
+        // It was killed before its first checkpoint, unless another process is training in it: then the lock fails.
         let _lock = RunDirectory { path: job.run.clone() }.lock()?;
         std::fs::remove_dir_all(&job.run).with_context(|| format!("{} cannot be removed", job.run.display()))?;
     }
     let log = File::create(&job.log).with_context(|| format!("{} cannot be written", job.log.display()))?;
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    // Out of the terminal's group: a Ctrl-C reaches a run once, through us.
+    // Outside the terminal's process group, so that a Ctrl-C reaches a run once, through this process.
     command.process_group(0);
     let mut child = command.spawn().with_context(|| format!("{} cannot be started", program.display()))?;
     let mut told = false;
@@ -233,7 +233,7 @@ fn train(program: &Path, job: &Job, device: &str, threads: usize, stop: &AtomicB
 }
 
 fn interrupt(child: &Child) {
-    // It may have ended by itself in the meantime.
+    // The process may have ended in the meantime.
     let _ = i32::try_from(child.id()).map(|id| kill(Pid::from_raw(id), Signal::SIGTERM));
 }
 
@@ -243,7 +243,7 @@ fn last_line(log: &Path) -> Option<String> {
     Some(last.trim_start_matches("error: ").to_owned())
 }
 
-/// The main scores of a finished run in a line: on test, or else on dev.
+/// The main scores of a finished run, on test or else on dev, in one line.
 fn scores(job: &Job) -> String {
     let Ok(finished) = RunReport::read(&RunDirectory { path: job.run.clone() }) else { return String::new() };
     let tasks = finished.splits.values().next().map_or(&[][..], |report| &report.tasks);

@@ -45,7 +45,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         NewRun::fail_if_occupied(out)?;
     }
     let (corpus, tokenizer) = read(args, &experiment)?;
-    // A signal before this point leaves nothing behind, one after it a run that goes on.
+    // A signal before this point leaves nothing behind; one after it leaves a run that can be resumed.
     let stop = stop_flag(STOPPING);
     let new = match &args.out {
         Some(out) => NewRun::create(out)?,
@@ -57,15 +57,15 @@ pub fn run(args: &TrainArgs) -> Result<End> {
 
 const STOPPING: &str = "stopping after this step";
 
-/// Warnings about the data before training, at most.
+/// Maximum number of data warnings shown before training.
 const WARNINGS_SHOWN: usize = 3;
 
-/// The folder of the runs that are given none.
+/// The default folder for runs.
 pub const RUNS: &str = "runs";
 
-/// Reads the data and learns the tokenizer.
+/// Reads the data and builds the tokenizer.
 fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)> {
-    // Said before the data is read.
+    // Errors in `init_from` are reported before the data is read.
     init_from::earlier(experiment)?;
     let (corpus, problems) = prepare::corpus(experiment)?;
     let of_files = fail_on_errors(problems)?;
@@ -87,7 +87,7 @@ fn read(args: &TrainArgs, experiment: &Experiment) -> Result<(Corpus, Tokenizer)
     Ok((corpus, tokenizer))
 }
 
-/// Writes what the run is made of.
+/// Writes the files that training starts from.
 fn write(
     experiment: &Experiment,
     run: &RunDirectory,
@@ -113,7 +113,7 @@ fn write(
     run.write("resolved.yaml", &experiment.to_yaml()?)
 }
 
-/// Trains from wherever the run stands to its end.
+/// Trains from the run's current state to the end.
 fn go(
     (args, experiment): (&TrainArgs, &Experiment),
     run: &RunDirectory,
@@ -191,19 +191,19 @@ fn go(
     }
 }
 
-/// What the run took before it was stopped; one that was killed did not say.
+/// Seconds that the run has trained before; 0 if it was killed without recording them.
 fn seconds_before(run: &RunDirectory) -> f64 {
     let timing: Option<serde_json::Value> =
         run.read("timing.json").ok().and_then(|text| serde_json::from_str(&text).ok());
     timing.and_then(|timing| timing["training_secs"].as_f64()).unwrap_or(0.0)
 }
 
-/// This program as it was called.
+/// This program, as it was called.
 fn program() -> String {
     std::env::args_os().next().map_or("polytask".to_owned(), quoted)
 }
 
-/// An argument as a shell takes it.
+/// An argument, quoted for the shell if necessary.
 fn quoted(argument: impl AsRef<OsStr>) -> String {
     let text = argument.as_ref().to_string_lossy();
     match text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,".contains(c)) {

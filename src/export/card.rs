@@ -5,13 +5,13 @@ use std::fmt::Write;
 use crate::evaluate::Report;
 use crate::task::{Task, TaskKind};
 
-/// What the card says beside the tasks.
+/// The content of the card, apart from the tasks.
 pub struct About<'a> {
     pub name: &'a str,
     pub checkpoint: &'a str,
     pub dtype: &'a str,
     pub n_parameters: usize,
-    /// Where each data set comes from, by its name.
+    /// The name and the source of each data set.
     pub sources: Vec<(&'a str, &'a str)>,
     pub dev: Option<&'a Report>,
 }

@@ -1,12 +1,13 @@
-//! A trained model as one TorchScript file: weights, code and everything that text needs on its way in and out.
+//! A trained model as one TorchScript file: weights, code, and everything needed to encode text and decode labels.
 //!
-//! The module is compiled from source that each part of the model writes beside its own forward pass, so that batch size
-//! and length are free and control flow stays. Parameters keep their names, `embedding.weight` and so on.
+//! The module is compiled from TorchScript source that each part of the model provides next to its forward pass, so
+//! that batch size and length are dynamic and control flow is kept. Parameters keep their names, such as
+//! `embedding.weight`.
 //!
-//! `forward(token_ids [B, T], lengths [B], first_tokens [B, W] = None, n_words [B] = None)` gives for each task
-//! `TASK.logits` and `TASK.labels`. The last two are for tokenizers that cut words into pieces: the position of each
-//! word's first token, and the number of words. A model that reads characters has `bytes [B, T, L]` after `lengths`: the
-//! UTF-8 of each token's word, each byte plus 1, cut at `max_bytes`, with 0 beyond its end.
+//! `forward(token_ids [B, T], lengths [B], first_tokens [B, W] = None, n_words [B] = None)` returns for each task
+//! `TASK.logits` and `TASK.labels`. The last two inputs are for tokenizers that split words: the position of each
+//! word's first token, and the number of words. A model that reads characters takes `bytes [B, T, L]` after `lengths`:
+//! the UTF-8 bytes of each token's word, each plus 1, truncated at `max_bytes` and padded with 0.
 
 pub mod card;
 pub mod triton;
@@ -22,7 +23,7 @@ use crate::libtorch::ScriptModule;
 use crate::model::{Model, Script, WeightDtype, distribution_script};
 use crate::task::{Task, TaskId};
 
-/// The number kind of an exported model's weights.
+/// The data type of an exported model's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dtype {
     Float32,
@@ -45,8 +46,8 @@ impl Dtype {
         ["float32", "float16", "bfloat16", "int8"][self as usize]
     }
 
-    /// How far logits may be from the live model's, relative to the largest: rounding of float32 in another order, or
-    /// that of the kind over many recurrent steps, a bound on faults and not on quality: scores on dev tell that.
+    /// Maximum difference of logits from the original model's, relative to the largest logit: float32 sums in another
+    /// order, or rounding in the data type over many recurrent steps. It detects faults; dev scores show the quality.
     pub fn tolerance(self) -> f64 {
         [1e-5, 2e-2, 1e-1, 2e-1][self as usize]
     }
@@ -57,7 +58,7 @@ impl Dtype {
 pub enum Output {
     /// `Dict[str, Tensor]`.
     Dictionary,
-    /// A tuple in the order of [`output_names`], for servers that know outputs by position.
+    /// A tuple in the order of [`output_names`], for servers that identify outputs by position.
     Tuple,
 }
 
@@ -66,7 +67,7 @@ pub fn output_names(tasks: &[Task]) -> Vec<String> {
     tasks.iter().flat_map(|task| ["logits", "labels"].map(|part| format!("{}.{part}", task.name))).collect()
 }
 
-/// A module to be: parameters and children by name.
+/// A module to be built: parameters and children by name.
 #[derive(Default)]
 struct Node {
     parameters: Vec<(String, Tensor)>,
@@ -102,7 +103,7 @@ impl Node {
         Ok(module)
     }
 
-    /// Weight and bias of a part that is an affine map and nothing else.
+    /// Weight and bias, if the part is only an affine map.
     fn affine(&self) -> Option<(&Tensor, &Tensor)> {
         match self.parameters.as_slice() {
             [(weight, w), (bias, b)] if weight == "weight" && bias == "bias" => Some((w, b)),
@@ -147,7 +148,7 @@ pub fn build(model: &Model, tasks: &[Task], dtype: Dtype, output: Output) -> Res
     Ok(module)
 }
 
-/// The methods of the whole: `encode`, one a task, and `forward`.
+/// Source of the root module's methods: `encode` and other helpers, `task_NAME` per task, and `forward`.
 fn source(model: &Model, tasks: &[Task], output: Output) -> String {
     let bytes = model.reads_bytes();
     let (spelled, embedded) = if bytes { (", bytes: Tensor", "token_ids, bytes") } else { ("", "token_ids") };
@@ -171,7 +172,7 @@ def average(self, x: Tensor, n: Tensor) -> Tensor:
         "token_ids: Tensor, lengths: Tensor{spelled}, first_tokens: Optional[Tensor] = None, n_words: Optional[Tensor] = None"
     );
     let encode = format!("    layers = self.encode({}{})\n", "token_ids, lengths", if bytes { ", bytes" } else { "" });
-    // The heads in their order, each with what it sees of the others.
+    // The heads in order, each with the distributions of the heads that it reads.
     let logits = |needed: &[TaskId]| -> String {
         let one = |&id: &TaskId| {
             let Task { name, kind, .. } = &tasks[id.0];

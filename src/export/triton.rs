@@ -1,9 +1,10 @@
-//! NVIDIA Triton's description of an exported model.
+//! The NVIDIA Triton configuration of an exported model.
 
 use super::Dtype;
 use crate::task::{Task, TaskKind};
 
-/// `config.pbtxt`: inputs and outputs, which go by position, as `__N` says. With `bytes` the model reads the spelling of words.
+/// `config.pbtxt`. Inputs and outputs are matched by position, given as `__N` in their names. `bytes` tells whether the
+/// model reads characters.
 pub fn config(name: &str, tasks: &[Task], dtype: Dtype, bytes: bool) -> String {
     let bytes = match bytes {
         true => ",\n  {\n    name: \"bytes__2\"\n    data_type: TYPE_INT64\n    dims: [ -1, -1 ]\n  }",

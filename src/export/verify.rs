@@ -1,4 +1,4 @@
-//! Whether an exported module says what the live model says, and how well it scores.
+//! Verifies an exported module against the original model, and scores it.
 
 use std::path::Path;
 
@@ -13,24 +13,24 @@ use crate::metrics::Score;
 use crate::model::{Mode, Model};
 use crate::task::{Task, TaskId, TaskKind};
 
-/// Batches of several sizes and lengths with what the live model makes of them.
+/// Batches of several sizes and lengths with the original model's outputs.
 pub struct Cases(Vec<Case>);
 
 struct Case {
-    /// As [`Batch::inputs`](crate::data::Batch::inputs) has them.
+    /// As returned by [`Batch::inputs`](crate::data::Batch::inputs).
     inputs: Vec<Tensor>,
     n_words: Tensor,
     /// In the order of [`output_names`].
     outputs: Vec<Tensor>,
 }
 
-/// Where an exported model differs from the live one.
+/// How an exported model differs from the original one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mismatch(pub String);
 
 impl Cases {
-    /// Runs `model` over batches of `data`: one row, the shortest and the longest row alone, rows of one length, and rows
-    /// of many lengths.
+    /// Runs `model` over batches of `data`: the shortest row, the longest row, rows of equal length, and rows of many
+    /// lengths.
     pub fn new(model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Self {
         let mut rows: Vec<usize> = (0..data.set.len()).collect();
         rows.sort_by_key(|&row| data.set.n_tokens(row));
@@ -65,10 +65,10 @@ impl Cases {
         Ok(Cases((0..).map_while(case).collect()))
     }
 
-    /// The largest difference of any logit, relative to the largest logit of its task.
+    /// The largest difference of any logit, relative to its task's largest absolute logit in the batch (at least 1).
     ///
     /// # Errors
-    /// [`Mismatch`] beyond the tolerance of `dtype`, or where labels differ although weights are the same.
+    /// [`Mismatch`] if shapes differ, logits differ by more than the tolerance of `dtype`, or labels differ in float32.
     pub fn check(&self, module: &ScriptModule, tasks: &[Task], dtype: Dtype) -> Result<f64> {
         let (mut worst, names): (f64, _) = (0.0, output_names(tasks));
         let whole = |case: &Case| !case.inputs.is_empty() && case.outputs.len() == names.len();
@@ -76,7 +76,7 @@ impl Cases {
         for case in &self.0 {
             let found = module.forward(&case.inputs.iter().collect::<Vec<_>>())?;
             for (i, (name, expected)) in names.iter().zip(&case.outputs).enumerate() {
-                // The outputs of a tuple have no names but an order.
+                // Outputs of a tuple have no names and are matched by position.
                 let named = found.iter().find(|(found, _)| found == name);
                 let placed = found.get(i).filter(|(name, _)| name.is_empty());
                 let found = named.or(placed).with_context(|| format!("no `{name}`"))?;
@@ -146,7 +146,7 @@ impl Case {
         }
     }
 
-    /// 1 where an output is about a sentence or a word, 0 beyond a sentence's end; of a shape that broadcasts.
+    /// Mask of an output: 1 for sentences and words, 0 beyond a sentence's end; its shape broadcasts.
     fn real(&self, output: &Tensor) -> Tensor {
         if output.dim() == 1 || (output.dim() == 2 && output.kind() != Kind::Int64) {
             return Tensor::ones([1], (Kind::Double, Device::Cpu));
@@ -157,7 +157,7 @@ impl Case {
     }
 }
 
-/// Scores of every task over `data` by the labels that the module itself gives.
+/// Scores of every task on `data`, from the labels that the module itself returns.
 pub fn scores(module: &ScriptModule, model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Result<Vec<Vec<Score>>> {
     let mut metrics = metrics(model, data, tasks.len());
     let mut rows: Vec<usize> = (0..data.set.len()).collect();

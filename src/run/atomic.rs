@@ -1,4 +1,4 @@
-//! Files that are written whole or not at all.
+//! Files that are written completely or not at all.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{Error as IoError, ErrorKind, Result as IoResult, Write};
@@ -9,17 +9,17 @@ use std::sync::Mutex;
 use anyhow::{Context, Result};
 use tempfile::NamedTempFile;
 
-/// Files and folders on their way, which a signal that ends the process leaves to [`clear`].
+/// Unfinished files and folders, which [`clear`] removes if a signal ends the process.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// How often a folder is removed that others write to.
+/// Attempts to remove a folder that other threads are writing to.
 const TRIES: usize = 100;
 
 fn with_unfinished(change: impl FnOnce(&mut Vec<PathBuf>)) {
     change(&mut UNFINISHED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
 }
 
-/// Stands for a file or folder on its way; dropped when it has come to its end.
+/// Registers a file or folder as unfinished until dropped.
 pub struct Unfinished(PathBuf);
 
 impl Unfinished {
@@ -35,11 +35,11 @@ impl Drop for Unfinished {
     }
 }
 
-/// Removes all that is on its way, before the process ends without coming back to it.
+/// Removes all unfinished files and folders before the process ends.
 pub fn clear() {
     with_unfinished(|paths| {
         for path in paths.drain(..) {
-            // Whoever fills a folder may still be at it.
+            // Other threads may still be writing to the folder.
             let gone =
                 || std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path)).is_ok() || !path.exists();
             (0..TRIES).find(|_| gone());
@@ -53,7 +53,7 @@ pub fn is_partial(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 
-/// Removes what a process that was killed left on its way in a folder to which nobody writes now.
+/// Removes unfinished files that a killed process left in a folder; no other process may be writing to it.
 pub fn sweep(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         if is_partial(&entry.file_name().to_string_lossy()) {
@@ -62,22 +62,22 @@ pub fn sweep(folder: &Path) {
     }
 }
 
-/// A file on its way. It vanishes unless it is kept.
+/// A file being written. It is removed on drop unless [`Partial::keep`] is called.
 pub struct Partial {
     path: PathBuf,
     way: Way,
 }
 
 enum Way {
-    /// Beside its place, which it takes in the end.
+    /// A temporary file next to its destination.
     Beside(NamedTempFile, Unfinished),
-    /// What is no regular file, such as a pipe, has no place to take.
+    /// The destination itself, if it exists and is not a regular file, such as a pipe.
     Itself(File),
 }
 
 impl Partial {
     pub fn new(path: &Path) -> IoResult<Self> {
-        // A link stays, and what it leads to is replaced.
+        // A symbolic link is kept, and its target replaced.
         let path = path.canonicalize().unwrap_or(path.to_owned());
         if path.exists() && !path.is_file() {
             let file = OpenOptions::new().write(true).open(&path)?;
@@ -88,9 +88,9 @@ impl Partial {
             return Err(IoError::new(ErrorKind::NotFound, format!("there is no folder {}", folder.display())));
         }
         let mut options = tempfile::Builder::new();
-        // The process's umask takes from these.
+        // The process's umask is applied to these.
         options.prefix(PREFIX).permissions(Permissions::from_mode(0o666));
-        // Without the name of a file that nobody knows.
+        // Without the name of the temporary file.
         let file = options.tempfile_in(folder).map_err(|error| IoError::from(error.kind()))?;
         if let Ok(old) = path.metadata() {
             file.as_file().set_permissions(old.permissions())?;
@@ -139,7 +139,7 @@ pub fn write(path: &Path, content: &[u8]) -> Result<()> {
     filled().with_context(|| format!("{} could not be written", path.display()))?.keep()
 }
 
-/// Renames a file or a folder of files, so that after a loss of power it stands at `to` whole or not at all.
+/// Renames a file or folder so that after a power failure it is at `to` completely or not at all.
 pub fn rename(from: &Path, to: &Path) -> IoResult<()> {
     sync(from)?;
     std::fs::rename(from, to)?;
@@ -155,7 +155,7 @@ fn sync(path: &Path) -> IoResult<()> {
     File::open(path)?.sync_all()
 }
 
-/// The folder that `path` stands in.
+/// The folder that contains `path`.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

@@ -1,6 +1,6 @@
-//! Checkpoints: one safetensors file each, so that one rename makes the whole of it appear or not.
+//! Checkpoints: one safetensors file each, so that one rename replaces all of it atomically.
 //!
-//! Tensors are `model/NAME` and, where training is to go on, `optimizer/NAME`; everything else is JSON in the file's
+//! Tensors are `model/NAME` and, for resuming training, `optimizer/NAME`; everything else is JSON in the file's
 //! metadata. Python reads it with `safetensors.torch.load_file`.
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::atomic;
 
-/// Tensors by name, and everything that is no tensor.
+/// Tensors by name, and all other state.
 pub struct Checkpoint {
     pub model: BTreeMap<String, Tensor>,
     pub optimizer: BTreeMap<String, Tensor>,
@@ -22,7 +22,7 @@ pub struct Checkpoint {
 
 const STATE: &str = "polytask";
 
-/// A tensor's bytes as safetensors wants them.
+/// A tensor's bytes in the form that safetensors expects.
 struct Bytes {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -61,7 +61,7 @@ fn bytes(tensor: &Tensor) -> Result<Bytes> {
     Ok(Bytes { dtype, shape: tensor.size().iter().map(|&n| n as usize).collect(), data })
 }
 
-/// Writes a checkpoint, whole or not at all.
+/// Writes a checkpoint atomically.
 pub fn save(path: &Path, model: &[(String, Tensor)], optimizer: &[(String, Tensor)], state: &Value) -> Result<()> {
     let mut tensors = BTreeMap::new();
     for (part, list) in [("model", model), ("optimizer", optimizer)] {
@@ -74,7 +74,7 @@ pub fn save(path: &Path, model: &[(String, Tensor)], optimizer: &[(String, Tenso
     atomic::write(path, &content)
 }
 
-/// Writes tensors under their names, for others to read.
+/// Writes tensors under their own names, for other programs.
 pub fn write_plain(path: &Path, tensors: &[(&str, Tensor)]) -> Result<()> {
     let tensors = tensors.iter().map(|(name, tensor)| Ok((name, bytes(tensor)?)));
     atomic::write(path, &safetensors::serialize(&tensors.collect::<Result<BTreeMap<_, _>>>()?, None)?)
@@ -83,7 +83,7 @@ pub fn write_plain(path: &Path, tensors: &[(&str, Tensor)]) -> Result<()> {
 /// Reads a checkpoint onto the CPU.
 ///
 /// # Errors
-/// A missing, damaged or foreign file, by path.
+/// A file that is missing, damaged or not a checkpoint; the message contains the path.
 pub fn load(path: &Path) -> Result<Checkpoint> {
     let content = std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
     read(&content).with_context(|| format!("{} is damaged or not a checkpoint of polytask", path.display()))

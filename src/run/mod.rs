@@ -1,8 +1,8 @@
-//! The run directory: what a run leaves behind, and reading it back.
+//! The run directory: the files that a run writes, and reading them back.
 //!
-//! `experiment.yaml` as written, `resolved.yaml` with every default, `environment.json`, `tokenizer.json`, `labels.json`,
-//! `vectors.safetensors` (pretrained vectors, where there are some),
-//! `metrics.jsonl`, TensorBoard event files, `checkpoints/{last,best,best-TASK}.safetensors`, `timing.json`, `report.json`.
+//! `experiment.yaml` as written, `resolved.yaml` with every default, `environment.json`, `tokenizer.json`,
+//! `labels.json`, `vectors.safetensors` (pretrained vectors, if any), `metrics.jsonl`, TensorBoard event files,
+//! `checkpoints/{last,best,best-TASK}.safetensors`, `timing.json`, `report.json`.
 
 pub mod atomic;
 pub mod checkpoint;
@@ -28,21 +28,21 @@ pub struct RunDirectory {
     pub path: PathBuf,
 }
 
-/// The directory of a run that begins. If nothing is trained in it, however that ends, it goes away as it came: it would only
-/// be in the way of the next try.
+/// The directory of a new run. Unless training has recorded or saved something, it is removed on drop, or emptied if it
+/// existed before, so that it does not block the next attempt.
 pub struct NewRun {
     pub directory: RunDirectory,
-    /// Or else it was there, and empty.
+    /// Whether the directory was created; otherwise it existed.
     made: bool,
-    /// Held from before anything is written, so that only its own content goes away.
+    /// Held from before anything is written, so that only this run's own files are removed.
     _lock: Option<Flock<File>>,
 }
 
-/// What is written into a new run directory before `resolved.yaml`, with which the run has begun.
+/// What is written to a new run directory before `resolved.yaml`, which marks the run as started.
 const BEFORE: [&str; 6] =
     ["checkpoints", "experiment.yaml", "tokenizer.json", "vectors.safetensors", "labels.json", "environment.json"];
 
-/// Whether a folder is empty, or has only what a run left that was killed before it began.
+/// Whether a folder is empty, or contains only the files of a run that was killed before it started.
 fn is_free(path: &Path) -> std::io::Result<bool> {
     let names = std::fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
     let names = names.collect::<std::io::Result<Vec<_>>>()?;
@@ -53,7 +53,7 @@ fn is_free(path: &Path) -> std::io::Result<bool> {
 
 impl NewRun {
     /// # Errors
-    /// A path that holds something already.
+    /// A path that exists and is not free (see `is_free`).
     pub fn fail_if_occupied(path: &Path) -> Result<()> {
         let occupied = is_free(path).map_or(path.exists(), |free| !free);
         let holds = match occupied {
@@ -66,14 +66,15 @@ impl NewRun {
     }
 
     pub fn create(path: &Path) -> Result<Self> {
-        // In this order: without what is above it, `..` in a path leads nowhere.
+        // Created first: `..` in a path cannot be resolved if its parent folders are missing.
         let made = make(path)?;
         let lock = RunDirectory { path: path.to_owned() }.lock()?;
         Self::fail_if_occupied(path)?;
         Self::begin(path, made, lock)
     }
 
-    /// `folder/name`, or the first of `folder/name-2`, `folder/name-3`, ... that nobody has, nor takes meanwhile.
+    /// Creates `folder/name`, or the first of `folder/name-2`, `folder/name-3`, ... that does not exist, even if other
+    /// processes create some meanwhile.
     pub fn create_free(folder: &Path, name: &str) -> Result<Self> {
         let mut n = 1;
         loop {
@@ -108,7 +109,7 @@ fn cannot_make(path: &Path, error: &std::io::Error) -> anyhow::Error {
     invalid(format!("{} cannot be created: {error}", path.display()))
 }
 
-/// Makes a folder; false where it is there already.
+/// Creates a folder; false if it already exists.
 fn make(path: &Path) -> Result<bool> {
     let folder = atomic::folder_of(path);
     if folder.exists() && !folder.is_dir() {
@@ -142,10 +143,10 @@ impl Drop for NewRun {
 }
 
 impl RunDirectory {
-    /// Keeps others from training in it, until the lock is dropped or the process ends.
+    /// Keeps other processes from training in this directory, until the lock is dropped or the process ends.
     ///
     /// # Errors
-    /// Another process that does.
+    /// Another process is training in it.
     pub fn lock(&self) -> Result<Option<Flock<File>>> {
         let Ok(folder) = File::open(&self.path) else { return Ok(None) };
         match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
@@ -153,22 +154,22 @@ impl RunDirectory {
             Err((_, Errno::EWOULDBLOCK)) => {
                 Err(invalid(format!("{} is in use: another process is training in it", self.path.display())))
             }
-            // Not every file system has locks.
+            // Not every file system supports locks.
             Err(_) => Ok(None),
         }
     }
 
-    /// The runs of an experiment in `folder`, the one that began last first; `resolved` is its `resolved.yaml`, of which the first
-    /// line names it.
+    /// The runs of an experiment in `folder`, the most recently started first; `resolved` is its `resolved.yaml`, whose
+    /// first line is its name.
     pub fn all_of(folder: &Path, name: &str, resolved: &str) -> Vec<PathBuf> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
-        // The run of another experiment may be in a folder of such a name.
+        // A folder with such a name may contain a run of another experiment.
         let ours = |run: &PathBuf| {
             let old = std::fs::read_to_string(run.join("resolved.yaml"));
             old.is_ok_and(|old| old.lines().next() == resolved.lines().next())
         };
-        // Written once, when a run begins.
+        // Written once, when a run starts.
         let began = |run: &PathBuf| run.join("experiment.yaml").metadata().and_then(|file| file.modified()).ok();
         let mut runs: Vec<PathBuf> = runs.map(|entry| entry.path()).filter(ours).collect();
         runs.sort_by_key(|run| Reverse(began(run)));

@@ -1,4 +1,4 @@
-//! `metrics.jsonl` and the TensorBoard files: the same numbers, for programs and for eyes.
+//! `metrics.jsonl` and TensorBoard event files, with the same numbers.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -16,10 +16,10 @@ pub struct Records {
 }
 
 impl Records {
-    /// Opens the records of a run that has done `step` steps; what was recorded beyond them is dropped.
+    /// Opens the records of a run that has done `step` steps; records of later steps are dropped.
     pub fn open(run: &RunDirectory, step: usize) -> Result<Self> {
         let path = run.file("metrics.jsonl");
-        // Also a run that was killed before its first checkpoint has records.
+        // A run that was killed before its first checkpoint has records too.
         let goes_on = path.exists();
         if goes_on {
             let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
@@ -35,7 +35,7 @@ impl Records {
         Ok(Records { lines, events })
     }
 
-    /// Adds one record: every number in it, nested names joined by `/`, becomes a scalar for TensorBoard.
+    /// Adds one record. Every number in it becomes a TensorBoard scalar, with nested names joined by `/`.
     pub fn add(&mut self, kind: &str, step: usize, values: Map<String, Value>) -> Result<()> {
         scalars(kind, &values, &mut |tag, value| self.events.scalar(step as u64, tag, value))?;
         let mut record = Map::new();

@@ -56,7 +56,7 @@ struct SessionLog {
 }
 
 impl EventWriter {
-    /// Opens a new event file in `folder`. What earlier files say from `first_step` on, TensorBoard then forgets.
+    /// Opens a new event file in `folder`. TensorBoard then discards events of earlier files from `first_step` on.
     pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
         let name = format!("events.out.tfevents.{}.{}.polytask", now / 1_000_000_000, now % 1_000_000_000);

@@ -1,11 +1,13 @@
-//! What a training step cannot take less than, on this device: the trunk's products, and on CUDA its chain of steps in time.
+//! A lower bound on the time of a training step on this device: the trunk's matrix products and, on CUDA, the latency
+//! of its sequential time steps.
 //!
-//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P, since the recurrent products of both passes hide behind the latency of their
-//! steps. CPU: 3 (F_rec + F_in) / P. P is measured on all threads: a product of square matrices, in float32 or in the trunk's
-//! numbers, by the faster of libtorch's libraries. Rows of tables that a step does not read need not move; what heads,
-//! characters and dropout take is not in it.
+//! CUDA: L T (t_f + t_b) + (F_rec + 3 F_in) / P, where t_f and t_b are the latencies of a time step forward and
+//! backward, which hide the recurrent products of both passes. CPU: 3 (F_rec + F_in) / P. P is the throughput (FLOP/s)
+//! of a product of square matrices in the trunk's data type, measured on all threads with the faster of libtorch's
+//! libraries. Updates of embedding rows that a step does not read can be deferred and are not counted, nor are heads,
+//! the character encoder and dropout.
 //!
-//! B sentences, T tokens, L layers, D directions, E inputs of a layer, H hidden;
+//! B sentences, T tokens, L layers, D directions, E input size of a layer, H hidden size;
 //! F_in = sum over layers of 2 B T E 4 H D, F_rec = L 2 B T H 4 H D.
 
 use std::time::Instant;
@@ -16,20 +18,20 @@ use tch::{Device, Kind, Tensor};
 use crate::libtorch::{side_by_side, workers};
 use crate::model::TrunkConfig;
 
-/// Seconds of one step in time, forward and backward, of cuDNN's LSTM on an H100: its persistent and its standard kernels.
+/// Seconds per time step, forward + backward, of cuDNN's LSTM on an H100, with its persistent and its standard kernels.
 const PERSISTENT: f64 = 2.0e-6 + 3.1e-6;
 const STANDARD: f64 = 9e-6 + 14e-6;
 
 #[derive(Serialize)]
 pub struct Bound {
-    /// Floating-point operations a second of this device.
+    /// Floating-point operations per second of this device.
     pub flops_per_sec: f64,
     pub ms_per_step: f64,
 }
 
-/// What a step works on.
+/// The work that the bound is computed for.
 pub struct Work<'a> {
-    /// [B, T] of each step.
+    /// [B, T] of each batch.
     pub shapes: &'a [(i64, i64)],
     /// E of the first layer.
     pub inputs: i64,
@@ -58,20 +60,20 @@ impl Bound {
     }
 }
 
-/// Operations a second, the best of a few tries.
+/// Floating-point operations per second, the best of a few tries.
 fn rate(device: Device, kind: Kind) -> f64 {
     let n = if device == Device::Cpu { 1024 } else { 8192 };
     let square = Tensor::ones([n, n], (kind, device));
     let mut product = best(device, &|| drop(square.matmul(&square)));
     if (device, kind) == (Device::Cpu, Kind::Float) {
-        // Where MKL does not know the processor, oneDNN, whose LSTM kernels run there, is more than twice as fast.
+        // On processors that MKL does not recognise, oneDNN, which also runs the LSTM there, is over twice as fast.
         let square = square.to_mkldnn();
         product = product.min(best(device, &|| drop(square.mkldnn_linear(&square, None::<&Tensor>))));
     }
     2.0 * (n as f64).powi(3) * workers() as f64 / product
 }
 
-/// Seconds that all workers take for `work`, at best.
+/// Seconds in which all workers do `work`, the best of a few tries.
 fn best(device: Device, work: &dyn Fn()) -> f64 {
     let tries = (0..4).map(|_| {
         super::wait(device);

@@ -1,4 +1,4 @@
-//! The trunk's LSTM layers alone on the CPU, by oneDNN and by libtorch's own code, which goes time step by time step.
+//! Times the trunk's LSTM layers on the CPU, with oneDNN and with libtorch's own code, which loops over time steps.
 
 use std::time::{Duration, Instant};
 
@@ -8,15 +8,15 @@ use crate::libtorch::{use_onednn, workers};
 use crate::model::Model;
 use crate::train::TrainingConfig;
 
-/// Rows and tokens of the batch that is timed; a batch may be asked to hold more rows than there are.
+/// Maximum rows, and tokens per row, of the timed batch; `batch_size` may exceed the number of rows in the data.
 const MOST_ROWS: usize = 1024;
 const N_TOKENS: i64 = 8;
 
-/// Both ways take turns so often at least, and for so long; the fastest turn counts.
+/// Minimum number of alternating rounds, and minimum total time; the fastest round counts.
 const ROUNDS: usize = 5;
 const MEASURED: Duration = Duration::from_millis(150);
 
-/// Milliseconds of a forward and backward pass of one worker's part of a batch.
+/// Milliseconds of a forward and backward pass over one worker's part of a batch.
 #[derive(Serialize)]
 pub struct LstmTimes {
     pub onednn_ms: f64,

@@ -1,8 +1,8 @@
-//! `polytask bench`: what a training step costs and where its time goes, how near that is to what the device can do at best,
-//! and what each weighting strategy adds to it.
+//! `polytask bench`: the time of a training step and its parts, compared with a lower bound for the device, and the
+//! cost of each weighting strategy.
 //!
-//! Strategies take turns over the same batches, step by step on the CPU and 25 steps at a time on CUDA, so that whatever
-//! else the machine does falls on all of them alike. Ratios are medians over the rounds of a round's own ratio.
+//! Strategies take turns on the same batches, one step at a time on the CPU and 25 on CUDA, so that other load on the
+//! machine affects all of them alike. Ratios are computed per round; the median over the rounds is shown.
 
 mod bound;
 mod kernels;
@@ -29,7 +29,7 @@ use crate::train::step_timer::{Part, StepTimer};
 use crate::train::{Pending, Step, Trainer};
 use crate::weighting::WeightingConfig;
 
-/// Steps on the CPU before the clock starts.
+/// Warm-up steps on the CPU.
 const WARM_UP: usize = 5;
 
 #[derive(Serialize)]
@@ -39,7 +39,7 @@ struct Measured {
     ms_per_step: f64,
     tokens_per_sec: f64,
     sentences_per_sec: f64,
-    /// Time a step against equal weights: median, least and greatest of the rounds.
+    /// Time relative to the first strategy: median, minimum and maximum over the rounds.
     ratio: [f64; 3],
 }
 
@@ -53,15 +53,15 @@ struct Findings<'a> {
     rounds: u16,
     peak_memory_bytes: Option<usize>,
     strategies: Vec<Measured>,
-    /// Of a step under the first strategy.
+    /// Parts of a step with the first strategy.
     parts_ms: IndexMap<&'static str, f64>,
-    /// On the CPU, in float32.
+    /// Measured only on the CPU in float32.
     lstm: Option<kernels::LstmTimes>,
     bound: bound::Bound,
     time_over_bound: f64,
 }
 
-/// Every strategy, GradNorm in its ways, and what the file says where that is none of them.
+/// All strategies, GradNorm in several variants, and the experiment's own strategy if it is none of these.
 fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>> {
     if experiment.tasks.len() == 1 {
         return Ok(vec![("one task".to_owned(), WeightingConfig::default())]);
@@ -110,7 +110,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let mut trainers: Vec<Trainer> =
         candidates.iter().map(|(_, weighting)| rehearsal.trainer(config, weighting)).collect();
     if let Some(folder) = &args.write {
-        // Losses that others can compare with, to more digits than TF32 has.
+        // Without TF32, so that other programs can compare their losses to more digits.
         configure(threads, workers(), false)?;
         workload::write(folder, &rehearsal, &mut trainers[0], &steps)?;
         return Ok(End::Done);
@@ -133,7 +133,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let measured: Vec<Measured> =
         names.zip(&seconds).map(|(name, own)| summarize(name, own, &seconds[0], &size)).collect();
     let parts_ms = parts(&mut trainers[0], &steps, device)?;
-    // Before the bound is measured, on arrays larger than all of this.
+    // Read before the bound is measured, which allocates larger arrays.
     let peak_memory_bytes = peak_memory(device);
     let lstm = (device == Device::Cpu && config.precision == Precision::Float32)
         .then(|| kernels::measure(&rehearsal.model, config));
@@ -159,7 +159,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Milliseconds of each part of a step.
+/// Milliseconds of each part of a step, mean over `steps`.
 fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Result<IndexMap<&'static str, f64>> {
     trainer.timer = StepTimer::of(device);
     time(trainer, steps, 0, device)?;
@@ -182,18 +182,18 @@ fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
     bound::Bound::new(&bound::Work { shapes: &shapes, inputs, trunk, kind }, rehearsal.device)
 }
 
-/// What one round of a strategy works through.
+/// The amount of work in one round of a strategy.
 struct Size {
     n_steps: usize,
     n_tokens: i64,
     n_sentences: usize,
 }
 
-/// Seconds of each round of each trainer, after a warm-up.
+/// Seconds of each round, by trainer, after a warm-up.
 fn measure(trainers: &mut [Trainer], steps: &[&[Vec<usize>]], rounds: usize, device: Device) -> Result<Vec<Vec<f64>>> {
-    // A turn on CUDA is long enough not to wait for the device all the time.
+    // On CUDA each turn ends with a synchronisation, so turns are longer.
     let turn = if device == Device::Cpu { 1 } else { 25 };
-    // On CUDA a shape is recorded when it comes the second time: the clock sees it replayed alone.
+    // A CUDA graph is recorded when its batch shape occurs the second time: after two passes only replays are timed.
     let (n_times, n_steps) = if device == Device::Cpu { (1, WARM_UP.min(steps.len())) } else { (2, steps.len()) };
     for trainer in trainers.iter_mut() {
         for _ in 0..n_times {
@@ -209,7 +209,7 @@ fn measure(trainers: &mut [Trainer], steps: &[&[Vec<usize>]], rounds: usize, dev
             }
         }
         for (trainer, seconds) in trainers.iter_mut().zip(&mut seconds) {
-            // The round's share of what rows of tables wait for.
+            // Deferred updates of embedding rows are part of the round's time.
             let started = Instant::now();
             trainer.settle()?;
             seconds[round] += started.elapsed().as_secs_f64();
@@ -218,7 +218,7 @@ fn measure(trainers: &mut [Trainer], steps: &[&[Vec<usize>]], rounds: usize, dev
     Ok(seconds)
 }
 
-/// `own` and `first`, those of the first strategy, are seconds by round.
+/// `own` and `first` are seconds by round, of this and of the first strategy.
 fn summarize(strategy: String, own: &[f64], first: &[f64], size: &Size) -> Measured {
     let mut ratios: Vec<f64> = own.iter().zip(first).map(|(own, first)| own / first).collect();
     ratios.sort_by(f64::total_cmp);
@@ -266,7 +266,7 @@ fn print(findings: &Findings) -> Result<()> {
     Ok(())
 }
 
-/// Sentences that a trained model labels in a second: those of dev, tokenized before the clock starts.
+/// Sentences of dev that a trained model labels per second; tokenization is not timed.
 fn labelling(args: &BenchArgs) -> Result<End> {
     let (device, threads) = prepare::machine(&args.machine)?;
     let trained = saved_model::open(&args.experiment, "best", device)?;
@@ -301,7 +301,7 @@ fn labelling(args: &BenchArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Seconds that `steps` take; the first has number `first`, which strategies with `update_every` look at.
+/// Seconds that `steps` take; they are numbered from `first`, which matters for strategies with `update_every`.
 fn time(trainer: &mut Trainer, steps: &[&[Vec<usize>]], first: usize, device: Device) -> Result<f64> {
     let mut pending = Pending::new(device);
     wait(device);
@@ -326,7 +326,7 @@ fn median(values: &[f64]) -> f64 {
     (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
 }
 
-/// Bytes that were held at most: of the GPU, or by the process on the CPU, where Linux tells.
+/// Peak memory in bytes: of the GPU, or on the CPU that of the process, as Linux reports it.
 fn peak_memory(device: Device) -> Option<usize> {
     if device != Device::Cpu {
         return peak_device_memory().ok();

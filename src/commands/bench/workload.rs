@@ -1,4 +1,4 @@
-//! The steps of a benchmark for other programs: batches, first weights, and the losses that training from them has here.
+//! Writes a benchmark's steps for other programs: batches, initial weights, and the losses of training from them here.
 
 use std::path::Path;
 
@@ -11,12 +11,12 @@ use super::super::say;
 use crate::run::checkpoint;
 use crate::train::{Pending, State, Step, Trainer};
 
-/// Writes `weights.safetensors` and `steps.safetensors`, whose metadata hold the experiment, the tasks and the losses.
-/// Tensors of step I are `model/I.token_ids` [B, T], `model/I.lengths` `[B]`, `model/I.bytes` [B, T, L] where words have
-/// characters, and of each task present `model/I.TASK.rows` `[b]` and `model/I.TASK.labels`.
+/// Writes `weights.safetensors`, and `steps.safetensors` with the experiment, the tasks and the losses in its metadata.
+/// Tensors of step I are `model/I.token_ids` [B, T], `model/I.lengths` `[B]`, `model/I.bytes` [B, T, L] if the model
+/// reads characters, and for each task present `model/I.TASK.rows` `[b]` and `model/I.TASK.labels`.
 ///
 /// # Errors
-/// Steps of several batches, or a folder that cannot be written.
+/// Steps of several batches, a loss that is not finite, or a folder that cannot be written.
 pub fn write(folder: &Path, rehearsal: &Rehearsal, trainer: &mut Trainer, steps: &[&[Vec<usize>]]) -> Result<()> {
     anyhow::ensure!(steps.iter().all(|batches| batches.len() == 1), "--write needs training.accumulate_steps: 1");
     std::fs::create_dir_all(folder).with_context(|| format!("{} cannot be created", folder.display()))?;

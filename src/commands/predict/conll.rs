@@ -1,4 +1,4 @@
-//! CoNLL files to be labelled: a word a line in, the same lines with what the model says out.
+//! Labelling CoNLL files: one word per line in, the same lines with the model's labels out.
 
 use super::saved_model::Trained;
 use crate::config::Experiment;
@@ -6,28 +6,28 @@ use crate::data::{ConllLayout, ConllLine, Format, labels, line_of_a_word};
 use crate::model::{Decoded, HeadConfig};
 use crate::task::{Task, TaskKind};
 
-/// What would end a comment within a label.
+/// Characters of a label that would end a comment line.
 const LINE_ENDS: [char; 2] = ['\n', '\r'];
 
 /// A line of a sentence.
 pub struct Written {
     text: String,
-    /// The number of its word, if it has one.
+    /// The index of its word, if it has one.
     word: Option<usize>,
 }
 
-/// How the experiment's first set of such a format writes its lines, or else with the word first, or as CoNLL-U has it.
+/// The layout of the experiment's first set of a matching format, or else the default: the word first, or CoNLL-U.
 pub fn layout_of(experiment: &Experiment, conllu: bool) -> ConllLayout {
     let fits = |format| format == Format::Conllu || (format == Format::Conll && !conllu);
     let mut sets = experiment.data.sets.values().filter(|set| fits(set.format));
     sets.next().map_or_else(|| ConllLayout::new(conllu, &[], None, None), ConllLayout::of)
 }
 
-/// The lines of a sentence and its words. Comments that say classes of `tasks` go: the model says them anew.
+/// The lines of a sentence and its words. Comments with classes of `tasks` are dropped: the model predicts them anew.
 pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<Written>, Vec<&'a str>) {
     let (mut lines, mut words) = (Vec::new(), Vec::new());
     let said = |name: &str| tasks.iter().any(|task| task.name == name && task.kind == TaskKind::Classification);
-    // A block of comments alone has no word.
+    // A block that has only comments contains no word.
     let last = line_of_a_word(block.lines().last().unwrap_or_default(), "");
     for line in block.lines() {
         let mut word = None;
@@ -46,8 +46,8 @@ pub fn lines<'a>(block: &'a str, layout: &ConllLayout, tasks: &[Task]) -> (Vec<W
     (lines, words)
 }
 
-/// A sentence's lines with a comment `# TASK = CLASS` for each class, and the tags of each tagging task where the format has
-/// them. Ends with a line end.
+/// A sentence's lines with a comment `# TASK = CLASS` per classification task, and the tags of each tagging task in the
+/// column that the layout has for them. Ends with a newline.
 pub fn written(lines: &[Written], layout: &ConllLayout, decoded: Option<&[Decoded]>, trained: &Trained) -> String {
     let (mut out, mut tags) = (String::new(), Vec::new());
     for (task, decoded) in trained.tasks.iter().zip(decoded.into_iter().flatten()) {

@@ -1,4 +1,4 @@
-//! A model and a trainer from what an experiment, its data and its run are.
+//! Builds the model and the trainer of an experiment.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -18,7 +18,7 @@ use crate::train::{Trainer, TrainingConfig, UnknownWords};
 use crate::weighting::{WeightedTask, Weighting, WeightingConfig};
 
 /// # Errors
-/// Numbers that the device cannot train in.
+/// A precision that the device cannot train in.
 pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
     if config.precision == Precision::Float16 && device == Device::Cpu {
         return Err(invalid("training.precision: float16 needs CUDA; use bfloat16 on the CPU"));
@@ -29,7 +29,7 @@ pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
     Ok(())
 }
 
-/// Dev, where there is one, chooses the best checkpoint, for which it needs labels.
+/// Fails if dev has rows but no labels for one of `metrics`, which select the best checkpoint.
 pub fn fail_without_choice(metrics: &[String], dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
     metrics.iter().try_for_each(|metric| fail_if_untold(metric, dev, tasks))
 }
@@ -38,7 +38,7 @@ fn fail_if_untold(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()>
     let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
     let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
     let tells = |row: usize| match of_task {
-        // No loss can be told of labels that the model does not know.
+        // The loss is undefined for labels that the model does not know.
         Some(i) if metric.ends_with(".loss") => dev.set.labels(TaskId(i), row).is_some(),
         Some(i) => dev.set.gold(TaskId(i), row).is_some(),
         None if metric == "sentence_accuracy" => n_labelled(row) > 1,
@@ -52,7 +52,7 @@ fn fail_if_untold(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()>
     }
 }
 
-/// A model ready to be trained.
+/// The model of an experiment, ready for training.
 ///
 /// # Errors
 /// A part in `freeze_epochs` that the model does not have.
@@ -79,10 +79,10 @@ fn check_parts(config: &TrainingConfig, model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// What a trainer is made of.
+/// The inputs of a trainer.
 pub struct Parts<'a> {
     pub experiment: &'a Experiment,
-    /// Those of the experiment, or others in their place.
+    /// May differ from the experiment's own; so may `weighting`.
     pub config: &'a TrainingConfig,
     pub weighting: &'a WeightingConfig,
     pub tasks: &'a [Task],
@@ -92,7 +92,7 @@ pub struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    /// With optimizer, strategy and average as at the start.
+    /// A trainer with optimizer, strategy and weight average in their initial state.
     pub fn trainer(&self) -> Trainer<'a> {
         let &Parts { experiment, config, tasks, tokenizer, model, train, .. } = self;
         let (seed, device) = (Seed(experiment.seed), model.parameters.device());
@@ -100,7 +100,7 @@ impl<'a> Parts<'a> {
         let average = (config.ema_decay > 0.0).then(|| Ema::new(config.ema_decay, model.parameters.iter()));
         let mut optimizer = Optimizer::new(&config.optimizer, model.parameters.iter());
         if device != Device::Cpu {
-            // Batches of one step would each have their own places.
+            // Several batches per step read different table rows, so tables are updated like other parameters.
             let tables = if config.accumulate_steps == 1 { model.embedding.trained_tables() } else { Vec::new() };
             optimizer.work_on_device(tables, &model.halves(), average.as_ref());
         }

@@ -1,4 +1,4 @@
-//! What is odd in data that can be trained on.
+//! Checks of the loaded data: warnings about suspicious values, and errors for labels that an experiment does not list.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -9,21 +9,21 @@ use crate::model::Connection;
 use crate::problem::{Place, Problem, Severity};
 use crate::task::{Tag, TaskId, TaskKind, spans_of};
 
-/// From this share of the different words on, punctuation at their ends is worth a word.
+/// Share of distinct words ending in punctuation above which a warning is given.
 const STUCK: f64 = 0.05;
 
-/// Rows of a label that may be a slip, and how many times more those of the label have that was meant.
+/// A label with at most `RARE` occurrences may be a misspelling of one that occurs at least `OFTEN` times as often.
 const RARE: usize = 2;
 const OFTEN: usize = 10;
 
-/// More words than sentences have.
+/// Sentences with more words than this are reported.
 const LONG: usize = 1000;
 
-/// From this share of dev or test on, sentences that are also in train are worth a warning before training. Published data sets
-/// have up to 5 %.
+/// Share of dev or test that is also in train above which a warning is given before training. In published data sets it
+/// is up to 5 %.
 const LEAKED: f64 = 0.1;
 
-/// All of it.
+/// All warnings of `polytask check` about the data.
 pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = odd_labels(experiment, corpus);
     problems.extend(duplicates(corpus));
@@ -40,7 +40,7 @@ pub fn find(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// The labels of a column with the row of each: classes, tags, or of spans their types.
+/// The labels in a column, each with its row: classes, tags, or span types.
 pub fn occurrences(kind: TaskKind, rows: &Rows, column: usize) -> Vec<(&str, usize)> {
     let labels = &rows.columns[column];
     let spelled = |value: u32| (value != ABSENT).then(|| labels.strings.get(value));
@@ -62,7 +62,7 @@ pub fn occurrences(kind: TaskKind, rows: &Rows, column: usize) -> Vec<(&str, usi
     (0..rows.len()).flat_map(|row| of_row(row).into_iter().map(move |label| (label, row))).collect()
 }
 
-/// The labels of a task in a split: where each stands first, and how often.
+/// The labels of a task in a split, each with its first occurrence and its count.
 fn used(corpus: &Corpus, (task, kind): (TaskId, TaskKind), split: Split) -> BTreeMap<&str, (Place, usize)> {
     let mut used: BTreeMap<&str, (Place, usize)> = BTreeMap::new();
     for (set, column) in corpus.columns_of(task) {
@@ -74,7 +74,7 @@ fn used(corpus: &Corpus, (task, kind): (TaskId, TaskKind), split: Split) -> BTre
     used
 }
 
-/// Training labels that are none of those that their task names: errors.
+/// Errors for training labels that are missing from their task's `labels`.
 pub fn unnamed_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
@@ -89,22 +89,22 @@ pub fn unnamed_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> 
     problems
 }
 
-/// Whether a label is another with a letter more, less, wrong or in the wrong place; numbers are no letters.
+/// Whether two labels differ by one letter inserted, deleted, substituted or swapped; digits do not count as letters.
 fn misspelled(label: &str, other: &str) -> bool {
     let letters = |text: &str| text.chars().filter(|c| !c.is_numeric()).collect::<String>();
-    // A letter has up to 4 bytes.
+    // One character has up to 4 bytes.
     let alike = label.chars().count() >= 4 && label.len().abs_diff(other.len()) <= 4;
     alike && strsim::osa_distance(label, other) == 1 && letters(label) != letters(other)
 }
 
-/// Labels that dev or test have and train has not, those that may be slips, names that no row has, and tasks of which train or
-/// dev have too few.
+/// Warnings about labels in dev or test that are not in train, probable misspellings, listed labels that no training
+/// row has, and tasks with too few labels in train or dev.
 fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (i, (name, head)) in experiment.tasks.iter().enumerate() {
         let [train, dev, test] = Split::ALL.map(|split| used(corpus, (TaskId(i), head.kind()), split));
         if corpus.columns_of(TaskId(i)).all(|(set, _)| set.splits[Split::Train as usize].is_empty()) {
-            continue; // Said as an error.
+            continue; // Reported as an error elsewhere.
         }
         let odd = |message: String| Problem::general(Severity::Warning, message);
         if train.is_empty() && head.kind().has_spans() {
@@ -151,19 +151,19 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Sentences of dev and test that stand in an earlier split of the same set too, or in train of another: there the trunk learns
-/// them with other labels.
+/// Sentences of dev and test that also occur in an earlier split of the same set, or in train of another set, whose
+/// labels train the same trunk.
 fn duplicates(corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     let rows_of = |set: usize, split: Split| &corpus.sets[set].splits[split as usize];
-    // Where each sentence stands first, by set.
+    // The first occurrence of each sentence in each set.
     let mut seen: HashMap<String, Vec<(usize, Split, usize)>> = HashMap::new();
     for split in Split::ALL {
         for (set, loaded) in corpus.sets.iter().enumerate() {
             let rows = rows_of(set, split);
             for row in 0..rows.len() {
                 let known = seen.entry(rows.text_of(row)).or_default();
-                // What training sees is the worst, of this set or another.
+                // An occurrence in train takes precedence, then one in the same set.
                 let earlier = known.iter().filter(|(other, before, _)| *other == set || *before == Split::Train);
                 let worst = earlier.min_by_key(|(other, before, _)| (*before, *other != set));
                 if let Some(&(other, before, at)) = worst.filter(|(_, before, _)| *before != split) {
@@ -186,7 +186,7 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Splits of which much is also in train, of the same set or another.
+/// Dev and test splits of which more than [`LEAKED`] is also in train, of the same set or another.
 pub fn leaks(corpus: &Corpus) -> Vec<Problem> {
     let texts = |rows: &Rows| (0..rows.len()).map(|row| rows.text_of(row)).collect::<Vec<_>>();
     let held_out: Vec<(&str, Split, Vec<String>)> = corpus
@@ -214,7 +214,7 @@ pub fn leaks(corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Sentences that stand in train twice, with other labels.
+/// Sentences that occur in train twice with different labels.
 fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (i, name) in experiment.tasks.keys().enumerate() {
@@ -235,7 +235,7 @@ fn contradictions(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Raw text whose words keep the punctuation after them, so that `date` and `date.` have nothing in common.
+/// Raw text whose words keep trailing punctuation, so that `date` and `date.` are unrelated words.
 fn stuck_punctuation(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for set in &corpus.sets {
@@ -282,7 +282,7 @@ pub fn long_sentences(corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Words that programs which cut text at white space, as those of exported models do, take for several.
+/// Words that contain white space: programs that run exported models split raw text there, into several words.
 fn words_with_spaces(corpus: &Corpus) -> Vec<Problem> {
     let mut problems = Vec::new();
     for rows in Split::ALL.iter().flat_map(|&split| corpus.rows(split)) {

@@ -1,4 +1,4 @@
-//! An exported model's file: what stands in it, and reading it back.
+//! An exported model's file: its contents, and reading it back.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,20 +10,20 @@ use serde_json::Value;
 use crate::libtorch::ScriptModule;
 use crate::problem::invalid;
 
-/// A new number where an older program could not read the file.
+/// Version of the file format, increased when older programs cannot read the file.
 pub const FORMAT: u64 = 1;
 
 /// The files inside an exported model, in this order.
 ///
-/// `labels.txt` (`task <tab> label` a line) and `vocabulary.txt` (a token a line, empty where tokens are pieces of words)
-/// are for programs without a JSON reader.
+/// `labels.txt` (one `task <tab> label` per line) and `vocabulary.txt` (one token per line, empty unless the tokenizer
+/// model is `word`) are for programs without a JSON reader.
 pub const FILES: [&str; 7] =
     ["polytask.json", "resolved.yaml", "labels.json", "tokenizer.json", "card.md", "labels.txt", "vocabulary.txt"];
 
 /// An exported model, read back.
 pub struct Exported {
     pub module: ScriptModule,
-    /// What `polytask.json` says.
+    /// The content of `polytask.json`.
     pub about: Value,
     /// The texts of [`FILES`].
     pub files: Vec<String>,
@@ -32,7 +32,7 @@ pub struct Exported {
 /// Reads an exported model.
 ///
 /// # Errors
-/// A file that is damaged, no model of polytask, or of another format.
+/// A file that is damaged, not a polytask model, or of another format version.
 pub fn open(path: &Path) -> Result<Exported> {
     let name = path.display();
     let mut start = [0; 2];
@@ -43,7 +43,7 @@ pub fn open(path: &Path) -> Result<Exported> {
         return Err(invalid(format!("{name} {message}")));
     }
     let (module, files) = ScriptModule::load(path, &FILES).map_err(|error| {
-        // The rest of libtorch's words guess at how that came.
+        // The rest of libtorch's message only guesses at the cause.
         let why = error.to_string();
         invalid(format!("{name} is damaged ({})", why.split(". ").next().unwrap_or(&why)))
     })?;

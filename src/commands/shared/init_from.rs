@@ -1,4 +1,4 @@
-//! First weights from an earlier run: `init_from`.
+//! `init_from`: initial weights from an earlier run.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +13,10 @@ use crate::model::Model;
 use crate::problem::invalid;
 use crate::task::{Task, TaskKind};
 
-/// The run that an experiment begins with, if it names one.
+/// The earlier run that the experiment's `init_from` names, if any.
 ///
 /// # Errors
-/// A folder that is no run, or a run of a trunk or an embedding of another shape.
+/// A folder that is not a run directory, or a run whose trunk has another shape.
 pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
     let Some(from) = &experiment.init_from else { return Ok(None) };
     let wrong = |message: String| invalid(format!("init_from: {}: {message}", from.display()));
@@ -42,7 +42,7 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
     Ok(Some(earlier))
 }
 
-/// Takes the model's pretrained vectors over into the tokenizer's: those that stand still are in no checkpoint.
+/// Copies the model's pretrained vectors into the tokenizer, to be saved with it: frozen vectors are in no checkpoint.
 pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
     for (i, table) in tokenizer.vectors().iter().enumerate() {
         let name = format!("embedding.vectors_{i}");
@@ -53,10 +53,10 @@ pub fn keep_vectors(model: &Model, tokenizer: &mut Tokenizer) {
     }
 }
 
-/// What was taken of an earlier run.
+/// What was copied from an earlier run.
 pub struct Taken {
     summary: String,
-    /// Of each head that was not, why.
+    /// For each head that was not copied, the reason.
     pub left: Vec<String>,
 }
 
@@ -67,11 +67,11 @@ impl Taken {
     }
 }
 
-/// Copies what fits of an earlier run: rows of the embedding by token, characters, the trunk, and heads whose task has the
-/// same name and labels and whose parts are the same.
+/// Copies the weights of an earlier run: embedding rows by token, the character encoder, the trunk, and heads whose
+/// task has the same name and labels and whose inputs and parameter shapes are the same.
 ///
 /// # Errors
-/// An embedding of other parts.
+/// A parameter of the embedding or the trunk that the earlier run lacks or has in another shape.
 pub fn initialize(
     model: &Model,
     (experiment, tasks): (&Experiment, &[Task]),
@@ -82,7 +82,7 @@ pub fn initialize(
     let rows = Rows::new(&earlier.tokenizer, tokenizer);
     let mut values = BTreeMap::new();
     let vectors = |name: &str| name.starts_with("embedding.vectors_");
-    // Vectors may have been tuned there and stand still here, or the other way round.
+    // Vectors may be trained in one run and frozen in the other.
     let all = model.parameters.iter().chain(model.parameters.with_constants().filter(|(name, _)| vectors(name)));
     for (name, tensor) in all.filter(|(name, _)| !name.starts_with("heads.")) {
         let value = weights.get(name).and_then(|value| match name == "embedding.weight" || vectors(name) {
@@ -135,9 +135,9 @@ pub fn initialize(
     Ok(Taken { summary, left })
 }
 
-/// Why a head cannot be taken over, if so.
+/// The reason why a head cannot be copied, if any.
 fn difference(theirs: &Task, ours: &Task) -> Option<String> {
-    // Labels inside are those of BIO, however the data writes spans.
+    // Span labels are BIO internally, whatever scheme the data uses.
     let kind = |task: &Task| (task.kind == TaskKind::Classification, task.kind.has_spans());
     if kind(theirs) != kind(ours) {
         return Some("it is of another type in the earlier run".to_owned());
@@ -153,7 +153,7 @@ fn difference(theirs: &Task, ours: &Task) -> Option<String> {
     only(ours, theirs, "this experiment").or_else(|| only(theirs, ours, "the earlier run")).or(order)
 }
 
-/// Where tokens stood in the earlier table, and where they stand now.
+/// Ids of the tokens known to both runs: in the earlier table, and in the new one.
 struct Rows(Vec<(i64, i64)>);
 
 impl Rows {
@@ -164,7 +164,7 @@ impl Rows {
         Rows(now.filter_map(|(token, id)| Some((*known.get(&token)?, id))).collect())
     }
 
-    /// `into` with the rows of `from` for the tokens that both know; `None` where rows have other sizes.
+    /// A copy of `into` with the rows of `from` for shared tokens; `None` if the row sizes differ.
     fn move_to(&self, from: &Tensor, into: &Tensor) -> Option<Tensor> {
         if from.size()[1] != into.size()[1] {
             return None;

@@ -1,4 +1,4 @@
-//! What several commands share.
+//! Code shared by several commands.
 
 pub mod build_trainer;
 pub(super) mod data_checks;

@@ -1,4 +1,4 @@
-//! What several verbs need first: threads and device, data, tasks, a new model.
+//! Preparation shared by several commands: threads and device, data, tokenizer, tasks, a new model.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::rng::Seed;
 use crate::run::RunDirectory;
 use crate::task::{Task, TaskId};
 
-/// Threads that a core may be asked to serve.
+/// Maximum number of threads per core.
 const MOST_PER_CORE: usize = 8;
 
 /// Sets the number of threads and opens the device.
@@ -46,14 +46,14 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
-/// Reads all data of an experiment, saying which file is being read.
+/// Reads all data of an experiment, showing the file being read.
 pub fn corpus(experiment: &Experiment) -> Result<(Corpus, Vec<Problem>)> {
     let (corpus, mut problems) = read(experiment, &Split::ALL)?;
     problems.extend(data_checks::unnamed_labels(experiment, &corpus));
     Ok((corpus, problems))
 }
 
-/// Reads one split alone, and the training rows where it is cut off them. What is wrong in it is an error.
+/// Reads only one split, and train if the split is cut from it. Fails on errors in the data.
 pub fn corpus_of(experiment: &Experiment, split: Split) -> Result<Corpus> {
     let (corpus, problems) = read(experiment, &[split])?;
     fail_on_errors(problems)?;
@@ -69,7 +69,7 @@ fn read(experiment: &Experiment, splits: &[Split]) -> Result<(Corpus, Vec<Proble
     corpus
 }
 
-/// The task table: labels are those that the experiment names, or else those of the training rows.
+/// The task table, with the labels listed in the experiment, or else those of the training rows.
 pub fn tasks(experiment: &Experiment, corpus: &Corpus) -> Vec<Task> {
     let task = |(i, (name, head)): (usize, (&String, &HeadConfig))| {
         let columns: Vec<_> = corpus
@@ -95,7 +95,7 @@ pub fn encoded(
     Ok(DeviceSplit::new(EncodedSplit::build(corpus, split, tokenizer, tasks)?, tokenizer.padding, device))
 }
 
-/// The training rows, with classes that count as the experiment says.
+/// The training rows, with the experiment's class weights.
 pub fn training(
     experiment: &Experiment,
     corpus: &Corpus,
@@ -104,7 +104,7 @@ pub fn training(
     device: Device,
 ) -> Result<DeviceSplit> {
     let mut train = encoded(corpus, Split::Train, tokenizer, tasks, device)?;
-    // Those of a run that goes on are the ones that it began with.
+    // A resumed run keeps the labels that it started with.
     if let Some((id, unseen)) = train.set.unseen.first_key_value() {
         let Task { name, kind, .. } = &tasks[id.0];
         let lacking = labels::names(*kind, &unseen.labels).join(", ");
@@ -120,7 +120,7 @@ pub fn training(
     Ok(train)
 }
 
-/// Tells of labels of a split that the model cannot give.
+/// Warns about labels of a split that the model cannot predict.
 pub fn warn_of_unseen(data: &DeviceSplit, split: Split, tasks: &[Task]) {
     for (id, Unseen { labels, rows }) in &data.set.unseen {
         let names = labels::names(tasks[id.0].kind, labels);
@@ -147,12 +147,12 @@ pub fn model(experiment: &Experiment, tasks: &[Task], tokenizer: &Tokenizer, dev
     Model::new(&experiment.model, &heads, tasks, &vocabulary, (Seed(experiment.seed), device))
 }
 
-/// Learns the tokenizer of an experiment, with the pretrained vectors that it names.
+/// Builds the tokenizer of an experiment, with its pretrained vectors.
 pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer, Vec<Coverage>)> {
     let (train, root) = (corpus.rows(Split::Train), &experiment.data.root);
     let max_bytes = experiment.model.embedding.characters.max_bytes();
     let mut tokenizer = Tokenizer::build(&experiment.tokenizer, root, &train, max_bytes)?;
-    // What is wrong with it is told by `init_from`.
+    // Errors in it are reported by `init_from`.
     if let Some(run) = experiment.init_from.as_ref().and_then(|from| RunDirectory::open(from).ok()) {
         extend_by_run(&mut tokenizer, experiment, &run)?;
     }
@@ -164,7 +164,7 @@ pub fn tokenizer(experiment: &Experiment, corpus: &Corpus) -> Result<(Tokenizer,
     Ok((tokenizer, coverage))
 }
 
-/// Words that an earlier run knows stay known, whether or not they stand in this one's text.
+/// Adds the words that an earlier run knows, whether or not they occur in this run's text.
 fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDirectory) -> Result<()> {
     let (theirs, _, earlier) = saved_model::of_run(run)?;
     let words = |experiment: &Experiment| matches!(experiment.tokenizer, TokenizerConfig::Word(_));
@@ -174,7 +174,7 @@ fn extend_by_run(tokenizer: &mut Tokenizer, experiment: &Experiment, run: &RunDi
     Ok(())
 }
 
-/// What pretrained vectors know of the training text, in one line.
+/// The coverage of the training text by pretrained vectors, in one line.
 pub fn coverage_line(coverage: &Coverage) -> String {
     let ((types, known), (tokens, known_tokens)) = (coverage.types, coverage.tokens);
     let case = match coverage.case_lost {

@@ -14,7 +14,7 @@ fn shown() -> bool {
     std::io::stderr().is_terminal() && log::log_enabled!(log::Level::Info)
 }
 
-/// A spinner with a message; invisible where there is no terminal.
+/// A spinner with a message, hidden if there is no terminal.
 pub fn spinner(verb: &str) -> ProgressBar {
     let target = if shown() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let spinner = ProgressBar::with_draw_target(None, target);
@@ -24,24 +24,24 @@ pub fn spinner(verb: &str) -> ProgressBar {
     spinner
 }
 
-/// Shows training: a bar an epoch, and a line when it is over.
+/// Shows training: a bar per epoch, and a line when the epoch ends.
 pub struct TrainingProgress<'a> {
     tasks: &'a [Task],
-    /// Steps of the whole training, and those done.
+    /// Steps of the whole training, and steps done.
     n_steps: usize,
     step: usize,
     n_epochs: usize,
     bar: ProgressBar,
-    /// When the first step began, and which it was.
+    /// When this process started training, and the steps done before.
     begun: Option<(Instant, usize)>,
-    /// When the epoch began.
+    /// Start of the epoch.
     started: Instant,
     n_tokens: i64,
     losses: String,
 }
 
 impl<'a> TrainingProgress<'a> {
-    /// Of `n_steps`, `step` are done.
+    /// For a training of `n_steps` steps, of which `step` are done.
     pub fn new(tasks: &'a [Task], n_steps: usize, step: usize) -> Self {
         TrainingProgress {
             tasks,
@@ -64,7 +64,7 @@ impl<'a> TrainingProgress<'a> {
             .join("  ")
     }
 
-    /// What the steps to come take, evaluations included, if they go on as those before; nothing before there are some.
+    /// The estimated remaining time, from the mean time per step including evaluations; empty before the first step.
     fn left(&self) -> String {
         match self.begun {
             Some((begun, first)) if self.step > first => {
@@ -75,7 +75,7 @@ impl<'a> TrainingProgress<'a> {
         }
     }
 
-    /// Whether there were steps to come when the training ended.
+    /// Whether training ended before its last planned step.
     pub fn stopped_early(&self) -> bool {
         self.step < self.n_steps
     }
@@ -118,7 +118,7 @@ impl Observer for TrainingProgress<'_> {
         let speed = self.tokens_per_sec() / 1e3;
         self.bar.finish_and_clear();
         let score = |task: &crate::evaluate::TaskReport| {
-            // Without the metric's name: the line has to fit a terminal, and the table at the end says it.
+            // Without the metric's name, which the final table gives: the line has to fit a terminal.
             Some(format!("{} {}", task.name, percent(task.main_score()?.value)))
         };
         let mut scores: Vec<String> =

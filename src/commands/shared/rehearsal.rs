@@ -1,4 +1,4 @@
-//! An experiment ready to take training steps that no run keeps: for measuring.
+//! An experiment ready for training steps outside a run, for measurements.
 
 use std::time::Instant;
 
@@ -47,7 +47,7 @@ impl Rehearsal {
         Sampler::new(&self.train.set, &training.sampling, training.batch_size, Seed(self.experiment.seed))
     }
 
-    /// A trainer with optimizer and strategy as at the start, whose steps alone are wanted.
+    /// A trainer with optimizer and strategy in their initial state.
     pub fn trainer<'a>(&'a self, config: &'a TrainingConfig, weighting: &'a WeightingConfig) -> Trainer<'a> {
         build_trainer::Parts {
             experiment: &self.experiment,

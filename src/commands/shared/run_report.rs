@@ -1,4 +1,4 @@
-//! `report.json`: what a finished run came to.
+//! `report.json`: the results of a finished run.
 
 use anyhow::{Context, Result};
 use indexmap::IndexMap;
@@ -12,15 +12,15 @@ pub const FILE: &str = "report.json";
 
 #[derive(Serialize, Deserialize)]
 pub struct RunReport {
-    /// Which checkpoint is scored, and the epoch and step that it is of.
+    /// The scored checkpoint, and its epoch and step.
     pub checkpoint: String,
     pub epoch: u64,
     pub step: u64,
     pub parameters: u64,
     pub training_secs: f64,
-    /// By name: `dev` and, where there is one, `test`.
+    /// By split name: `dev` and `test`, each if it has rows.
     pub splits: IndexMap<String, Report>,
-    /// What the splits' rows are known by, for each task ([`crate::data::Corpus::fingerprint`]).
+    /// Fingerprints of each split's rows, one per task ([`crate::data::Corpus::fingerprint`]).
     pub rows: IndexMap<String, Vec<String>>,
 }
 
@@ -33,12 +33,12 @@ impl RunReport {
         serde_json::from_str(&run.read(FILE)?).with_context(|| format!("{} is damaged", run.file(FILE).display()))
     }
 
-    /// The main score of task `number` on a split that has labels for it.
+    /// The main score of task `number` on `split`, if that has labels for it.
     pub fn score(&self, split: &str, number: usize) -> Option<&Score> {
         self.splits.get(split)?.tasks.get(number)?.main_score()
     }
 
-    /// The same on test, or else on dev.
+    /// The main score of task `number` on test, or else on dev.
     pub fn best_known(&self, number: usize) -> Option<&Score> {
         self.score("test", number).or_else(|| self.score("dev", number))
     }

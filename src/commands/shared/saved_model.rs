@@ -1,4 +1,4 @@
-//! A trained model as it lies on disk: a run directory with its checkpoints, or an exported file.
+//! A trained model on disk: a run directory with its checkpoints, or an exported file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,20 +14,20 @@ use crate::problem::invalid;
 use crate::run::{RunDirectory, checkpoint};
 use crate::task::Task;
 
-/// A run as training left it, with one of its checkpoints.
+/// A trained run with one of its checkpoints, or an exported model.
 pub struct Trained {
     pub experiment: Experiment,
     pub tasks: Vec<Task>,
     pub tokenizer: Tokenizer,
     pub model: Model,
-    /// What the checkpoint says of itself.
+    /// Metadata of the checkpoint or of the exported model.
     pub about: serde_json::Value,
 }
 
-/// A run's file of pretrained vectors.
+/// The file of pretrained vectors in a run directory.
 const VECTORS: &str = "vectors.safetensors";
 
-/// Keeps the vectors of a run's tokenizer in its directory.
+/// Saves the tokenizer's pretrained vectors, if any, in the run directory.
 pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
     if tokenizer.vectors().is_empty() {
         return Ok(());
@@ -37,14 +37,14 @@ pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
     checkpoint::save(&run.file(VECTORS), &tables, &[], &tokenizer.n_trained().into())
 }
 
-/// The tokenizer of a trained model, from its parts.
+/// The tokenizer of a trained model, from its experiment and `tokenizer.json`.
 fn tokenizer_of(experiment: &Experiment, json: &str) -> Result<Tokenizer> {
     let max_bytes = experiment.model.embedding.characters.max_bytes();
     Tokenizer::from_json(json.as_bytes(), experiment.tokenizer.splitter(), max_bytes)
 }
 
-/// Rebuilds the model from an exported file. Weights in less than float32 are left to the file's own module, which runs
-/// on the CPU.
+/// Rebuilds the model from an exported file. If its weights are not float32, logits are computed by the file's own
+/// module, on the CPU only.
 fn of_file(path: &Path, device: Device) -> Result<Trained> {
     let exported = exported_file::open(path)?;
     let [_, yaml, labels, tokenizer, ..] = exported.files.as_slice() else {
@@ -102,7 +102,7 @@ pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> 
 }
 
 impl Trained {
-    /// Gives it other data: `overrides` change the experiment's `data:`.
+    /// Applies `overrides` to the experiment's `data:`.
     pub fn change_data(&mut self, overrides: &[String]) -> Result<()> {
         if let Some(other) = overrides.iter().find(|text| !text.starts_with("data.")) {
             return Err(invalid(format!("--set {other}: only keys below `data.` can be set for a trained model")));
@@ -115,7 +115,8 @@ impl Trained {
     }
 }
 
-/// The model of a run directory or of an exported file; of a file the checkpoint is the one it was made of.
+/// Opens checkpoint `name` of a run directory, or an exported file, which has only the checkpoint that it was made
+/// from: `name` must then be `best`, the default.
 pub fn open(path: &Path, name: &str, device: Device) -> Result<Trained> {
     if path.is_file() {
         if name != "best" {

@@ -1,4 +1,4 @@
-//! Ctrl-C and its kin: a command stops where it can save, or ends and leaves nothing half written.
+//! Ctrl-C and other termination signals: a command stops where it can save, or ends without leaving partial files.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,20 +9,21 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::libtorch;
 use crate::run::atomic;
 
-/// What a signal sets, and says then; without it the process ends.
+/// The flag that a signal sets, and the message it prints; if `None`, a signal ends the process.
 static STOP: Mutex<Option<(Arc<AtomicBool>, &str)>> = Mutex::new(None);
 
-/// Set by the next signal, which says `message`; the one after it ends the process.
+/// A flag that the next signal sets, printing `message`; the signal after that ends the process.
 pub fn stop_flag(message: &'static str) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     *STOP.lock().unwrap_or_else(PoisonError::into_inner) = Some((stop.clone(), message));
     stop
 }
 
-/// Heeds SIGINT, SIGTERM and SIGHUP, but for those that whoever started the process has it ignore, as `nohup` does.
+/// Handles SIGINT, SIGTERM and SIGHUP, except those that the process was started to ignore, as by `nohup`.
 ///
-/// To be called before there are other threads. All have signals blocked, and one thread waits for them: while oneDNN's matrix
-/// products run, the stack pointer is inside a buffer on the heap, below which a signal handler would write its frame.
+/// Must be called before other threads are started. All threads block the signals, and one waits for them: during
+/// oneDNN's matrix products the stack pointer is inside a buffer on the heap, and a signal handler would write its
+/// frame below it.
 pub fn listen() -> Result<()> {
     let ignored = ignored();
     let all = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
@@ -48,7 +49,7 @@ fn heed() {
     }
 }
 
-/// A bit a signal, from the lowest; none where the system does not tell.
+/// Ignored signals as a bit mask, bit 0 for signal 1; 0 if `/proc` does not give it.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,4 +1,4 @@
-//! Tables for people: fractions are shown as percent.
+//! Tables for the terminal; fractions are shown as percentages.
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 
@@ -6,14 +6,14 @@ pub use crate::compare::percent;
 use crate::evaluate::Report;
 use crate::problem::shown;
 
-/// A number with so many decimals, and no sign where nothing is left of it.
+/// `value` with `n` decimals, without a minus sign if it rounds to zero.
 pub fn decimals(value: f64, n: usize) -> String {
     let text = format!("{value:.n$}");
     let nothing = text.strip_prefix('-').filter(|digits| digits.chars().all(|c| c == '0' || c == '.'));
     nothing.map_or(text.clone(), str::to_owned)
 }
 
-/// Thousands apart by commas.
+/// `n` with commas between thousands.
 pub fn count(n: usize) -> String {
     indicatif::HumanCount(n as u64).to_string()
 }
@@ -53,7 +53,7 @@ pub fn reports(splits: &[(&str, &Report)]) -> Table {
     }
     if splits.iter().any(|(_, report)| report.sentence_accuracy.is_some()) {
         add("all", "sentence accuracy", &|report| report.sentence_accuracy.map(percent));
-        // Sentences that have labels of one task alone say nothing of all.
+        // Sentence accuracy covers only sentences with labels of several tasks.
         let partly = |report: &Report| report.tasks.iter().any(|task| task.n_sentences > report.n_joint);
         if splits.iter().any(|(_, report)| partly(report)) {
             add("", "sentences with labels of 2+ tasks", &|report| Some(count(report.n_joint)));

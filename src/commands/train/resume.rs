@@ -13,7 +13,7 @@ use crate::problem::invalid;
 use crate::run::RunDirectory;
 use crate::train::Trainer;
 
-/// The arguments with the experiment and the folder of a run that is named in the experiment's place.
+/// `args` with the experiment and the output folder taken from a run directory given in place of the experiment.
 pub fn of_folder(args: &TrainArgs) -> Result<TrainArgs> {
     let folder = &args.experiment;
     if !args.resume {
@@ -24,10 +24,10 @@ pub fn of_folder(args: &TrainArgs) -> Result<TrainArgs> {
     Ok(TrainArgs { experiment, out: Some(args.out.clone().unwrap_or_else(|| folder.clone())), ..args.clone() })
 }
 
-/// The run directory that `--resume` means: that of `--out`, or else of the experiment's runs the newest that it can resume.
+/// The run directory to resume: `--out`, or else the newest of the experiment's runs that can be resumed.
 ///
 /// # Errors
-/// No such run, or one of another experiment.
+/// There is no such run, or it was started with another experiment.
 pub fn open(args: &TrainArgs, experiment: &Experiment) -> Result<RunDirectory> {
     let name = &experiment.name;
     let paths = match &args.out {
@@ -60,7 +60,7 @@ fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
     )))
 }
 
-/// Writes down what has changed since `before` in a run that has taken `step` steps.
+/// Saves the changed experiment of a run that has taken `step` steps.
 pub fn write_changes(
     run: &RunDirectory,
     (before, now): (&Experiment, &Experiment),
@@ -69,12 +69,12 @@ pub fn write_changes(
 ) -> Result<()> {
     let ends = |experiment: &Experiment| experiment.training.end();
     let n_steps = trainer.n_steps();
-    // Where it ends the model is evaluated, which has to be yet to come.
+    // The last step includes an evaluation, so a new end must be ahead.
     if ends(before) != ends(now) && step >= n_steps {
         let path = run.path.display();
         return Err(invalid(format!("{path} has already taken {step} steps, and cannot end after {n_steps}")));
     }
-    // Its report makes a run a finished one.
+    // A run with a report counts as finished.
     let report = run.file(run_report::FILE);
     if report.exists() {
         std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
