@@ -33,6 +33,8 @@ pub struct Bound {
 pub struct Work<'a> {
     /// [B, T] of each batch.
     pub shapes: &'a [(i64, i64)],
+    /// The steps that these batches make up.
+    pub n_steps: usize,
     /// E of the first layer.
     pub inputs: i64,
     pub trunk: &'a TrunkConfig,
@@ -55,7 +57,7 @@ impl Bound {
                 _ => (3.0 * f_in + f_rec) / flops_per_sec + (trunk.layers as f64) * tokens as f64 * chain,
             }
         };
-        let ms_per_step = 1000.0 * work.shapes.iter().map(seconds).sum::<f64>() / work.shapes.len() as f64;
+        let ms_per_step = 1000.0 * work.shapes.iter().map(seconds).sum::<f64>() / work.n_steps as f64;
         Bound { flops_per_sec, ms_per_step }
     }
 }
@@ -93,7 +95,10 @@ mod tests {
     fn the_bound_grows_with_the_work() {
         let trunk = TrunkConfig { hidden: 64, ..TrunkConfig::default() };
         let of = |shapes: &[(i64, i64)]| {
-            Bound::new(&Work { shapes, inputs: 32, trunk: &trunk, kind: Kind::Float }, Device::Cpu)
+            Bound::new(
+                &Work { shapes, n_steps: shapes.len(), inputs: 32, trunk: &trunk, kind: Kind::Float },
+                Device::Cpu,
+            )
         };
         let (small, large) = (of(&[(4, 5)]), of(&[(40, 50)]));
         // Both directions: 3 * 2 * 20 * 4 * 64 * 2 * (32 + 64) operations.

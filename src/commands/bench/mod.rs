@@ -179,7 +179,7 @@ fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
     let inputs = rehearsal.model.embedding.width();
     let trunk = &rehearsal.experiment.model.trunk;
     let kind = rehearsal.experiment.training.precision.kind();
-    bound::Bound::new(&bound::Work { shapes: &shapes, inputs, trunk, kind }, rehearsal.device)
+    bound::Bound::new(&bound::Work { shapes: &shapes, n_steps: steps.len(), inputs, trunk, kind }, rehearsal.device)
 }
 
 /// The amount of work in one round of a strategy.
