@@ -1,5 +1,7 @@
 //! `polytask export`: a trained run as files for other programs, verified before they are kept.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -98,7 +100,7 @@ pub fn run(args: &ExportArgs) -> Result<End> {
     Ok(End::Done)
 }
 
-/// Fails if `out` exists and `--force` is not given, or if it is a folder that `export` did not write.
+/// Fails if `out` exists and `--force` is not given, or if it is nothing that `export` writes in this format.
 fn may_write(args: &ExportArgs) -> Result<()> {
     let out = &args.out;
     if !out.exists() {
@@ -107,16 +109,21 @@ fn may_write(args: &ExportArgs) -> Result<()> {
     if !args.force {
         return Err(invalid(format!("{} exists; --force replaces it", out.display())));
     }
-    let one_file = matches!(args.format, ExportFormat::Torchscript | ExportFormat::Onnx);
-    let ours = match one_file {
-        true => out.is_file(),
-        false => out.join(MARKER).is_file(),
+    let (ours, what) = match args.format {
+        ExportFormat::Torchscript => (begins_with(out, b"PK"), "TorchScript file"),
+        // The field `ir_version` of a model.
+        ExportFormat::Onnx => (begins_with(out, &[0x08]), "ONNX file"),
+        _ => (out.join(MARKER).is_file(), "folder that polytask exported"),
     };
-    if !ours {
-        let what = if one_file { "is a folder" } else { "is not a folder that polytask exported" };
-        return Err(invalid(format!("{} {what}: it is not replaced", out.display())));
+    match ours {
+        true => Ok(()),
+        false => Err(invalid(format!("{} is no {what}: it is not replaced", out.display()))),
     }
-    Ok(())
+}
+
+fn begins_with(path: &Path, start: &[u8]) -> bool {
+    let mut found = vec![0; start.len()];
+    File::open(path).is_ok_and(|mut file| file.read_exact(&mut found).is_ok()) && found == start
 }
 
 /// A file that every exported folder contains.

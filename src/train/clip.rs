@@ -154,8 +154,8 @@ mod tests {
 
     #[test]
     fn the_kernel_computes_what_operators_do() {
-        // Many gradients, and one.
-        let many: Vec<f32> = (1..50).map(|i| i as f32 / 7.0).collect();
+        // More gradients than the block has threads, and one.
+        let many: Vec<f32> = (1..300).map(|i| i as f32 / 7.0).collect();
         for gradients in [&many[..], &[0.25]] {
             for limit in [5.0, 0.0, 1e6] {
                 check(gradients, &[1.5, 0.5], limit, 0.0);

@@ -264,9 +264,10 @@ fn checks_of_a_word_model(folder: &Folder) {
     let before = std::fs::read(folder.path().join("model.pt")).unwrap();
     assert!(export(folder, &[], 2).contains("model.pt exists; --force replaces it"));
     for (format, out, why) in [
-        ("torchscript", "run", "run is a folder: it is not replaced"),
-        ("safetensors", "run", "run is not a folder that polytask exported"),
-        ("triton", ".", "is not a folder that polytask exported"),
+        ("torchscript", "run", "run is no TorchScript file: it is not replaced"),
+        ("onnx", "small.yaml", "small.yaml is no ONNX file: it is not replaced"),
+        ("safetensors", "run", "run is no folder that polytask exported"),
+        ("triton", ".", "is no folder that polytask exported"),
     ] {
         let command = ["export", "run", "--format", format, "--out", out, "--force"];
         let output = folder.polytask(&command).assert().code(2).get_output().clone();
