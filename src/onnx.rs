@@ -1,4 +1,4 @@
-//! ONNX files: the messages of onnx.proto (github.com/onnx/onnx, IR version 8) that a model here needs, and a builder.
+//! ONNX files: the messages of onnx.proto (github.com/onnx/onnx, IR version 8) that exports need, and a graph builder.
 //!
 //! Field numbers are those of onnx.proto; operators are those of opset 17.
 
@@ -128,7 +128,7 @@ struct Dimension {
     parameter: Option<String>,
 }
 
-/// The kinds of numbers, by their value in TensorProto.DataType.
+/// Element types, with their values in TensorProto.DataType.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
     Float = 1,
@@ -137,7 +137,7 @@ pub enum Element {
     Bool = 9,
 }
 
-/// A dimension of an input or output: a number, or a name for what is free.
+/// A dimension of an input or output: a fixed size, or the name of a dynamic one.
 #[derive(Clone, Copy, Debug)]
 pub enum Size {
     Is(i64),
@@ -155,7 +155,7 @@ pub enum Attribute {
 /// A value in a graph, by name.
 pub type Value = String;
 
-/// A graph that grows operator by operator. Bodies of loops may use the values of the graph around them.
+/// A graph under construction. Loop bodies may use values of the enclosing graph.
 #[derive(Default)]
 pub struct Graph {
     proto: GraphProto,
@@ -168,7 +168,7 @@ impl Graph {
         Graph { proto: GraphProto { name: name.to_owned(), ..Default::default() }, ..Default::default() }
     }
 
-    /// A graph for the body of a loop in this one, with value names of its own.
+    /// A graph for a loop body in this one, with its own value names.
     pub fn body(&mut self, name: &str) -> Self {
         self.n_values += 1;
         Graph { prefix: format!("{}{name}{}.", self.prefix, self.n_values), ..Graph::new(name) }
@@ -184,7 +184,7 @@ impl Graph {
         self.ops(kind, inputs, attributes, 1).swap_remove(0)
     }
 
-    /// Adds an operator with `n` outputs. An input of an empty name is left out.
+    /// Adds an operator with `n` outputs. An input with an empty name is an omitted optional input.
     pub fn ops(&mut self, kind: &str, inputs: &[&Value], attributes: Vec<Attribute>, n: usize) -> Vec<Value> {
         let output: Vec<Value> = (0..n).map(|_| self.fresh()).collect();
         let attribute = attributes.into_iter().map(|attribute| match attribute {
@@ -206,7 +206,7 @@ impl Graph {
         output
     }
 
-    /// A constant: float32 or 64-bit integers, as the tensor is.
+    /// A constant: int64 for an int64 tensor, else float32.
     pub fn constant(&mut self, tensor: &Tensor) -> Value {
         let name = self.fresh();
         let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
@@ -221,12 +221,12 @@ impl Graph {
         name
     }
 
-    /// A list of integers, as axes and shapes are.
+    /// A constant list of integers, such as axes or a shape.
     pub fn ints(&mut self, values: &[i64]) -> Value {
         self.constant(&Tensor::from_slice(values))
     }
 
-    /// A number without dimensions.
+    /// A constant float32 scalar.
     pub fn number(&mut self, value: f32) -> Value {
         self.constant(&Tensor::from(value))
     }
@@ -250,7 +250,7 @@ impl Graph {
         self.proto.output.push(info(&name, element, sizes));
     }
 
-    /// The file, with texts beside the graph by key.
+    /// The file's content, with `texts` as metadata by key.
     pub fn into_bytes(self, texts: &[(&str, String)]) -> Vec<u8> {
         let metadata = texts.iter().map(|(key, value)| Entry { key: (*key).to_owned(), value: value.clone() });
         ModelProto {
@@ -265,7 +265,7 @@ impl Graph {
     }
 }
 
-/// Operators in the words of the model: what several parts of it need.
+/// Operators that several parts of the model need.
 impl Graph {
     /// x W^T + b for x of any rank.
     pub fn linear(&mut self, x: &Value, weight: &Tensor, bias: &Tensor) -> Value {
@@ -287,7 +287,7 @@ impl Graph {
         self.op("Transpose", &[x], vec![Attribute::Ints("perm", order.to_vec())])
     }
 
-    /// The sum along an axis, which goes.
+    /// The sum along an axis, which is removed.
     pub fn sum(&mut self, x: &Value, axis: i64) -> Value {
         let axis = self.ints(&[axis]);
         self.op("ReduceSum", &[x, &axis], vec![Attribute::Int("keepdims", 0)])

@@ -4,16 +4,17 @@ use std::fmt::Write;
 
 use super::Sheet;
 
-/// A chart of lines over steps.
+/// A line chart.
 pub struct Chart {
     pub title: String,
     /// Label and points (x, y) of each line, by ascending x.
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
-    /// Whether y is drawn by its logarithm, as falling losses are; values must be positive.
+    /// Whether the y axis is logarithmic, as for falling losses; values must be positive.
     pub logarithmic: bool,
 }
 
-/// Colours that the colour-blind can tell apart (Okabe & Ito 2008), by order of first appearance of a label.
+/// Colours that the colour-blind can tell apart (six of Okabe & Ito 2008, and two more), by order of first appearance of a
+/// label.
 const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f"];
 
 const STYLE: &str = "
@@ -154,8 +155,8 @@ fn ticks((low, high): (f64, f64)) -> Vec<f64> {
     (first..=last).map(|i| i as f64 * step).collect()
 }
 
-/// Powers of ten, and where they are few their double and fivefold, within a range of positive numbers; round numbers where it
-/// has not two of them.
+/// Powers of ten within a positive range, with their multiples by 2 and 5 if there are few; linear ticks if fewer than
+/// two lie in the range.
 fn log_ticks((low, high): (f64, f64)) -> Vec<f64> {
     let powers = low.max(1e-9).log10().floor() as i32..=high.max(1e-9).log10().ceil() as i32;
     let factors: &[f64] = if high > 1000.0 * low { &[1.0] } else { &[1.0, 2.0, 5.0] };
@@ -196,7 +197,7 @@ mod tests {
         let sheet = Sheet { title: "T".into(), header: vec!["x".into()], n_names: 1, rows: vec![vec!["a & b".into()]] };
         let page = page("study", &[sheet], ("curves", &[chart]));
         assert!(page.contains("loss &lt;a&gt;") && page.contains("a &amp; b") && page.contains("<polyline"), "{page}");
-        // A line of one value stands in the middle of an axis about it.
+        // A line of one value lies in the middle of its axis.
         let flat = Chart { title: "f".into(), lines: vec![("flat".into(), vec![(3.0, 0.2)])], logarithmic: true };
         let shown = super::page("flat", &[], ("curves", &[flat]));
         assert!(shown.contains(">0.1<") && shown.contains(">0.5<") && !shown.contains(">0.01<"), "{shown}");

@@ -1,4 +1,4 @@
-//! Did multi-task help? Runs grouped by strategy, against the same tasks trained alone.
+//! Whether multi-task training helped: runs grouped by strategy, compared with the same tasks trained alone.
 
 pub mod html;
 mod run;
@@ -15,16 +15,16 @@ pub use sheets::{Sheet, percent};
 
 use stats::{Estimate, Needed, delta_m, deviation, estimate, mean, share_that_reaches};
 
-/// What multi-task training did to a task, judged by the interval of the paired differences over seeds.
+/// The effect of multi-task training on a task, by the confidence interval of the paired differences over seeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     Helped,
     Hurt,
     WithinNoise,
-    /// One seed shows nothing.
+    /// No interval: there is only one seed.
     OneSeed,
-    /// Nor do several that agree.
+    /// No interval: the difference is the same with every seed.
     NoSpread,
 }
 
@@ -44,25 +44,25 @@ impl Verdict {
 pub struct TaskResult {
     pub name: String,
     pub metric: String,
-    /// The split of the scores.
+    /// The split that was scored.
     pub split: String,
-    /// By seed, as the group's.
+    /// One per seed, in the order of the group's seeds.
     pub scores: Vec<f64>,
     pub mean: f64,
     pub deviation: Option<f64>,
-    /// Against the twin of the same seed, where there are twins; a study's variant against the run without its changes.
+    /// Difference from the twin of the same seed, if any; for a study's variant, from the run without its changes.
     pub difference: Option<Estimate>,
     pub verdict: Option<Verdict>,
 }
 
-/// Over the seeds of a group.
+/// Sentence accuracy over the seeds of a group.
 #[derive(Clone, Debug, Serialize)]
 pub struct SentenceAccuracy {
     pub mean: f64,
     pub deviation: Option<f64>,
 }
 
-/// One strategy, or a task alone, at one share of the data.
+/// One strategy, or one task trained alone, at one share of the data.
 #[derive(Clone, Debug, Serialize)]
 pub struct Group {
     pub label: String,
@@ -70,7 +70,7 @@ pub struct Group {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub variant: String,
     pub fraction: f64,
-    /// The one that dev chose, and all that it chose from.
+    /// The one selected on dev, and all candidates.
     pub learning_rate: f64,
     pub learning_rates: Vec<f64>,
     pub seeds: Vec<u64>,
@@ -80,29 +80,29 @@ pub struct Group {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub zero_twins: Vec<String>,
     pub sentence_accuracy: Option<SentenceAccuracy>,
-    /// Mean of the runs.
+    /// Mean over the runs.
     pub training_secs: f64,
     pub n_parameters: u64,
 }
 
 impl Group {
-    /// The strategy, with what tells it from others of its name.
+    /// The strategy, with what distinguishes it from others of its name.
     pub fn name(&self) -> String {
         if self.variant.is_empty() { self.label.clone() } else { format!("{} ({})", self.label, self.variant) }
     }
 
-    /// Whether it has changes of a study's experiment.
+    /// Whether it is a study's variant, with changes to the experiment.
     pub fn is_study_variant(&self) -> bool {
         self.study.is_some() && !self.variant.is_empty()
     }
 
-    /// What tasks alone that were trained together have in common.
+    /// Identifies single-task groups that belong together: their study, or else their variant.
     pub fn family(&self) -> &str {
         self.study.as_deref().unwrap_or(&self.variant)
     }
 }
 
-/// How much of the data a task alone needs to be as good as a strategy at `fraction`.
+/// How much of the data a single-task model needs to match a strategy at `fraction`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Saving {
     pub label: String,
@@ -115,12 +115,12 @@ pub struct Saving {
 pub struct Comparison {
     /// Strategies, by ascending share of the data.
     pub groups: Vec<Group>,
-    /// Tasks alone, likewise.
+    /// Tasks trained alone, in the same order.
     pub twins: Vec<Group>,
     pub savings: Vec<Saving>,
 }
 
-/// Groups runs by label and share of the data; of several learning rates dev's best is kept.
+/// Groups runs by study, label, variant and share of the data; of several learning rates the best on dev is kept.
 pub fn compare(runs: &[Run]) -> Comparison {
     let key = |run: &Run| (run.fraction.to_bits(), run.study.clone(), run.label.clone(), run.variant.clone());
     let mut groups: IndexMap<_, Vec<&Run>> = IndexMap::new();
@@ -151,14 +151,14 @@ pub fn compare(runs: &[Run]) -> Comparison {
     Comparison { groups, twins, savings }
 }
 
-/// The runs of a label at one learning rate, by seed, and the rates that it was chosen from, in ascending order.
+/// The runs of a group at the selected learning rate, by seed, and the rates tried, in ascending order.
 struct Chosen<'a> {
     runs: Vec<&'a Run>,
     rates: Vec<f64>,
 }
 
-/// Those at the learning rate with the best mean, over the seeds that all rates have, of what chose their checkpoints on dev.
-/// Without dev the lowest rate is as good as others.
+/// The runs at the learning rate with the best mean of the dev scores that selected their checkpoints, over the seeds
+/// that all rates share (or all seeds, if they share none). Ties, and runs without dev, go to the lowest rate.
 fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     let mut rates: Vec<f64> = runs.iter().map(|run| run.learning_rate).collect();
     rates.sort_by(f64::total_cmp);
@@ -177,7 +177,7 @@ fn choose(runs: Vec<&Run>) -> Chosen<'_> {
     Chosen { runs, rates }
 }
 
-/// `twin` is what a run's task is held to.
+/// `twin` finds the result that a run's task is compared with.
 fn summarize(chosen: &Chosen, twin: &dyn Fn(&Run, &str) -> Option<RunTask>) -> Group {
     let (group, first) = (&chosen.runs, chosen.runs[0]);
     let result = |task: &RunTask| {
@@ -196,7 +196,7 @@ fn summarize(chosen: &Chosen, twin: &dyn Fn(&Run, &str) -> Option<RunTask>) -> G
             difference,
         }
     };
-    // Of every seed or of none: a twin may be missing, or have a score of 0, which nothing is a share of.
+    // For every seed or for none: a twin may be missing, or have a score of 0, by which delta-m cannot divide.
     let changes: Option<Vec<f64>> = group
         .iter()
         .map(|run| {
@@ -238,7 +238,8 @@ fn verdict(difference: &Estimate) -> Verdict {
     }
 }
 
-/// Read off the learning curves of the tasks alone, where there are several shares of the data. `groups` are those of `multi`.
+/// Read off the learning curves of single-task models, if there are several shares of the data. `groups` are those of
+/// `multi`.
 fn savings(multi: &[&Chosen], groups: &[Group], alone: &[&Chosen]) -> Vec<Saving> {
     let mut savings = Vec::new();
     for (run, group) in multi.iter().map(|chosen| chosen.runs[0]).zip(groups) {
@@ -330,7 +331,7 @@ mod tests {
             comparison.groups.iter().map(of).collect()
         };
         let comparison = compare(&runs);
-        // A study without twins is held to those that there are, where they are of one study.
+        // A study without twins is compared with the existing twins, if all are of one study.
         assert_eq!(differences(&comparison), [Some(0.1), Some(0.2), None]);
         let less = [runs[0].clone(), runs[1].clone(), runs[4].clone()];
         assert_eq!(differences(&compare(&less)), [Some(0.1), Some(0.1)]);

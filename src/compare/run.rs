@@ -1,4 +1,4 @@
-//! What a comparison is made of: finished runs, and which of them are held to each other.
+//! Finished runs, and which of them are compared with each other.
 
 use super::Settings;
 use crate::evaluate::CheckpointScore;
@@ -8,19 +8,19 @@ use crate::evaluate::CheckpointScore;
 pub struct Run {
     /// The strategy, or `only-TASK`.
     pub label: String,
-    /// The study that it is of, if any: twins are those of the same study.
+    /// The study that it belongs to, if any; its twins are those of the same study.
     pub study: Option<String>,
     pub settings: Settings,
-    /// The study's variant, or of no study what tells it from other runs of its label; empty where nothing has to.
+    /// The study's variant; outside a study, what distinguishes the run from others with its label. May be empty.
     pub variant: String,
     pub seed: u64,
     pub learning_rate: f64,
     /// Share of the training rows.
     pub fraction: f64,
-    /// What chose its checkpoint, which chooses among learning rates too. `None` without dev.
+    /// The score that selected its checkpoint; it also selects the learning rate. `None` without dev.
     pub dev: Option<CheckpointScore>,
     pub tasks: Vec<RunTask>,
-    /// Share of the sentences with every label right, on test or else dev.
+    /// Fraction of the sentences with all labels right, on test or else on dev.
     pub sentence_accuracy: Option<f64>,
     pub training_secs: f64,
     pub n_parameters: u64,
@@ -37,14 +37,14 @@ pub struct RunTask {
 }
 
 impl Run {
-    /// A run of one task is the twin of every multi-task run of the same task.
+    /// Whether it is a single-task run, the twin of multi-task runs with the same task.
     pub fn is_twin(&self) -> bool {
         self.label.starts_with("only-")
     }
 
-    /// Whether this run is compared with `twin`, one of `all` single-task runs. A run of a study is compared with those of the
-    /// same study, one of no study with those of no study that were trained with the same settings. Where there are none of
-    /// these and all twins are of one study, with them, if they were.
+    /// Whether this run is compared with `twin`, one of `all` single-task runs. A run of a study is compared with twins
+    /// of the same study; a run outside studies with twins outside studies that have the same settings. If there are no
+    /// such twins, but all twins belong to one study, it is compared with those that have the same settings.
     pub(super) fn is_held_to<'a>(&self, twin: &Run, mut all: impl Iterator<Item = &'a Run> + Clone) -> bool {
         if self.is_study_variant() {
             return false;
@@ -55,12 +55,12 @@ impl Run {
         }
     }
 
-    /// Whether `twin` was trained as its task was here.
+    /// Whether `twin` was trained with the settings that its task has here.
     fn agrees_with(&self, twin: &Run) -> bool {
         twin.tasks.iter().all(|task| self.settings.agree_on(&task.name, &twin.settings))
     }
 
-    /// Whether it is held to the same study's runs without the variant's changes, in the place of twins.
+    /// Whether it is compared with the same study's runs without the variant's changes, instead of with twins.
     pub(super) fn is_study_variant(&self) -> bool {
         self.study.is_some() && !self.variant.is_empty()
     }

@@ -1,10 +1,11 @@
-//! What a run was trained with: which runs are seeds of one row, and which task alone was trained as it was beside others.
+//! The settings of a run: which runs differ only in the seed and form one row, and which single-task runs were trained
+//! with the settings of a multi-task run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-/// What runs may differ in and still be seeds of one row, with what lies below it. Of learning rates dev chooses.
+/// Keys, including all below them, in which runs of one row may differ. Among learning rates, dev selects one.
 const LEFT_OUT: [&str; 11] = [
     "name",
     "seed",
@@ -19,10 +20,10 @@ const LEFT_OUT: [&str; 11] = [
     "training.checkpoint_every_steps",
 ];
 
-/// What says how a task alone is trained, besides its own head.
+/// Keys that determine how a single task is trained, besides its head.
 const OF_ANY_TASK: [&str; 4] = ["model.", "tokenizer.", "training.", "init_from"];
 
-/// What of that has to do with other tasks.
+/// Those of these keys that concern other tasks.
 const OF_SEVERAL: [&str; 3] = ["training.early_stopping.", "training.sampling.", "training.freeze_epochs.heads."];
 
 /// The values of an experiment by dotted path.
@@ -30,20 +31,20 @@ const OF_SEVERAL: [&str; 3] = ["training.early_stopping.", "training.sampling.",
 pub struct Settings(BTreeMap<String, String>);
 
 impl Settings {
-    /// Of an experiment as its file has it, every default filled in, what runs of one row may differ in left out; `alone` where
-    /// it has one task.
+    /// The settings of an experiment with defaults filled in, without those in which runs of one row may differ;
+    /// `alone` if it has only one task.
     pub fn new(experiment: &Value, alone: bool) -> Settings {
         let Settings(mut all) = Settings::of_all(experiment);
         let within = |path: &str, part: &str| {
             path.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
         all.retain(|path, _| !LEFT_OUT.iter().any(|part| within(path, part)));
-        // One task has nothing to be weighted against.
+        // A single task has nothing to be weighted against.
         all.retain(|path, _| !alone || !(path.starts_with("weighting.") || path.ends_with(".priority")));
         Settings(all)
     }
 
-    /// The same with all that it holds.
+    /// All settings of an experiment.
     pub fn of_all(experiment: &Value) -> Settings {
         fn walk(value: &Value, path: &str, out: &mut BTreeMap<String, String>) {
             match value {
@@ -59,7 +60,7 @@ impl Settings {
         Settings(out)
     }
 
-    /// What has changed since `old`, a line each.
+    /// The changes since `old`, one line each.
     pub fn changes_from(&self, old: &Settings) -> Vec<String> {
         let paths: BTreeSet<&String> = self.0.keys().chain(old.0.keys()).collect();
         let changed = paths.into_iter().filter(|path| self.0.get(*path) != old.0.get(*path));
@@ -67,8 +68,8 @@ impl Settings {
         changed.map(|path| format!("{path}: was {}, is {}", shown(old.0.get(path)), shown(self.0.get(path)))).collect()
     }
 
-    /// `path=value` of each in which these are not as most of `all`; where as many are one way as another, all are told. Of a
-    /// mapping of another kind, which `is_tag` knows by its key, the kind.
+    /// `path=value` of each setting whose value here is not the single most common one in `all`. If a mapping is of
+    /// another kind (`is_tag` recognizes the key), only the kind is listed.
     pub fn told_apart(&self, all: &BTreeSet<&Settings>, is_tag: fn(&str) -> bool) -> Vec<String> {
         let paths: BTreeSet<&str> = all.iter().flat_map(|other| other.0.keys()).map(String::as_str).collect();
         let differs = |path: &&str| {
@@ -88,8 +89,8 @@ impl Settings {
         told.into_iter().filter(|path| !of_kind(path)).map(shown).collect()
     }
 
-    /// Whether `task` was trained alone, with the settings `alone`, as it was here: with the same model, tokenizer, training and
-    /// head.
+    /// Whether the single-task settings `alone` train `task` as these settings do: with the same model, tokenizer,
+    /// training and head.
     pub fn agree_on(&self, task: &str, alone: &Settings) -> bool {
         let (head, frozen) = (format!("tasks.{task}."), format!("training.freeze_epochs.heads.{task}"));
         let within = |path: &str, parts: &[&str]| parts.iter().any(|part| path.starts_with(part));
@@ -139,7 +140,7 @@ mod tests {
         assert_eq!(told(&one, &[&one, &other]), ["a.b=1", "a.c=default"]);
         assert_eq!(told(&other, &[&one, &other]), ["a.b=2", "a.c=x"]);
         assert!(told(&one, &[&one]).is_empty());
-        // What each changes alone, and a kind with all its options.
+        // Only what each changes is listed; a kind stands for all its options.
         let all = [json!({"a": {"kind": "x", "n": 1}, "b": 1}), json!({"a": {"kind": "x", "n": 1}, "b": 2})];
         let [base, changed] = all.map(|value| Settings::new(&value, false));
         let other = Settings::new(&json!({"a": {"kind": "y", "m": 2}, "b": 1}), false);

@@ -1,11 +1,11 @@
-//! A comparison as tables, for the terminal and for the page.
+//! A comparison as tables, for the terminal and for the HTML page.
 
 use std::collections::BTreeSet;
 
 use super::stats::{Estimate, Needed};
 use super::{Comparison, Group, Saving, TaskResult};
 
-/// A table for people; the first `n_names` columns are names.
+/// A table for display; the first `n_names` columns are names.
 pub struct Sheet {
     pub title: String,
     pub header: Vec<String>,
@@ -13,7 +13,7 @@ pub struct Sheet {
     pub rows: Vec<Vec<String>>,
 }
 
-/// With three digits or four.
+/// A parameter count in thousands or millions.
 fn parameters(n: u64) -> String {
     match n {
         1_000_000.. => format!("{:.1} M", n as f64 / 1e6),
@@ -21,7 +21,7 @@ fn parameters(n: u64) -> String {
     }
 }
 
-/// A mean with its spread, in percent.
+/// A mean with its standard deviation, in percent.
 fn spread(mean: f64, deviation: Option<f64>) -> String {
     percent(mean) + &deviation.map_or(String::new(), |sd| format!(" ± {}", percent(sd)))
 }
@@ -40,7 +40,7 @@ fn interval(estimate: &Estimate) -> String {
 }
 
 impl Comparison {
-    /// The comparison as tables: percent, and 95 % intervals of paired differences over seeds.
+    /// The comparison as tables: scores in percent, and 95 % intervals of paired differences over seeds.
     pub fn sheets(&self) -> Vec<Sheet> {
         let alone = "Difference from the single-task model in points, with the 95 % interval over seeds";
         let base =
@@ -63,7 +63,7 @@ impl Comparison {
                 names.push((name.clone(), format!("{name} {metric} ({split})")));
             }
         }
-        // The rate that dev chose is told where there was a choice.
+        // The learning rate selected on dev is shown if there were several.
         let rates = groups().any(|group| group.learning_rates.len() > 1);
         let mut header = vec!["data".to_owned(), "strategy".to_owned()];
         header.extend(rates.then(|| "learning rate".to_owned()));

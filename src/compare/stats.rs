@@ -1,4 +1,4 @@
-//! Means, spreads and intervals over few seeds.
+//! Means, standard deviations and confidence intervals over few seeds.
 
 use serde::Serialize;
 use statrs::distribution::{ContinuousCDF, StudentsT};
@@ -13,14 +13,14 @@ pub struct Estimate {
     pub high: Option<f64>,
 }
 
-/// Of scores, which are of the order of 1, with room to spare.
+/// A standard deviation below this, relative to the largest value (at least 1), is rounding error.
 const ROUNDING: f64 = 1e-9;
 
 pub fn mean(values: &[f64]) -> f64 {
     values.mean()
 }
 
-/// The sample's standard deviation, with n - 1; `None` with fewer than two values.
+/// Sample standard deviation, with n - 1; `None` for fewer than two values.
 pub fn deviation(values: &[f64]) -> Option<f64> {
     (values.len() > 1).then(|| values.std_dev())
 }
@@ -30,7 +30,7 @@ pub fn estimate(values: &[f64]) -> Estimate {
     let half = deviation(values).and_then(|sd| {
         let n = values.len() as f64;
         let t = StudentsT::new(0.0, 1.0, n - 1.0).ok()?.inverse_cdf(0.975);
-        // Few seeds may agree by chance: that says nothing of how others would spread. Differences of equal size differ by
+        // Few seeds can agree by chance, which says nothing about the spread of others. Equal differences can differ by
         // rounding.
         let largest = values.iter().fold(1.0, |largest: f64, value| largest.max(value.abs()));
         (sd > ROUNDING * largest).then(|| t * sd / n.sqrt())
@@ -43,13 +43,13 @@ pub fn estimate(values: &[f64]) -> Estimate {
     }
 }
 
-/// delta-m: the mean over tasks of (multi - single) / single, of scores of which more is better (Maninis, Radosavovic,
+/// delta-m: the mean over tasks of (multi - single) / single, for scores where higher is better (Maninis, Radosavovic,
 /// Kokkinos 2019, arXiv 1904.08918, eq. 4). `pairs` are (multi, single).
 pub fn delta_m(pairs: &[(f64, f64)]) -> f64 {
     mean(&pairs.iter().map(|(multi, single)| (multi - single) / single).collect::<Vec<_>>())
 }
 
-/// How much of the data a score takes, as far as a curve says.
+/// The share of the data that a score needs, as far as the learning curve shows.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Needed {
@@ -60,8 +60,8 @@ pub enum Needed {
     MoreThan(f64),
 }
 
-/// The share of the data at which a curve of (share, score), by ascending share, first reaches `score`, read off linearly
-/// over log share. `None` for a curve of fewer than two shares.
+/// The share of the data at which a curve of (share, score), by ascending share, first reaches `score`, interpolated
+/// linearly over log share. `None` for a curve of fewer than two shares.
 pub fn share_that_reaches(curve: &[(f64, f64)], score: f64) -> Option<Needed> {
     let (&(smallest, first), &(largest, _)) = (curve.first()?, curve.last()?);
     if smallest == largest {
@@ -89,7 +89,7 @@ mod tests {
         let found = estimate(&[1.0, 2.0, 3.0]);
         assert!((found.high.unwrap() - (2.0 + 4.302653 / 3f64.sqrt())).abs() < 1e-5, "{found:?}");
         assert_eq!(estimate(&[1.0]), Estimate { n: 1, mean: 1.0, low: None, high: None });
-        // Four more right of 500 with every seed; in binary these differences differ in the last digit.
+        // Four more correct of 500 with every seed; in floating point these differences differ in the last digit.
         let alike = [(470, 466), (468, 464), (475, 471)].map(|(a, b)| f64::from(a) / 500.0 - f64::from(b) / 500.0);
         assert!(alike[0] != alike[2] && estimate(&alike).low.is_none(), "{alike:?}");
     }

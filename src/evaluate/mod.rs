@@ -16,17 +16,17 @@ use crate::task::{Task, TaskId};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskReport {
     pub name: String,
-    /// Rows with a label for the task. Without any there is no score.
+    /// Rows with a label for the task; without any, there are no scores.
     pub n_sentences: usize,
-    /// Mean loss in nats a labelled decision (sentence or word), over the rows whose labels the task knows.
+    /// Mean loss in nats per labelled decision (sentence or word), over the rows whose labels the model knows.
     pub loss: Option<f64>,
-    /// The first chooses checkpoints.
+    /// The first selects checkpoints.
     pub scores: Vec<Score>,
-    /// By class, tag or type of span, of those that occur.
+    /// Per class, tag or span type, for those that occur.
     pub labels: Vec<LabelScore>,
 }
 
-/// What chooses among checkpoints: of equal scores, the lower loss.
+/// Ranks checkpoints: by score, then by lower loss.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
 pub struct CheckpointScore {
     pub score: f64,
@@ -34,24 +34,24 @@ pub struct CheckpointScore {
 }
 
 impl CheckpointScore {
-    /// Of nothing but a score of which more is better.
+    /// From a score alone; higher is better.
     pub fn of(score: f64) -> CheckpointScore {
         CheckpointScore { score, minus_loss: 0.0 }
     }
 }
 
-/// `x`, or the least number where it is not finite: a score can be compared and written.
+/// `x`, or the lowest float if it is not finite, so that scores can be compared and written.
 fn comparable(x: f64) -> f64 {
     if x.is_finite() { x } else { f64::MIN }
 }
 
 impl TaskReport {
-    /// The score that chooses checkpoints.
+    /// The score that selects checkpoints.
     pub fn main_score(&self) -> Option<&Score> {
         self.scores.first()
     }
 
-    /// Its merit by that score.
+    /// Its [`CheckpointScore`] by that score.
     pub fn merit(&self) -> Option<CheckpointScore> {
         Some(CheckpointScore { score: self.main_score()?.value, minus_loss: comparable(-self.loss.unwrap_or(0.0)) })
     }
@@ -62,9 +62,9 @@ impl TaskReport {
 pub struct Report {
     /// By [`TaskId`].
     pub tasks: Vec<TaskReport>,
-    /// Share of the rows with labels for two tasks or more in which every label of every task is right.
+    /// Fraction of the rows with labels for at least two tasks in which all labels are predicted correctly.
     pub sentence_accuracy: Option<f64>,
-    /// Those rows.
+    /// Number of those rows.
     pub n_joint: usize,
 }
 
@@ -75,8 +75,9 @@ impl Report {
         scores.iter().sum::<f64>() / scores.len().max(1) as f64
     }
 
-    /// By `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several tasks the sum of their losses counts. Several
-    /// metrics count as the mean of their scores. `None` if the split cannot tell.
+    /// The [`CheckpointScore`] by `metrics`, each `mean`, `sentence_accuracy`, TASK, TASK.SCORE or TASK.loss; of several
+    /// metrics, the mean. Metrics over several tasks break ties by the sum of the tasks' losses. `None` if the split lacks
+    /// the labels.
     pub fn merit(&self, metrics: &[String]) -> Option<CheckpointScore> {
         let merits = metrics.iter().map(|metric| self.merit_by(metric)).collect::<Option<Vec<_>>>()?;
         let sum = |of: fn(&CheckpointScore) -> f64| merits.iter().map(of).sum::<f64>();
@@ -106,11 +107,11 @@ impl Report {
     }
 }
 
-/// Sentences that go through the model at once outside training, at most, and their tokens with padding.
+/// Largest batch outside training, in sentences and in tokens with padding.
 const BATCH: usize = 128;
 const TOKENS: i64 = 128 * 128;
 
-/// Row numbers in batches of like length: padding is rare, and results do not depend on it.
+/// Row numbers in batches of similar length, so that there is little padding; results do not depend on it.
 fn batches(data: &DeviceSplit) -> Vec<Vec<usize>> {
     let mut rows: Vec<usize> = (0..data.set.len()).collect();
     rows.sort_by_key(|&row| data.set.n_tokens(row));
@@ -126,10 +127,10 @@ fn batches(data: &DeviceSplit) -> Vec<Vec<usize>> {
     batches
 }
 
-/// Runs `model` over all rows of `data`, every dropout off.
+/// Runs `model` over all rows of `data`, without dropout.
 ///
 /// # Errors
-/// Those of an exported module that computes in the model's place.
+/// If an exported module that computes the logits fails.
 pub fn evaluate(model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Result<Report> {
     let mut metrics = metrics(model, data, tasks.len());
     let mut losses = vec![(0.0, 0i64); tasks.len()];
@@ -138,7 +139,7 @@ pub fn evaluate(model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Result<Rep
     let batches = batches(data);
     let scored = |i: usize| score_batch(model, data, &batches[i]);
     for (rows, tasks) in batches.iter().zip(in_turn(batches.len(), &scored)) {
-        // By row of the batch: labels of so many tasks, and whether all are right.
+        // Per row of the batch: the number of tasks with labels, and whether all labels are right.
         let mut joint = vec![(0, true); rows.len()];
         for (task, scored) in tasks?.into_iter().enumerate() {
             let Some(scored) = scored else { continue };
@@ -170,17 +171,17 @@ pub fn evaluate(model: &Model, data: &DeviceSplit, tasks: &[Task]) -> Result<Rep
     })
 }
 
-/// A metric a task.
+/// One metric per task.
 pub fn metrics(model: &Model, data: &DeviceSplit, n_tasks: usize) -> Vec<Box<dyn Metric>> {
     (0..n_tasks).map(TaskId).map(|task| model.head(task).metric(data.set.unseen_labels(task))).collect()
 }
 
-/// One task's part of a batch.
+/// One task's results on a batch.
 struct Scored {
-    /// Mean over the decisions whose labels the task knows, and their number.
+    /// Mean over the decisions whose labels the model knows, and their number.
     loss: f64,
     n_decisions: i64,
-    /// The rows of the batch that carry a label, and what the head says of them.
+    /// The rows of the batch that have a label, and the head's predictions for them.
     rows: Vec<usize>,
     decoded: Vec<Decoded>,
 }
@@ -208,7 +209,7 @@ fn score_batch(model: &Model, data: &DeviceSplit, rows: &[usize]) -> Result<Vec<
     Ok(model.logits(&batch)?.iter().enumerate().map(score).collect())
 }
 
-/// What every task's head says of each row, in row order: by row, then by [`TaskId`].
+/// The predictions of all heads, by row and then by [`TaskId`].
 pub fn predict(model: &Model, data: &DeviceSplit) -> Result<Vec<Vec<Decoded>>> {
     let batches = batches(data);
     let decoded = |i: usize| -> Result<Vec<Vec<Decoded>>> {
@@ -228,7 +229,7 @@ pub fn predict(model: &Model, data: &DeviceSplit) -> Result<Vec<Vec<Decoded>>> {
     Ok(results)
 }
 
-/// What `work` makes of each of `n` batches without gradients, in order, by all workers.
+/// Runs `work` on each of `n` batches, on all workers and without gradients; returns the results in order.
 fn in_turn<T: Send>(n: usize, work: &dyn Fn(usize) -> T) -> Vec<T> {
     let next = AtomicUsize::new(0);
     let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < n);

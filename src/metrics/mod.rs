@@ -1,4 +1,4 @@
-//! Scores over label ids, accumulated sentence by sentence. Pure counting: no tensors in here.
+//! Scores over label ids, accumulated sentence by sentence. Pure counting, without tensors.
 
 mod class;
 mod span;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// One number of a metric, a fraction between 0 and 1; more is better.
+/// One score of a metric, between 0 and 1; higher is better.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     pub name: String,
@@ -23,21 +23,21 @@ impl Score {
     }
 }
 
-/// How well one class, tag or type of span is found.
+/// Scores of one class, tag or span type.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LabelScore {
     pub label: String,
     pub precision: f64,
     pub recall: f64,
     pub f1: f64,
-    /// How often it stands in the data.
+    /// Number of gold occurrences.
     pub n: usize,
-    /// What it is most often taken for, and how often; spans with the same words alone.
+    /// The label most often predicted instead, and how often; for spans, only where the words are the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub taken_for: Option<(String, usize)>,
 }
 
-/// How often one label was taken for another.
+/// How often one label was predicted instead of another.
 #[derive(Default)]
 struct Confusions(BTreeMap<(String, String), usize>);
 
@@ -46,14 +46,14 @@ impl Confusions {
         *self.0.entry((gold.to_owned(), predicted.to_owned())).or_default() += 1;
     }
 
-    /// What `gold` was most often taken for.
+    /// The label most often predicted instead of `gold`.
     fn of(&self, gold: &str) -> Option<(String, usize)> {
         let others = self.0.iter().filter(|((label, _), _)| label == gold);
         others.max_by_key(|(_, n)| **n).map(|((_, predicted), n)| (predicted.clone(), *n))
     }
 }
 
-/// What precision, recall and F1 are made of.
+/// The counts behind precision, recall and F1.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     correct: usize,
@@ -75,7 +75,7 @@ impl Counts {
         ratio(2 * self.correct, self.predicted + self.gold)
     }
 
-    /// `None` for what stands neither in the data nor in the predictions.
+    /// `None` for a label that occurs neither in the gold labels nor in the predictions.
     fn of(self, label: &str, confusions: &Confusions) -> Option<LabelScore> {
         let score = LabelScore {
             label: label.to_owned(),
@@ -91,17 +91,17 @@ impl Counts {
 
 /// Counts over the sentences of a split.
 pub trait Metric {
-    /// Takes the gold and the predicted labels of one sentence: one of each for a class, one a word for tags.
+    /// Adds the gold and predicted labels of one sentence: one each for a class, one per word for tags.
     fn update(&mut self, gold: &[i32], predicted: &[usize]);
 
-    /// The scores so far; the first is the one that chooses checkpoints.
+    /// The scores so far; the first selects checkpoints.
     fn scores(&self) -> Vec<Score>;
 
-    /// The same by class, tag or type of span, of those that occur.
+    /// Scores per class, tag or span type, for those that occur.
     fn by_label(&self) -> Vec<LabelScore>;
 }
 
-/// a / b, and 0 where there is nothing to count.
+/// a / b, or 0 if b is 0.
 fn ratio(a: usize, b: usize) -> f64 {
     if b == 0 { 0.0 } else { a as f64 / b as f64 }
 }

@@ -1,4 +1,4 @@
-//! Precision, recall and F1 of spans over BIO tags, micro-averaged: a span counts when type and both ends agree.
+//! Precision, recall and F1 of spans over BIO tags, micro-averaged: a span is correct if its type and both ends match.
 //!
 //! Two rules for sequences that break BIO: conlleval's (also seqeval's default) reads an I- tag without a span before it
 //! as the start of one; strict (seqeval `mode="strict", scheme=IOB2`) counts only spans that start with B-.
@@ -19,11 +19,11 @@ pub enum SpanRule {
     Strict,
 }
 
-/// Counts of spans by their type.
+/// Span counts by type.
 #[derive(Default)]
 struct ByType {
     counts: BTreeMap<String, Counts>,
-    /// Of spans with the right words.
+    /// Between types, for spans with the right words.
     confusions: Confusions,
 }
 
@@ -73,13 +73,13 @@ impl SpanMetric {
         }
     }
 
-    /// `labels` are BIO tags by label id; `rule` is the one whose F1 comes first.
+    /// `labels` are BIO tags by label id; the F1 under `rule` is the main score.
     pub fn new(labels: Vec<String>, rule: SpanRule) -> Self {
         SpanMetric { labels, rule, lenient: ByType::default(), strict: ByType::default(), words: Counts::default() }
     }
 }
 
-/// Spans that start with B- and go on with I- of their type; nothing else is a span.
+/// Spans that start with B- and continue with I- of the same type; nothing else is a span.
 fn strict_spans<'a>(tags: &[Tag<'a>]) -> Vec<Span<&'a str>> {
     let mut spans: Vec<Span<&str>> = Vec::new();
     let mut open = false;

@@ -1,12 +1,12 @@
-//! What a word's spelling says of it: a small CNN or LSTM over the bytes of its UTF-8, so that unknown words are not alike.
+//! Character features: a small CNN or LSTM over a word's UTF-8 bytes, which distinguishes unknown words.
 //!
 //! cnn: max_t relu(conv(c)_t) over the word's bytes (Ma & Hovy 2016, arXiv 1603.01354, section 2.1).
 //! lstm: the last state of each direction over the word's bytes (Lample 2016, arXiv 1603.01360, section 4.1).
-//! Differs from the papers in: bytes instead of characters (Gillick 2016, arXiv 1512.00103), so that there is no alphabet to
-//! learn or to miss; a ReLU, whose 0 stands in for what is beyond a word's end.
+//! Differs from the papers in: bytes instead of characters (Gillick 2016, arXiv 1512.00103), so that no character is
+//! unknown; a ReLU, so that positions beyond a word's end can be masked with 0.
 //!
-//! B sentences, T tokens, L bytes of the longest word, N = B*T, E embedding, F filters, H hidden. A byte is its value + 1;
-//! 0 is beyond the end.
+//! B sentences, T tokens, L bytes of the longest word, N = B*T, E embedding size, F filters, H hidden size. A byte is
+//! stored as its value + 1; 0 is padding.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use super::parameters::Scope;
 use super::{Mode, Script, WeightDtype};
 use crate::onnx::{Attribute, Element, Graph, Value};
 
-/// Byte values and the padding.
+/// 256 byte values and padding.
 const N_BYTES: i64 = 257;
 
 /// The `characters:` of an embedding; `kind:` names the variant.
@@ -86,7 +86,7 @@ impl Default for LstmConfig {
 }
 
 impl CharactersConfig {
-    /// Bytes of a word that are read; `None` where none is.
+    /// Number of bytes of a word that are read; `None` without character features.
     pub fn max_bytes(&self) -> Option<usize> {
         match self {
             CharactersConfig::None(_) => None,
@@ -115,7 +115,7 @@ impl Characters {
             CharactersConfig::Cnn(config) => config.dim,
             CharactersConfig::Lstm(config) => config.dim,
         };
-        // Uniform within sqrt(3 / E), as both papers have it.
+        // Uniform within sqrt(3 / E), as in both papers.
         let weight = scope.uniform_rows("weight", &[N_BYTES, dim], (3.0 / dim as f64).sqrt(), 0);
         let reader = match config {
             CharactersConfig::Lstm(config) => {
@@ -131,7 +131,7 @@ impl Characters {
         Some(Characters { weight, reader })
     }
 
-    /// Features of a word.
+    /// Features per word.
     pub fn width(&self) -> i64 {
         match &self.reader {
             Reader::Cnn(filters, _) => filters.size()[0],

@@ -1,24 +1,24 @@
-//! Dropout with one mask a number, or one for all tokens of a sentence.
+//! Dropout with a mask per element, or with one mask for all tokens of a sentence ("locked").
 //!
-//! Locked: y[b, t] = x[b, t] * m[b] / (1 - p), m[b] ~ Bernoulli(1 - p) a feature (Gal & Ghahramani 2016, arXiv 1512.05287).
-//! Differs from the paper in: inputs and outputs of layers alone, not within the recurrence.
+//! Locked: y[b, t] = x[b, t] * m[b] / (1 - p), m[b, f] ~ Bernoulli(1 - p) (Gal & Ghahramani 2016, arXiv 1512.05287).
+//! Differs from the paper in: only inputs and outputs of layers are dropped, nothing within the recurrence.
 
 use tch::Tensor;
 
 use super::{Mode, Site};
 use crate::libtorch::bernoulli;
 
-/// What shares a mask.
+/// Which elements share a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Masks {
-    /// Every number has its own.
+    /// Every element has its own.
     PerElement,
-    /// The tokens of a row have one.
+    /// All tokens of a row share one.
     Locked,
 }
 
-/// `x` [B, ...], for `Locked` [B, T, F], with a share `rate` of its numbers set to 0 and the others scaled up; as it is outside
-/// training.
+/// `x` [B, ...], for `Locked` [B, T, F], with a fraction `rate` of its elements set to 0 and the others scaled up;
+/// unchanged in evaluation.
 pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode, site: Site) -> Tensor {
     let Some(draws) = mode.draws(site).filter(|_| rate > 0.0) else { return x.shallow_clone() };
     let mut size = x.size();

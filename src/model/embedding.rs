@@ -1,10 +1,10 @@
-//! Token embedding: a learned table, pretrained vectors and the spelling of words, side by side; with dropout.
+//! Token embedding: a learned table, pretrained vectors and character features, concatenated; with dropout.
 //!
-//! word dropout: a token is read as unknown (Iyyer 2015, section 3.2; Gal & Ghahramani 2016 drop word types). row dropout: the
-//! table's numbers of a word type are 0 wherever it stands in the batch (Merity 2018, arXiv 1708.02182, section 4.3).
+//! word dropout: a token is read as unknown (Iyyer 2015, section 3.2; Gal & Ghahramani 2016 drop word types). row
+//! dropout: the table rows of a word type are 0 throughout the batch (Merity 2018, arXiv 1708.02182, section 4.3).
 //!
-//! B sentences, T tokens, L bytes of the longest word, E embedding, V tokens of training, X further tokens, U different tokens of
-//! a step.
+//! B sentences, T tokens, L bytes of the longest word, E embedding size, V tokens known from training, X further
+//! tokens, U distinct tokens of a step.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -60,30 +60,32 @@ impl Default for EmbeddingConfig {
 
 /// A table of pretrained vectors.
 struct Pretrained {
-    /// Those of the tokens of training, [V, E]: tuned or not.
+    /// Vectors of the tokens known from training, [V, E]; trainable or not.
     trained: Table,
-    /// Those of tokens that training never meets, or too seldom to count, [X, E]: as they were.
+    /// Vectors of tokens that do not occur in training, or are too rare for its vocabulary, [X, E]; never trained.
     further: Option<Tensor>,
 }
 
-/// A table of vectors [V, E], and its number among the parameters where it is trained.
+/// A table of vectors [V, E], and its parameter index if it is trained.
 struct Table {
     values: Tensor,
     parameter: Option<usize>,
 }
 
-/// The rows of the tables that a step reads. Reading and training them alone costs what the step holds, not what the vocabulary
-/// does.
+/// The table rows that a step reads. A step reads and trains only these, so its cost does not depend on the vocabulary
+/// size.
 pub struct TableRows {
-    /// Padding, the unknown token, then the others, of the trained tables; where rows wait on the device every token, [T * B].
+    /// Ids in the trained tables: padding, unknown, then the others; if updates are deferred on the device, the id at
+    /// every position [T * B].
     pub touched: Touched,
-    /// These rows of each table [U, E], or [T, B, E], which take the gradient.
+    /// These rows of each trained table, [U, E] or [T, B, E]; they receive the gradient.
     pub leaves: Vec<Tensor>,
-    /// Where each of `ids` stands in them, `[V]`; undefined for other tokens. Without it they stand as the step reads them.
+    /// Row of each touched id in a leaf, `[V]`, undefined for other ids; `None` if the rows are in the order of the
+    /// batch's tokens.
     places: Option<Tensor>,
 }
 
-/// The tables, and the spelling of words.
+/// Embedding tables and character features.
 pub struct Embedding {
     learned: Option<Table>,
     pretrained: Vec<Pretrained>,
@@ -120,14 +122,14 @@ impl Embedding {
         Embedding { learned, pretrained, characters, config: config.clone(), padding, pads, unknown, n_trained, device }
     }
 
-    /// Features of a token: E.
+    /// Features per token: E.
     pub fn width(&self) -> i64 {
         let pretrained = self.pretrained.iter().map(|table| table.trained.values.size()[1]).sum::<i64>();
         let characters = self.characters.as_ref().map_or(0, Characters::width);
         self.learned.as_ref().map_or(0, |table| table.values.size()[1]) + pretrained + characters
     }
 
-    /// `forward(token_ids)`, or `forward(token_ids, bytes)` where words have characters.
+    /// `forward(token_ids)`, or `forward(token_ids, bytes)` with character features.
     pub fn script(&self) -> Script {
         let mut parts = String::new();
         let n = self.n_trained;
@@ -199,9 +201,9 @@ def forward(self, {inputs}) -> Tensor:
         self.learned.iter().chain(self.pretrained.iter().map(|table| &table.trained))
     }
 
-    /// What `token_ids` touch of the tables; they may hold one more than once.
+    /// The table rows that `token_ids`, which may contain repetitions, touch.
     pub fn touched(&self, token_ids: &[i32]) -> Touched {
-        // A tokenizer without padding has any token in its place, the unknown one among them.
+        // A tokenizer without a padding token pads with any other, even the unknown one.
         let mut special = vec![self.padding, self.unknown];
         special.dedup();
         let mut ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
@@ -217,24 +219,24 @@ def forward(self, {inputs}) -> Tensor:
         }
     }
 
-    /// The numbers of the tables that are trained among the parameters.
+    /// Parameter indices of the trained tables.
     pub fn trained_tables(&self) -> Vec<usize> {
         self.tables().filter_map(|table| table.parameter).collect()
     }
 
-    /// The row of padding, which is never updated, or -1.
+    /// The padding row, which is never updated; -1 if there is none.
     fn padding_row(&self) -> i64 {
         if self.pads { self.padding } else { -1 }
     }
 
-    /// The rows of the tables that `token_ids` [B, T] read, where the ids are on the device alone.
+    /// The table rows that `token_ids` [B, T] read, one per position; the ids stay on the device.
     pub fn places(&self, token_ids: &Tensor, batch: &Batch) -> Touched {
-        // Time first, as cuDNN reads.
+        // Time-major, as cuDNN reads.
         let ids = self.known(token_ids, batch).transpose(0, 1).contiguous();
         Touched { ids: ids.flatten(0, 1), host: Vec::new(), padding: self.padding_row(), tables: self.trained_tables() }
     }
 
-    /// The rows at `places`, which stand in for the tables as a batch reads them.
+    /// Copies of the rows at `places`, in the order of the batch's tokens, to be read instead of the tables.
     pub fn rows_at(&self, places: Touched, batch: &Batch) -> TableRows {
         let leaf = |table: &Table| {
             let rows = tch::no_grad(|| table.values.index_select(0, &places.ids));
@@ -244,12 +246,12 @@ def forward(self, {inputs}) -> Tensor:
         TableRows { leaves, places: None, touched: places }
     }
 
-    /// Whether tokens have vectors alone [B, T], if the set has such ones.
+    /// Which tokens have only pretrained vectors, [B, T]; `None` if the set has no such tokens.
     fn further(&self, token_ids: &Tensor, batch: &Batch) -> Option<Tensor> {
         (batch.max_id >= self.n_trained).then(|| token_ids.ge(self.n_trained))
     }
 
-    /// The rows of the trained tables that stand for `token_ids`.
+    /// The rows of the trained tables for `token_ids`: unknown for tokens that have only pretrained vectors.
     fn known(&self, token_ids: &Tensor, batch: &Batch) -> Tensor {
         match self.further(token_ids, batch) {
             Some(further) => token_ids.masked_fill(&further, self.unknown),
@@ -257,7 +259,7 @@ def forward(self, {inputs}) -> Tensor:
         }
     }
 
-    /// `token_ids` [B, T], some of which are read as unknown.
+    /// `token_ids` [B, T] after word dropout.
     pub fn drop_words(&self, token_ids: &Tensor, mode: Mode) -> Tensor {
         match mode.draws(Site::WordDropout).filter(|_| self.config.word_dropout > 0.0) {
             Some(draws) => {
@@ -268,7 +270,7 @@ def forward(self, {inputs}) -> Tensor:
         }
     }
 
-    /// Copies the current values of the `touched` rows into leaves of the graph, which take the gradient.
+    /// Copies the `touched` rows into autograd leaves, which receive the gradient.
     pub fn rows(&self, touched: Touched) -> TableRows {
         let (ids, device) = (&touched.ids, touched.ids.device());
         let places = Tensor::empty([self.n_trained], (Kind::Int64, device));
@@ -278,7 +280,7 @@ def forward(self, {inputs}) -> Tensor:
         TableRows { leaves: trained.map(leaf).collect(), places: Some(places), touched }
     }
 
-    /// Ids [B, T] and, where words have characters, the batch's bytes [B, T, L] to [B, T, E].
+    /// Ids [B, T] and, with character features, the batch's bytes [B, T, L] to [B, T, E].
     pub fn forward(&self, ids: &Tensor, batch: &Batch, rows: Option<&TableRows>, mode: Mode) -> Tensor {
         let (further, known) = (self.further(ids, batch), self.known(ids, batch));
         let places = rows.and_then(|rows| rows.places.as_ref()).map(|places| places.take(&known));
@@ -288,7 +290,7 @@ def forward(self, {inputs}) -> Tensor:
                 Some(&rows.leaves[at])
             });
             match (leaf, &places) {
-                // The first row is padding's.
+                // The leaf's first row is padding.
                 (Some(leaf), Some(places)) => Tensor::embedding(leaf, places, self.padding_row().min(0), false, false),
                 (Some(leaf), None) => leaf.transpose(0, 1),
                 (None, _) => Tensor::embedding(&table.values, &known, self.padding_row(), false, false),

@@ -1,4 +1,4 @@
-//! A model in the forms that it is exported in.
+//! Export of a model as TorchScript and ONNX.
 
 use super::heads::OnnxInputs;
 use super::{Model, Script, WeightDtype, view};
@@ -6,9 +6,9 @@ use crate::onnx::{Element, Graph, Size, Value};
 use crate::task::{Task, TaskKind};
 
 impl Model {
-    /// The model's parts as TorchScript, by the prefix of their parameters. Heads stand below `heads`.
+    /// The model's parts as TorchScript, by parameter prefix; a head's is `heads.TASK`.
     ///
-    /// Affine maps are called as `self.NAME.forward(x)`: what stands behind that is the exporter's part.
+    /// Linear layers are called as `self.NAME.forward(x)`; the exporter provides these modules.
     pub fn scripts(&self, tasks: &[Task], dtype: WeightDtype) -> Vec<(String, Script)> {
         let mut parts =
             vec![("embedding".to_owned(), self.embedding.script()), ("trunk".to_owned(), self.trunk.script(dtype))];
@@ -23,8 +23,8 @@ impl Model {
         parts
     }
 
-    /// The whole model as an ONNX graph; `pieces` where tokens are pieces of words. Inputs and outputs are those of the
-    /// TorchScript form.
+    /// The whole model as an ONNX graph with the inputs and outputs of the TorchScript form; `pieces` if tokens are
+    /// subwords.
     pub fn onnx(&self, tasks: &[Task], pieces: bool) -> Graph {
         let mut graph = Graph::new("polytask");
         let (rows, tokens, words) = (Size::Free("B"), Size::Free("T"), Size::Free(if pieces { "W" } else { "T" }));

@@ -1,11 +1,11 @@
-//! One LSTM layer, in one or both directions: of the trunk, of a head, or over the bytes of words.
+//! One LSTM layer in one or both directions: in the trunk, in a head, or over the bytes of words.
 //!
 //! B rows, T positions, E inputs, H hidden, D directions.
 //!
-//! A layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run it, both directions side by side.
-//! Where cuDNN has a kernel for all of a sentence, a GPU has room for two of them: each direction is a call of its own, at the
-//! same time. Where a batch has padding, the reverse direction reads each row turned round within its own length, which equals
-//! what packing computes.
+//! A layer is one call of libtorch's LSTM without packing, so that oneDNN and cuDNN can run both directions in
+//! parallel. Where cuDNN has a kernel for whole sequences, each direction is a separate call and both run concurrently,
+//! as a GPU has room for two such kernels. In a batch with padding, the reverse direction reads each row reversed
+//! within its length, which gives the result of packing.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -17,7 +17,7 @@ use crate::data::Lengths;
 use crate::libtorch::both_directions;
 use crate::onnx::{Attribute, Element, Graph, Value};
 
-/// H for which cuDNN has kernels that take all of a sentence, backward too, as libtorch 2.11 chooses them.
+/// Largest H for which cuDNN, as called by libtorch 2.11, uses kernels for whole sequences, forward and backward.
 const LARGEST_IN_ONE_KERNEL: i64 = 128;
 
 /// The weights of one direction: weight_ih, weight_hh, bias_ih, bias_hh.
@@ -27,17 +27,17 @@ pub struct Lstm {
     forward: Direction,
     reverse: Option<Direction>,
     hidden: i64,
-    /// `lN`, the end of its parameters' names.
+    /// `lN`, the suffix of its parameters' names.
     suffix: String,
-    /// The number of its first weight among the parameters; the others follow.
+    /// Parameter index of its first weight; the others follow.
     first: usize,
-    /// The memory that its weights lie in, on CUDA, a piece a call of cuDNN.
+    /// On CUDA, the memory that holds its weights: one block per cuDNN call.
     memory: Vec<Tensor>,
-    /// Read in training, in the weights' place; and theirs.
+    /// 16-bit copies that training reads instead of the weights, and the memory that holds them.
     halves: Option<(HalfPrecisionCopies, Vec<Tensor>)>,
 }
 
-/// How the backward direction reverses each row within its own length; shared by the layers of one pass.
+/// Positions that reverse each row within its length, for the reverse direction; shared by the layers of a pass.
 pub struct Reversal {
     positions: Option<Tensor>,
 }
@@ -47,7 +47,7 @@ impl Reversal {
         Reversal { positions: (!lengths.is_unpadded()).then(|| reversed_positions(&lengths.device, lengths.max)) }
     }
 
-    /// For rows of `lengths` `[B]` within `max`, whether or not there is padding.
+    /// For rows of `lengths` `[B]` in a batch of width `max`, padded or not.
     pub fn of(lengths: &Tensor, max: i64) -> Self {
         Reversal { positions: Some(reversed_positions(lengths, max)) }
     }
@@ -80,13 +80,14 @@ impl Lstm {
         self.forward.iter().chain(self.reverse.iter().flatten()).collect()
     }
 
-    /// Whether both directions go at the same time, each a call of its own. (On an H100 a step of 64 x 30 tokens at H 256 takes
-    /// 1.87 ms so, and 1.34 ms with both in one call.)
+    /// Whether the directions run concurrently as separate calls. For larger H one call is faster: on an H100 a step of
+    /// 64 x 30 tokens at H 256 takes 1.34 ms, and 1.87 ms with separate calls.
     fn apart(&self, device: Device) -> bool {
         device != Device::Cpu && self.reverse.is_some() && self.hidden <= LARGEST_IN_ONE_KERNEL
     }
 
-    /// Moves weights on CUDA into one piece of memory a call, in cuDNN's order: it would copy them there each time.
+    /// Moves weights on CUDA into one block of memory per call, in cuDNN's order; cuDNN would otherwise copy them each
+    /// time.
     fn flatten(&self, weights: &[&Tensor]) -> Vec<Tensor> {
         let device = weights[0].device();
         if device == Device::Cpu {
@@ -94,7 +95,7 @@ impl Lstm {
         }
         let (inputs, n) = (weights[0].size()[1], if self.apart(device) { 4 } else { weights.len() });
         let flatten = |call: &[&Tensor]| {
-            // 4 tensors a direction; 2 is an LSTM in cudnnRNNMode_t. The weights themselves are views of it from now on.
+            // 4 tensors per direction; 2 is LSTM in cudnnRNNMode_t. The weights become views of the result.
             tch::no_grad(|| {
                 Tensor::internal_cudnn_rnn_flatten_weight(call, 4, inputs, 2, self.hidden, 0, 1, true, n == 8)
             })
@@ -102,7 +103,7 @@ impl Lstm {
         weights.chunks(n).map(flatten).collect()
     }
 
-    /// Lets training compute in `precision`.
+    /// Sets the precision in which training computes the layer.
     pub fn set_precision(&mut self, precision: Precision) {
         self.halves = (precision != Precision::Float32).then(|| {
             let halves = HalfPrecisionCopies::of(&self.weights(), self.first, precision.kind());
@@ -119,12 +120,12 @@ impl Lstm {
         self.halves().map_or(Ok(()), |halves| halves.refresh(&self.weights()))
     }
 
-    /// Features of a position in its output: D*H.
+    /// Features per position of its output: D*H.
     pub fn width(&self) -> i64 {
         self.hidden * if self.reverse.is_some() { 2 } else { 1 }
     }
 
-    /// [B, T, E] to [B, T, D*H]; what stands beyond a row's end has no meaning.
+    /// [B, T, E] to [B, T, D*H]; undefined beyond a row's end.
     pub fn forward(&self, input: &Tensor, reversal: &Reversal, mode: Mode) -> Tensor {
         let (weights, memory) = match &self.halves {
             Some((halves, memory)) if mode.training() => (halves.copies.iter().collect(), memory),
@@ -141,7 +142,7 @@ impl Lstm {
             }
             (turned, _) => {
                 let (memory, rows) = (memory.iter().collect::<Vec<_>>(), x.size()[0]);
-                // As cuDNN reads, positions first: place [t, b] is t * B + b.
+                // Time-major, as cuDNN reads: [t, b] has index t * B + b.
                 let flat = |turned: &Tensor| {
                     let row = Tensor::arange(rows, (Kind::Int64, turned.device()));
                     (turned.transpose(0, 1) * rows + row).flatten(0, 1)
@@ -163,8 +164,8 @@ impl Lstm {
         output
     }
 
-    /// The lines of a TorchScript method that take `x` [B, T, E] to [B, T, D*H]. They need the methods of
-    /// [`SCRIPT_HELPERS`] and the variables of [`SCRIPT_REVERSAL`].
+    /// Lines of a TorchScript method that map `x` [B, T, E] to [B, T, D*H]. They use the methods of [`SCRIPT_HELPERS`]
+    /// and the variables of [`SCRIPT_REVERSAL`].
     pub fn script(&self, dtype: WeightDtype) -> String {
         let weights = |end: &str| match dtype {
             WeightDtype::Float => {
@@ -199,7 +200,7 @@ impl Lstm {
         }
     }
 
-    /// Its directions for a module with int8 weights, by the names that [`Self::script`] uses.
+    /// Its directions for a module with int8 weights, with the names that [`Self::script`] uses.
     pub fn quantized_cells(&self) -> Vec<QuantizedCell> {
         let copies = |direction: &Direction| direction.each_ref().map(|weight| weight.detach().copy());
         let cell = |end: &str, direction| (format!("cell_{}{end}", self.suffix), copies(direction));
@@ -207,7 +208,7 @@ impl Lstm {
         std::iter::once(cell("", &self.forward)).chain(reverse).collect()
     }
 
-    /// The same as an ONNX LSTM operator; `lengths` `[B]` of 64-bit integers.
+    /// The layer as an ONNX LSTM operator; `lengths` `[B]` are int64.
     pub fn onnx(&self, graph: &mut Graph, x: &Value, lengths: &Value) -> Value {
         let lengths = graph.cast(lengths, Element::Int32);
         let x = graph.transpose(x, &[1, 0, 2]); // [T, B, E]
@@ -248,13 +249,13 @@ pub const SCRIPT_REVERSAL: &str = "    positions = torch.arange(x.size(1), devic
     even = bool((lengths == x.size(1)).all())
 ";
 
-/// PyTorch's gates are input, forget, cell, output; those of ONNX input, output, forget, cell.
+/// Reorders gates from PyTorch's input, forget, cell, output to ONNX's input, output, forget, cell.
 fn onnx_gates(weight: &Tensor) -> Tensor {
     let gates = weight.detach().chunk(4, 0);
     Tensor::cat(&[&gates[0], &gates[3], &gates[1], &gates[2]], 0)
 }
 
-/// The forward direction at each row's last position and the reverse direction, if there is one, at its first: [B, D*H].
+/// The forward state at each row's last position and the reverse state, if any, at its first: [B, D*H].
 pub fn last_states(states: &Tensor, lengths: &Tensor, hidden: i64) -> Tensor {
     let last = (lengths - 1).unsqueeze(1); // [B, 1]
     let forward = reorder(states, &last).squeeze_dim(1).narrow(1, 0, hidden); // [B, H]
@@ -264,7 +265,8 @@ pub fn last_states(states: &Tensor, lengths: &Tensor, hidden: i64) -> Tensor {
     }
 }
 
-/// The lines of a TorchScript method that make `x` [B, D*H] of states `STATES` [B, T, D*H] and `lengths`.
+/// [`last_states`] as lines of a TorchScript method that set `x` [B, D*H] from `lengths` and the variable named by
+/// `states`.
 pub fn last_states_script(states: &str, hidden: i64) -> String {
     format!(
         "    index = (lengths - 1).view(-1, 1, 1).expand(-1, 1, {hidden})
@@ -294,7 +296,7 @@ pub fn last_states_onnx(graph: &mut Graph, states: &Value, lengths: &Value, (hid
     graph.squeeze(&both, 1)
 }
 
-/// For each position the one it trades places with when a row is turned round within its length: [B, max].
+/// Positions in reverse order within each row's length, unchanged beyond it: [B, max].
 fn reversed_positions(lengths: &Tensor, max: i64) -> Tensor {
     let positions = Tensor::arange(max, (Kind::Int64, lengths.device())).unsqueeze(0);
     let turned = lengths.unsqueeze(1) - 1 - &positions;
@@ -303,7 +305,8 @@ fn reversed_positions(lengths: &Tensor, max: i64) -> Tensor {
 
 /// x[b, positions[b, t]], for x of [B, T, F].
 pub fn reorder(x: &Tensor, positions: &Tensor) -> Tensor {
-    // As a look-up of whole rows: the gradient of a gather, made deterministic on CUDA, sorts every number by itself.
+    // An embedding look-up of whole rows: the deterministic gradient of a gather on CUDA sorts every element
+    // separately.
     let (rows, each) = (x.size()[0], x.size()[1]);
     let starts = Tensor::arange(rows, (Kind::Int64, x.device())) * each;
     Tensor::embedding(&x.flatten(0, 1), &(positions + starts.unsqueeze(1)), -1, false, false)

@@ -1,6 +1,6 @@
-//! The model: embedding, shared trunk, and a head a task.
+//! The model: embedding, shared trunk and one head per task.
 //!
-//! B sentences, T tokens, W words, L bytes of a word, E embedding, H hidden, D directions.
+//! B sentences, T tokens, W words, L bytes of the longest word, E embedding size, H hidden size, D directions.
 
 mod characters;
 mod dropout;
@@ -49,26 +49,26 @@ pub struct ModelConfig {
 
 /// The tokens that a model knows.
 pub struct Vocabulary<'a> {
-    /// Those of training come first; the others are known by their pretrained vectors alone.
+    /// Number of tokens known from training; their ids come first. The others have only pretrained vectors.
     pub n_trained: usize,
-    /// Stands beyond a row's end; where `pads`, it is a token for that alone, whose embedding stays 0.
+    /// Id at positions beyond a row's end. With `pads` it is a dedicated padding token, whose embedding stays 0.
     pub padding: u32,
     pub pads: bool,
     pub unknown: u32,
-    /// Pretrained vectors of all tokens, [V, E] each.
+    /// Tables of pretrained vectors for all tokens, [V, E] each.
     pub vectors: &'a [Tensor],
 }
 
-/// What the trunk gives to a head.
+/// The trunk's output as one head reads it.
 pub struct Encoded {
-    /// [B, T, D*H]; what stands beyond a row's end has no meaning.
+    /// [B, T, D*H]; undefined beyond a row's end.
     pub tokens: Tensor,
     pub lengths: Lengths,
     /// Position of each word's first token, [B, W]; `None` where every word is one token.
     first_tokens: Option<Tensor>,
     word_lengths: Lengths,
     hidden: i64,
-    /// Distributions of other heads, in the shape that this head reads: [B, C], or [B, W, C].
+    /// Label distributions of other heads, in the shape that this head reads: [B, C] or [B, W, C].
     beside: Vec<Tensor>,
 }
 
@@ -86,7 +86,7 @@ impl Encoded {
         lstm::last_states(&self.tokens, &self.lengths.device, self.hidden)
     }
 
-    /// `x` with the other heads' distributions after it.
+    /// `x` concatenated with the other heads' distributions.
     pub fn with_beside(&self, x: Tensor) -> Tensor {
         match self.beside.is_empty() {
             true => x,
@@ -94,7 +94,7 @@ impl Encoded {
         }
     }
 
-    /// The rows that carry a label.
+    /// Only the rows that have a label.
     fn select(&self, targets: &Targets) -> Encoded {
         let rows = |x: &Tensor| x.index_select(0, &targets.index);
         Encoded {
@@ -108,33 +108,33 @@ impl Encoded {
     }
 }
 
-/// A direction of an LSTM layer: its name, and weight_ih, weight_hh, bias_ih, bias_hh.
+/// One direction of an LSTM layer: its name, and weight_ih, weight_hh, bias_ih, bias_hh.
 pub type QuantizedCell = (String, [Tensor; 4]);
 
-/// A part of the model as TorchScript: its methods, which name its parameters as `self.NAME`, and constants.
+/// A part of the model as TorchScript: its methods, which refer to its parameters as `self.NAME`, and its constants.
 #[derive(Debug, Default)]
 pub struct Script {
     pub source: String,
     pub constants: Vec<(&'static str, Tensor)>,
-    /// Directions of LSTM layers that take the place of the part's parameters, with int8 weights, by name.
+    /// LSTM directions that the exporter quantizes to int8, in place of the part's parameters.
     pub quantized_cells: Vec<QuantizedCell>,
 }
 
-/// The numbers that weights are multiplied in.
+/// Data type of weights in matrix products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightDtype {
     Float,
-    /// int8 for LSTM layers and affine maps, with activations quantized as they come; the CPU alone.
+    /// int8 for LSTM and linear layers, with dynamic quantization of activations; CPU only.
     Int8,
 }
 
-/// A batch after the trunk.
+/// The trunk's output for a batch.
 pub struct Shared {
-    /// What each task reads of the trunk, by [`TaskId`]: first its own view, then those of the heads that it sees. Each is a
-    /// node of its own, so that one backward pass tells the tasks' gradients apart.
+    /// What each task reads from the trunk, by [`TaskId`]: its own view first, then the views of the heads that it
+    /// reads. Each is a separate autograd node, so that one backward pass yields a gradient per task.
     pub taps: Vec<Vec<(TaskId, Encoded)>>,
-    /// The tensors at which the backward pass is cut below the last shared layer: its input, and the states of lower layers that
-    /// heads read.
+    /// Tensors at which the backward pass is split below the last shared layer: the layer's input, and the states of
+    /// lower layers that heads read.
     pub cuts: Vec<Tensor>,
 }
 
@@ -145,19 +145,19 @@ pub struct Model {
     views: Vec<View>,
     heads: Vec<Box<dyn Head>>,
     kinds: Vec<TaskKind>,
-    /// Tasks in an order in which each comes after those whose heads it sees.
+    /// Tasks in topological order: each after those whose heads it reads.
     order: Vec<TaskId>,
-    /// A module that computes logits in this model's place, with the names of its outputs.
+    /// An exported module that computes the logits instead of this model, and the names of its outputs.
     exported: Option<(ScriptModule, Vec<String>)>,
-    /// The number of the highest layer that all tasks read, directly or through others, from 0.
+    /// Index, from 0, of the highest layer that all tasks read, directly or through higher layers.
     shared_layer: usize,
-    /// The parameters of that layer; those before are below it, those after above it.
+    /// Indices of that layer's parameters; smaller ones belong to parts below the layer, larger ones to parts above.
     pub last_layer: std::ops::Range<usize>,
 }
 
 impl Model {
-    /// Builds a model with fresh weights drawn from `seed`; `heads` and `tasks` by [`TaskId`]. No head sees itself, directly
-    /// or through others.
+    /// Builds a model with random initial weights from `seed`; `heads` and `tasks` by [`TaskId`]. Heads must not read
+    /// each other in a cycle.
     pub fn new(
         config: &ModelConfig,
         heads: &[&HeadConfig],
@@ -165,7 +165,7 @@ impl Model {
         vocabulary: &Vocabulary,
         (seed, device): (Seed, Device),
     ) -> Result<Model> {
-        // The generator is the process's: models are built one after the other.
+        // libtorch's generator is global, so models are built one at a time.
         static DRAWING: Mutex<()> = Mutex::new(());
         let _drawing = DRAWING.lock();
         seed.seed_torch(Purpose::Initialization, 0);
@@ -200,12 +200,12 @@ impl Model {
         &*self.heads[task.0]
     }
 
-    /// All tasks, each after those whose heads it sees.
+    /// All tasks, each after those whose heads it reads.
     pub fn order(&self) -> &[TaskId] {
         &self.order
     }
 
-    /// The heads that `task` needs, itself last, each after those that it sees.
+    /// The heads that `task` needs, each after those that it reads; `task` itself is last.
     pub fn needs(&self, task: TaskId) -> Vec<TaskId> {
         let mut needed = vec![task];
         for &id in self.order.iter().rev() {
@@ -217,22 +217,22 @@ impl Model {
         needed
     }
 
-    /// The tasks whose heads `task` sees.
+    /// The tasks whose heads `task` reads.
     pub fn seen_by(&self, task: TaskId) -> &[TaskId] {
         &self.views[task.0].heads
     }
 
-    /// Whether a batch needs the spelling of its words.
+    /// Whether batches must include the bytes of their words.
     pub fn reads_bytes(&self) -> bool {
         self.embedding.characters_script().is_some()
     }
 
-    /// Lets training compute the trunk in `precision`.
+    /// Sets the precision in which training computes the trunk.
     pub fn set_precision(&mut self, precision: Precision) {
         self.trunk.set_precision(precision);
     }
 
-    /// Runs the trunk over `rows` sentences of `tokens` tokens, forward and backward, for nothing but the time it takes.
+    /// Runs the trunk forward and backward over `rows` dummy sentences of `tokens` tokens, to be timed.
     pub fn exercise_trunk(&self, rows: i64, tokens: i64) {
         let embedded =
             Tensor::ones([rows, tokens, self.embedding.width()], (tch::Kind::Float, self.parameters.device()));
@@ -244,18 +244,19 @@ impl Model {
         Tensor::run_backward(&[total], &inputs[self.last_layer.clone()], false, false);
     }
 
-    /// Brings what training reads in the place of weights up to date, before a step.
+    /// Updates the 16-bit copies of the weights before a training step.
     pub fn refresh(&self) -> Result<()> {
         self.trunk.refresh_halves()
     }
 
-    /// The 16-bit copies that training reads, by the number of their parameter.
+    /// The 16-bit copies that training reads, with the index of their parameter.
     pub fn halves(&self) -> Vec<(usize, &Tensor)> {
         let halves = self.trunk.halves();
         halves.flat_map(|own| own.copies.iter().enumerate().map(|(i, copy)| (own.first + i, copy))).collect()
     }
 
-    /// What gradients are taken to: the parameters, or what training reads in their place, 16-bit copies and `rows` of tables.
+    /// The tensors to differentiate by: the parameters, or what training reads instead: 16-bit copies and `rows` of
+    /// tables.
     pub fn inputs<'a>(&'a self, rows: Option<&'a TableRows>) -> Vec<&'a Tensor> {
         let mut inputs = self.parameters.tensors();
         for (number, copy) in self.halves() {
@@ -269,8 +270,8 @@ impl Model {
         inputs
     }
 
-    /// Runs embedding and trunk once over a batch. `token_ids` [B, T] stand in for the batch's own; with `rows`, the tables'
-    /// gradients go there.
+    /// Runs embedding and trunk once over a batch. `token_ids` [B, T] replace the batch's own; with `rows`, these
+    /// receive the gradients of the embedding tables.
     pub fn encode(&self, batch: &Batch, token_ids: &Tensor, rows: Option<&TableRows>, mode: Mode) -> Shared {
         let mode = mode.from_row(batch.first_row);
         let embedded = self.embedding.forward(token_ids, batch, rows, mode); // [B, T, E]
@@ -283,7 +284,7 @@ impl Model {
             }
         };
         let states = self.trunk.forward(&embedded, &batch.lengths, mode, &mut cut);
-        // Heads read lower layers through nodes of their own, so that a way down is counted once.
+        // Heads read lower layers through separate autograd nodes, so that each gradient path is counted once.
         let read = |number: &usize| self.views.iter().any(|view| view.layers().contains(number));
         let lower: Vec<(usize, Tensor)> =
             (0..self.shared_layer).filter(read).map(|number| (number, states[number].alias())).collect();
@@ -309,7 +310,7 @@ impl Model {
         Shared { taps, cuts }
     }
 
-    /// The logits of a task's head over what it reads: its own view first, then those of the heads that it sees.
+    /// The logits of a task's head; `taps` are its own view, then the views of the heads that it reads.
     pub fn head_logits(&self, taps: &[(TaskId, Encoded)], mode: Mode) -> Tensor {
         let find = |task: TaskId| taps.iter().find(|(id, _)| *id == task).map(|(_, encoded)| encoded);
         self.logits_of(taps[0].0, &find, mode)
@@ -321,7 +322,7 @@ impl Model {
         self.logits_beside(task, tap, others, mode)
     }
 
-    /// The logits of a head that sees `others`, the logits of other heads.
+    /// The logits of a head that reads `others`, the logits of other heads.
     fn logits_beside(&self, task: TaskId, tap: &Encoded, others: Vec<Tensor>, mode: Mode) -> Tensor {
         let view = &self.views[task.0];
         let beside = view.heads.iter().zip(others).map(|(other, logits)| {
@@ -338,7 +339,7 @@ impl Model {
         self.heads[task.0].logits(&encoded, mode.of_head(task))
     }
 
-    /// The logits of every task for all rows of a batch, by [`TaskId`], every dropout off.
+    /// The logits of every task for all rows of a batch, by [`TaskId`], without dropout.
     pub fn logits(&self, batch: &Batch) -> Result<Vec<Tensor>> {
         if let Some((module, names)) = &self.exported {
             let mut found = module.forward(&batch.inputs().iter().collect::<Vec<_>>())?;
@@ -358,7 +359,7 @@ impl Model {
         Ok(found.into_iter().flatten().collect())
     }
 
-    /// Lets an exported module compute the logits `names`, instead of this model's own weights.
+    /// Makes an exported module compute the logits, its outputs `names` by [`TaskId`], instead of this model's weights.
     pub fn run_by(&mut self, module: ScriptModule, names: Vec<String>) {
         self.exported = Some((module, names));
     }

@@ -1,17 +1,17 @@
-//! Training or not, and where chance enters a model.
+//! Training or evaluation, and the places in a model that draw random numbers.
 
 use crate::libtorch::Draws;
 use crate::rng::mix;
 use crate::task::TaskId;
 
-/// Whether dropout is on, and then what it draws from.
+/// Whether dropout is on, and its source of random numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     Train(Draws),
     Eval,
 }
 
-/// Where in the model chance is used: each place draws its own.
+/// A place in the model that draws random numbers; each has its own stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Site {
     UnknownWords,
@@ -29,7 +29,7 @@ impl Mode {
         self != Mode::Eval
     }
 
-    /// Draws for one site.
+    /// The random stream of one site; `None` in evaluation.
     pub fn draws(self, site: Site) -> Option<Draws> {
         let number = match site {
             Site::UnknownWords => 0,
@@ -45,7 +45,7 @@ impl Mode {
         }
     }
 
-    /// For the head of `task`.
+    /// With random streams for the head of `task`.
     pub fn of_head(self, task: TaskId) -> Mode {
         match self {
             Mode::Eval => Mode::Eval,
@@ -53,7 +53,7 @@ impl Mode {
         }
     }
 
-    /// For rows of which the first is number `first_row` of the whole batch.
+    /// For a part of a batch that starts at its row `first_row`.
     pub fn from_row(self, first_row: usize) -> Mode {
         match self {
             Mode::Eval => Mode::Eval,

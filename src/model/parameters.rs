@@ -45,7 +45,7 @@ impl Parameters {
         self.entries.iter().map(|(_, tensor)| tensor).collect()
     }
 
-    /// The number of trainable numbers.
+    /// Number of trainable scalars.
     pub fn count(&self) -> usize {
         self.entries.iter().map(|(_, tensor)| tensor.numel()).sum()
     }
@@ -58,7 +58,7 @@ impl Parameters {
         self.load_some(values)
     }
 
-    /// Copies `values` in, which may be fewer than the model's. Constants may be among them.
+    /// Copies `values` in, which may be incomplete and may include constants.
     pub fn load_some(&self, mut values: BTreeMap<String, Tensor>) -> Result<()> {
         for (name, tensor) in self.entries.iter().chain(&self.constants) {
             let Some(value) = values.remove(name) else { continue };
@@ -95,7 +95,7 @@ impl Scope<'_> {
         self.parameters.device
     }
 
-    /// How many parameters there are so far, in all scopes.
+    /// Number of parameters so far, in all scopes.
     pub fn count(&self) -> usize {
         self.parameters.entries.len()
     }
@@ -139,7 +139,7 @@ impl Scope<'_> {
         self.add(name, values)
     }
 
-    /// An affine map with PyTorch's initialization of `nn.Linear`: weight and bias uniform within 1 / sqrt(inputs).
+    /// A linear layer with PyTorch's initialization of `nn.Linear`: weight and bias uniform within 1 / sqrt(inputs).
     pub fn linear(&mut self, name: &str, inputs: i64, outputs: i64) -> Linear {
         let bound = 1.0 / (inputs as f64).sqrt();
         let mut scope = self.sub(name);
@@ -149,7 +149,7 @@ impl Scope<'_> {
         }
     }
 
-    /// An affine map for a gate of `width` numbers, open at first: its bias is 1.
+    /// A linear layer for a gate of `width` features, initially open: its bias is 1.
     pub fn gate(&mut self, name: &str, width: i64) -> Linear {
         let bound = 1.0 / (width as f64).sqrt();
         let mut scope = self.sub(name);
@@ -166,7 +166,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// [..., inputs] to [..., outputs]; of [B, T, inputs] whose positions come first in memory, so do those of the output.
+    /// [..., inputs] to [..., outputs]; for time-major [B, T, inputs] the output is time-major too.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let affine = |x: &Tensor| x.linear(&self.weight, Some(&self.bias));
         match x.dim() == 3 && !x.is_contiguous() {
@@ -179,8 +179,8 @@ impl Linear {
         graph.linear(x, &self.weight, &self.bias)
     }
 }
-/// Whether parameter `name` belongs to `part`: `trunk.weight_ih_l0` to `trunk` and to its layer `trunk.l0`, but `trunks.x`
-/// does not.
+/// Whether parameter `name` belongs to `part`: `trunk.weight_ih_l0` belongs to `trunk` and to `trunk.l0`, its layer;
+/// `trunks.x` does not belong to `trunk`.
 pub fn is_part(name: &str, part: &str) -> bool {
     if let Some(layer) = part.strip_prefix("trunk.l").filter(|number| number.parse::<usize>().is_ok()) {
         let of = |name: &str| name.strip_suffix("_reverse").unwrap_or(name).ends_with(&format!("_l{layer}"));

@@ -1,7 +1,7 @@
-//! The trunk in 16-bit numbers: weights stay float32, and each step works on copies of them.
+//! Mixed precision for the trunk: weights stay float32, and each step computes with 16-bit copies of them.
 //!
-//! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.1. Differs from the paper in: the trunk's layers alone; what goes in
-//! and out of each is float32, and so are heads, losses and embedding.
+//! Source: Micikevicius 2018 (arXiv 1710.03740), section 3.1. Differs from the paper in: only the trunk's LSTM layers
+//! use 16 bits; their inputs and outputs, heads, losses and embedding are float32.
 
 use anyhow::Result;
 use schemars::JsonSchema;
@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use crate::libtorch::copy_lists;
 
-/// The numbers that training computes LSTM layers of the trunk in.
+/// Precision in which training computes the trunk's LSTM layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -35,9 +35,9 @@ impl Precision {
 
 /// 16-bit copies of float32 weights; the gradient is taken with respect to the copies.
 pub struct HalfPrecisionCopies {
-    /// The number of the first of the weights among the parameters; the others follow.
+    /// Parameter index of the first weight; the others follow.
     pub first: usize,
-    /// Leaves, in the order of the weights.
+    /// Autograd leaves, in the order of the weights.
     pub copies: Vec<Tensor>,
 }
 
@@ -47,7 +47,7 @@ impl HalfPrecisionCopies {
         HalfPrecisionCopies { first, copies: weights.iter().map(copy).collect() }
     }
 
-    /// Brings the copies up to date.
+    /// Updates the copies from `weights`.
     pub fn refresh(&self, weights: &[&Tensor]) -> Result<()> {
         copy_lists(&self.copies.iter().collect::<Vec<_>>(), weights)
     }

@@ -2,8 +2,8 @@
 //!
 //! residual: h_l = LSTM_l(h_(l-1)) + h_(l-1) (He 2016; between recurrent layers Prakash 2016, arXiv 1610.03098).
 //! highway: g = sigmoid(W h_(l-1) + b), h_l = g * LSTM_l(h_(l-1)) + (1 - g) * h_(l-1) (Srivastava 2015, arXiv 1505.00387,
-//! eq. 3). Differs from the paper in: the gate reads the layer's input alone at every position, and its bias starts at 1.
-//! Both from the second layer on, since the first has inputs of another width.
+//! eq. 3). Differs from the paper in: the gate reads only the layer's input at each position, and its bias starts at 1.
+//! Both apply from the second layer on, since the first layer's input has another width.
 //!
 //! B sentences, T tokens, E embedding, H hidden, D directions.
 
@@ -76,14 +76,14 @@ impl TrunkConfig {
 pub struct Trunk {
     layers: Vec<Lstm>,
     connection: Connection,
-    /// Of each layer from the second on, for `highway`.
+    /// With `highway`, one per layer from the second on.
     gates: Vec<Linear>,
     dropout: f64,
     masks: Masks,
 }
 
 impl Trunk {
-    /// The trunk, and where in the list of parameters each layer's begin; the last entry is the end of the last layer's.
+    /// The trunk, and the index of each layer's first parameter; the last entry is the end of the last layer.
     pub fn new(mut scope: Scope, config: &TrunkConfig, inputs: i64) -> (Self, Vec<usize>) {
         let (mut layers, mut gates, mut starts) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..config.layers {
@@ -99,8 +99,8 @@ impl Trunk {
         (Trunk { layers, connection: config.connection, gates, dropout: config.dropout, masks }, starts)
     }
 
-    /// [B, T, E] to the states of every layer, each [B, T, D*H]; what stands beyond a row's end has no meaning. `cut` is
-    /// called with the number of each layer and its input, and what it returns is read instead.
+    /// [B, T, E] to the states of every layer, each [B, T, D*H]; undefined beyond a row's end. `cut` maps each layer's
+    /// index and input to the tensor that the layer reads instead.
     pub fn forward(
         &self,
         embedded: &Tensor,
@@ -118,7 +118,7 @@ impl Trunk {
         states
     }
 
-    /// Lets training compute the layers in `precision`.
+    /// Sets the precision in which training computes the layers.
     pub fn set_precision(&mut self, precision: Precision) {
         self.layers.iter_mut().for_each(|layer| layer.set_precision(precision));
     }
@@ -131,7 +131,7 @@ impl Trunk {
         self.layers.iter().try_for_each(Lstm::refresh_halves)
     }
 
-    /// A layer's output with what leads past it.
+    /// A layer's output with its residual or highway connection.
     fn past(&self, number: usize, input: &Tensor, output: Tensor) -> Tensor {
         match self.connection {
             Connection::Residual if number > 0 => output + input,
@@ -143,7 +143,7 @@ impl Trunk {
         }
     }
 
-    /// `forward(x, lengths)`: the states of every layer, on the device and in the kind of the weights; no dropout.
+    /// `forward(x, lengths)`: the states of every layer, with the device and data type of the weights; no dropout.
     pub fn script(&self, dtype: WeightDtype) -> Script {
         let mut source = format!(
             "{SCRIPT_HELPERS}
@@ -169,7 +169,7 @@ def forward(self, x: Tensor, lengths: Tensor) -> List[Tensor]:
         Script { source: source + "    return states\n", quantized_cells, ..Script::default() }
     }
 
-    /// The same as ONNX operators.
+    /// [`Self::script`] as ONNX operators.
     pub fn onnx(&self, graph: &mut Graph, embedded: &Value, lengths: &Value) -> Vec<Value> {
         let mut states: Vec<Value> = Vec::new();
         for (number, layer) in self.layers.iter().enumerate() {

@@ -1,10 +1,10 @@
-//! What a head reads of the shared trunk: a layer or a mix of all, through an LSTM of its own, beside other heads' outputs.
+//! What a head reads: one trunk layer or a mix of all, optionally through a private LSTM, and other heads' outputs.
 //!
 //! layer: a head on a lower layer (Søgaard & Goldberg 2016, aclanthology P16-2038).
-//! mix: gamma * sum_l softmax(s)_l h_l (Peters 2018, arXiv 1802.05365, eq. 1), a mix for each head.
-//! other heads: softmax(logits) of the other head beside the features, with its gradient (Zhang & Weiss 2016,
-//! arXiv 1603.06598; for slots that see the intent Qin 2019, arXiv 1909.02188). Differs from the papers in: the distribution
-//! itself, in training as in use, without an embedding or a decoder's state.
+//! mix: gamma * sum_l softmax(s)_l h_l (Peters 2018, arXiv 1802.05365, eq. 1), with separate weights per head.
+//! other heads: softmax(logits) of the other head is concatenated with the features, and gradients flow through it
+//! (Zhang & Weiss 2016, arXiv 1603.06598; for slots that read the intent Qin 2019, arXiv 1909.02188). Differs from the
+//! papers in: the distribution itself is used, in training and in prediction, without an embedding or a decoder state.
 //!
 //! B sentences, T tokens, W words, F features, C labels, L layers.
 
@@ -17,25 +17,25 @@ use crate::data::Lengths;
 use crate::onnx::{Attribute, Element, Graph, Value};
 use crate::task::{TaskId, TaskKind};
 
-/// What a head's configuration says of its inputs.
+/// The configured inputs of a head.
 pub struct Reads {
-    /// Tasks whose heads it sees.
+    /// Tasks whose heads it reads.
     pub heads: Vec<TaskId>,
-    /// The trunk's layer from 1; 0 is the last.
+    /// The trunk layer, counted from 1; 0 is the last.
     pub layer: usize,
     pub mix_layers: bool,
-    /// Hidden size of an LSTM layer of its own; 0 is none.
+    /// Hidden size of a private LSTM layer; 0 for none.
     pub private_lstm: i64,
 }
 
 pub struct View {
-    /// From 0; the highest that it reads.
+    /// The highest trunk layer that it reads, counted from 0.
     pub layer: usize,
-    /// Weights of the layers before their softmax `[L]`, and a factor `[1]`.
+    /// Layer weights before the softmax `[L]`, and the factor gamma `[1]`.
     mix: Option<(Tensor, Tensor)>,
     lstm: Option<Lstm>,
     pub heads: Vec<TaskId>,
-    /// H, of the states that the head sees.
+    /// H of the states that the head reads.
     pub hidden: i64,
     /// F
     pub width: i64,
@@ -57,12 +57,12 @@ impl View {
         View { layer, mix, lstm, heads: reads.heads, hidden, width }
     }
 
-    /// The numbers of the layers that it reads.
+    /// Indices of the trunk layers that it reads, from 0.
     pub fn layers(&self) -> std::ops::RangeInclusive<usize> {
         if self.mix.is_some() { 0..=self.layer } else { self.layer..=self.layer }
     }
 
-    /// What it reads of the states of [`Self::layers`], each [B, T, F].
+    /// The layer or the mix that it reads, given the states of [`Self::layers`], each [B, T, F].
     pub fn of(&self, states: &[&Tensor]) -> Tensor {
         let Some((mix, scale)) = &self.mix else { return states[0].alias() };
         let weights = mix.softmax(0, mix.kind()) * scale; // [L]
@@ -70,7 +70,7 @@ impl View {
         weighted.reduce(|a, b| a + b).expect("invariant: a trunk has a layer")
     }
 
-    /// The states that the head sees, from those that it reads: [B, T, F].
+    /// Applies the private LSTM, if any: [B, T, F].
     pub fn own(&self, tokens: &Tensor, lengths: &Lengths, mode: Mode) -> Tensor {
         match &self.lstm {
             Some(lstm) => lstm.forward(tokens, &Reversal::new(lengths), mode),
@@ -78,7 +78,7 @@ impl View {
         }
     }
 
-    /// A method `view(layers, lengths)` for the head's module, and the module `lstm` within it.
+    /// A method `view(layers, lengths)` for the head's module, and its submodule `lstm`, if any.
     pub fn script(&self, dtype: WeightDtype) -> (String, Option<Script>) {
         let mut source = "
 def view(self, layers: List[Tensor], lengths: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
     }
 }
 
-/// A head's distribution, from its logits, in the shape that a head of kind `reader` reads beside its features: one a
-/// sentence [B, C], or one a word [B, W, C]. Of words a sentence reads the mean.
+/// A head's label distribution, from its logits, in the shape that a head of kind `reader` reads: [B, C] per sentence
+/// or [B, W, C] per word. A sentence head reads the mean over words.
 pub fn distribution(logits: &Tensor, (source, reader): (TaskKind, TaskKind), words: &Lengths) -> Tensor {
     let p = logits.softmax(-1, logits.kind());
     match (source, reader) {
@@ -145,7 +145,7 @@ pub fn distribution(logits: &Tensor, (source, reader): (TaskKind, TaskKind), wor
     }
 }
 
-/// A head's distribution as TorchScript, from `{source}_logits`, `words_{reader}` and the numbers of words `n`.
+/// [`distribution`] as TorchScript, from `{source}_logits`, `words_{reader}` and the numbers of words `n`.
 pub fn distribution_script((source, kind): (&str, TaskKind), (reader, reader_kind): (&str, TaskKind)) -> String {
     let p = format!("torch.softmax({source}_logits, -1)");
     match (kind, reader_kind) {
@@ -157,7 +157,7 @@ pub fn distribution_script((source, kind): (&str, TaskKind), (reader, reader_kin
     }
 }
 
-/// [`distribution`] in ONNX; `words` [B, W, F] of the reading head.
+/// [`distribution`] in ONNX; `words` [B, W, F] are the reading head's.
 pub fn distribution_onnx(
     graph: &mut Graph,
     logits: &Value,

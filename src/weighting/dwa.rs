@@ -27,10 +27,10 @@ impl Default for DwaConfig {
 
 pub struct Dwa {
     temperature: f64,
-    /// Sums of the losses of this epoch, and how many steps had each task.
+    /// Each task's summed losses in this epoch, and the number of steps that had it.
     sums: Tensor,
     counts: Vec<u32>,
-    /// Means of the last epoch and of the one before it.
+    /// Mean losses of the last epoch and of the one before it.
     history: [Vec<Option<f64>>; 2],
 }
 

@@ -11,7 +11,7 @@ impl Fixed {
         Fixed(Tensor::ones([n as i64], (Kind::Double, device)))
     }
 
-    /// A task that the file leaves out counts 1 before scaling; checking the file is the caller's part.
+    /// A task that the file omits has weight 1 before scaling; the caller checks the file.
     pub fn new(config: &FixedConfig, tasks: &[WeightedTask], device: Device) -> Self {
         let given = tasks.iter().map(|task| config.weights.get(&task.name).copied().unwrap_or(1.0));
         let given: Vec<f64> = given.collect();

@@ -1,5 +1,5 @@
-//! Known answers of every strategy, to be checked on any device: the tests run them on the CPU, `polytask selftest` where
-//! the user trains.
+//! Known answers for every strategy, checked on any device: the tests run them on the CPU, `polytask selftest` on the
+//! user's training device.
 //!
 //! The numbers were computed by hand and with NumPy from the formulas in each strategy's file. Losses [0.9, 2, 0.5],
 //! initial losses [1, 2, 2], gradient norms [4, 1, 0.25], alpha 1.5.
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::rng::Seed;
 
-/// A check by name.
+/// A named check.
 pub type Check = (&'static str, fn(Device) -> Result<()>);
 
 pub const CHECKS: [Check; 9] = [
@@ -36,7 +36,7 @@ const INITIAL: [f64; 3] = [1.0, 2.0, 2.0];
 const NORMS: [f64; 3] = [4.0, 1.0, 0.25];
 const ALL: [bool; 3] = [true; 3];
 
-/// The given numbers have six decimals.
+/// Expected values are given with six decimals.
 const ROUNDED: f64 = 1e-6;
 
 fn near(name: &str, found: &Tensor, expected: &[f64], tolerance: f64) -> Result<()> {
@@ -62,7 +62,7 @@ fn uncertainty(device: Device) -> Result<()> {
     for _ in 0..3000 {
         strategy.learn(&Observed { losses: &losses, present: &ALL, norms: None })?;
     }
-    // Adam at 0.01 comes to rest within about a hundredth of a step.
+    // Adam with a learning rate of 0.01 settles within about a hundredth of a step.
     near("weights at rest", &strategy.weights(0, &ALL, None), &[0.555556, 0.25, 1.0], 1e-3)
 }
 
@@ -100,7 +100,7 @@ fn gradnorm(config: GradnormConfig, tasks: &[WeightedTask], device: Device) -> R
     Ok(strategy)
 }
 
-/// The weights after `n` steps with losses and norms held.
+/// The weights after `n` steps with constant losses and norms.
 fn held(strategy: &mut Gradnorm, n: usize, losses: [f64; 3], norms: [f64; 3], device: Device) -> Result<Tensor> {
     let (losses, norms) = (vector(&losses, device), vector(&norms, device));
     for _ in 0..n {
@@ -133,19 +133,19 @@ fn gradnorm_steps(device: Device) -> Result<()> {
 
 fn gradnorm_direction(device: Device) -> Result<()> {
     let mut strategy = gradnorm(GradnormConfig::default(), &tasks(3), device)?;
-    // One rate apart: the second task has made no progress, the others have.
+    // The second task has made no progress, the others have.
     let weights = numbers(&held(&mut strategy, 5, [0.2, 2.0, 0.4], [1.0; 3], device)?);
     ensure!(weights[1] > 1.01 && weights[0] < 1.0 && weights[2] < 1.0, "weights {weights:?}: the slower one must rise");
     let config = GradnormConfig { alpha: 0.0, learning_rate: 1e-3, ..GradnormConfig::default() };
     let mut strategy = gradnorm(config, &tasks(3), device)?;
     let weights = held(&mut strategy, 4000, LOSSES, NORMS, device)?;
-    // Steps of constant length swing round the fixed point, w proportional to 1 / n.
+    // Steps of constant length oscillate around the fixed point, w proportional to 1 / n.
     let fixed = [0.142857, 0.571429, 2.285714];
     near("weights round the fixed point", &weights, &fixed, 2e-2)?;
     strategy.weights = vector(&fixed, device);
     let closed = strategy.closed_form(&vector(&LOSSES, device), &ALL, &vector(&NORMS, device));
     let magnitudes: Vec<f64> = fixed.iter().zip(NORMS).map(|(weight, norm)| weight * norm).collect();
-    // Norms of up to 4 times weights of six decimals.
+    // Norms of up to 4 multiply weights given with six decimals.
     near("targets at the fixed point", &closed.targets, &magnitudes, 4.0 * ROUNDED)
 }
 
@@ -174,7 +174,7 @@ fn priorities(device: Device) -> Result<()> {
         WeightingConfig::UncertaintySoftmax(UncertaintySoftmaxConfig::default()),
         WeightingConfig::Dwa(DwaConfig::default()),
         WeightingConfig::Random(super::RandomConfig {}),
-        // At alpha 0 GradNorm settles where p_i w_i n_i is the same share of p_i.
+        // At alpha 0 GradNorm settles where w_i n_i is equal for all tasks, whatever p_i is.
         WeightingConfig::Gradnorm(GradnormConfig { alpha: 0.0, learning_rate: 1e-3, ..GradnormConfig::default() }),
     ];
     let losses = vector(&LOSSES, device);

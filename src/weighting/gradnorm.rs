@@ -1,7 +1,7 @@
 //! For the tasks present: G_i = p_i w_i n_i with n_i = ||grad_W L_i||; Gbar = sum G / sum p; r_i = (L_i / L_i(0)) / mean;
 //! target_i = p_i Gbar r_i^alpha, held constant; L_grad = sum |G_i - target_i|;
 //! dL_grad / dw_i = sign(G_i - target_i) p_i n_i, since G is linear in w: no second-order graph is needed.
-//! Then a step on w, a floor, and the weights are scaled back to their sum.
+//! Then w takes an optimizer step, is clamped to a floor and rescaled to its previous sum.
 //!
 //! GradNorm: Chen, Badrinarayanan, Lee, Rabinovich 2018 (arXiv 1711.02257), eq. 1, 2 and algorithm 1.
 //! Differs from the paper in: priorities p; tasks absent from a step are left out of every mean and of the scaling;
@@ -41,8 +41,8 @@ pub struct GradnormConfig {
     #[schemars(range(min = 1))]
     pub update_every: Option<usize>,
     /// How GradNorm's reference loss L_i(0) is set: `first_batch`, `{mean_of_first: K}` steps (weights stay fixed until
-    /// then), or `log_classes`, the log of the number of
-    /// labels: the loss of a uniform guess, but for a CRF with constraints, whose guess has fewer. Default `first_batch`.
+    /// then), or `log_classes`, the log of the number of labels: the loss of a uniform guess, except for a CRF with
+    /// constraints, which permits fewer sequences. Default `first_batch`.
     pub initial_loss: InitialLoss,
     /// The smallest weight, applied before the weights are rescaled to their sum. Default 1e-3.
     #[schemars(extend("exclusiveMinimum" = 0))]
@@ -74,7 +74,7 @@ pub enum InitialLoss {
     LogClasses,
 }
 
-/// Initial losses below it count as it: ratios stay finite.
+/// Smaller initial losses are clamped to it, so that ratios stay finite.
 const SMALLEST_LOSS: f64 = 1e-12;
 
 pub struct Gradnorm {
@@ -83,13 +83,13 @@ pub struct Gradnorm {
     pub(super) weights: Tensor,
     optimizer: WeightOptimizer,
     initial: Tensor,
-    /// Steps that went into each task's initial loss; 0 needed for `log_classes`.
+    /// Steps in each task's initial loss so far; `log_classes` needs none.
     n_initial: Vec<u32>,
-    /// What the kernel was given last, here and on the device.
+    /// The kernel's last constant inputs, on the host and on the device.
     given: Option<(Vec<f64>, Tensor)>,
-    /// Norms, rates and targets of the last update, for eyes.
+    /// Norms, rates and targets of the last update, for display.
     seen: Option<[Tensor; 3]>,
-    /// How often the floor caught a weight, and whether that was told.
+    /// How often a weight hit the floor, and whether the user was warned.
     floored: Tensor,
     warned: bool,
 }
@@ -125,7 +125,7 @@ impl Gradnorm {
         }
     }
 
-    /// How many steps L_i(0) is the mean of.
+    /// Number of steps that L_i(0) averages over.
     fn n_wanted(&self) -> u32 {
         match self.config.initial_loss {
             InitialLoss::FirstBatch => 1,
@@ -134,7 +134,7 @@ impl Gradnorm {
         }
     }
 
-    /// Adds to the initial losses that are not complete; whether those of all present tasks are.
+    /// Accumulates initial losses; returns whether those of all present tasks are complete.
     fn note_initial(&mut self, step: &Observed) -> bool {
         let wanted = self.n_wanted();
         let open: Vec<bool> =
@@ -156,7 +156,7 @@ impl Gradnorm {
         let slopes = norms * &priorities; // dG_i / dw_i
         let magnitudes = &self.weights * &slopes;
         let mean = magnitudes.sum(Kind::Double) / priorities.sum(Kind::Double);
-        // Rounding may leave a loss of 0 below it.
+        // Rounding can make a loss of 0 negative.
         let ratios = losses.clamp_min(0.0) / self.initial.clamp_min(SMALLEST_LOSS) * &here;
         let rates = &ratios / (ratios.sum(Kind::Double) / count(present) as f64).clamp_min(f64::MIN_POSITIVE);
         let targets = priorities * mean * rates.pow_tensor_scalar(self.config.alpha);
@@ -224,21 +224,21 @@ impl LossWeighting for Gradnorm {
     fn learn(&mut self, step: &Observed) -> Result<()> {
         let ready = self.note_initial(step);
         let (Some(norms), true) = (step.norms, ready) else { return Ok(()) };
-        // A task alone has nothing to be balanced against.
+        // A single task has nothing to be balanced against.
         if count(step.present) < 2 {
             return Ok(());
         }
         if KERNEL.serves(norms.device()) {
             return self.learn_by_kernel(step, norms);
         }
-        // Norms that are not finite, as those of a step that float16 left out, move nothing.
+        // Norms that are not finite, as in a step skipped by float16 loss scaling, change nothing.
         let here = mask(step.present, norms.device());
         let sound = (norms * &here).sum(Kind::Double).isfinite();
         let closed = self.closed_form(step.losses, step.present, norms);
         let moved = self.optimizer.step(&self.weights, &closed.gradient, step.present);
         self.floored = &self.floored + moved.lt(self.config.floor).logical_and(&sound).sum(Kind::Double);
         let moved = moved.clamp_min(self.config.floor);
-        // The weights of the tasks present keep their sum, so that all of them always sum to T.
+        // The weights of present tasks keep their sum, so that all weights always sum to T.
         let scale = (&self.weights * &here).sum(Kind::Double) / (&moved * &here).sum(Kind::Double);
         self.weights = (&moved * scale).where_self(&here.gt(0.0).logical_and(&sound), &self.weights);
         let unknown = |x: &Tensor| x.where_self(&here.gt(0.0), &x.full_like(f64::NAN));
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn the_kernel_computes_what_operators_do() {
         for optimizer in [WeightOptimizerKind::Adam, WeightOptimizerKind::Sgd] {
-            // A rate at which the floor is met.
+            // Chosen so that weights reach the floor.
             let config = GradnormConfig { optimizer, learning_rate: 0.3, floor: 0.7, ..GradnormConfig::default() };
             let tasks: Vec<WeightedTask> = (0..3)
                 .map(|i| WeightedTask { name: format!("t{i}"), priority: 1.0 + f64::from(i), n_labels: 4 })

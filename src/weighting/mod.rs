@@ -1,4 +1,4 @@
-//! Loss weighting: how the task losses of a step become one. Strategies know losses, not models.
+//! Loss weighting: combines the task losses of a step into one. Strategies know losses, not models.
 //!
 //! T tasks. The network is trained on sum_i p_i w_i L_i with p_i the task's priority and w_i the strategy's weight, held
 //! constant: no gradient of a strategy's own loss ever reaches the network. Vectors are float64 on the training device.
@@ -82,11 +82,11 @@ pub enum Reference {
     Representation,
 }
 
-/// What a strategy has to know of a step before its weights or its update.
+/// What a strategy needs from a step to compute or update its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wants {
     Nothing,
-    /// The step's losses, before the weights.
+    /// The step's losses, before its weights are computed.
     Losses,
     /// The norms of the tasks' gradients, after the backward pass.
     Norms(Reference),
@@ -98,7 +98,7 @@ pub struct Observed<'a> {
     pub losses: &'a Tensor,
     /// Which tasks have labels in the step.
     pub present: &'a [bool],
-    /// 2-norms of the unweighted losses' gradients, before clipping, `[T]`; there when they were wanted.
+    /// 2-norms of the unweighted losses' gradients, before clipping, `[T]`; given if requested.
     pub norms: Option<&'a Tensor>,
 }
 
@@ -110,10 +110,10 @@ pub trait LossWeighting {
         Wants::Nothing
     }
 
-    /// The weights of step `step`, `[T]`; `losses` `[T]` where they were wanted. Those of absent tasks have no meaning.
+    /// The weights of step `step`, `[T]`, undefined for absent tasks; `losses` `[T]` are given if requested.
     fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor;
 
-    /// Whether it has something to learn from steps.
+    /// Whether [`Self::learn`] has an effect.
     fn learns(&self) -> bool {
         true
     }
@@ -125,17 +125,17 @@ pub trait LossWeighting {
 
     fn epoch_ended(&mut self) {}
 
-    /// Numbers by task that explain the weights, by name: `[T]` each, NaN where unknown.
+    /// Named values per task that explain the weights: `[T]` each, NaN where unknown.
     fn details(&self) -> Vec<(&'static str, Tensor)> {
         Vec::new()
     }
 
-    /// Something that the user has to know, said once.
+    /// A warning for the user, returned only once.
     fn warning(&mut self) -> Option<String> {
         None
     }
 
-    /// State for a checkpoint; what [`Self::load`] takes.
+    /// State for a checkpoint, as [`Self::load`] takes it.
     fn save(&self) -> Value {
         Value::Null
     }
@@ -145,7 +145,7 @@ pub trait LossWeighting {
     }
 }
 
-/// What a strategy knows of a task from the start.
+/// What a strategy knows about a task in advance.
 #[derive(Clone, Debug)]
 pub struct WeightedTask {
     pub name: String,
@@ -154,7 +154,7 @@ pub struct WeightedTask {
     pub n_labels: usize,
 }
 
-/// A strategy with the priorities of the tasks.
+/// A strategy and the priorities of the tasks.
 pub struct Weighting {
     strategy: Box<dyn LossWeighting>,
     priorities: Tensor,
@@ -162,12 +162,12 @@ pub struct Weighting {
     plain: bool,
 }
 
-/// Weights for people: scaled so that those of the tasks present sum to their number where priorities are 1.
+/// Weights for display, scaled so that, with priorities of 1, those of the present tasks sum to their number.
 #[derive(Clone, Debug)]
 pub struct WeightReport {
     /// NaN for absent tasks.
     pub weights: Vec<f64>,
-    /// Numbers by task that explain them, by name; NaN where unknown.
+    /// Named values per task that explain the weights; NaN where unknown.
     pub details: Vec<(&'static str, Vec<f64>)>,
     pub warning: Option<String>,
 }
@@ -214,7 +214,7 @@ impl Weighting {
         self.strategy.epoch_ended();
     }
 
-    /// What `weights` (of the last step, which had the tasks `present`) look like, and why. Waits for the device.
+    /// Reports on `weights`, those of the last step, which had the tasks `present`. Waits for the device.
     pub fn report(&mut self, weights: &Tensor, present: &[bool]) -> WeightReport {
         let here = mask(present, weights.device());
         let scale = (weights / &self.priorities * &here).sum(Kind::Double);
@@ -256,7 +256,7 @@ mod tests {
         Weighting::new(&serde_json::from_str(config).unwrap(), &tasks(), Seed(3), Device::Cpu)
     }
 
-    /// Steps `from..to`, the losses and norms of which follow from the step's number; the weights at the end.
+    /// Runs `steps` with losses and norms computed from the step number; returns the final weights.
     fn run(weighting: &mut Weighting, steps: std::ops::Range<usize>, order: [usize; 3], scale: f64) -> Vec<f64> {
         let mut weights = Vec::new();
         for step in steps {
@@ -298,7 +298,7 @@ mod tests {
             let straight = run(&mut build(config), 0..40, [0, 1, 2], 1.0);
             let turned = run(&mut build(config), 0..40, [2, 0, 1], 1.0);
             for (i, at) in [1, 2, 0].into_iter().enumerate() {
-                // Sums in another order: rounding of float64 over 40 steps.
+                // Sums in another order: float64 rounding over 40 steps.
                 assert!((straight[i] - turned[at]).abs() < 1e-9, "{config}: {straight:?} against {turned:?}");
             }
         }
@@ -311,7 +311,8 @@ mod tests {
             for scale in [1e-10, 1e-5, 1e5, 1e10] {
                 let weights = run(&mut build(config), 0..40, [0, 1, 2], scale);
                 assert!(weights.iter().all(|w| w.is_finite() && *w >= 0.0), "{config} at {scale}: {weights:?}");
-                // Ratios of losses know no scale; GradNorm with Adam neither, while norms are far above its epsilon.
+                // Loss ratios do not depend on the scale, nor does GradNorm with Adam while norms are far above
+                // epsilon.
                 if config.contains("dwa") || (scale > 1.0 && config == r#"{"gradnorm": {}}"#) {
                     let same = weights.iter().zip(&ordinary).all(|(a, b)| (a - b).abs() < 1e-5 * b);
                     assert!(same, "{config} at {scale}: {weights:?} is not {ordinary:?}");
@@ -355,7 +356,7 @@ mod tests {
         assert_ne!(draws(5), draws(6));
         assert!((draws(5).iter().sum::<f64>() - 3.0).abs() < 1e-12);
         let mean = (0..4000).map(|step| draws(step)[0]).sum::<f64>() / 4000.0;
-        // The standard deviation of one draw is about 0.7: that of the mean 0.011.
+        // The standard deviation of one draw is about 0.7, that of the mean 0.011.
         assert!((mean - 1.0).abs() < 0.05, "{mean}");
     }
 

@@ -1,5 +1,5 @@
-//! The optimizer of one number a task (GradNorm's weights, uncertainty's log-variances): Adam (Kingma & Ba 2015) with
-//! betas 0.9 and 0.999 and epsilon 1e-8, or plain SGD. No weight decay, no schedule; absent tasks stay as they are.
+//! Optimizer of one value per task (GradNorm's weights, uncertainty's log-variances): Adam (Kingma & Ba 2015) with
+//! betas 0.9 and 0.999 and epsilon 1e-8, or plain SGD. No weight decay, no schedule; absent tasks are unchanged.
 
 use anyhow::Result;
 use schemars::JsonSchema;
@@ -25,11 +25,11 @@ pub struct WeightOptimizer {
     learning_rate: f64,
     first: Tensor,
     second: Tensor,
-    /// Steps that each task has had, `[T]` float64.
+    /// Number of steps of each task, `[T]` float64.
     steps: Tensor,
 }
 
-/// What a kernel needs of an [`WeightOptimizer`].
+/// What a kernel needs from a [`WeightOptimizer`].
 pub struct KernelInputs<'a> {
     /// Learning rate, both betas, epsilon.
     pub numbers: [f64; 4],
@@ -43,8 +43,8 @@ impl WeightOptimizer {
         WeightOptimizer { kind, learning_rate, first: zeros(), second: zeros(), steps: zeros() }
     }
 
-    /// `values` `[T]` after one step against `gradient` `[T]`; those of absent tasks are unchanged, and all are where
-    /// `gradient` is not finite.
+    /// `values` `[T]` after one descent step along `gradient` `[T]`. Values of absent tasks are unchanged; all are
+    /// unchanged if `gradient` is not finite.
     pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
         let device = values.device();
         let here = mask(present, device).gt(0.0).logical_and(&gradient.sum(Kind::Double).isfinite());
@@ -64,7 +64,7 @@ impl WeightOptimizer {
         moved.where_self(&here, values)
     }
 
-    /// For a step that a kernel takes, which changes moments and steps in place.
+    /// Inputs for a kernel that takes the step and updates moments and steps in place.
     pub fn for_kernel(&self) -> KernelInputs<'_> {
         KernelInputs {
             numbers: [self.learning_rate, BETAS.0, BETAS.1, EPSILON],

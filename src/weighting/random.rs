@@ -1,7 +1,7 @@
 //! w = T softmax(z), z ~ N(0, 1) drawn each step.
 //!
-//! Random loss weighting: Lin, Ye, Zhang, Tsang 2022 (arXiv 2111.10603), eq. 3 with normal z. Any strategy that does not
-//! beat it has learned nothing. A step that lacks a task uses the draws of those it has; each has mean 1.
+//! Random loss weighting: Lin, Ye, Zhang, Tsang 2022 (arXiv 2111.10603), eq. 3 with normal z. A strategy that does not
+//! beat it has learned nothing. Absent tasks do not change the weights of the others; each weight has mean 1.
 
 use rand_distr::{Distribution, StandardNormal};
 use tch::{Device, Kind, Tensor};

@@ -1,8 +1,8 @@
 //! total = sum_i exp(-s_i) L_i + s_i / 2, s_i = log sigma_i^2; so w_i = exp(-s_i) and ds_i = 1/2 - exp(-s_i) L_i.
 //!
-//! Kendall, Gal, Cipolla 2018 (arXiv 1705.07115), eq. 10, the form for classification. At rest w_i = 1 / (2 L_i).
-//! Differs from the paper in: s has an optimizer of its own (Adam, its own learning rate, no decay, no schedule), and the
-//! s_i of a task that is absent from a step does not move: else it would fall for ever.
+//! Kendall, Gal, Cipolla 2018 (arXiv 1705.07115), eq. 10, the form for classification. Optimum: w_i = 1 / (2 L_i).
+//! Differs from the paper in: s has its own optimizer (Adam, its own learning rate, no decay, no schedule), and s_i
+//! does not change in steps without the task, where it would only decrease.
 
 use anyhow::Result;
 use schemars::JsonSchema;

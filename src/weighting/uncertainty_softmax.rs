@@ -24,7 +24,7 @@ impl Default for UncertaintySoftmaxConfig {
     }
 }
 
-/// Losses below it count as it: 1 / L stays finite.
+/// Smaller losses are clamped to it, so that 1 / L stays finite.
 const SMALLEST_LOSS: f64 = 1e-12;
 
 pub struct UncertaintySoftmax {

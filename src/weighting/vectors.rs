@@ -1,4 +1,4 @@
-//! Vectors of a number a task, and their way into checkpoints.
+//! Vectors with one value per task, and their form in checkpoints.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -21,12 +21,12 @@ pub fn count(present: &[bool]) -> usize {
     present.iter().filter(|&&present| present).count()
 }
 
-/// The numbers of a vector, read from the device.
+/// The values of a vector, copied from the device.
 pub fn numbers(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(tensor).expect("invariant: a flat list of float64")
 }
 
-/// For a checkpoint: JSON keeps every float64 as it is; null stands for what is not finite.
+/// JSON for a checkpoint: finite float64 values are preserved exactly, others become null.
 pub fn to_json(tensor: &Tensor) -> Value {
     json!(numbers(tensor))
 }

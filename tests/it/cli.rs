@@ -1,4 +1,4 @@
-//! The program as a user runs it: exit codes, messages, a second run, a kill, a resume.
+//! The program as a user runs it: exit codes, messages, repeated runs, kills and resumes.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
@@ -11,7 +11,7 @@ fn stderr(folder: &Folder, arguments: &[&str], code: i32) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-/// metrics.jsonl without the one number that is a matter of the clock.
+/// metrics.jsonl without `tokens_per_sec`, which depends on the clock.
 fn metrics(folder: &Folder, run: &str) -> Vec<serde_json::Value> {
     let lines = folder.read(&format!("{run}/metrics.jsonl"));
     let parse = |line| {
@@ -50,7 +50,7 @@ fn a_run_trains_evaluates_and_predicts() {
     ] {
         assert!(folder.path().join("runs/small").join(file).is_file(), "{file} is missing");
     }
-    // The report, `evaluate` and its JSON say the same.
+    // The report and `evaluate --json` agree.
     let json = folder.polytask(&["evaluate", "runs/small", "--json"]).assert().success().get_output().clone();
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     let report: serde_json::Value = serde_json::from_str(&folder.read("runs/small/report.json")).unwrap();
@@ -64,7 +64,7 @@ fn a_run_trains_evaluates_and_predicts() {
     for part in ["precision", "food", "travel", "thing"] {
         assert!(table.contains(part), "{part} is not in\n{table}");
     }
-    // Every sentence with what is right beside what the model says.
+    // `--predictions` writes every sentence with gold and predicted labels.
     let command = ["evaluate", "runs/small", "--predictions", "said.jsonl"];
     folder.polytask(&command).assert().success();
     let said = folder.read("said.jsonl");
@@ -83,7 +83,7 @@ fn a_run_trains_evaluates_and_predicts() {
         }
     }
 
-    // CoNLL in and out: comments stay, several empty lines are one.
+    // CoNLL in and out: comments are kept, consecutive empty lines are merged.
     let input = "# id = 1\nplay\tx\nthe\ty\nrock\tz\n\n\ncook\nsoup";
     let command = ["predict", "runs/small", "--format", "conll"];
     let output = folder.polytask(&command).write_stdin(input).assert().success().get_output().clone();
@@ -92,7 +92,8 @@ fn a_run_trains_evaluates_and_predicts() {
         conll,
         "# topic = music\n# id = 1\nplay\tx\tO\nthe\ty\tO\nrock\tz\tB-thing\n\n# topic = food\ncook\tO\nsoup\tB-thing\n\n"
     );
-    // Lines as the run's own CoNLL files have them: no word in comments, in the start of a document, in a range; a class is said once.
+    // The layout of the run's own CoNLL files: -DOCSTART- and comments hold no words, and a predicted class replaces
+    // the one in a comment.
     let input = "-DOCSTART- x y\n\n# topic = food\n1\tplay\tx\n# \tthe\ty\n3\trock\tz\n";
     folder.file(
         "runs/small/resolved.yaml",
@@ -106,7 +107,7 @@ fn a_run_trains_evaluates_and_predicts() {
     let expected = "-DOCSTART- x y\n\n# topic = music\n1\tplay\tx\tO\n# \tthe\ty\tO\n3\trock\tz\tB-thing\n\n";
     assert_eq!(conll, expected);
     folder.polytask(&[&command[..], &["--top", "2"]].concat()).assert().code(2);
-    // Tokens that stand in the text keep its offsets; what looks like JSON may be text.
+    // Offsets of `tokens` refer to `text` if it is given; with `--format text`, JSON is read as text.
     let input = "{\"tokens\": [\"play\", \"rock\"], \"text\": \"play  rock\"}\n";
     let read = |more: &[&str]| -> serde_json::Value {
         let command = [&["predict", "runs/small"], more].concat();
@@ -118,7 +119,7 @@ fn a_run_trains_evaluates_and_predicts() {
     let top = found["topic"]["top"].as_array().unwrap();
     assert_eq!((top.len(), &top[0]["label"]), (2, &found["topic"]["label"]));
     assert_eq!(read(&["--format", "text"])["words"][0], "{\"tokens\":");
-    // What the run's data calls them; a name says how a file is read.
+    // The field names of the run's data work, and a file's extension selects its format.
     let fields = folder.read("runs/small/resolved.yaml").replace(
         "    form: {format",
         "    said: {format: jsonl, text: data.said, train: f, dev: f}\n    form: {format",
@@ -149,7 +150,7 @@ fn a_run_trains_evaluates_and_predicts() {
     let (code, said) = from("in.csv", "a,b\n");
     assert!(code == Some(2) && said.contains("a .csv file is neither"), "{said}");
 
-    // Text, tokens and text as JSON; an empty line keeps its place, other fields stay; offsets count characters.
+    // Plain text, and tokens or text as JSON; empty lines and other fields are kept; offsets count characters.
     let input = "play the rock\n{\"tokens\": [\"cook\", \"the\", \"soup\", \"bowl\"], \"id\": 7, \"topic\": 1}\n\n\
                  {\"text\": \"  visit   the oslo\"}\n";
     let output = folder.polytask(&["predict", "runs/small"]).write_stdin(input).assert().success().get_output().clone();
@@ -164,7 +165,7 @@ fn a_run_trains_evaluates_and_predicts() {
     let span = &lines[3]["slots"]["spans"][0];
     assert_eq!((span["start"].as_u64(), span["end"].as_u64()), (Some(14), Some(18)));
 
-    // A file with the same lines gives the same, and more lines than a window keep their order.
+    // Lines of a file keep their order, even if there are more than one window holds.
     folder.file("in.txt", "play the rock\nvisit the jazz now\n".repeat(2000));
     folder.polytask(&["predict", "runs/small", "--input", "in.txt", "--output", "out.jsonl"]).assert().success();
     let lines: Vec<String> = folder.read("out.jsonl").lines().map(str::to_owned).collect();
@@ -180,10 +181,10 @@ fn two_runs_of_one_file_are_identical_and_take_directories_of_their_own() {
     assert_eq!(metrics(&folder, "runs/small"), metrics(&folder, "runs/small-2"));
     let last = |run: &str| bytes(&folder, &format!("{run}/checkpoints/best-slots.safetensors"));
     assert_eq!(last("runs/small"), last("runs/small-2"));
-    // And once more from the resolved file, by a stranger.
+    // Training from resolved.yaml gives the same run.
     folder.polytask(&["train", "runs/small/resolved.yaml", "--out", "again", "--threads", "1"]).assert().success();
     assert_eq!(metrics(&folder, "runs/small"), metrics(&folder, "again"));
-    // Another seed is another run.
+    // Another seed gives another result.
     folder.polytask(&["train", "small.yaml", "--out", "other", "--threads", "1", "--set", "seed=4"]).assert().success();
     assert_ne!(metrics(&folder, "runs/small"), metrics(&folder, "other"));
 }
@@ -199,21 +200,22 @@ fn the_run_that_began_last_is_resumed() {
     gone("runs/small-2");
     assert!(train(&["--resume"]).contains("runs/small-3"));
     train(&[]);
-    // The place that was free; and the run of another experiment.
+    // The latest run took the free name small-2; the run of another experiment does not count.
     stderr(&folder, &["train", "small.yaml", "--set", "name=small-9"], 0);
     assert!(train(&["--resume"]).contains("runs/small-2"));
-    // One that is trained further is no newer for that.
+    // Training an older run further does not make it the latest.
     train(&["--out", "runs/small-3", "--resume", "--set", "training.max_epochs=7"]);
     assert!(train(&["--resume"]).contains("runs/small-2"));
 }
 
-/// The step after which a run says that it goes on.
+/// The step after which a run says that it resumes.
 fn resumed_at(said: &str) -> u64 {
     let step = said.split("resuming after step ").nth(1).and_then(|rest| rest.split(' ').next());
     step.unwrap_or_else(|| panic!("it does not resume: {said}")).parse().unwrap()
 }
 
-/// Trains once in one go and once with kills in between: the weights have to be the same to the bit, the records too.
+/// Trains once without interruption and once with kills: weights must be identical bit for bit, and so must the
+/// records.
 pub fn check_kills(folder: &Folder, kills: usize, more: &[&str]) {
     for run in ["whole", "killed"] {
         std::fs::remove_dir_all(folder.path().join(run)).ok();
@@ -239,7 +241,7 @@ pub fn check_kills(folder: &Folder, kills: usize, more: &[&str]) {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"));
         command.current_dir(folder.path()).args(train("killed", kill > 0));
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // Wait for some new steps, then end it without warning.
+        // Wait for some new steps, then kill it.
         let size = || std::fs::metadata(folder.path().join("killed/metrics.jsonl")).map_or(0, |file| file.len());
         let (before, started) = (size(), Instant::now());
         while size() < before + 1500
@@ -258,7 +260,7 @@ pub fn check_kills(folder: &Folder, kills: usize, more: &[&str]) {
         assert!(file("whole") == file("killed"), "{more:?}: checkpoint {checkpoint} differs");
     }
     assert!(metrics(folder, "whole") == metrics(folder, "killed"), "{more:?}: metrics.jsonl differs");
-    // A finished run resumes to its table at once.
+    // Resuming a finished run trains no further steps.
     let said = run(train("killed", true));
     let last = metrics(folder, "whole").last().unwrap()["step"].as_u64().unwrap();
     assert!(resumed_at(&said) == last && !said.contains("tokens/s"), "{said}");
@@ -303,7 +305,7 @@ fn every_strategy_says_why_weights_moved_and_resumes_bit_for_bit() {
             &weighting,
             "training.accumulate_steps=2",
             "training.batch_size=4",
-            // Options that change the way from the trunk to a head, or keep a state of their own.
+            // Options that change the path from the trunk to a head, or have state of their own.
             "model.embedding.characters={kind: cnn, dim: 4, filters: 4}",
             "model.embedding.vectors=[{file: vectors.txt}]",
             "model.trunk={layers: 2, hidden: 8, locked_dropout: true, connection: highway}",
@@ -337,7 +339,7 @@ fn a_learning_rate_is_found() {
     assert!(String::from_utf8_lossy(&output.get_output().stdout).contains("the loss falls fastest at"));
     assert!(folder.read("lr.html").contains("<polyline"));
     folder.polytask(&["find-lr", "small.yaml", "--from", "1"]).assert().code(2);
-    // Tasks that come in turn: the curve begins where both have come.
+    // Round-robin sampling: the curve begins once both tasks have occurred.
     let two = SMALL
         .replace("tasks:", "    other: {format: jsonl, tokens: tokens, train: train.jsonl, dev: dev.jsonl}\ntasks:")
         .replace("slots: {type: tagging, set: toy", "slots: {type: tagging, set: other");
@@ -373,7 +375,7 @@ fn a_selftest_of_an_experiment_takes_its_steps_again_and_apart() {
     assert!(stderr(&folder, &["selftest", "--steps", "4"], 2).contains("<EXPERIMENT>"));
 }
 
-/// A run in `out` that has begun to train.
+/// Starts a run in `out` and waits until it trains.
 fn training(folder: &Folder, more: &[&str]) -> Child {
     let child = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"))
         .current_dir(folder.path())
@@ -395,7 +397,8 @@ pub fn interrupt(child: &Child) {
     assert!(kill.unwrap().success());
 }
 
-/// A handler writes to the stack of the thread that it interrupts. oneDNN's matrix products have theirs on the heap.
+/// A signal handler writes to the stack of the interrupted thread, and oneDNN's matrix products have theirs on the
+/// heap.
 #[test]
 fn signals_interrupt_no_thread_that_computes() {
     let folder = small();
@@ -411,7 +414,7 @@ fn signals_interrupt_no_thread_that_computes() {
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
     let (int, term) = (1 << 1, 1 << 14);
-    // But for the one that waits for them.
+    // Only the thread that waits for signals does not block them.
     let n_open = masks.iter().filter(|mask| **mask & int == 0 || **mask & term == 0).count();
     assert!(masks.len() > 1 && n_open == 1, "{masks:x?}");
 }
@@ -420,7 +423,7 @@ fn signals_interrupt_no_thread_that_computes() {
 fn a_second_interrupt_ends_the_run_at_once() {
     let folder = small();
     folder.file("train.jsonl", rows(2000));
-    // The step may have ended before the second one comes, but not always.
+    // The step may end before the second interrupt arrives, but not every time.
     let at_once = (0..5).filter(|_| {
         std::fs::remove_dir_all(folder.path().join("out")).ok();
         let mut child = training(&folder, &["--set", "training.batch_size=2000", "--set", "model.trunk.hidden=256"]);
@@ -573,13 +576,13 @@ fn a_finished_run_is_lengthened_to_what_a_longer_one_is() {
     assert_eq!(folder.read("long/resolved.yaml"), folder.read("short/resolved.yaml"));
     let said = train("short", 2, &["--resume"], 2);
     assert!(said.contains("short has already taken 33 steps, and cannot end after 22"), "{said}");
-    // A strategy that looks back at whole epochs has the same ones, though the short run ended within one.
+    // DWA compares whole epochs: it sees the same ones although the short run ended within an epoch.
     let steps = |steps: &'static str| ["--set", "weighting=dwa", "--set", steps];
     train("long-dwa", 9, &steps("training.max_steps=40"), 0);
     train("short-dwa", 9, &steps("training.max_steps=27"), 0);
     train("short-dwa", 9, &[&steps("training.max_steps=40")[..], &["--resume"]].concat(), 0);
     assert!(folder.weights("long-dwa", "last") == folder.weights("short-dwa", "last"));
-    // One that patience ended goes on with more of it.
+    // A run that was stopped early continues with more patience.
     let patience = |epochs: &'static str| ["--set", epochs, "--set", "training.optimizer.learning_rate=1e-12"];
     let early = train("early", 9, &patience("training.early_stopping.patience_epochs=1"), 0);
     assert!(early.contains("no better score in 1 epoch"), "{early}");
@@ -594,7 +597,7 @@ fn rows_without_any_label_are_left_out_with_a_warning() {
     let bare = "{\"tokens\": [\"a\", \"b\"]}\n".repeat(40);
     folder.file("train.jsonl", rows(90) + &bare);
     let said = stderr(&folder, &["train", "small.yaml"], 0);
-    // Row 34 of `rows` has neither topic nor slots: it and one more of the 90, and the 40.
+    // Rows 34 and 69 of `rows`, counted from 0, have neither topic nor slots; with the 40 bare rows that makes 42.
     assert!(said.contains("train.jsonl:35: 42 rows without a label"), "{said}");
     folder.file("train.jsonl", bare);
     let said = stderr(&folder, &["train", "small.yaml"], 2);

@@ -1,4 +1,4 @@
-//! Experiment files: defaults, `extends`, overrides, and what is wrong in them by file and line.
+//! Experiment files: defaults, `extends`, overrides, and errors by file and line.
 
 use anyhow::Result;
 use polytask::config::Experiment;
@@ -153,7 +153,7 @@ fn what_is_missing_or_does_not_fit_is_named() {
             "unknown key `temprature`; expected one of strategy",
         ],
     );
-    // An error takes no other with it.
+    // One error does not cause another.
     let told = load(&GOOD.replace("dev: dev", "dev_fraction: 10%"), &[]).unwrap_err().to_string();
     assert!(told.contains("expected a number") && !told.contains("give `dev:`"), "{told}");
     for (metric, expected) in [
@@ -239,7 +239,7 @@ fn files_extend_others_and_a_new_kind_replaces_the_old_options() {
     std::fs::write(&child, "extends: base.yaml\ntraining: {optimizer: {kind: sgd, momentum: 0.5}}\n").unwrap();
     let experiment = Experiment::load(&child, &[]).unwrap();
     assert_eq!(experiment.training.optimizer.learning_rate(), 0.1);
-    // A kind that the base took for granted is no other when it is named.
+    // Naming the kind that the base uses, even by default, keeps the base's options.
     for kinds in ["optimizer: {learning_rate: 0.05}", "optimizer: {kind: adamw, learning_rate: 0.05}"] {
         let base = GOOD.replace("optimizer: {kind: adamw, learning_rate: 1e-3}", kinds);
         std::fs::write(folder.path().join("base.yaml"), base).unwrap();
@@ -273,7 +273,7 @@ fn overrides_are_checked_like_the_file() {
     let text = load(GOOD, &["model.trunk={hidden: 0}"]).unwrap_err().to_string();
     assert!(text.starts_with("--set model.trunk={hidden: 0}: model.trunk.hidden: must be"), "{text}");
     assert_eq!(load(&format!("\u{feff}{GOOD}"), &[]).unwrap().name, "demo");
-    // What a mapping lacks, it lacks where it stands.
+    // A missing key is reported at its mapping in the file, not at the override.
     let lacking = GOOD.replace("      format: parallel\n", "");
     let text = load(&lacking, &["data.sets.snips.test=x"]).unwrap_err().to_string();
     assert!(text.contains("e.yaml:5: data.sets.snips: missing key `format`"), "{text}");

@@ -1,8 +1,8 @@
-//! `check`: what is odd in data that can be trained on.
+//! `check`: warnings about odd data that can be trained on.
 
 use crate::util::{Folder, SMALL, rows, small};
 
-/// What `check` prints of data without errors.
+/// The output of `check` for data without errors.
 fn said(folder: &Folder, arguments: &[&str]) -> String {
     let output = folder.polytask(&[&["check"], arguments].concat()).assert().code(0).get_output().clone();
     String::from_utf8(output.stdout).unwrap()
@@ -28,7 +28,7 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=none.jsonl"]);
     assert!(text.contains("`slots`: label `thing` is in dev but never in train"), "{text}");
     assert!(text.contains("`slots`: train has no spans"), "{text}");
-    // A letter in the wrong place, and a label that nothing has.
+    // A misspelt label, and a label without rows.
     folder.file("slip.jsonl", rows(60) + "{\"tokens\": [\"play\"], \"topic\": \"muisc\", \"slots\": [\"O\"]}\n");
     let text = said(&folder, &["small.yaml", "--set", "data.sets.toy.train=slip.jsonl"]);
     assert!(text.contains("slip.jsonl:61: `topic`: label `muisc` is rare and one letter away from `music`"), "{text}");
@@ -52,11 +52,11 @@ fn check_passes_sound_data_and_warns_of_odd_data() {
     let text = said(&folder, &["raw.yaml", "--set", "data.max_words=99", "--set", "tokenizer.split=punctuation"]);
     assert!(text.contains("raw.jsonl:2: a sentence with more than 99 words is left out"), "{text}");
     assert!(!text.contains("end in punctuation") && !text.contains("2003 words"), "{text}");
-    // What training would refuse, `check` does.
+    // `check` refuses what training would refuse.
     let no_part = ["check", "small.yaml", "--set", "training.freeze_epochs={trunk.weight: 1}"];
     let output = folder.polytask(&no_part).assert().code(2).get_output().clone();
     assert!(String::from_utf8_lossy(&output.stdout).contains("the model has no such part"));
-    // Sets of other tasks teach the trunk the same sentences.
+    // Dev sentences also leak through training sets of other tasks, since the trunk is shared.
     folder.file("others.jsonl", "{\"tokens\": [\"new\"], \"slots\": [\"O\"]}\n");
     let two = SMALL
         .replace("tasks:", "    other: {format: jsonl, tokens: tokens, train: others.jsonl, dev: others.jsonl}\ntasks:")

@@ -1,4 +1,4 @@
-//! Exported models: every part has its TorchScript, and Python and C++ programs say what `polytask predict` says.
+//! Exported models: every part has a TorchScript form, and Python and C++ programs agree with `polytask predict`.
 
 use std::path::Path;
 use std::process::Command;
@@ -59,7 +59,7 @@ fn export(folder: &Folder, more: &[&str], code: i32) -> String {
     String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
 }
 
-/// What `predict` says of [`SENTENCES`], as the example programs print it.
+/// The predictions for [`SENTENCES`], in the form that the example programs print.
 fn predicted(folder: &Folder, of: &str) -> Vec<Value> {
     said_of(folder, of, SENTENCES)
 }
@@ -95,13 +95,13 @@ fn every_part_has_its_torchscript() {
     ] {
         let s = setting(overrides);
         let module = build(&model_of(&s), &s.tasks, Dtype::Float32, Output::Dictionary).unwrap();
-        // As another process reads them.
+        // Through a file, as another process reads them.
         let file = tempfile::NamedTempFile::new().unwrap();
         Cases::new(&model_of(&s), &s.train, &s.tasks).write(file.path()).unwrap();
         let cases = Cases::read(file.path()).unwrap();
         let off = cases.check(&module, &s.tasks, Dtype::Float32);
         assert!(off.as_ref().is_ok_and(|off| *off < 1e-5), "{overrides:?}: {off:?}");
-        // The check can fail: another seed is another model.
+        // The check can fail: a model from another seed does not match.
         let other = setting(&[overrides, &["seed=4"]].concat());
         let module = build(&model_of(&other), &s.tasks, Dtype::Float32, Output::Dictionary).unwrap();
         let error = cases.check(&module, &s.tasks, Dtype::Float32).unwrap_err();
@@ -114,7 +114,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
     let folder = small();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (word, bpe) = ("tokenizer={model: word, lowercase: true}", "tokenizer={model: bpe, size: 100}");
-    // Cuts words at punctuation, of which each is a token.
+    // Splits words at punctuation; each punctuation mark is a token.
     let made = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": null, "decoder": null,
@@ -146,7 +146,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
             assert_eq!(parsed(&cpp(&folder)), expected);
             let readme = std::fs::read_to_string(root.join("docs/export.md")).unwrap();
             let program = readme.split("```python\n").nth(1).unwrap().split("```").next().unwrap();
-            // Lists of Python, as JSON but for the quotes.
+            // Python prints lists like JSON, except for quotes and spaces.
             let expected = &said_of(&folder, "run", "play jazz by miles davis\n")[0];
             let expected = ["topic", "slots"].map(|task| format!("{task} {}\n", expected[task]));
             let said = python(&folder, program).replace('\'', "\"").replace(", ", ",");
@@ -160,7 +160,7 @@ fn python_and_cpp_programs_say_what_predict_says() {
     }
 }
 
-/// An ONNX file run by onnxruntime, on batches with and without padding, gives what the TorchScript file gives.
+/// The ONNX file in onnxruntime gives the results of the TorchScript file, on batches with and without padding.
 #[test]
 fn onnxruntime_agrees_with_torchscript() {
     let folder = small();
@@ -178,7 +178,7 @@ fn onnxruntime_agrees_with_torchscript() {
         train(&folder, &[overrides, &["training.max_steps=20"]].concat());
         export(&folder, &["--force"], 0);
         folder.polytask(&["export", "run", "--format", "onnx", "--out", "m.onnx", "--force"]).assert().success();
-        // Without dev data it has the same inputs.
+        // A file exported without dev data has the same inputs.
         let dev = folder.read("dev.jsonl");
         std::fs::remove_file(folder.path().join("dev.jsonl")).unwrap();
         folder.polytask(&["export", "run", "--format", "onnx", "--out", "bare.onnx", "--force"]).assert().success();
@@ -234,7 +234,7 @@ fn cpp(folder: &Folder) -> String {
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/consumers/predict.cpp"))
         .args(["include", "include/torch/csrc/api/include"].map(|part| format!("-I{}", libtorch.join(part).display())))
         .arg(format!("-L{}", libtorch.join("lib").display()))
-        // What libtorch_cpu itself needs it finds by its own rpath.
+        // libtorch_cpu finds its own dependencies by its rpath.
         .args(["-ltorch_cpu", "-lc10", "-Wl,--allow-shlib-undefined"])
         .arg(format!("-Wl,-rpath,{}", library.parent().unwrap().display()))
         .status();
@@ -245,7 +245,7 @@ fn cpp(folder: &Folder) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Other formats and kinds, refusals, and what `evaluate` says of the file.
+/// Other formats and data types, refusals, and `evaluate` of the exported file.
 fn checks_of_a_word_model(folder: &Folder) {
     let scores = |of: &str| -> Value {
         let output = folder.polytask(&["evaluate", of, "--json"]).assert().success().get_output().clone();
@@ -253,7 +253,7 @@ fn checks_of_a_word_model(folder: &Folder) {
     };
     assert_eq!(scores("run"), scores("model.pt"));
 
-    // Without its data it is checked all the same.
+    // Without dev data the export is verified, but not scored.
     let dev = folder.read("dev.jsonl");
     std::fs::remove_file(folder.path().join("dev.jsonl")).unwrap();
     let said = export(folder, &["--force"], 0);
@@ -288,7 +288,7 @@ print({str(x.dtype) for x in model.parameters()}, 'int8' if 'quantized' in str(m
 ";
         let said = python(folder, list);
         assert!(said.contains(dtype), "{dtype}: {said}");
-        // The file's own module does the work.
+        // `evaluate` runs the module in the file.
         let f1 = |report: &Value| report["tasks"][1]["scores"][0]["value"].as_f64().unwrap();
         assert!((f1(&scores("model.pt")) - f1(&scores("run"))).abs() < 0.1, "{dtype}");
     }
@@ -305,7 +305,7 @@ print({str(x.dtype) for x in model.parameters()}, 'int8' if 'quantized' in str(m
     }
     let output = folder.polytask(&["export", "model.pt", "--format", "onnx", "--out", "m.onnx"]).assert().code(2);
     assert!(String::from_utf8_lossy(&output.get_output().stderr).contains("model.pt is a file, not a run directory"));
-    // Words that hold spaces are cut: a graph has an input for that, a server has not.
+    // Words that contain spaces are split: the ONNX graph has an input for that, a Triton server does not.
     let dev = folder.read("dev.jsonl");
     for (content, cut) in [(dev.clone(), false), (dev.replacen("\"the\"", "\"the big\"", 1), true)] {
         folder.file("dev.jsonl", content);

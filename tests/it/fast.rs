@@ -1,4 +1,4 @@
-//! What makes training fast leaves results as they are: workers, rows of tables, 16-bit trunks.
+//! Speed-ups do not change results: workers, rows of tables, 16-bit trunks, recorded steps.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +13,12 @@ use tch::{Device, Kind, Tensor};
 use crate::heads::{Setting, build, parts, setting};
 use crate::util::{DRAWS, Folder, small};
 
-/// The largest difference, against the largest number.
+/// The largest difference, relative to the largest value of `a`.
 fn off(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[]) / a.abs().max().double_value(&[]).max(1e-30)
 }
 
-/// Weights of a run of some steps.
+/// Weights after a run of 6 steps.
 fn trained(folder: &Folder, out: &str, more: &[&str]) -> BTreeMap<String, Tensor> {
     let mut arguments = vec!["train", "small.yaml", "--out", out, "--set", "training.max_steps=6"];
     arguments.extend(more);
@@ -47,14 +47,14 @@ fn workers_share_a_batch_and_change_nothing_but_rounding() {
         };
         let (alone, shared) = (run("1"), run("3"));
         for (name, weights) in &alone {
-            // Sums of float32 in another order, over 6 steps of AdamW at a rate of 0.01.
+            // float32 sums in another order, over 6 AdamW steps with a learning rate of 0.01.
             let off = off(weights, &shared[name]);
             assert!(off < 1e-3, "{options:?}: {name} is off by {off}");
         }
     }
 }
 
-/// Which numbers of tables gradients are taken to.
+/// What the gradients of tables are taken with respect to.
 #[derive(Clone, Copy, PartialEq)]
 enum Of {
     Tables,
@@ -102,7 +102,7 @@ fn rows_of_a_table_have_the_gradient_of_the_table() {
 
 #[test]
 fn a_tokenizer_without_padding_trains_every_row() {
-    // A word whose id serves as padding too.
+    // A word whose id is also used for padding.
     let moves = |pads: bool| {
         let mut s = setting(&["training.ema_decay=0.9", "training.optimizer.decay_all=false"]);
         let row = i64::from(s.train.set.token_ids[0]);
@@ -136,7 +136,7 @@ fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
         assert!(off(&lazy.get(row), &dense.get(row)) < 1e-6);
     }
     assert_eq!(lazy.get(0), Tensor::from_slice(&[1.0f32, 1.0]));
-    // Where nothing is touched the weights still decay.
+    // Without lazy rows, untouched rows still decay.
     assert!((dense.double_value(&[0, 0]) - 0.99f64.powi(3)).abs() < 1e-6);
 }
 
@@ -193,7 +193,7 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     let flat = |all: &[Tensor]| Tensor::cat(&all.iter().map(|x| x.flatten(0, -1)).collect::<Vec<_>>(), 0);
     let (exact, found) = (flat(&exact), flat(&found));
     let off = (&exact - found).norm().double_value(&[]) / exact.norm().double_value(&[]);
-    // bfloat16 has 8 bits: 0.4 % a rounding, through two layers and sums over time.
+    // bfloat16 has 8 significant bits: 0.4 % per rounding, through two layers and sums over time.
     assert!(off > 0.0 && off < 0.03, "the gradient is off by {off}");
     let folder = small();
     let bfloat16 = ["--set", "training.precision=bfloat16"];
@@ -207,7 +207,7 @@ fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     assert!(said.contains("training.precision: float16 needs CUDA"), "{said}");
 }
 
-/// Trains some steps with recorded steps or without, and returns the weights and what was read of the steps.
+/// Trains some steps, recorded or not; returns the weights, the mean losses and the number of recorded shapes.
 fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize) {
     let model = build(s);
     let mut trainer = parts(s, &model).trainer();
@@ -248,7 +248,7 @@ fn recorded_steps_are_the_steps_that_were_recorded() {
             assert!((a.unwrap() - b.unwrap()).abs() < 1e-4, "{strategy}: losses {a:?} and {b:?}");
         }
         for (a, b) in plain.0.iter().zip(&recorded.0) {
-            // The rate is a float32 number there, and gradients of tables are added up in another order.
+            // Recorded steps use a float32 learning rate and sum gradients of tables in another order.
             assert!(off(a, b) < 1e-3, "{strategy}: off by {}", off(a, b));
         }
     }

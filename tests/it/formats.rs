@@ -1,4 +1,4 @@
-//! Every format, read through an experiment: rows, labels, and what is wrong by line.
+//! Every format, read through an experiment: rows, labels, and errors by line.
 
 use std::io::Write;
 use std::path::Path;
@@ -93,7 +93,8 @@ fn comments_of_conll_are_no_words_and_columns_without_a_name_are_errors() {
         (sentences(&corpus), labels(&corpus, 0)),
         (vec!["a".into(), "# b".into(), ": c".into()], vec!["news".into(), "o=d".into(), "-".into()])
     );
-    // Columns without names are as many as those of the sentence's last line; where that has tabs, a comment has none.
+    // Without `columns:`, a sentence has as many columns as its last line; if that has tabs, lines without tabs are
+    // comments.
     folder.file("t.conll", "# made by hand, see LICENSE\n\n# doc 17\na B-x\n\n# doc\nb\tO\n\n# O\nc O\n");
     let numbered = &BOTH.replace("column: tags", "column: '1'");
     let (corpus, _) = read(&folder, "format: conll, train: t.conll, dev: t.conll", numbered);
@@ -163,7 +164,7 @@ fn a_bad_tag_is_named_by_the_line_of_its_word() {
     let (_, problems) = read(&folder, "format: conll, columns: [word, tags], train: t.conll, dev: t.conll", BOTH);
     assert_eq!(messages(&problems)[0], "t.conll:3: `tags`, word 2: `X-city` is not a bio tag");
     assert!(messages(&problems)[1].starts_with("t.conll:6: `tags`, word 2 `Rome`"), "{problems:?}");
-    // Where lines of no word stand between, it is the sentence's.
+    // If the sentence has lines without a word, its first line is named instead.
     let row = |id: &str, word: &str, tag: &str| format!("{id}\t{word}\t_\t{tag}\t_\t_\t_\t_\t_\t_\n");
     let text = [row("1", "do", "O"), row("2-3", "nt", "_"), row("2", "n", "O"), row("3", "t", "X-x")].concat();
     folder.file("t.conllu", format!("\n{text}"));
@@ -282,13 +283,13 @@ fn numbers_are_tags_and_what_cannot_be_is_named() {
     ] {
         assert!(messages.iter().any(|message| message == expected), "{expected} is not in {messages:?}");
     }
-    // Spans of words.
+    // Spans with word offsets.
     folder.file("t.jsonl", "{\"tokens\": [\"to\", \"New\", \"York\"], \"tags\": [[1, 3, \"city\"]]}\n{\"tokens\": [\"a\"], \"tags\": [[0, 2, \"x\"]]}\n");
     let set = "format: jsonl, tokens: tokens, offsets: words, train: t.jsonl, dev: t.jsonl";
     let (corpus, problems) = read(&folder, set, &BOTH.replace("slots", "tags"));
     assert_eq!(labels(&corpus, 1), ["O", "B-city", "I-city"]);
     assert_eq!(self::messages(&problems)[0], "t.jsonl:2: span 0..2 `x` ends beyond the text, which ends at 1");
-    // As tools for annotation write it.
+    // As annotation tools write it.
     let doccano = r#"{"start_offset": 3, "end_offset": 7, "label": "city"}"#;
     let studio = r#"{"start": 3, "end": 7, "labels": ["city"]}"#;
     folder.file("t.jsonl", format!(
@@ -302,7 +303,7 @@ fn numbers_are_tags_and_what_cannot_be_is_named() {
     );
     assert_eq!(labels(&corpus, 1), ["O", "B-city", "O", "B-city"]);
     assert_eq!(self::messages(&problems)[0], "t.jsonl:3: `tags`: a word has no tag; tag all or none");
-    // CoNLL-U: no feature is a value, no part of speech is none; and the wrong scheme is told as such.
+    // CoNLL-U: `_` is a value of `feats` but a missing label in `upos`; a wrong scheme is recognized.
     let line = |id: u8, upos: &str, feats: &str| format!("{id}\tw\t_\t{upos}\t_\t{feats}\t_\t_\t_\tB-a\n");
     folder.file(
         "t.conllu",
@@ -350,7 +351,7 @@ fn json_arrays_and_rasa_know_their_lines() {
 #[test]
 fn csv_tsv_and_lines() {
     let folder = Folder::new();
-    // Lines that end as those of Windows and of Python's csv count all the same.
+    // Line numbers are right with LF and with CRLF, as Windows and Python's csv write.
     for (text, expected, long) in [
         (
             "topic,text\na,\"one, two\"\nb,\"three\nfour\"\nc\nd,five\n",

@@ -42,7 +42,7 @@ pub fn build(s: &Setting) -> Model {
     prepare::model(&s.experiment, &s.tasks, &s.tokenizer, Device::Cpu).unwrap()
 }
 
-/// What a trainer is made of.
+/// The parts that a trainer is built from.
 pub fn parts<'a>(s: &'a Setting, model: &'a Model) -> Parts<'a> {
     Parts {
         experiment: &s.experiment,
@@ -102,7 +102,7 @@ fn ensure_trains_saves_and_loads(overrides: &[&str]) {
     Optimizer::new(&s.experiment.training.optimizer, other.parameters.iter()).load(saved.optimizer).unwrap();
     assert_eq!(logits(&model, &s, &rows), logits(&other, &s, &rows), "{overrides:?}");
 
-    // Alone or beside longer sentences: the same up to rounding.
+    // Logits of a sentence alone and in a padded batch are the same up to rounding.
     let together = logits(&model, &s, &rows[..20]);
     for &row in &rows[..20] {
         for (task, (alone, together)) in logits(&model, &s, &[row]).iter().zip(&together).enumerate() {
@@ -111,7 +111,7 @@ fn ensure_trains_saves_and_loads(overrides: &[&str]) {
                 here = here.narrow(1, 0, s.train.set.n_words(row));
             }
             let off = (alone - here).abs().max().double_value(&[]);
-            // Sums of float32 in another order: 1e-7 relative on logits of about 10.
+            // float32 sums in another order: 1e-7 relative on logits of about 10.
             assert!(off < 2e-5, "{overrides:?}: padding moves the logits of task {task} by {off}");
         }
     }
@@ -197,7 +197,7 @@ fn weights_that_decay_and_weights_that_do_not() {
     let model = build(&s);
     let before: Vec<Tensor> = model.parameters.tensors().iter().map(|tensor| tensor.copy()).collect();
     let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
-    // Without a gradient decay alone moves a weight.
+    // With gradients of 0, only weight decay changes a weight.
     let gradients: Vec<Tensor> = before.iter().map(Tensor::zeros_like).collect();
     optimizer.step(&gradients, None, 0.1, &Tensor::from(0.0f32), None).unwrap();
     for ((name, tensor), before) in model.parameters.iter().zip(&before) {
@@ -219,7 +219,7 @@ fn frozen_parts_stay_for_their_epochs_and_the_average_is_what_is_kept() {
     for (name, tensor) in start.parameters.iter() {
         assert_eq!(*tensor == frozen[name], name.starts_with("trunk."), "{name}");
     }
-    // With a decay near 1 / 5 the average follows the weights, but not closely.
+    // With a decay of 0.8 the average follows the weights, but not closely.
     let last = weights("average", "last", &["training.ema_decay=0.8"]);
     let best = folder.weights("average", "best");
     let plain = weights("plain", "last", &[]);
@@ -241,7 +241,7 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     let (first, second) = (folder.weights("first", "best"), folder.weights("second", "last"));
     for (name, tensor) in &second {
         let same = first[name].size() == tensor.size() && first[name] == *tensor;
-        // The vocabularies differ, so that rows stand elsewhere.
+        // The vocabularies differ, and so does the order of rows.
         assert!(same || name.starts_with("heads.topic.") || name == "embedding.weight", "{name}");
     }
     let row = |run: &str, weights: &std::collections::BTreeMap<String, Tensor>, word: &str| {
@@ -249,7 +249,7 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
         weights["embedding.weight"].get(json["model"]["vocab"][word].as_i64().unwrap())
     };
     assert_eq!(row("first", &first, "rock"), row("second", &second, "rock"));
-    // Words that the data of today does not have are known on.
+    // Words of the earlier run that the new data lacks are kept.
     let only_then: serde_json::Value = serde_json::from_str(&folder.read("first/tokenizer.json")).unwrap();
     for (word, _) in only_then["model"]["vocab"].as_object().unwrap() {
         assert_eq!(row("first", &first, word), row("second", &second, word), "{word}");
@@ -257,10 +257,10 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
     std::fs::remove_file(folder.path().join("first/report.json")).unwrap();
     let output = train("third", &["tasks.topic.hidden=4", "training.max_epochs=1"]).success().get_output().clone();
     assert!(String::from_utf8_lossy(&output.stderr).contains("first is not finished; its best checkpoint so far"));
-    // Labels inside are the same, whatever scheme the data has.
+    // The model's labels are the same whatever scheme the data has.
     let output = train("schemes", &["tasks.slots.scheme=iob1", "training.max_epochs=1"]).success().get_output().clone();
     assert!(String::from_utf8_lossy(&output.stderr).contains("heads topic, slots of small"));
-    // The same parts, which would say something else.
+    // Parts of the same shape but another meaning are not transferred.
     let two = ["model.trunk.layers=2", "tasks.topic.layer=1", "training.max_epochs=1"];
     train("two", &[&two[..], &["init_from=null"]].concat()).success();
     let order = "tasks.topic.labels=[travel, music, food]";
@@ -288,19 +288,19 @@ fn a_run_starts_from_what_fits_of_an_earlier_one() {
         "{said}"
     );
     assert!(!folder.path().join("fourth").exists(), "nothing was trained, and nothing is left");
-    // A table that stood still is tuned now.
+    // A table that was not trainable is now trained.
     let still = "model.embedding.vectors=[{file: vectors.txt, trainable: false}]";
     folder.polytask(&["train", "small.yaml", "--out", "still", "--set", still]).assert().success();
     let more = ["model.embedding.vectors=[{file: vectors.txt}]", "init_from=still", "training.max_epochs=1"];
     train("tuned", &more).success();
-    // And what was tuned stands still: it is in no checkpoint, but in the run all the same.
+    // And the reverse: a table that is not trainable is in no checkpoint, but still in the run.
     let more = [still, "init_from=tuned", "training.max_epochs=1"];
     train("rests", &more).success();
     let report: serde_json::Value = serde_json::from_str(&folder.read("rests/report.json")).unwrap();
     let output = folder.polytask(&["evaluate", "rests", "--json"]).assert().success().get_output().clone();
     let again: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["splits"]["test"], again["report"]);
-    // All that the first steps have labels for may be frozen.
+    // All parts may be frozen in the first epoch.
     train("all", &["training.freeze_epochs={embedding: 1, trunk: 1, heads.topic: 1, heads.slots: 1}"]).success();
     let error = train("fifth", &["training.freeze_epochs={heads.slots.out: 1}"]).code(2).get_output().clone();
     assert!(
@@ -348,13 +348,14 @@ fn nothing_moves_once_a_loss_was_not_finite() {
 
 #[test]
 fn accumulated_batches_are_one_large_batch() {
-    // Dropout off, so that the two differ by rounding alone; rows with missing labels make the shares uneven.
+    // No dropout, so that the two runs differ only by rounding; rows without labels make the batches' label counts
+    // uneven.
     let off = [
         "model.embedding.dropout=0",
         "model.trunk.dropout=0",
         "tokenizer={model: word, unknown_rate: 0}",
         "training.max_epochs=1",
-        // A step of SGD is as large as the gradient, which Adam would scale away.
+        // An SGD step is proportional to the gradient, whose scale Adam would hide.
         "training.optimizer={kind: sgd, learning_rate: 1}",
         "training.clip_norm=0",
     ];

@@ -1,4 +1,4 @@
-//! Tests of the whole: the library on small and on real data, and the program as a user runs it.
+//! Integration tests: the library on small and on real data, and the program as a user runs it.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 

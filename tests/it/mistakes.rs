@@ -1,4 +1,4 @@
-//! What goes wrong in a user's hands: nothing of theirs is lost, nothing half done stays, and the error says what to do.
+//! User mistakes and failures: no user file is lost, nothing half-written remains, and the error says what to do.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -38,7 +38,7 @@ fn a_run_that_fails_takes_its_own_folder_away_and_nothing_else() {
         failed(&folder, &["train", "small.yaml", "--set", "name=.."], 2).contains("beginning with a letter or digit")
     );
     assert_eq!(folder.read("precious/thesis.txt"), "years");
-    // A run that was killed while it wrote its first files is no run, and not in the way of one.
+    // The remains of a run that was killed while it wrote its first files do not block a new run.
     std::fs::create_dir_all(folder.path().join("killed/checkpoints")).unwrap();
     for file in ["experiment.yaml", ".partial-1a2b3c"] {
         folder.file(&format!("killed/{file}"), "");
@@ -46,7 +46,7 @@ fn a_run_that_fails_takes_its_own_folder_away_and_nothing_else() {
     }
     trained(&folder, "killed");
     assert!(train("mine", &[]).contains("is not empty and contains no run"));
-    // What libtorch throws, for want of memory here, is an error like others.
+    // A libtorch exception, here out of memory, is reported like other errors.
     let command =
         "ulimit -v 20000000; exec \"$0\" train small.yaml --out new --device cpu --set model.trunk.hidden=100000";
     let mut shell = std::process::Command::new("sh");
@@ -163,14 +163,14 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     );
     let curve = ["find-lr", "small.yaml", "--html", "small.yaml"];
     assert!(failed(&folder, &curve, 2).contains("small.yaml is an input of this command"));
-    // What is good before a broken line is printed; a file is whole or not there.
+    // Predictions before a broken line are printed; an output file is complete or absent.
     folder.file("in.txt", "play the rock\nplay\n{\"text\": }\nrock\n");
     let printed = folder.polytask(&["predict", "run", "--input", "in.txt"]).assert().code(2).get_output().clone();
     assert_eq!(String::from_utf8_lossy(&printed.stdout).lines().count(), 2);
     assert!(String::from_utf8_lossy(&printed.stderr).contains("in.txt:3: not JSON"));
     assert!(failed(&folder, &["predict", "run", "--input", "in.txt", "--output", "new"], 2).contains("in.txt:3"));
     assert!(!exists(&folder, "new"));
-    // Keys that the answer has too, an array, data without labels.
+    // Input keys that the output uses, a JSON array, data without labels.
     folder.file("in.txt", "{\"text\": \"play\", \"topic\": \"old\", \"id\": 3}\n[\"play\"]\n");
     let printed = folder.polytask(&["predict", "run", "--input", "in.txt"]).assert().code(2).get_output().clone();
     let said = String::from_utf8_lossy(&printed.stderr).into_owned();
@@ -187,7 +187,7 @@ fn predictions_go_where_they_are_sent_and_read_what_training_reads() {
     let scored = folder.polytask(&["evaluate", "cut", "--split", "dev", "--input", "dev.jsonl", "--json"]).assert();
     let scored: serde_json::Value = serde_json::from_slice(&scored.code(0).get_output().stdout).unwrap();
     assert_eq!(scored["report"]["tasks"][0]["n_sentences"], 26, "of 30 rows every seventh has no topic: {scored}");
-    // Damage that leaves the file's form whole.
+    // Damage that leaves the file format valid.
     let path = folder.path().join("run/checkpoints/best.safetensors");
     let mut content = std::fs::read(&path).unwrap();
     let at = content.len() - 8;
@@ -288,7 +288,7 @@ fn two_processes_do_not_train_in_one_run() {
     assert!(failed(&folder, &resume, 2).contains("run is in use"));
     drop(lock);
     folder.polytask(&resume).assert().code(0);
-    // Runs without a name of their own do not meet either.
+    // Concurrent runs without `--out` get separate directories.
     let spawn = || {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polytask"));
         let arguments = ["train", "small.yaml", "--set", "training.max_epochs=1"];
@@ -313,7 +313,7 @@ fn data_that_changed_under_a_run_is_told() {
     let before = scores();
     let dev = folder.read("dev.jsonl");
     folder.file("dev.jsonl", format!("{dev}{row}"));
-    // Labels that the model cannot give count as missed, and say nothing of its loss.
+    // Labels that the model does not know count as missed and do not affect its loss.
     let (text, after) = (failed(&folder, &["evaluate", "run"], 0), scores());
     for label in
         ["`topic`: test has labels", "`sports` (1 of its rows)", "`slots`: test has labels", "`team` (1 of its rows)"]
@@ -331,7 +331,7 @@ fn data_that_changed_under_a_run_is_told() {
     }
     let missed = new[1]["labels"].as_array().unwrap().iter().find(|label| label["label"] == "team").unwrap();
     assert_eq!((missed["recall"].as_f64(), missed["n"].as_u64()), (Some(0.0), Some(1)));
-    // A run that was killed before its first checkpoint goes on with the labels that it began with.
+    // A run that was killed before its first checkpoint resumes only with the labels that it started with.
     trained(&folder, "killed");
     std::fs::remove_file(folder.path().join("killed/report.json")).unwrap();
     for checkpoint in ["last", "best", "best-topic", "best-slots"] {
@@ -342,7 +342,7 @@ fn data_that_changed_under_a_run_is_told() {
     let text = failed(&folder, &["train", "killed/resolved.yaml", "--out", "killed", "--resume"], 2);
     assert!(text.contains("`topic`: train has labels that it did not have when the run started: meal"), "{text}");
     folder.file("train.jsonl", train);
-    // Spelling that characters read, though its tokens are the same.
+    // A change of case is visible to character features, although the lowercased tokens are the same.
     let cased = ["train", "small.yaml", "--out", "cased", "--set", "tokenizer={model: word, lowercase: true}"];
     let more =
         ["--set", "model.embedding.characters={kind: cnn, dim: 4, filters: 4}", "--set", "training.max_epochs=1"];

@@ -1,4 +1,4 @@
-//! PyTorch's numbers for embedding, BiLSTM, CRF, classification and 20 AdamW steps; see fixtures/make_parity.py.
+//! Agreement with PyTorch on embedding, BiLSTM, CRF, classification and 20 AdamW steps; see fixtures/make_parity.py.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use polytask::task::{Scheme, Task, TaskKind};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-/// The tolerance of the comparison: float32 sums in another order, over 20 steps.
+/// For float32 sums in another order, over 20 steps.
 const TOLERANCE: f64 = 1e-5;
 
 fn close(name: &str, ours: &Tensor, theirs: &Tensor) {
@@ -81,7 +81,7 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
     let mask = batch.lengths.mask().unsqueeze(-1).to_kind(Kind::Float);
     close("states", &(&encoded.taps[0][0].1.tokens * mask), &fixture["states"]);
 
-    // As torch.optim.AdamW has it, biases and embeddings decay too.
+    // As in torch.optim.AdamW, biases and embeddings decay too.
     let adamw: OptimizerConfig = serde_json::from_value(json!({"adamw": {"decay_all": true}})).unwrap();
     let mut optimizer = Optimizer::new(&adamw, model.parameters.iter());
     for step in 0..20 {

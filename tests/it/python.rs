@@ -1,5 +1,6 @@
-//! Our files in Python: the tokenizer gives the same ids, TensorBoard reads its files, safetensors the checkpoints.
-//! `scripts/test` makes the environment that POLYTASK_TEST_PYTHON names.
+//! polytask's files in Python: the tokenizer gives the same ids, TensorBoard reads its event files, safetensors the
+//! checkpoints.
+//! `scripts/test` creates the Python environment in .python/; POLYTASK_TEST_PYTHON names another interpreter.
 
 use std::process::Command;
 

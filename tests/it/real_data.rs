@@ -1,4 +1,4 @@
-//! The published data sets, where they are found: POLYTASK_DATA, else ../shared/data. CI has them.
+//! The published data sets, if present in POLYTASK_DATA or else ../shared/data; CI requires them.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ pub fn data() -> Option<PathBuf> {
     found.then_some(folder)
 }
 
-/// Rows of train, dev and test of each set, and what is wrong with them.
+/// Checks the numbers of rows in train, dev and test of each set, and the number of warnings.
 fn check(name: &str, expected: &[[usize; 3]], n_warnings: usize) {
     let Some(folder) = data() else { return };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("experiments").join(name);

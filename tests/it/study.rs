@@ -1,4 +1,4 @@
-//! `study` and `compare`: every run, a second call, a run that fails, and what is made of it all.
+//! `study` and `compare`: all runs, a second call, a failing run, and the comparison.
 
 use serde_json::Value;
 
@@ -20,7 +20,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     let more =
         "  strategies:\n    equal: {}\n    gentle: {strategy: gradnorm, alpha: 0.5}\n  data_fractions: [0.5, 1]\n";
     let folder = study(more);
-    // A twin cannot see the head of a task that it does not have.
+    // A twin cannot read the head of a task that it does not have.
     let inputs = "crf, inputs: [trunk, topic]}";
     folder.file("study.yaml", folder.read("study.yaml").replace("crf}", inputs));
     let command = ["study", "study.yaml", "--jobs", "2"];
@@ -30,7 +30,7 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     {
         assert!(table.contains(part), "`{part}` is not in\n{table}");
     }
-    // 2 seeds, 2 shares, 2 strategies and 2 twins.
+    // 2 seeds, 2 shares of the data, 2 strategies and 2 twins.
     let runs = || std::fs::read_dir(folder.path().join("runs/small-study/runs")).unwrap().count();
     assert_eq!(runs(), 16);
     let twin = folder.read("runs/small-study/experiments/only-slots-f0.5-s2.yaml");
@@ -58,11 +58,11 @@ fn a_study_runs_everything_once_and_says_whether_multi_task_helped() {
     let page = folder.read("page.html");
     assert!(page.contains("<polyline") && page.contains("cosine of gradients") && !page.contains("http"));
 
-    // Runs that belong to no study, and what is no run.
+    // Single runs instead of a study.
     let path = |name: &str| format!("runs/small-study/runs/{name}");
     let (table, _) = said(&folder, &["compare", &path("equal-s1"), &path("only-topic-s1")], 0);
     assert!(table.contains("unknown: one seed"), "{table}");
-    // Killed while its files are written.
+    // A study that was killed while it wrote its files.
     std::fs::remove_dir_all(folder.path().join("runs/small-study/experiments")).unwrap();
     assert!(said(&folder, &command, 0).1.contains("16 runs, 16 of them done"));
     let (_, error) = said(&folder, &["compare", "study.yaml"], 2);
@@ -82,7 +82,7 @@ fn variants_are_held_to_the_experiment_without_their_changes() {
     let command = ["study", "study.yaml", "--set", "training.max_epochs=1", "--set", "study.single_task_twins=false"];
     let (table, _) = said(&folder, &command, 0);
     let rows = |name: &str| table.lines().filter(|line| line.contains(&format!(" {name} "))).count();
-    // Its scores, and a difference for each task.
+    // One row of scores, and one difference for each task.
     assert_eq!((rows("equal (wide)"), rows("equal (plain)")), (3, 3), "{table}");
     assert!(table.contains("Difference from the experiment without the variant's changes"), "{table}");
     let run = |name: &str| folder.read(&format!("runs/small-study/runs/{name}/resolved.yaml"));
@@ -94,7 +94,7 @@ fn variants_are_held_to_the_experiment_without_their_changes() {
     assert_eq!(json["groups"][1]["variant"], "wide");
     let difference = json["groups"][1]["tasks"][0]["difference"]["mean"].as_f64().unwrap();
     assert!((mean(1) - mean(0) - difference).abs() < 1e-12, "{json}");
-    // Beside twins, which have none of the changes.
+    // With twins, which have none of the variants' changes.
     let (table, log) = said(&folder, &command[..4], 0);
     assert!(log.contains("10 runs, 6 of them done") && !log.contains("no verdict"), "{log}");
     let alone = table.split("Difference from the single-task model").nth(1).unwrap();
@@ -143,14 +143,14 @@ fn runs_of_no_study_share_a_row_where_nothing_but_the_seed_differs() {
         let difference = group["tasks"][0]["difference"]["mean"].as_f64().unwrap();
         assert!((mean - alone - difference).abs() < 1e-12, "each is held to the twin that is like it");
     }
-    // What is alike but for its seed is one row, whatever else is beside it; what is not has no verdict.
+    // Runs that differ only in the seed form one row; a twin with other settings gives no verdict.
     let alike = ["both-8-1", "both-8-2", "alone-8-1", "alone-8-2"];
     let (table, log) = said(&folder, &[&["compare"], &alike[..]].concat(), 0);
     assert!(table.contains(" equal ") && !table.contains("hidden") && !log.contains("no verdict"), "{table}{log}");
     let (table, log) = said(&folder, &["compare", "both-8-1", "both-8-2", "alone-12-1"], 0);
     assert!(!table.contains("Difference from the single-task model"), "{table}");
     assert!(log.contains("no single-task run for `topic` has the settings, seed and data fraction of equal"), "{log}");
-    // Much that differs is told by the path, and the rate is dev's choice.
+    // A run that differs in many settings is named by its path; the learning rate is selected on dev.
     let much = ["model.trunk.hidden=9", "model.embedding.dim=9", "model.embedding.dropout=0", "model.trunk.dropout=0"];
     folder.train("other/both-8-1", &[&["training.max_epochs=1", "seed=1"], &much[..]].concat()).success();
     let rate = ["training.max_epochs=1", "seed=2", "model.trunk.hidden=8", "training.optimizer.learning_rate=1e-4"];
@@ -215,7 +215,7 @@ fn a_task_without_dev_labels_is_not_trained_alone() {
 #[test]
 fn a_single_task_has_no_twin() {
     let folder = study("  strategies: {equal: {}}\n");
-    // Nobody else is at work in its folder.
+    // A study needs its folder to itself.
     let held = folder.path().join("runs/small-study");
     std::fs::create_dir_all(&held).unwrap();
     let lock = polytask::run::RunDirectory { path: held }.lock().unwrap();

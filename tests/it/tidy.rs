@@ -1,8 +1,8 @@
-//! The architecture's rules, read from the source.
+//! Rules of the architecture, checked on the source code.
 
 use std::path::{Path, PathBuf};
 
-/// Top to bottom: a module may use those after it.
+/// Layers from top to bottom: a module may use only those after it.
 const LAYERS: [&str; 17] = [
     "commands",
     "config",

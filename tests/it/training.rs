@@ -1,4 +1,4 @@
-//! What training does with losses, gradients and scores, held against the same computed another way.
+//! Losses, gradients and scores in training, checked against independent computations.
 
 use polytask::data::DeviceSplit;
 use polytask::libtorch::Draws;
@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 use crate::heads::{build, setting};
 use crate::util::{DRAWS, Folder, small};
 
-/// Dropout off, so that a step follows from the weights alone.
+/// No dropout, so that a step depends only on the weights.
 const PLAIN: [&str; 5] = [
     "model.embedding.dropout=0",
     "model.trunk.dropout=0",
@@ -18,7 +18,7 @@ const PLAIN: [&str; 5] = [
     "training.batch_size=90",
 ];
 
-/// Trains, and returns what was recorded.
+/// Trains and returns the records.
 fn records(folder: &Folder, out: &str, overrides: &[&str]) -> Vec<Value> {
     folder.train(out, overrides).success();
     parsed(&folder.read(&format!("{out}/metrics.jsonl")))
@@ -34,7 +34,7 @@ fn losses(model: &Model, set: &DeviceSplit, rows: &[usize]) -> Vec<Option<Tensor
     model.losses(&shared, &batch, Mode::Eval)
 }
 
-/// Records of dev, and the first of those with the highest `score` that has the lowest loss of `tasks`.
+/// The dev records, and the best one: by highest `score`, then lowest loss of `tasks`; the first of equals.
 fn best<'a>(records: &'a [Value], score: impl Fn(&Value) -> f64, tasks: &[&str]) -> (Vec<&'a Value>, &'a Value) {
     let dev: Vec<&Value> = records.iter().filter(|record| record["kind"] == "dev").collect();
     let loss = |record: &Value| tasks.iter().map(|task| record[task]["loss"].as_f64().unwrap()).sum::<f64>();
@@ -46,7 +46,7 @@ fn best<'a>(records: &'a [Value], score: impl Fn(&Value) -> f64, tasks: &[&str])
 #[test]
 fn the_best_checkpoints_are_those_of_the_highest_scores_on_dev() {
     let folder = small();
-    // So that epochs differ, and later ones are not all better.
+    // With these settings epochs differ, and later ones are not always better.
     let more = ["training.ema_decay=0.5", "training.optimizer.learning_rate=0.2", "training.schedule=constant"];
     let records = records(&folder, "run", &more);
     let mean = |record: &Value| record["mean"].as_f64().unwrap();
@@ -63,7 +63,7 @@ fn the_best_checkpoints_are_those_of_the_highest_scores_on_dev() {
         let tasks = found["report"]["tasks"].as_array().unwrap();
         let found = tasks.iter().find(|found| found["name"] == task).unwrap();
         assert_eq!(found["scores"][0]["value"].as_f64().unwrap(), value(chosen), "{task}");
-        // Rounding alone, and so the averaged weights that were scored then.
+        // Equal up to rounding, so the checkpoint has the averaged weights that were scored then.
         let off = found["loss"].as_f64().unwrap() - chosen[task]["loss"].as_f64().unwrap();
         assert!(off.abs() < 1e-6, "{task}: {off}");
     }
@@ -93,7 +93,7 @@ fn training_ends_after_epochs_without_a_better_score() {
     let folder = small();
     let still = ["training.early_stopping={patience_epochs: 2}", "training.optimizer.learning_rate=1e-30"];
     let records_of = |out: &str, more: &[&str]| records(&folder, out, more);
-    // A lower loss keeps another checkpoint, and is no better score.
+    // A lower loss at the same score replaces the checkpoint, but does not count as a better score.
     let patient = ["training.early_stopping={patience_epochs: 2}", "training.max_epochs=60"];
     let plateau =
         records_of("plateau", &[&patient[..], &["training.schedule=constant", "training.ema_decay=0.5"]].concat());
@@ -138,7 +138,7 @@ fn recorded_cosines_and_losses_are_those_of_two_backward_passes() {
         let found = found.as_f64().unwrap();
         assert!((found - expected).abs() < 1e-4 * expected.abs().max(1e-2), "{found} against {expected}");
     };
-    // A step may be of one batch or of several.
+    // With one batch per step, and with several.
     for (out, cut) in [("whole", &[] as &[&str]), ("cut", &["training.batch_size=30", "training.accumulate_steps=3"])] {
         let records = records(&folder, out, &[&overrides, cut].concat());
         let record = records.iter().find(|record| record["kind"] == "train").unwrap();
@@ -207,13 +207,13 @@ fn words_are_dropped_one_by_one_and_types_throughout_a_batch() {
     let typed = "model.embedding.row_dropout=0.5";
     assert!(alike(&reads(typed, &copies, train)));
     assert!((reads(typed, &copies, train) - reads(typed, &copies, Mode::Eval)).abs().max().double_value(&[]) > 1e-3);
-    // With nearly every word unknown, sentences of one length are one.
+    // With nearly every word dropped, sentences of the same length give the same logits.
     assert!(!alike(&reads("seed=3", &others, train)));
     for option in ["model.embedding.word_dropout=0.9999", "model.embedding.row_dropout=0.9999"] {
         assert!(alike(&reads(option, &others, train)), "{option}");
         assert!(!alike(&reads(option, &others, Mode::Eval)), "{option}");
     }
-    // Words that vectors alone know are types too.
+    // Words that have only pretrained vectors are dropped as types too.
     let by_vectors = [
         "model.embedding={dim: 0, row_dropout: 0.5, vectors: [{file: vectors.txt}], characters: {kind: none}}",
         "tokenizer={model: word, min_count: 1000}",

@@ -1,4 +1,4 @@
-//! Small experiments in folders of their own.
+//! Small experiments in temporary folders.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use assert_cmd::Command;
 use tch::Tensor;
 
-/// What dropout draws from in tests that take one step of it.
+/// The random stream for dropout in tests of a single step.
 pub const DRAWS: polytask::libtorch::Draws = polytask::libtorch::Draws { seed: 5, first_row: 0 };
 
 pub struct Folder(tempfile::TempDir);
@@ -27,14 +27,14 @@ impl Folder {
         path
     }
 
-    /// A command of the program with this folder as its working directory.
+    /// A polytask command with this folder as its working directory.
     pub fn polytask(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_polytask"));
         command.current_dir(self.path()).args(arguments).env_remove("RUST_LOG").env_remove("POLYTASK_DATA");
         command
     }
 
-    /// Trains `small.yaml` in the run directory `out`, with values of the experiment changed.
+    /// Trains `small.yaml` in the run directory `out`, with `overrides`.
     pub fn train(&self, out: &str, overrides: &[&str]) -> assert_cmd::assert::Assert {
         let mut command = self.polytask(&["train", "small.yaml", "--out", out]);
         overrides.iter().for_each(|value| {
@@ -53,7 +53,7 @@ impl Folder {
     }
 }
 
-/// `n` rows with a topic and slots that follow from the words; every seventh has no topic, every fifth no slots.
+/// `n` rows whose words determine topic and slots; every seventh has no topic, every fifth no slots.
 pub fn rows(n: usize) -> String {
     let mut out = String::new();
     for i in 0..n {
@@ -100,7 +100,7 @@ training:
   optimizer: {kind: adamw, learning_rate: 1.0e-2, decay_all: true}
 ";
 
-/// Word vectors; training does not meet the last two words.
+/// Word vectors; the last two words do not occur in training.
 pub const VECTORS: &str =
     "the 1 0.5 -0.2\nplay 0.3 1 0.1\nrock -0.5 0.2 1\nvisit 0.9 -0.1 0.4\nunheard 0.2 0.2 -0.7\nof -1 0.5 0.5\n";
 

@@ -1,4 +1,4 @@
-//! Strategies do what their papers show, and agree with PyTorch.
+//! Strategies reproduce effects shown in their papers, and agree with PyTorch.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::heads::{build, parts, setting};
 use crate::util::DRAWS;
 
-/// Normal numbers from a generator of the test's own: libtorch's is shared by all tests of the process.
+/// Normal draws from the test's own generator: libtorch's is shared by all tests of the process.
 fn normal(generator: &mut ChaCha8Rng, size: &[i64], deviation: f64) -> Tensor {
     let n: i64 = size.iter().product();
     let draws: Vec<f32> = (0..n).map(|_| StandardNormal.sample(generator)).collect();
@@ -48,7 +48,7 @@ fn the_gradient_of_gradnorms_loss_is_that_of_create_graph_in_pytorch() {
         .collect();
     let norm = |loss: &Tensor| Tensor::run_backward(&[loss], &[&shared], true, false)[0].norm();
     let norms = Tensor::stack(&losses.iter().map(norm).collect::<Vec<_>>(), 0).to_kind(Kind::Double);
-    // A small plain step from the known weights shows the gradient, and stays off the floor.
+    // A small SGD step from known weights reveals the gradient and stays above the floor.
     let present = [true; 3];
     let initial = fixture["initial"].to_kind(Kind::Double);
     let config = r#"{"gradnorm": {"optimizer": "sgd", "learning_rate": 1e-4, "alpha": 1.5}}"#;
@@ -76,7 +76,7 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     let forward = || model.encode(&batch, &batch.token_ids, None, Mode::Train(DRAWS));
     let losses = model.losses(&forward(), &batch, Mode::Train(DRAWS));
     let weights = Tensor::ones([2], (Kind::Double, Device::Cpu));
-    // Losses that do not come from these states.
+    // The losses were not computed from the states that are passed.
     let reference = Some(Reference::Representation);
     let backward = Backward { model: &model, tasks: &s.tasks, reference, halves: false, frozen: &[] };
     let passed = backward.pass(&forward(), None, Weighted { losses: &losses, weights: &weights, scale: None });
@@ -84,7 +84,8 @@ fn a_task_without_a_path_to_the_trunk_is_an_error() {
     assert!(error.contains("task `topic` has no path to the shared trunk"), "{error}");
 }
 
-/// Whatever heads read, the paths that take norms in passing give the gradient of the weighted sum, and each task's own norm.
+/// Whatever heads read, a backward pass that also measures norms gives the gradient of the weighted sum and each task's
+/// norm.
 #[test]
 fn norms_and_gradients_hold_for_every_way_from_the_trunk_to_a_head() {
     for options in [
@@ -207,7 +208,7 @@ fn uncertainty_finds_the_noise_of_two_regressions() {
     for step in 0..3000 {
         let fit = |task: usize| {
             let off = &x * &parameters[2 * task] + &parameters[2 * task + 1] - &targets[task];
-            // For a regression L is half the mean square, so that sigma^2 comes to rest at the mean square.
+            // For regression L is half the mean squared error, so that sigma^2 converges to that error.
             Some(off.square().mean(Kind::Float) * 0.5)
         };
         let losses = [fit(0), fit(1)];
@@ -222,8 +223,9 @@ fn uncertainty_finds_the_noise_of_two_regressions() {
     assert!((8.0..10.5).contains(&sigma[0]) && (0.85..1.05).contains(&sigma[1]), "sigma {sigma:?}");
 }
 
-/// The toy of the GradNorm paper, section 4: y_i = sigma_i tanh((B + e_i) x / 20), squared loss, a shared network of four
-/// layers of 100. The division, which the paper does without, keeps tanh off its ends. The share of its initial loss that each task has left, measured on fresh inputs.
+/// The toy problem of the GradNorm paper, section 4: y_i = sigma_i tanh((B + e_i) x / 20), squared loss, a shared
+/// network of four layers of 100. The division by 20, not in the paper, keeps tanh from saturating. Returns the
+/// fraction of its initial loss that each task has left, on fresh inputs.
 fn toy(config: &str) -> [f64; 2] {
     const SIGMAS: [f64; 2] = [1.0, 100.0];
     let random = &mut generator(5);

@@ -1,4 +1,4 @@
-//! Sentence classification: a pooled sentence, an optional hidden layer, a softmax.
+//! Sentence classification: pooling, an optional hidden layer, softmax.
 //!
 //! p = softmax(W2 relu(W1 pool(h) + b1) + b2); without a hidden layer p = softmax(W pool(h) + b).
 //!
@@ -95,9 +95,9 @@ pub struct Classification {
     dropout: f64,
     label_smoothing: f64,
     labels: Vec<String>,
-    /// H, of the states that are pooled.
+    /// H of the pooled states.
     state_hidden: i64,
-    /// Whether other heads' distributions stand beside the pooled sentence.
+    /// Whether other heads' distributions are concatenated with the pooled sentence.
     beside: bool,
 }
 
@@ -124,7 +124,7 @@ impl Classification {
         }
     }
 
-    /// [b, T, F] to [b, F]; padding has no part in it.
+    /// [b, T, F] to [b, F]; padding is ignored.
     fn pool(&self, encoded: &Encoded) -> Tensor {
         let tokens = &encoded.tokens;
         let mask = (!encoded.lengths.is_unpadded()).then(|| encoded.lengths.mask().unsqueeze(-1)); // [b, T, 1]
@@ -144,7 +144,7 @@ impl Classification {
                 let (projection, score) = self.attention.as_ref().expect("invariant: made with the pooling");
                 let scores = score.forward(&projection.forward(tokens).tanh()); // [b, T, 1]
                 let weights = filled(&scores, f64::NEG_INFINITY).softmax(1, tokens.kind());
-                // Zeros, not weights of zero: beyond the end a state may hold anything.
+                // A weight of 0 is not enough: states beyond the end are undefined and may be NaN.
                 (weights * filled(tokens, 0.0)).sum_dim_intlist([1].as_slice(), false, tokens.kind())
             }
         }

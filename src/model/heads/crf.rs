@@ -3,9 +3,9 @@
 //! score(y | x) = start[y_1] + sum_t x[t, y_t] + sum_t transitions[y_t-1, y_t] + end[y_n]
 //! loss = sum over sentences of log Z(x) - score(y | x), log Z by the forward algorithm.
 //!
-//! The gradient is written down, not traced: d loss / d x[t, c] = p(y_t = c) - [y_t = c], and likewise for pairs, from one
-//! forward-backward pass without autograd, in float64 with a running maximum so that exp never overflows: by operators, word by
-//! word, or on a GPU by the kernels of `src/libtorch/crf.cu`.
+//! The gradient is computed analytically, without autograd: d loss / d x[t, c] = p(y_t = c) - [y_t = c], and likewise
+//! for transitions, from one forward-backward pass in float64 with a running maximum so that exp never overflows. The
+//! pass uses tensor operators, word by word, or on a GPU the kernels of `src/libtorch/crf.cu`.
 //!
 //! b sentences, W words, C tags.
 
@@ -19,7 +19,7 @@ use crate::data::labels::NO_LABEL;
 use crate::libtorch::with_gradients;
 use crate::model::parameters::Scope;
 
-/// The score of what must not be: exp of it is 0.
+/// Score of a forbidden tag or transition; its exp is 0.
 const FORBIDDEN: f64 = -1e4;
 
 pub struct Crf {
@@ -30,15 +30,15 @@ pub struct Crf {
     constraints: Option<(Tensor, Tensor)>,
 }
 
-/// log Z of each sentence [b], and what the gradient needs: p(y_t = c) [b, W, C] and the expected number of each
-/// transition over the batch [C, C]. All float64.
+/// log Z of each sentence `[b]`, and for the gradient p(y_t = c) [b, W, C] and the expected count of each transition
+/// over the batch [C, C]. All float64.
 struct Inference {
     log_z: Tensor,
     marginals: Tensor,
     pairs: Tensor,
 }
 
-/// The summed negative log-likelihood of a batch and its gradients, in the kinds of what they belong to.
+/// The summed negative log-likelihood of a batch and its gradients, each with the data type of its tensor.
 struct Loss {
     value: Tensor,
     to_x: Tensor,
@@ -97,7 +97,7 @@ impl Crf {
         let (step, step_back) = (transitions.exp(), transitions.exp().tr());
         let here = |t: i64| (x.select(1, t), mask.select(1, t).unsqueeze(-1)); // [b, C], [b, 1]
 
-        // alpha_t: all paths that end in tag c at word t; a finished row keeps its last value.
+        // alpha_t(c): log-sum of all paths that end in tag c at word t; a finished row keeps its last value.
         let mut alphas = vec![start + x.select(1, 0)];
         for t in 1..n_words {
             let (x_t, on) = here(t);
@@ -106,7 +106,7 @@ impl Crf {
         }
         let log_z = (&alphas[n_words as usize - 1] + &end).logsumexp([-1], false); // [b]
 
-        // beta_t: all paths that go on from tag c at word t.
+        // beta_t(c): log-sum of all continuations from tag c at word t.
         let mut beta = end.expand_as(&alphas[0]).copy();
         let mut marginals = Vec::with_capacity(n_words as usize);
         let mut pairs = transitions.zeros_like();
@@ -160,7 +160,7 @@ impl Crf {
         let before = |x: &Tensor| x.narrow(1, 0, x.size()[1] - 1).flatten(0, 1);
         let gold_pairs = before(&gold).tr().matmul(&after(&gold)); // [C, C]
 
-        // The last word of each row: on here, off at the next one.
+        // Marks the last word of each row: on here, off at the next position.
         let next = Tensor::cat(&[on.narrow(1, 1, on.size()[1] - 1), on.narrow(1, 0, 1).zeros_like()], 1);
         let last = (&on - next).unsqueeze(-1); // [b, W, 1]
         let sum = |x: &Tensor| x.sum_dim_intlist([0, 1].as_slice(), false, Kind::Double); // [C]
@@ -291,7 +291,7 @@ mod tests {
             for scale in [1.0, 30.0] {
                 let x = Tensor::randn([4, 6, n_tags], (Kind::Float, Device::Cpu)) * scale;
                 let (ours, theirs) = tch::no_grad(|| {
-                    // Operators have no row without a word.
+                    // The operators do not support rows without words.
                     let rows = Tensor::from_slice(&[0i64, 1, 3]);
                     let some = |x: &Tensor| x.index_select(0, &rows);
                     (crf.loss_by_kernels(&x, &gold).unwrap(), crf.loss_by_operators(&some(&x), &some(&gold)))

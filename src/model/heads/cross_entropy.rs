@@ -1,9 +1,11 @@
-//! The mean cross-entropy of labels: by operators, or with its gradient by the kernels of `src/libtorch/cross_entropy.cu`.
+//! Mean cross-entropy: by tensor operators, or together with its gradient by the kernels of
+//! `src/libtorch/cross_entropy.cu`.
 //!
 //! loss = 1/n sum over labelled rows of w_y ((1 - e) (-log p_y) + e/C sum_c (-log p_c)), p = softmax(x)
 //! d loss / d x_c = w_y (p_c - (1 - e) [c = y] - e/C) / n
 //!
-//! N rows, C classes, n labels, e the smoothing (Szegedy 2016, section 7), w what classes count (1 in the kernels).
+//! N rows, C classes, n labels, e the label smoothing (Szegedy 2016, section 7), w the class weights (1 in the
+//! kernels).
 
 use anyhow::Result;
 use tch::{Kind, Reduction, Tensor};
@@ -13,8 +15,8 @@ use crate::data::labels::NO_LABEL;
 use crate::libtorch::{Kernel, LaunchConfig, with_gradients};
 use crate::model::Mode;
 
-/// The loss of `logits` [N, C] with labels `[N]` (-1 does not count), of which there are `n_decisions`: a scalar with a gradient.
-/// Labels are smoothed, and classes weighted, in training alone.
+/// The loss of `logits` [N, C] with labels `[N]` (-1 is ignored), `targets.n_decisions` of which count: a scalar with a
+/// gradient. Label smoothing and class weights apply only in training.
 pub(super) fn cross_entropy(
     logits: &Tensor,
     labels: &Tensor,
@@ -49,12 +51,12 @@ fn by_operators(
         };
         losses.sum(logits.kind()) / n_decisions as f64
     };
-    // Each row by itself, then their sum: CUDA takes the mean in one block of threads.
+    // Per row, then summed: libtorch's mean reduction runs in a single thread block on CUDA.
     let plain = mean(logits.cross_entropy_loss(labels, none, Reduction::None, ignored, 0.0));
     if smoothing == 0.0 {
         return plain;
     }
-    // libtorch's own smoothing waits for the device.
+    // libtorch's own label smoothing waits for the device.
     let spread = -logits.log_softmax(-1, logits.kind()).mean_dim([-1].as_slice(), false, logits.kind()); // [N]
     plain * (1.0 - smoothing) + mean(spread * labels.ne(ignored)) * smoothing
 }
@@ -68,7 +70,7 @@ fn serve(logits: &Tensor) -> bool {
     fits && ROWS.serves(logits.device()) && SUM.serves(logits.device())
 }
 
-/// The loss, and its gradient [N, C].
+/// The loss, and its gradient with respect to `logits` [N, C].
 fn by_kernels(logits: &Tensor, labels: &Tensor, n_decisions: i64, smoothing: f64) -> Result<(Tensor, Tensor)> {
     let (logits, labels) = (logits.contiguous(), labels.contiguous());
     let (rows, classes) = logits.size2()?;
@@ -139,7 +141,7 @@ mod tests {
                 let theirs = by_operators(&logits, &labels, n, smoothing, None);
                 let gradient = Tensor::run_backward(&[&theirs], &[&logits], false, false).swap_remove(0);
                 let (ours, to_logits) = tch::no_grad(|| by_kernels(&logits, &labels, n, smoothing)).unwrap();
-                // float32: 24 bits of logits up to 300.
+                // float32 has 24 significant bits, for logits up to 300.
                 let what = format!("{rows} x {classes}, {labelled} labels, {smoothing}, {scale}");
                 assert!(ours.allclose(&theirs, 1e-6, 1e-6, false), "loss of {what}");
                 assert!(to_logits.allclose(&gradient, 1e-5, 1e-6 / n as f64, false), "gradient of {what}");

@@ -1,4 +1,4 @@
-//! Task heads: from the trunk's states to logits, a loss, labels and a metric. One file a kind of head.
+//! Task heads: from the trunk's states to logits, a loss, labels and a metric. One file per kind of head.
 
 mod classification;
 mod crf;
@@ -30,7 +30,7 @@ pub enum HeadConfig {
     Tagging(TaggingConfig),
 }
 
-/// What the classes of a task count in its loss.
+/// How the classes of a task are weighted in its training loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ClassWeights {
@@ -53,7 +53,7 @@ macro_rules! common {
 }
 
 impl HeadConfig {
-    /// Those that the experiment names.
+    /// The labels that the experiment lists, if any.
     pub fn labels(&self) -> Option<&Vec<String>> {
         common!(self, labels).as_ref()
     }
@@ -81,7 +81,7 @@ impl HeadConfig {
         *common!(self, priority)
     }
 
-    /// The names of its scores, the loss among them.
+    /// The names of its scores, including `loss`.
     pub fn scores(&self) -> Vec<String> {
         let metric: Box<dyn Metric> = match self {
             HeadConfig::Classification(_) => Box::new(ClassMetric::new(Vec::new())),
@@ -94,7 +94,7 @@ impl HeadConfig {
         common!(self, inputs)
     }
 
-    /// Takes away what has to do with other heads: those among its inputs, and its priority over them.
+    /// Removes references to other heads: its only input becomes the trunk, its priority 1.
     pub fn stand_alone(&mut self) {
         let (inputs, priority) = match self {
             HeadConfig::Classification(config) => (&mut config.inputs, &mut config.priority),
@@ -114,12 +114,12 @@ impl HeadConfig {
         self.inputs().iter().any(|name| name == TRUNK)
     }
 
-    /// The other heads that it sees, by name.
+    /// Names of the other heads that it reads.
     pub fn other_inputs(&self) -> impl Iterator<Item = &str> {
         self.inputs().iter().map(String::as_str).filter(|&name| name != TRUNK)
     }
 
-    /// What it reads; `tasks` by [`TaskId`].
+    /// Its inputs; `tasks` by [`TaskId`].
     pub fn reads(&self, tasks: &[Task]) -> Reads {
         let (HeadConfig::Classification(ClassificationConfig { layer, mix_layers, private_lstm, .. })
         | HeadConfig::Tagging(TaggingConfig { layer, mix_layers, private_lstm, .. })) = self;
@@ -128,7 +128,7 @@ impl HeadConfig {
         Reads { heads, layer: *layer, mix_layers: *mix_layers, private_lstm: *private_lstm }
     }
 
-    /// Whether its weights mean the same as those of `other`: what it reads of the trunk and of other heads, and how.
+    /// Whether it reads the same inputs in the same way as `other`, so that its weights have the same meaning.
     pub fn reads_as(&self, other: &HeadConfig, (own, others): (&[Task], &[Task]), trunk: &TrunkConfig) -> bool {
         let sources = |head: &HeadConfig, tasks: &[Task]| {
             let reads = head.reads(tasks);
@@ -164,18 +164,18 @@ fn trunk_alone() -> Vec<String> {
     vec![TRUNK.to_owned()]
 }
 
-/// The sizes of what a head sees.
+/// Sizes of a head's input.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadSize {
-    /// Numbers a token: F = D*H.
+    /// Features per token: F = D*H.
     pub width: i64,
-    /// Those of one direction: H.
+    /// Features per direction: H.
     pub hidden: i64,
-    /// Numbers that other heads add, a sentence or a word.
+    /// Features that other heads add per sentence or word.
     pub beside: i64,
 }
 
-/// What a head says of one sentence: a label and its probability, for the sentence or for each word.
+/// A head's prediction for one sentence: a label and its probability, for the sentence or for each word.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decoded {
     pub labels: Vec<usize>,
@@ -188,14 +188,14 @@ pub struct Decoded {
 pub trait Head {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor;
 
-    /// The mean negative log-likelihood in nats a labelled decision (sentence or word): a scalar with a gradient.
+    /// The mean negative log-likelihood in nats per labelled decision (sentence or word): a scalar with a gradient.
     /// `logits` are those of the labelled rows.
     fn loss(&self, logits: &Tensor, targets: &Targets, mode: Mode) -> Tensor;
 
-    /// The best labels of each row with their probabilities. `n_words` of each row; classes do not need it.
+    /// The best labels of each row with their probabilities. `n_words` per row; unused for classes.
     fn decode(&self, logits: &Tensor, n_words: &[i64]) -> Vec<Decoded>;
 
-    /// Over the task's labels, and `more` after them, which the data has and the head does not know.
+    /// An empty metric over the task's labels followed by `more`, labels that the data has but the model does not.
     fn metric(&self, more: &[String]) -> Box<dyn Metric>;
 
     /// Methods `forward(tokens, lengths, words, beside)`, which gives logits, and `decode(logits, n_words)`, which gives the
@@ -203,11 +203,11 @@ pub trait Head {
     /// [`OnnxInputs`].
     fn script(&self) -> Script;
 
-    /// Logits and labels, as [`Self::script`] has them, as ONNX operators.
+    /// [`Self::script`] as ONNX operators: logits and labels.
     fn onnx(&self, graph: &mut Graph, inputs: &OnnxInputs) -> (Value, Value);
 }
 
-/// What an ONNX head reads.
+/// Inputs of a head in an ONNX graph.
 pub struct OnnxInputs {
     /// [B, T, F]
     pub tokens: Value,
@@ -224,7 +224,7 @@ pub struct OnnxInputs {
 }
 
 impl OnnxInputs {
-    /// `x` with the other heads' distributions after it.
+    /// `x` concatenated with the other heads' distributions.
     fn with_beside(&self, graph: &mut Graph, x: Value) -> Value {
         if self.beside.is_empty() {
             return x;

@@ -1,7 +1,7 @@
-//! Word tagging: a linear layer a word, decoded word by word (softmax) or as a sequence (CRF).
+//! Word tagging: a linear layer per word, decoded word by word (softmax) or as a sequence (CRF).
 //!
 //! softmax: loss = -log softmax(W h_t + b)[y_t], mean over words.
-//! crf: see `crf.rs`; loss = -log p(y | h) a sentence, summed and divided by the number of words.
+//! crf: see `crf.rs`; loss = -log p(y | h) per sentence, summed and divided by the number of words.
 //!
 //! b sentences, W words, F = D*H features, C tags.
 
@@ -92,12 +92,12 @@ impl TaggingConfig {
         self.decoder.unwrap_or(if self.scheme == Scheme::Plain { Decoder::Softmax } else { Decoder::Crf })
     }
 
-    /// Whether there is a CRF to constrain, over tags that constrain each other.
+    /// Whether constraints are possible: the decoder is a CRF over span tags.
     pub fn can_constrain(&self) -> bool {
         self.decoder() == Decoder::Crf && self.scheme != Scheme::Plain
     }
 
-    /// Whether the CRF keeps to the scheme of spans.
+    /// Whether the CRF forbids tag sequences that break the span scheme.
     pub fn constrained(&self) -> bool {
         self.constraints.unwrap_or(self.can_constrain())
     }
@@ -120,7 +120,7 @@ pub struct Tagging {
     dropout: f64,
     label_smoothing: f64,
     missed_cost: f64,
-    /// Whether other heads' distributions stand beside the words.
+    /// Whether other heads' distributions are concatenated with the words' states.
     beside: bool,
     task: Task,
     scoring: SpanRule,
@@ -145,19 +145,19 @@ impl Tagging {
         }
     }
 
-    /// The scores of training: that of `O` is higher by the cost wherever a span stands, so that the others must win by so
-    /// much. score'(y) = score(y) + cost(y, gold) makes log Z' - score(gold) the softmax-margin loss (Gimpel & Smith
-    /// 2010): gold itself costs nothing.
+    /// Logits for training: on words inside a gold span the score of `O` is raised by the cost, so that the gold tag
+    /// must win by that margin. With score'(y) = score(y) + cost(y, gold), log Z' - score(gold) is the softmax-margin
+    /// loss (Gimpel & Smith 2010); the gold tags have no cost.
     fn margin(&self, logits: &Tensor, labels: &Tensor) -> Tensor {
         let Some(outside) = self.task.labels.iter().position(|tag| tag == "O") else { return logits.shallow_clone() };
-        // [b, W]; words without a label count nowhere.
+        // [b, W, 1]; the loss ignores words without a label.
         let cost = (labels.ne(outside as i64).to_kind(logits.kind()) * self.missed_cost).unsqueeze(-1);
         let after = self.task.labels.len() - 1 - outside;
         logits + cost.constant_pad_nd([outside as i64, after as i64])
     }
 }
 
-/// Of `labels` by label id.
+/// A metric over `labels` by label id.
 pub(super) fn metric(kind: TaskKind, rule: SpanRule, labels: Vec<String>) -> Box<dyn Metric> {
     match kind.has_spans() {
         true => Box::new(SpanMetric::new(labels, rule)),
@@ -177,7 +177,7 @@ impl Head for Tagging {
         match &self.crf {
             Some(crf) => crf.negative_log_likelihood(logits, &targets.labels) / targets.n_decisions as f64,
             None => {
-                // [b*W, C] and [b*W], in the order that lies in memory.
+                // [b*W, C] and [b*W], in memory order.
                 let flat = |x: &Tensor| match logits.is_contiguous() {
                     true => x.flatten(0, 1),
                     false => x.transpose(0, 1).flatten(0, 1),

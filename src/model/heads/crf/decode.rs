@@ -1,5 +1,5 @@
-//! The best sequence (Viterbi) and how sure each of its tags is (forward-backward), a sentence at a time on the host: sentences
-//! go to all threads, which no tensor operator does so well for a loop over words.
+//! The best sequence (Viterbi) and the marginal probability of each of its tags (forward-backward), on the host.
+//! Sentences are distributed over all threads, which is faster than tensor operators in a loop over words.
 
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
@@ -12,7 +12,7 @@ struct Scores {
     transitions: Vec<f32>,
     start: Vec<f32>,
     end: Vec<f32>,
-    /// exp of the transitions, and the same turned round.
+    /// exp of the transitions minus their maximum, and its transpose.
     steps: Vec<f64>,
     steps_back: Vec<f64>,
 }
@@ -26,7 +26,7 @@ impl Crf {
     pub fn decode(&self, x: &Tensor, lengths: &[i64]) -> Vec<Decoded> {
         let (transitions, start, end) = tch::no_grad(|| self.scores());
         let steps = |x: &Tensor| -> Vec<f64> {
-            // A common factor of all paths of one length changes no probability.
+            // Subtracting the maximum scales all paths of one length alike and changes no probability.
             Vec::try_from((x - x.max()).exp().flatten(0, -1)).expect("invariant: dense numbers")
         };
         let scores = Scores {
@@ -59,7 +59,7 @@ fn viterbi(x: &[f32], scores: &Scores) -> Vec<usize> {
         next.fill(f32::NEG_INFINITY);
         from.fill(0);
         for (i, (&score, steps)) in best.iter().zip(scores.transitions.chunks_exact(n_tags)).enumerate() {
-            // Selects instead of branches: this is where the time goes.
+            // Selects instead of branches: this is the hot loop.
             for ((next, from), step) in next.iter_mut().zip(&mut from).zip(steps) {
                 let better = score + step > *next;
                 *next = if better { score + step } else { *next };
@@ -87,7 +87,7 @@ fn viterbi(x: &[f32], scores: &Scores) -> Vec<usize> {
     path
 }
 
-/// exp(x - max x), never quite 0, so that a path remains however far apart scores are.
+/// exp(v - max v) for v_i = x_i + `of`(i), at least 1e-280 so that a path remains however far apart scores are.
 fn weights(x: &[f32], of: impl Fn(usize) -> f32) -> Vec<f64> {
     let values: Vec<f64> = x.iter().enumerate().map(|(i, x)| f64::from(x + of(i))).collect();
     let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -111,7 +111,7 @@ fn advance(vector: &[f64], steps: &[f64], weights: &[f64]) -> Vec<f64> {
     out
 }
 
-/// The probability of each label given the sentence.
+/// The marginal probability of each of `labels`.
 fn marginals(x: &[f32], labels: &[usize], scores: &Scores) -> Vec<f32> {
     let n_tags = scores.start.len();
     let words: Vec<&[f32]> = x.chunks_exact(n_tags).collect();
@@ -120,7 +120,7 @@ fn marginals(x: &[f32], labels: &[usize], scores: &Scores) -> Vec<f32> {
     for t in 1..words.len() {
         alphas.push(advance(&alphas[t - 1], &scores.steps, &here[t]));
     }
-    // beta_t(c): all that may follow tag c at word t.
+    // beta_t(c): the weight of all continuations from tag c at word t.
     let ones = vec![1.0; n_tags];
     let mut beta = weights(&scores.end, |_| 0.0);
     let mut out = vec![0.0; words.len()];

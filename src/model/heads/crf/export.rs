@@ -1,4 +1,4 @@
-//! Viterbi in the languages of exported models: TorchScript and ONNX.
+//! Viterbi decoding in exported models: TorchScript and ONNX.
 
 use tch::{Device, Kind, Tensor};
 
@@ -7,8 +7,8 @@ use crate::model::Script;
 use crate::onnx::{Attribute, Element, Graph, Size, Value};
 
 impl Crf {
-    /// Viterbi as two ONNX scans, along the words and back: logits [B, W, C] and `here` [B, W], true on words, to labels
-    /// [B, W], which have no meaning beyond a sentence's end.
+    /// Viterbi as two ONNX scans, forward over the words and back: logits [B, W, C] and `here` [B, W], true on words,
+    /// to labels [B, W], undefined beyond a sentence's end.
     pub fn onnx(&self, graph: &mut Graph, logits: &Value, here: &Value) -> Value {
         let float = |x: Tensor| x.to_kind(Kind::Float);
         let (transitions, start, end) = self.scores();
@@ -19,7 +19,8 @@ impl Crf {
         let on = graph.transpose(here, &[1, 0]);
         let on = graph.unsqueeze(&on, 2); // [W, B, 1]
 
-        // best [B, C] before a word to best after it, and where each tag comes from; the first word starts afresh.
+        // Maps `best` [B, C] before a word to `best` after it and each tag's back-pointer; the first word uses the
+        // start scores.
         let mut body = graph.body("forward");
         let sizes = [Size::Free("B"), Size::Is(n_tags)];
         let best = body.input("best", Element::Float, &sizes);

@@ -1,4 +1,4 @@
-//! The loss on a GPU, in two launches.
+//! The CRF loss on a GPU, in two kernel launches.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -10,10 +10,10 @@ const SOURCE: &str = include_str!("../../../libtorch/crf.cu");
 static SENTENCES: Kernel = Kernel::new(SOURCE, "crf_sentences");
 static BATCH: Kernel = Kernel::new(SOURCE, "crf_batch");
 
-/// Threads of a block, and with them tags.
+/// Most threads per block, and so most tags.
 const MOST: usize = 1024;
 
-/// Whether the kernels can take the loss under `x`.
+/// Whether the kernels can compute the loss of `x`.
 pub fn serve(x: &Tensor) -> bool {
     let device = x.device();
     let fits = x.kind() == Kind::Float && x.size()[2] as usize <= MOST && x.numel() > 0;
