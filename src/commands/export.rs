@@ -123,7 +123,8 @@ fn may_write(args: &ExportArgs) -> Result<()> {
 
 fn begins_with(path: &Path, start: &[u8]) -> bool {
     let mut found = vec![0; start.len()];
-    File::open(path).is_ok_and(|mut file| file.read_exact(&mut found).is_ok()) && found == start
+    let is_empty = path.is_file() && path.metadata().is_ok_and(|file| file.len() == 0);
+    is_empty || (File::open(path).is_ok_and(|mut file| file.read_exact(&mut found).is_ok()) && found == start)
 }
 
 /// A file that every exported folder contains.

@@ -53,6 +53,13 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     // Errors in the data are reported once, before the first run.
     let (corpus, problems) = prepare::corpus(&experiment)?;
     crate::problem::fail_on_errors(problems)?;
+    let base = experiment.to_value()?;
+    for variant in variants.values() {
+        let value = variant.to_value()?;
+        if ["data", "tasks", "tokenizer"].iter().any(|key| base[key] != value[key]) {
+            crate::problem::fail_on_errors(prepare::corpus(variant)?.1)?;
+        }
+    }
     let without_dev = corpus.rows(Split::Dev).iter().all(|rows| rows.is_empty());
     for (i, name) in experiment.tasks.keys().enumerate() {
         if without_dev || corpus.has_labels(TaskId(i), Split::Dev) {
@@ -130,10 +137,12 @@ fn write_plan(out: &Path, runs: &[PlannedRun]) -> Result<Vec<Job>> {
         if started && std::fs::read_to_string(&file).is_ok_and(|old| old != yaml) {
             let old = Settings::of_all(&Experiment::load(&file, &[])?.to_value()?);
             let changes = Settings::of_all(&run.experiment.to_value()?).changes_from(&old);
-            let (out, name, changes) = (out.display(), &run.name, changes.join("\n  "));
-            return Err(invalid(format!(
-                "{out} has a run {name} of a different experiment; choose another folder with --out\n  {changes}"
-            )));
+            if !changes.is_empty() {
+                let (out, name, changes) = (out.display(), &run.name, changes.join("\n  "));
+                return Err(invalid(format!(
+                    "{out} has a run {name} of a different experiment; choose another folder with --out\n  {changes}"
+                )));
+            }
         }
         files.push((file.clone(), yaml));
         jobs.push(Job {
@@ -239,7 +248,8 @@ fn interrupt(child: &Child) {
 
 fn last_line(log: &Path) -> Option<String> {
     let text = std::fs::read_to_string(log).ok()?;
-    let last = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    let lines = || text.lines().rev();
+    let last = lines().find(|line| line.starts_with("error: ")).or(lines().find(|line| !line.trim().is_empty()))?;
     Some(last.trim_start_matches("error: ").to_owned())
 }
 
@@ -250,6 +260,9 @@ fn scores(job: &Job) -> String {
     let score = |(i, task): (usize, &TaskReport)| {
         Some(format!("{} {}", task.name, table::percent(finished.best_known(i)?.value)))
     };
+    if tasks.is_empty() {
+        return String::new();
+    }
     let split = if finished.splits.contains_key("test") { "test" } else { "dev" };
     format!("{split} {}", tasks.iter().enumerate().filter_map(score).collect::<Vec<_>>().join(", "))
 }

@@ -52,6 +52,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
         None => NewRun::create_free(Path::new(RUNS), &experiment.name)?,
     };
     write(&experiment, &new.directory, args, (&corpus, &tokenizer), (device, threads))?;
+    new.started()?;
     go((args, &experiment), &new.directory, device, &corpus, &stop)
 }
 

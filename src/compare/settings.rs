@@ -69,7 +69,7 @@ impl Settings {
     }
 
     /// `path=value` of each setting whose value here is not the single most common one in `all`. If a mapping is of
-    /// another kind (`is_tag` recognizes the key), only the kind is listed.
+    /// another kind (`is_tag` recognizes the key), its other settings are listed only if they differ within the kind.
     pub fn told_apart(&self, all: &BTreeSet<&Settings>, is_tag: fn(&str) -> bool) -> Vec<String> {
         let paths: BTreeSet<&str> = all.iter().flat_map(|other| other.0.keys()).map(String::as_str).collect();
         let differs = |path: &&str| {
@@ -83,7 +83,12 @@ impl Settings {
             told.iter().filter_map(|path| path.rsplit_once('.')).filter(|(_, key)| is_tag(key)).collect();
         let of_kind = |path: &str| {
             let inside = |parent: &str| path.strip_prefix(parent).and_then(|rest| rest.strip_prefix('.'));
-            kinds.iter().any(|(parent, key)| inside(parent).is_some_and(|rest| rest != *key))
+            let is_same = |parent: &str, key: &str| {
+                let tag = format!("{parent}.{key}");
+                let mut alike = all.iter().filter(|other| other.0.get(&tag) == self.0.get(&tag));
+                alike.all(|other| other.0.get(path) == self.0.get(path))
+            };
+            kinds.iter().any(|(parent, key)| inside(parent).is_some_and(|rest| rest != *key) && is_same(parent, key))
         };
         let shown = |path: &str| format!("{path}={}", self.0.get(path).map_or("default", String::as_str));
         told.into_iter().filter(|path| !of_kind(path)).map(shown).collect()
@@ -96,7 +101,12 @@ impl Settings {
         let within = |path: &str, parts: &[&str]| parts.iter().any(|part| path.starts_with(part));
         let of_others = |path: &str| {
             let several = within(path, &OF_SEVERAL) && !path.starts_with(&frozen);
-            several || path.ends_with(".inputs") || path.ends_with(".priority")
+            // In turn, a twin has fewer batches per step: those of its own sets.
+            let in_turn = self.0.get("training.sampling.strategy").is_some_and(|strategy| strategy == "round_robin");
+            (in_turn && path == "training.accumulate_steps")
+                || several
+                || path.ends_with(".inputs")
+                || path.ends_with(".priority")
         };
         let matters = |path: &&String| (within(path, &OF_ANY_TASK) || path.starts_with(&head)) && !of_others(path);
         let mut paths = self.0.keys().chain(alone.0.keys()).filter(matters);
@@ -144,6 +154,8 @@ mod tests {
         let all = [json!({"a": {"kind": "x", "n": 1}, "b": 1}), json!({"a": {"kind": "x", "n": 1}, "b": 2})];
         let [base, changed] = all.map(|value| Settings::new(&value, false));
         let other = Settings::new(&json!({"a": {"kind": "y", "m": 2}, "b": 1}), false);
+        let more = Settings::new(&json!({"a": {"kind": "y", "m": 3}, "b": 1}), false);
+        assert_eq!(told(&more, &[&base, &changed, &other, &more]), ["a.kind=y", "a.m=3"]);
         let all = [&base, &changed, &other];
         assert_eq!(all.map(|own| told(own, &all)), [vec![], vec!["b=2".to_owned()], vec!["a.kind=y".to_owned()]]);
     }

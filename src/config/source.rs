@@ -59,7 +59,7 @@ pub fn text_of(path: &Path) -> Result<String> {
         _ => invalid(format!("experiment file {} cannot be read: {error}", path.display())),
     })?;
     // Some editors write a byte order mark.
-    Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_owned))
+    Ok(text.trim_start_matches('\u{feff}').to_owned())
 }
 
 /// The values of a file, merged over those of the files that it extends.
@@ -311,6 +311,7 @@ impl Merge<'_> {
                             base.shift_remove(&key);
                         }
                         Some(old) => self.merge(old, value, &path),
+                        None if value.is_null() => {}
                         None => drop(base.insert(key, value)),
                     }
                 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Experiment;
-use crate::data::SamplingConfig;
+use crate::data::{DataConfig, SamplingConfig};
 use crate::model::HeadConfig;
 use crate::problem::{InvalidInput, Place, Problem};
 use crate::task::TaskKind;
@@ -56,6 +56,16 @@ fn yes() -> bool {
     true
 }
 
+/// What a variant must not change, since the study sets it, and what to use instead.
+const FIXED: [(&str, &str); 6] = [
+    ("name", ""),
+    ("seed", ": use `study.seeds`"),
+    ("study", ""),
+    ("weighting", ": use `study.strategies`"),
+    ("data.train_fraction", ": use `study.data_fractions`"),
+    ("data.train_fraction_seed", ""),
+];
+
 /// One run of a study.
 pub struct PlannedRun {
     pub name: String,
@@ -88,6 +98,14 @@ impl Experiment {
                 }
                 Err(error) => error,
             })?;
+            let (own, other) = (self.to_value()?, variant.to_value()?);
+            for (key, instead) in FIXED {
+                let pointer = format!("/{}", key.replace('.', "/"));
+                if own.pointer(&pointer) != other.pointer(&pointer) {
+                    let message = format!("study.variants.{name}: must not change `{key}`{instead}");
+                    return Err(InvalidInput(vec![Problem::error(Place::new(path, 0), message)]).into());
+                }
+            }
             variants.insert(name.clone(), variant);
         }
         Ok(variants)
@@ -107,7 +125,13 @@ impl Experiment {
         if study.single_task_twins && self.tasks.len() > 1 {
             models.extend(self.tasks.keys().map(|task| (format!("only-{task}"), String::new(), self.twin(task))));
         }
-        models.extend(variants.iter().flat_map(|(name, variant)| weighted(variant, name)));
+        for (name, variant) in variants {
+            let mut variant = variant.clone();
+            if !variant.tasks.keys().eq(self.tasks.keys()) {
+                self.keep_strata(&mut variant.data);
+            }
+            models.extend(weighted(&variant, name));
+        }
         let own_rate = self.training.optimizer.learning_rate();
         let rates = if study.learning_rates.is_empty() { vec![own_rate] } else { study.learning_rates.clone() };
         let mut runs = Vec::new();
@@ -128,7 +152,7 @@ impl Experiment {
                         if fraction < 1.0 {
                             experiment.data.train_fraction_seed = seed;
                         }
-                        if rate != own_rate {
+                        if !study.learning_rates.is_empty() {
                             experiment.training.optimizer.set_learning_rate(rate);
                         }
                         runs.push(PlannedRun { name, label, variant, experiment });
@@ -155,8 +179,14 @@ impl Experiment {
             let batches = self.training.accumulate_steps * alone.data.sets.len() / self.data.sets.len();
             alone.training.accumulate_steps = batches.max(1);
         }
-        // The twin must be stratified like the whole experiment, to have the same training and dev rows.
-        for (name, set) in &mut alone.data.sets {
+        self.keep_strata(&mut alone.data);
+        alone.training.early_stopping.metric = EarlyStopping::default().metric;
+        alone
+    }
+
+    /// Stratifies `data` of a run with other tasks like that of the whole experiment, for the same training and dev rows.
+    fn keep_strata(&self, data: &mut DataConfig) {
+        for (name, set) in &mut data.sets {
             if set.stratify.is_some() || set.stratify_tags.is_some() {
                 continue;
             }
@@ -167,8 +197,6 @@ impl Experiment {
                 None => {}
             }
         }
-        alone.training.early_stopping.metric = EarlyStopping::default().metric;
-        alone
     }
 }
 

@@ -49,14 +49,10 @@ pub fn clear() {
 
 const PREFIX: &str = ".partial-";
 
-pub fn is_partial(name: &str) -> bool {
-    name.starts_with(PREFIX)
-}
-
 /// Removes unfinished files that a killed process left in a folder; no other process may be writing to it.
 pub fn sweep(folder: &Path) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if is_partial(&entry.file_name().to_string_lossy()) {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
             std::fs::remove_file(entry.path()).ok();
         }
     }

@@ -38,17 +38,13 @@ pub struct NewRun {
     _lock: Option<Flock<File>>,
 }
 
-/// What is written to a new run directory before `resolved.yaml`, which marks the run as started.
-const BEFORE: [&str; 6] =
-    ["checkpoints", "experiment.yaml", "tokenizer.json", "vectors.safetensors", "labels.json", "environment.json"];
+/// Exists from before anything else is written until `resolved.yaml` is, which marks the run as started.
+const STARTING: &str = ".partial-run";
 
 /// Whether a folder is empty, or contains only the files of a run that was killed before it started.
 fn is_free(path: &Path) -> std::io::Result<bool> {
-    let names = std::fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-    let names = names.collect::<std::io::Result<Vec<_>>>()?;
-    let known = |name: &String| BEFORE.contains(&name.as_str()) || atomic::is_partial(name);
-    let made_first = || std::fs::read_dir(path.join("checkpoints")).is_ok_and(|mut inside| inside.next().is_none());
-    Ok(names.is_empty() || (names.iter().all(known) && made_first()))
+    let killed = path.join(STARTING).exists() && !path.join("resolved.yaml").exists();
+    Ok(killed || std::fs::read_dir(path)?.next().is_none())
 }
 
 impl NewRun {
@@ -89,8 +85,15 @@ impl NewRun {
 
     fn begin(path: &Path, made: bool, lock: Option<Flock<File>>) -> Result<Self> {
         let directory = RunDirectory { path: path.to_owned() };
+        File::create(path.join(STARTING)).map_err(|error| cannot_make(path, &error))?;
         std::fs::create_dir_all(path.join("checkpoints")).map_err(|error| cannot_make(path, &error))?;
         Ok(NewRun { directory, made, _lock: lock })
+    }
+
+    /// Marks the run as started, once its files are written.
+    pub fn started(&self) -> Result<()> {
+        let mark = self.directory.file(STARTING);
+        std::fs::remove_file(&mark).with_context(|| format!("{} cannot be removed", mark.display()))
     }
 }
 

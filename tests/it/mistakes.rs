@@ -40,12 +40,15 @@ fn a_run_that_fails_takes_its_own_folder_away_and_nothing_else() {
     assert_eq!(folder.read("precious/thesis.txt"), "years");
     // The remains of a run that was killed while it wrote its first files do not block a new run.
     std::fs::create_dir_all(folder.path().join("killed/checkpoints")).unwrap();
-    for file in ["experiment.yaml", ".partial-1a2b3c"] {
-        folder.file(&format!("killed/{file}"), "");
-        folder.file(&format!("mine/{file}"), "");
+    std::fs::create_dir_all(folder.path().join("mine/checkpoints")).unwrap();
+    for file in ["killed/experiment.yaml", "killed/.partial-run", "mine/experiment.yaml"] {
+        folder.file(file, "years");
     }
     trained(&folder, "killed");
-    assert!(train("mine", &[]).contains("is not empty and contains no run"));
+    assert!(!exists(&folder, "killed/.partial-run"));
+    let part = ["--set", "training.freeze_epochs={heads.topic.nope: 1}"];
+    assert!(train("mine", &part).contains("is not empty and contains no run"));
+    assert_eq!(folder.read("mine/experiment.yaml"), "years");
     // A libtorch exception, here out of memory, is reported like other errors.
     let command =
         "ulimit -v 20000000; exec \"$0\" train small.yaml --out new --device cpu --set model.trunk.hidden=100000";

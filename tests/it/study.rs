@@ -101,6 +101,7 @@ fn variants_are_held_to_the_experiment_without_their_changes() {
     assert!(!alone.split("Difference from").next().unwrap().contains("wide"), "{table}");
     for (wrong, message) in [
         ("study.variants.wide={model.trunk.hiden: 14}", "study.variants.wide: model.trunk: unknown key `hiden`"),
+        ("study.variants.wide={seed: 7}", "study.variants.wide: must not change `seed`: use `study.seeds`"),
         (
             "study.variants.wide={model.trunk.hidden: 0}",
             "study.variants.wide: model.trunk.hidden: must be from 1 to 100000",

@@ -24,6 +24,7 @@ pub fn stop_flag(message: &'static str) -> Arc<AtomicBool> {
 /// Must be called before other threads are started. All threads block the signals, and one waits for them: during
 /// oneDNN's matrix products the stack pointer is inside a buffer on the heap, and a signal handler would write its
 /// frame below it.
+/// Child processes inherit the mask: those of this program listen themselves.
 pub fn listen() -> Result<()> {
     let ignored = ignored();
     let all = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];

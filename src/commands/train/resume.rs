@@ -41,7 +41,8 @@ pub fn open(args: &TrainArgs, experiment: &Experiment) -> Result<RunDirectory> {
     };
     let mut runs = paths.iter().map(opened);
     let newest = runs.next().ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))?;
-    newest.or_else(|error| runs.find_map(Result::ok).ok_or(error))
+    let unfinished = |run: &RunDirectory| !run.file(run_report::FILE).exists();
+    newest.or_else(|error| runs.filter_map(Result::ok).find(unfinished).ok_or(error))
 }
 
 fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
