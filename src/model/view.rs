@@ -145,7 +145,7 @@ pub fn distribution(logits: &Tensor, (source, reader): (TaskKind, TaskKind), wor
     }
 }
 
-/// [`distribution`] as TorchScript, from `{source}_logits`, `words_{reader}` and the numbers of words `n`.
+/// `distribution` as TorchScript, from `{source}_logits`, `words_{reader}` and the numbers of words `n`.
 pub fn distribution_script((source, kind): (&str, TaskKind), (reader, reader_kind): (&str, TaskKind)) -> String {
     let p = format!("torch.softmax({source}_logits, -1)");
     match (kind, reader_kind) {
