@@ -49,27 +49,7 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
     let found = find(paths)?;
     let runs: Vec<Run> = found.iter().map(|found| found.run.clone()).collect();
     let comparison = compare(&runs);
-    for group in &comparison.groups {
-        if let [low, .., high] = group.learning_rates[..]
-            && group.learning_rates.len() > 2
-            && (group.learning_rate == low || group.learning_rate == high)
-        {
-            let (name, rate) = (group.name(), group.learning_rate);
-            log::warn!("{name}: the best learning rate is at the end of those tried, {rate:e}: try further ones");
-        }
-        if !group.zero_twins.is_empty() {
-            let (name, zero) = (group.name(), group.zero_twins.join(", "));
-            log::warn!("{name}: there is no delta-m, since single-task models score 0: {zero}");
-        }
-        let has_twin = |task: &str| comparison.twins.iter().any(|twin| twin.tasks.iter().any(|own| own.name == task));
-        let held = !group.is_study_variant();
-        for task in group.tasks.iter().filter(|task| held && task.difference.is_none() && has_twin(&task.name)) {
-            let (name, group) = (&task.name, group.name());
-            log::warn!(
-                "no single-task run for `{name}` has the settings, seed and data fraction of {group}, so there is no verdict"
-            );
-        }
-    }
+    notes(&comparison).iter().for_each(|note| log::warn!("{note}"));
     if json {
         say(serde_json::to_string_pretty(&comparison)?)?;
     }
@@ -91,6 +71,40 @@ pub fn show(paths: &[PathBuf], html: Option<&Path>, json: bool) -> Result<()> {
         log::info!("curves: {}", path.display());
     }
     Ok(())
+}
+
+/// What a reader has to know besides the tables.
+fn notes(comparison: &Comparison) -> Vec<String> {
+    let mut notes = Vec::new();
+    for group in comparison.groups.iter().chain(&comparison.twins) {
+        let (name, rate) = (group.name(), group.learning_rate);
+        if let [low, _, .., high] = group.learning_rates[..]
+            && (rate == low || rate == high)
+        {
+            notes.push(format!(
+                "{name}: the best learning rate is at the end of those tried, {rate:e}: try further ones"
+            ));
+        }
+    }
+    for group in &comparison.groups {
+        let name = group.name();
+        if !group.zero_twins.is_empty() {
+            let zero = group.zero_twins.join(", ");
+            notes.push(format!("{name}: there is no delta-m, since single-task models score 0: {zero}"));
+        }
+        let without = group.tasks.iter().filter(|task| task.difference.is_none()).map(|task| &task.name);
+        for task in without {
+            let has_twin = comparison.twins.iter().any(|twin| twin.tasks.iter().any(|own| own.name == *task));
+            if group.is_study_variant() {
+                notes.push(format!("no run without the changes of {name} has `{task}` with its seeds"));
+            } else if has_twin {
+                notes.push(format!(
+                    "no single-task run for `{task}` has the settings, seed and data fraction of {name}, so there is no verdict"
+                ));
+            }
+        }
+    }
+    notes
 }
 
 fn name_of(path: &Path) -> String {
