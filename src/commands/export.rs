@@ -11,7 +11,7 @@ use serde_json::json;
 use tch::{Device, Tensor};
 
 use super::cli::{ExportArgs, ExportFormat, VerifyArgs};
-use super::exported_file::{self, FILES, FORMAT};
+use super::exported_file::{self, FILES, FORMAT, ZIP};
 use super::saved_model::{self, Trained};
 use super::{End, prepare, say, table};
 use crate::data::{DeviceSplit, EncodedSplit, Split, TokenizerConfig};
@@ -110,9 +110,9 @@ fn may_write(args: &ExportArgs) -> Result<()> {
         return Err(invalid(format!("{} exists; --force replaces it", out.display())));
     }
     let (ours, what) = match args.format {
-        ExportFormat::Torchscript => (begins_with(out, b"PK"), "TorchScript file"),
+        ExportFormat::Torchscript => (is_empty_or_begins_with(out, &ZIP), "TorchScript file"),
         // The field `ir_version` of a model.
-        ExportFormat::Onnx => (begins_with(out, &[0x08]), "ONNX file"),
+        ExportFormat::Onnx => (is_empty_or_begins_with(out, &[0x08]), "ONNX file"),
         _ => (out.join(MARKER).is_file(), "folder that polytask exported"),
     };
     match ours {
@@ -121,10 +121,10 @@ fn may_write(args: &ExportArgs) -> Result<()> {
     }
 }
 
-fn begins_with(path: &Path, start: &[u8]) -> bool {
-    let mut found = vec![0; start.len()];
-    let is_empty = path.is_file() && path.metadata().is_ok_and(|file| file.len() == 0);
-    is_empty || (File::open(path).is_ok_and(|mut file| file.read_exact(&mut found).is_ok()) && found == start)
+fn is_empty_or_begins_with(path: &Path, start: &[u8]) -> bool {
+    let mut found = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(start.len() as u64).read_to_end(&mut found));
+    read.is_ok() && (found.is_empty() || found == start)
 }
 
 /// A file that every exported folder contains.

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use indexmap::IndexMap;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -19,10 +20,10 @@ use super::run_report::{self, RunReport};
 use super::{End, prepare, table};
 use crate::compare::Settings;
 use crate::config::{Experiment, PlannedRun};
-use crate::data::Split;
+use crate::data::{Corpus, Split};
 use crate::evaluate::TaskReport;
 use crate::libtorch;
-use crate::problem::{counted, invalid};
+use crate::problem::{counted, fail_on_errors, invalid};
 use crate::run::{NewRun, RunDirectory, atomic};
 use crate::task::TaskId;
 
@@ -50,16 +51,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     }
     let variants = experiment.variants(&args.experiment, &args.overrides)?;
     let mut runs = experiment.planned_runs(study, &variants);
-    // Errors in the data are reported once, before the first run.
-    let (corpus, problems) = prepare::corpus(&experiment)?;
-    crate::problem::fail_on_errors(problems)?;
-    let base = experiment.to_value()?;
-    for variant in variants.values() {
-        let value = variant.to_value()?;
-        if ["data", "tasks", "tokenizer"].iter().any(|key| base[key] != value[key]) {
-            crate::problem::fail_on_errors(prepare::corpus(variant)?.1)?;
-        }
-    }
+    let corpus = checked_data(&experiment, &variants)?;
     let without_dev = corpus.rows(Split::Dev).iter().all(|rows| rows.is_empty());
     for (i, name) in experiment.tasks.keys().enumerate() {
         if without_dev || corpus.has_labels(TaskId(i), Split::Dev) {
@@ -124,6 +116,20 @@ pub fn run(args: &StudyArgs) -> Result<End> {
         );
     }
     Ok(End::Done)
+}
+
+/// The data of the experiment. Errors in it, and in that of variants which read other data, are reported before the first run.
+fn checked_data(experiment: &Experiment, variants: &IndexMap<String, Experiment>) -> Result<Corpus> {
+    let (corpus, problems) = prepare::corpus(experiment)?;
+    fail_on_errors(problems)?;
+    let base = experiment.to_value()?;
+    for variant in variants.values() {
+        let value = variant.to_value()?;
+        if ["data", "tasks", "tokenizer"].iter().any(|key| base[key] != value[key]) {
+            fail_on_errors(prepare::corpus(variant)?.1)?;
+        }
+    }
+    Ok(corpus)
 }
 
 /// Writes `plan.json`, which marks the folder as a study, and one experiment file per run.

@@ -1,6 +1,6 @@
 //! Checks of the loaded data: warnings about suspicious values, and errors for labels that an experiment does not list.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use crate::config::Experiment;
 use crate::data::words::Splitter;
@@ -151,31 +151,30 @@ fn odd_labels(experiment: &Experiment, corpus: &Corpus) -> Vec<Problem> {
     problems
 }
 
-/// Sentences of dev and test that also occur in an earlier split of the same set, or in train of another set, whose
-/// labels train the same trunk.
-fn duplicates(corpus: &Corpus) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let rows_of = |set: usize, split: Split| &corpus.sets[set].splits[split as usize];
+/// A sentence of dev or test that also occurs in an earlier split of its set, or in train of another set, whose labels
+/// train the same trunk. Sets by index.
+struct Repeated {
+    set: usize,
+    split: Split,
+    row: usize,
+    /// Set, split and row of the other occurrence.
+    earlier: (usize, Split, usize),
+}
+
+fn repeated(corpus: &Corpus) -> Vec<Repeated> {
+    let mut found = Vec::new();
     // The first occurrence of each sentence in each set.
     let mut seen: HashMap<String, Vec<(usize, Split, usize)>> = HashMap::new();
     for split in Split::ALL {
         for (set, loaded) in corpus.sets.iter().enumerate() {
-            let rows = rows_of(set, split);
+            let rows = &loaded.splits[split as usize];
             for row in 0..rows.len() {
                 let known = seen.entry(rows.text_of(row)).or_default();
                 // An occurrence in train takes precedence, then one in the same set.
                 let earlier = known.iter().filter(|(other, before, _)| *other == set || *before == Split::Train);
                 let worst = earlier.min_by_key(|(other, before, _)| (*before, *other != set));
-                if let Some(&(other, before, at)) = worst.filter(|(_, before, _)| *before != split) {
-                    let (split, place) = (split.name(), rows_of(other, before).place(at));
-                    let message = match other == set {
-                        true => format!("this sentence of {split} also occurs in {} ({place})", before.name()),
-                        false => {
-                            let (name, other) = (&loaded.name, &corpus.sets[other].name);
-                            format!("this sentence of `{name}`'s {split} also occurs in train of `{other}` ({place})")
-                        }
-                    };
-                    problems.push(Problem::warning(rows.place(row), message));
+                if let Some(&earlier) = worst.filter(|(_, before, _)| *before != split) {
+                    found.push(Repeated { set, split, row, earlier });
                 }
                 if known.iter().all(|(other, ..)| *other != set) {
                     known.push((set, split, row));
@@ -183,32 +182,43 @@ fn duplicates(corpus: &Corpus) -> Vec<Problem> {
             }
         }
     }
-    problems
+    found
+}
+
+/// A warning for each repeated sentence.
+fn duplicates(corpus: &Corpus) -> Vec<Problem> {
+    let rows_of = |set: usize, split: Split| &corpus.sets[set].splits[split as usize];
+    let warning = |Repeated { set, split, row, earlier: (other, before, at) }| {
+        let (name, place) = (split.name(), rows_of(other, before).place(at));
+        let message = match other == set {
+            true => format!("this sentence of {name} also occurs in {} ({place})", before.name()),
+            false => {
+                let (own, other) = (&corpus.sets[set].name, &corpus.sets[other].name);
+                format!("this sentence of `{own}`'s {name} also occurs in train of `{other}` ({place})")
+            }
+        };
+        Problem::warning(rows_of(set, split).place(row), message)
+    };
+    repeated(corpus).into_iter().map(warning).collect()
 }
 
 /// Dev and test splits of which more than [`LEAKED`] is also in train, of the same set or another.
 pub fn leaks(corpus: &Corpus) -> Vec<Problem> {
-    let texts = |rows: &Rows| (0..rows.len()).map(|row| rows.text_of(row)).collect::<Vec<_>>();
-    let held_out: Vec<(&str, Split, Vec<String>)> = corpus
-        .sets
-        .iter()
-        .flat_map(|set| [Split::Dev, Split::Test].map(|split| (set.name.as_str(), split, &set.splits[split as usize])))
-        .map(|(set, split, rows)| (set, split, texts(rows)))
-        .collect();
-    let wanted: HashSet<&str> = held_out.iter().flat_map(|(.., texts)| texts).map(String::as_str).collect();
-    let train = corpus.rows(Split::Train).into_iter().flat_map(|rows| (0..rows.len()).map(|row| rows.text_of(row)));
-    let known: HashSet<String> = train.filter(|text| wanted.contains(text.as_str())).collect();
+    let repeated = repeated(corpus);
     let mut problems = Vec::new();
-    for (set, split, texts) in &held_out {
-        let n = texts.iter().filter(|text| known.contains(*text)).count();
-        if n as f64 > LEAKED * texts.len() as f64 {
-            let message = format!(
-                "`{set}`: {n} of the {} sentences of {} are also in train, so its scores do not show how well the model does \
-                 on new text",
-                texts.len(),
-                split.name()
-            );
-            problems.push(Problem::general(Severity::Warning, message));
+    for (i, set) in corpus.sets.iter().enumerate() {
+        for split in [Split::Dev, Split::Test] {
+            let of_train = |found: &&Repeated| (found.set, found.split, found.earlier.1) == (i, split, Split::Train);
+            let (n, n_rows) = (repeated.iter().filter(of_train).count(), set.splits[split as usize].len());
+            if n as f64 > LEAKED * n_rows as f64 {
+                let message = format!(
+                    "`{}`: {n} of the {n_rows} sentences of {} are also in train, so its scores do not show how well the model \
+                     does on new text",
+                    set.name,
+                    split.name()
+                );
+                problems.push(Problem::general(Severity::Warning, message));
+            }
         }
     }
     problems

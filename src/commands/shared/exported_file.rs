@@ -20,6 +20,9 @@ pub const FORMAT: u64 = 1;
 pub const FILES: [&str; 7] =
     ["polytask.json", "resolved.yaml", "labels.json", "tokenizer.json", "card.md", "labels.txt", "vocabulary.txt"];
 
+/// How a TorchScript file begins, which is a zip file.
+pub const ZIP: [u8; 2] = *b"PK";
+
 /// An exported model, read back.
 pub struct Exported {
     pub module: ScriptModule,
@@ -37,8 +40,7 @@ pub fn open(path: &Path) -> Result<Exported> {
     let name = path.display();
     let mut start = [0; 2];
     let mut file = File::open(path).map_err(|error| invalid(format!("{name}: {error}")))?;
-    // TorchScript is a zip file.
-    if file.read_exact(&mut start).is_err() || start != *b"PK" {
+    if file.read_exact(&mut start).is_err() || start != ZIP {
         let message = "is neither a run directory nor a model of `export --format torchscript`";
         return Err(invalid(format!("{name} {message}")));
     }
