@@ -19,7 +19,7 @@ pub mod words;
 pub use batch::{Batch, BatchPlan, Lengths, Targets};
 pub use corpus::{Corpus, LoadedSet, load};
 pub use device_split::DeviceSplit;
-pub use encoded::{EncodedSplit, TargetValues, Unseen};
+pub use encoded::{EncodedSplit, Spelling, TargetValues, Unseen};
 pub use formats::{ConllLayout, ConllLine, Format, Offsets, json_row, json_value, line_of_a_word};
 pub use rows::{ABSENT, Column, Field, Rows, RowsBuilder, Strings, Wanted};
 pub use sampler::{Sampler, SamplingConfig};

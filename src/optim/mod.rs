@@ -107,7 +107,8 @@ impl Slot {
         };
         Piece {
             parameter: part(&self.parameter),
-            gradient: gradient.shallow_clone(),
+            // The fused operators read and write in the order of memory.
+            gradient: gradient.contiguous(),
             first: part(&self.first),
             second: part(&self.second),
             step: self.step.shallow_clone(),
