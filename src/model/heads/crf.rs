@@ -95,40 +95,35 @@ impl Crf {
         let x = x.detach().to_kind(Kind::Double);
         let n_words = x.size()[1];
         let (step, step_back) = (transitions.exp(), transitions.exp().tr());
-        let here = |t: i64| (x.select(1, t), mask.select(1, t).unsqueeze(-1)); // [b, C], [b, 1]
+        let word = |t: i64| (x.select(1, t), mask.select(1, t).unsqueeze(-1)); // [b, C], [b, 1]
 
         // alpha_t(c): log-sum of all paths that end in tag c at word t; a finished row keeps its last value.
         let mut alphas = vec![start + x.select(1, 0)];
         for t in 1..n_words {
-            let (x_t, on) = here(t);
-            let before = &alphas[t as usize - 1];
+            let ((x_t, on), before) = (word(t), &alphas[t as usize - 1]);
             alphas.push((advance(before, &step) + x_t).where_self(&on, before));
         }
         let log_z = (&alphas[n_words as usize - 1] + &end).logsumexp([-1], false); // [b]
 
         // beta_t(c): log-sum of all continuations from tag c at word t.
-        let mut beta = end.expand_as(&alphas[0]).copy();
-        let mut marginals = Vec::with_capacity(n_words as usize);
-        let mut pairs = transitions.zeros_like();
-        for t in (0..n_words).rev() {
-            let on = mask.select(1, t).unsqueeze(-1);
-            let here_p = (&alphas[t as usize] + &beta - log_z.unsqueeze(-1)).exp();
-            marginals.push(here_p * on.to_kind(Kind::Double));
-            if t == 0 {
-                break;
-            }
-            let (x_t, on) = here(t);
-            let ahead = x_t + &beta; // [b, C]
-            // E[i, j] = sum_b exp(alpha_i + transitions_ij + ahead_j - log Z), each factor scaled by its maximum.
-            let before = &alphas[t as usize - 1];
-            let (low, high) = (before.amax([-1], true), ahead.amax([-1], true));
-            let scale = (&low + &high - log_z.unsqueeze(-1)).exp() * on.to_kind(Kind::Double);
-            let left = (before - low).exp() * scale;
-            pairs += left.tr().matmul(&(&ahead - high).exp()) * &step;
-            beta = advance(&ahead, &step_back).where_self(&on, &beta);
+        let mut betas = vec![end.expand_as(&alphas[0])];
+        for t in 1..n_words {
+            let ((x_t, on), after) = (word(n_words - t), &betas[t as usize - 1]);
+            betas.push(advance(&(x_t + after), &step_back).where_self(&on, after));
         }
-        marginals.reverse();
-        Inference { log_z, marginals: Tensor::stack(&marginals, 1), pairs }
+        betas.reverse();
+
+        let (alphas, betas) = (Tensor::stack(&alphas, 1), Tensor::stack(&betas, 1)); // [b, W, C]
+        let on = mask.to_kind(Kind::Double).unsqueeze(-1);
+        let log_z_of_word = log_z.view([-1, 1, 1]);
+        let marginals = (&alphas + &betas - &log_z_of_word).exp() * &on;
+        // E[i, j] = sum exp(alpha_i + transitions_ij + ahead_j - log Z), each factor scaled by its maximum.
+        let (before, ahead) = (alphas.narrow(1, 0, n_words - 1), (x + betas).narrow(1, 1, n_words - 1));
+        let (low, high) = (before.amax([-1], true), ahead.amax([-1], true));
+        let scale = (&low + &high - log_z_of_word).exp() * on.narrow(1, 1, n_words - 1);
+        let left = ((before - low).exp() * scale).flatten(0, 1); // [b * (W - 1), C]
+        let pairs = left.tr().matmul(&(ahead - high).exp().flatten(0, 1)) * step;
+        Inference { log_z, marginals, pairs }
     }
 
     /// The summed negative log-likelihood of `labels` [b, W] (-1 beyond a sentence's end) under `x` [b, W, C], in nats:
