@@ -5,12 +5,9 @@ use std::{env, fs};
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    println!("cargo:rerun-if-changed=src/libtorch/shim.cpp");
-    println!("cargo:rerun-if-changed=src/libtorch/jit.cpp");
-    println!("cargo:rerun-if-changed=src/libtorch/lstm.cpp");
-    println!("cargo:rerun-if-changed=src/libtorch/guarded.h");
-    println!("cargo:rerun-if-changed=src/libtorch/graph.cpp");
-    println!("cargo:rerun-if-changed=src/libtorch/kernels.cpp");
+    for file in ["guarded.h", "graph.cpp", "kernels.cpp"] {
+        println!("cargo:rerun-if-changed=src/libtorch/{file}");
+    }
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
     let library = libtorch.join("lib/libtorch_cpu.so");
     // Symbolic links are resolved: the other libraries, CUDA included, are found relative to the real folder.
@@ -28,8 +25,12 @@ fn main() {
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"));
     build_cuda(&build, &libtorch.join("cuda-include"));
-    let files = ["src/libtorch/shim.cpp", "src/libtorch/jit.cpp", "src/libtorch/lstm.cpp"];
-    build.files(files).compile("polytask_shim");
+    for name in ["shim", "jit", "lstm", "byte_convolution", "profile"] {
+        let file = format!("src/libtorch/{name}.cpp");
+        println!("cargo:rerun-if-changed={file}");
+        build.file(file);
+    }
+    build.compile("polytask_shim");
     println!("cargo:rustc-link-search=native={}", libtorch.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");

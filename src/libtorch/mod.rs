@@ -3,6 +3,7 @@
 //! `unsafe` code of the project.
 
 mod autograd;
+mod byte_convolution;
 mod cuda;
 mod device;
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod graph;
 mod kernels;
 mod lstm;
 mod optimizers;
+mod profile;
 mod script;
 
 use std::any::Any;
@@ -25,6 +27,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 pub use autograd::{backward, with_gradients};
+pub use byte_convolution::byte_convolution;
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
 pub use kernels::{Kernel, LaunchConfig, max_pool, peak_device_memory};
@@ -33,6 +36,7 @@ pub use lstm::both_directions;
 pub use optimizers::{
     Adam, AdamLists, GradScale, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
 };
+pub use profile::busy_time;
 pub use script::ScriptModule;
 
 type List = *const *mut C_tensor;

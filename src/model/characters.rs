@@ -10,11 +10,12 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::lstm::{Lstm, Reversal, SCRIPT_HELPERS, SCRIPT_REVERSAL, last_states, last_states_onnx, last_states_script};
 use super::parameters::Scope;
 use super::{Mode, Script, WeightDtype};
+use crate::libtorch::byte_convolution;
 use crate::onnx::{Attribute, Element, Graph, Value};
 
 /// 256 byte values and padding.
@@ -142,20 +143,24 @@ impl Characters {
     /// Bytes [B, T, L] to [B, T, F] or [B, T, 2*H].
     pub fn forward(&self, bytes: &Tensor, mode: Mode) -> Tensor {
         let flat = bytes.flatten(0, 1); // [N, L]
-        let x = Tensor::embedding(&self.weight, &flat, 0, false, false); // [N, L, E]
         let words = match &self.reader {
-            Reader::Cnn(filters, bias) => {
-                let padding = filters.size()[2] / 2;
-                let x = x.transpose(1, 2).conv1d(filters, Some(bias), 1, padding, 1, 1).relu(); // [N, F, L]
-                (x * flat.gt(0).unsqueeze(1)).amax([2], false)
+            Reader::Cnn(filters, bias) if flat.device() == Device::Cpu => {
+                let table = self.weight.matmul(&filters.permute([2, 1, 0])); // [width, 257, F]
+                byte_convolution(&table, bias, &flat).expect("invariant: all bytes are in the table")
             }
+            Reader::Cnn(filters, bias) => convolution_by_operators(&self.embedded(&flat), filters, bias, &flat),
             Reader::Lstm(lstm, hidden) => {
-                let lengths = lengths(&flat);
+                let (x, lengths) = (self.embedded(&flat), lengths(&flat));
                 let states = lstm.forward(&x, &Reversal::of(&lengths, flat.size()[1]), mode);
                 last_states(&states, &lengths, *hidden)
             }
         };
         words.view([bytes.size()[0], bytes.size()[1], -1])
+    }
+
+    /// Bytes [N, L] to [N, L, E].
+    fn embedded(&self, flat: &Tensor) -> Tensor {
+        Tensor::embedding(&self.weight, flat, 0, false, false)
     }
 
     /// `forward(bytes)`. An LSTM's weights stay float32: they are few.
@@ -223,7 +228,49 @@ def forward(self, bytes: Tensor) -> Tensor:
     }
 }
 
+/// As [`byte_convolution`], from the embedded bytes `x` [N, L, E]: [N, F].
+fn convolution_by_operators(x: &Tensor, filters: &Tensor, bias: &Tensor, flat: &Tensor) -> Tensor {
+    let padding = filters.size()[2] / 2;
+    let x = x.transpose(1, 2).conv1d(filters, Some(bias), 1, padding, 1, 1).relu(); // [N, F, L]
+    (x * flat.gt(0).unsqueeze(1)).amax([2], false)
+}
+
 /// The number of bytes of each word, at least 1: `[N]`.
 fn lengths(flat: &Tensor) -> Tensor {
     flat.gt(0).sum_dim_intlist([1].as_slice(), false, tch::Kind::Int64).clamp_min(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::parameters::Parameters;
+
+    #[test]
+    fn the_convolution_and_its_gradients_are_those_of_libtorch_s_operators() {
+        tch::manual_seed(5);
+        for width in [1, 3, 5] {
+            let mut parameters = Parameters::new(Device::Cpu);
+            let config = CnnConfig { dim: 7, filters: 37, width, max_bytes: 24 };
+            let characters = Characters::new(parameters.root(), &CharactersConfig::Cnn(config)).unwrap();
+            let Reader::Cnn(filters, bias) = &characters.reader else { unreachable!("a CNN was asked for") };
+            // Words of every length from none, among them repetitions of one byte: ties.
+            let bytes = Tensor::randint_low(1, 257, [2, 9, 8], (tch::Kind::Int64, Device::Cpu));
+            let repeated = Tensor::from(98i64).expand([2, 1, 8], false);
+            let bytes = Tensor::cat(&[bytes, repeated], 1);
+            let lengths = Tensor::from_slice(&[8i64, 7, 6, 5, 4, 3, 2, 1, 0, 6]).view([1, 10, 1]);
+            let bytes = bytes * Tensor::arange(8, (tch::Kind::Int64, Device::Cpu)).less_tensor(&lengths);
+            let flat = bytes.flatten(0, 1);
+            let ours = characters.forward(&bytes, Mode::Eval);
+            let theirs = convolution_by_operators(&characters.embedded(&flat), filters, bias, &flat).view_as(&ours);
+            assert!(ours.allclose(&theirs, 1e-5, 1e-6, false), "width {width}");
+            let weights = Tensor::randn_like(&ours);
+            let gradients = |x: &Tensor| {
+                let inputs = parameters.tensors();
+                Tensor::run_backward(&[(x * &weights).sum(tch::Kind::Float)], &inputs, false, false)
+            };
+            for ((name, _), (a, b)) in parameters.iter().zip(gradients(&ours).iter().zip(&gradients(&theirs))) {
+                assert!(a.allclose(b, 1e-4, 1e-5, false), "{name}, width {width}");
+            }
+        }
+    }
 }

@@ -22,7 +22,7 @@ use super::{End, prepare, saved_model, say, table};
 use crate::config::Experiment;
 use crate::data::Split;
 use crate::evaluate::predict;
-use crate::libtorch::{configure, peak_device_memory, workers};
+use crate::libtorch::{busy_time, configure, peak_device_memory, workers};
 use crate::model::Precision;
 use crate::problem::invalid;
 use crate::train::step_timer::{Part, StepTimer};
@@ -52,6 +52,8 @@ struct Findings<'a> {
     steps: usize,
     rounds: u16,
     peak_memory_bytes: Option<usize>,
+    /// Fraction of a step, with the first strategy, in which at least one kernel or copy runs on the GPU.
+    gpu_busy: Option<f64>,
     strategies: Vec<Measured>,
     /// Parts of a step with the first strategy.
     parts_ms: IndexMap<&'static str, f64>,
@@ -135,6 +137,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let parts_ms = parts(&mut trainers[0], &steps, device)?;
     // Read before the bound is measured, which allocates larger arrays.
     let peak_memory_bytes = peak_memory(device);
+    let gpu_busy = gpu_busy(&mut trainers[0], &steps, device).map(|ms| ms / measured[0].ms_per_step);
     let lstm = (device == Device::Cpu && config.precision == Precision::Float32)
         .then(|| kernels::measure(&rehearsal.model, config));
     let bound = bound(&rehearsal, &steps);
@@ -146,6 +149,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         steps: n_steps,
         rounds: args.rounds,
         peak_memory_bytes,
+        gpu_busy,
         time_over_bound: measured[0].ms_per_step / bound.ms_per_step,
         strategies: measured,
         parts_ms,
@@ -168,6 +172,20 @@ fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Resu
     let seconds = std::mem::take(&mut trainer.timer).seconds();
     let each = Part::ALL.iter().map(|(part, name)| (*name, 1000.0 * seconds[*part as usize] / steps.len() as f64));
     Ok(each.filter(|(_, ms)| *ms > 0.0).collect())
+}
+
+/// Milliseconds of a step in which the GPU works; `None` on the CPU and, with a warning, if it cannot be measured.
+fn gpu_busy(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Option<f64> {
+    if device == Device::Cpu {
+        return None;
+    }
+    match busy_time(device, || time(trainer, steps, 0, device).map(drop)) {
+        Ok(busy) => Some(1000.0 * busy.as_secs_f64() / steps.len() as f64),
+        Err(error) => {
+            log::warn!("how long the GPU works is unknown: {error:#}");
+            None
+        }
+    }
 }
 
 fn bound(rehearsal: &Rehearsal, steps: &[&[Vec<usize>]]) -> bound::Bound {
@@ -252,6 +270,9 @@ fn print(findings: &Findings) -> Result<()> {
             "LSTM layers of one worker, forward and backward: {:.2} ms by oneDNN, {:.2} ms step by step (training.onednn)",
             lstm.onednn_ms, lstm.step_by_step_ms
         ))?;
+    }
+    if let Some(busy) = findings.gpu_busy {
+        say(format!("the GPU works for {:.0} % of a step", 100.0 * busy))?;
     }
     let bound = &findings.bound;
     say(format!(

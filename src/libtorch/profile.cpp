@@ -1,0 +1,48 @@
+// How long a device works, by libtorch's profiler.
+#include "guarded.h"
+
+#include <torch/csrc/autograd/profiler_kineto.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace {
+
+using torch::profiler::impl::ActivityType;
+using torch::profiler::impl::ProfilerConfig;
+using torch::profiler::impl::ProfilerState;
+
+}  // namespace
+
+extern "C" {
+
+// Starts recording what runs on the GPU, or operators on the CPU.
+char* pt_profile_start(bool gpu) {
+  return guarded([&] {
+    ProfilerConfig config(ProfilerState::KINETO);
+    std::set<ActivityType> activities{gpu ? ActivityType::CUDA : ActivityType::CPU};
+    torch::autograd::profiler::prepareProfiler(config, activities);
+    torch::autograd::profiler::enableProfiler(config, activities);
+  });
+}
+
+// Ends the recording. nanoseconds: for how long at least one kernel, copy or operator ran.
+char* pt_profile_stop(bool gpu, uint64_t* nanoseconds) {
+  return guarded([&] {
+    auto result = torch::autograd::profiler::disableProfiler();
+    std::vector<std::pair<uint64_t, uint64_t>> spans;
+    for (auto& event : result->events()) {
+      if (event.deviceType() == (gpu ? at::kCUDA : at::kCPU)) spans.emplace_back(event.startNs(), event.endNs());
+    }
+    TORCH_CHECK(!spans.empty(), "the profiler recorded nothing");
+    std::sort(spans.begin(), spans.end());
+    uint64_t end = 0;
+    *nanoseconds = 0;
+    for (auto& [from, to] : spans) {
+      *nanoseconds += to - std::min(to, std::max(from, end));
+      end = std::max(end, to);
+    }
+  });
+}
+
+}  // extern "C"
