@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 
 pub use config::{AdamConfig, OptimizerConfig, SgdConfig};
 use deferred::{DeferredRows, PastStep, TableState};
-pub use ema::Ema;
+use ema::Ema;
 use on_device::OnDevice;
 pub use scale::{LossScale, is_not_finite};
 pub use schedule::{RangeConfig, ScheduleConfig};
@@ -130,9 +130,25 @@ impl Slot {
     }
 }
 
+/// What changes from step to step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepRates<'a> {
+    pub learning_rate: Number<'a>,
+    /// The factor of the new weights in their moving average, 1 - decay.
+    pub share: Number<'a>,
+}
+
+impl From<f64> for StepRates<'_> {
+    fn from(learning_rate: f64) -> Self {
+        StepRates { learning_rate: learning_rate.into(), share: 0.0.into() }
+    }
+}
+
+/// Updates the parameters and, if there is one, the moving average of the weights.
 pub struct Optimizer {
     config: OptimizerConfig,
     slots: Vec<Slot>,
+    average: Option<Ema>,
     /// Set if custom kernels do the work.
     on_device: Option<OnDevice>,
 }
@@ -151,19 +167,35 @@ impl Optimizer {
             decays: config.decay_all() || !is_spared(name, parameter),
             deferred: None,
         };
-        Optimizer { config: config.clone(), slots: parameters.map(slot).collect(), on_device: None }
+        Optimizer { config: config.clone(), slots: parameters.map(slot).collect(), average: None, on_device: None }
+    }
+
+    /// Keeps a moving average of the weights with this decay, from their current values on.
+    pub fn with_average(mut self, decay: f64) -> Self {
+        self.average = Some(Ema::new(decay, self.slots.iter().map(|slot| (slot.name.as_str(), &slot.parameter))));
+        self
+    }
+
+    /// The factor of the weights after step `number` (from 0) in their average; 0 without one.
+    pub fn share(&self, number: usize) -> f64 {
+        self.average.as_ref().map_or(0.0, |average| average.share(number))
+    }
+
+    /// Swaps the weights and their averages, if there are any.
+    pub fn swap_average(&mut self) -> Result<()> {
+        self.average.as_mut().map_or(Ok(()), Ema::swap)
     }
 
     pub fn lazy_rows(&self) -> bool {
         self.config.lazy_rows()
     }
 
-    /// Applies the deferred steps to `rows` of their tables, or to all rows of all tables, and to their `average`.
-    pub fn catch_up(&mut self, rows: Option<&Touched>, mut average: Option<&mut Ema>) -> Result<()> {
-        self.settle_on_device(average.as_deref())?;
+    /// Applies the deferred steps to `rows` of their tables, or to all rows of all tables, and to their averages.
+    pub fn catch_up(&mut self, rows: Option<&Touched>) -> Result<()> {
+        self.settle_on_device()?;
         for (number, Slot { parameter, first, second, deferred, .. }) in self.slots.iter_mut().enumerate() {
             let Some(deferred) = deferred else { continue };
-            let average = average.as_mut().map(|average| average.of_mut(number));
+            let average = self.average.as_mut().map(|average| average.of_mut(number));
             let numbers = TableState::of(parameter, first, second, average)?;
             match rows {
                 Some(rows) => deferred.catch_up(&rows.host, numbers),
@@ -173,23 +205,20 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One update of the parameters that have a gradient, at `learning_rate`. With `rows`, the gradients of embedding
+    /// One update of the parameters that have a gradient. With `rows`, the gradients of embedding
     /// tables are those of these rows, which must be up to date; other rows are updated by [`Self::catch_up`], or never
     /// with `lazy_rows`. Gradients are divided by the divisor of `grad_scale` (not those of deferred rows on the CPU);
-    /// if it skips the step, nothing changes. Then the moving average takes in the weights with the factor beside it,
-    /// 1 - decay.
+    /// if it skips the step, nothing changes. Then the moving average takes in the weights.
     pub fn step<'a>(
         &mut self,
         gradients: &[Tensor],
         rows: Option<&Touched>,
-        learning_rate: impl Into<Number<'a>>,
+        rates: impl Into<StepRates<'a>>,
         grad_scale: impl Into<GradScale<'a>>,
-        mut average: Option<(&mut Ema, Number)>,
     ) -> Result<()> {
-        let (learning_rate, grad_scale) = (learning_rate.into(), grad_scale.into());
+        let (rates, grad_scale) = (rates.into(), grad_scale.into());
         if let Some(on_device) = &self.on_device {
-            let average = average.as_ref().map(|(average, share)| (&**average, *share));
-            return self.step_on_device(on_device, gradients, rows, (learning_rate, average), grad_scale);
+            return self.step_on_device(on_device, gradients, rows, rates, grad_scale);
         }
         let waits = rows.filter(|_| !self.config.lazy_rows());
         let is_table = |rows: Option<&Touched>, number: usize| rows.is_some_and(|rows| rows.tables.contains(&number));
@@ -203,31 +232,23 @@ impl Optimizer {
             }
         }
         if !pieces.is_empty() {
-            self.update_all(&pieces, learning_rate, grad_scale)?;
+            self.update_all(&pieces, rates.learning_rate, grad_scale)?;
         }
         for ((number, rows), piece) in present.into_iter().zip(&pieces) {
             if let Some(rows) = rows {
                 self.slots[number].put_back(piece, rows)?;
             }
         }
-        if let Some((average, share)) = &mut average {
-            average.update(*share, waits.map_or(&[], |rows| &rows.tables))?;
+        if let Some(average) = &mut self.average {
+            average.update(rates.share, waits.map_or(&[], |rows| &rows.tables))?;
         }
-        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, learning_rate, grad_scale.skip, average))
+        waits.map_or(Ok(()), |rows| self.step_tables(gradients, rows, rates, grad_scale.skip))
     }
 
     /// The step of the tables' `rows`; other rows take it later.
-    fn step_tables(
-        &mut self,
-        gradients: &[Tensor],
-        rows: &Touched,
-        rate: Number,
-        skip: &Tensor,
-        average: Option<(&mut Ema, Number)>,
-    ) -> Result<()> {
-        let (mut average, share) = average.unzip();
-        let rate = rate.on_host().expect("invariant: rows of tables are not recorded");
-        let share = share.map(|share| share.on_host().expect("invariant: rows of tables are not recorded"));
+    fn step_tables(&mut self, gradients: &[Tensor], rows: &Touched, rates: StepRates, skip: &Tensor) -> Result<()> {
+        let on_host = |number: Number| number.on_host().expect("invariant: rows of tables are not recorded");
+        let (rate, share) = (on_host(rates.learning_rate), on_host(rates.share));
         let skipped = skip.double_value(&[]) > 0.0;
         for &number in &rows.tables {
             let Slot { parameter, first, second, step, decays, deferred, .. } = &mut self.slots[number];
@@ -240,11 +261,11 @@ impl Optimizer {
             let now = PastStep {
                 count: count as u64,
                 rates: gradient.is_some().then(|| self.config.rates(rate, count, *decays)),
-                share: share.map(|share| share as f32),
+                share: self.average.is_some().then_some(share as f32),
             };
             let gradient = gradient.as_mut().map(floats).transpose()?;
             let deferred = deferred.get_or_insert_with(|| DeferredRows::new(parameter.size()[0] as usize));
-            let average = average.as_mut().map(|average| average.of_mut(number));
+            let average = self.average.as_mut().map(|average| average.of_mut(number));
             deferred.step(now, &rows.host, gradient.as_deref(), TableState::of(parameter, first, second, average)?);
         }
         Ok(())
@@ -298,16 +319,19 @@ impl Optimizer {
         }
     }
 
-    /// Moments and step counts by parameter name, for a checkpoint.
+    /// Moments, step counts and averages by parameter name, for a checkpoint.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let each = |slot: &Slot| {
             [("first", &slot.first), ("second", &slot.second), ("step", &slot.step)]
                 .map(|(part, tensor)| (format!("{}.{part}", slot.name), tensor.shallow_clone()))
         };
-        self.slots.iter().flat_map(each).collect()
+        self.slots.iter().flat_map(each).chain(self.average.iter().flat_map(Ema::state)).collect()
     }
 
     pub fn load(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
+        if let Some(average) = &mut self.average {
+            average.load(&mut state)?;
+        }
         for slot in &mut self.slots {
             for (part, tensor) in [("first", &mut slot.first), ("second", &mut slot.second), ("step", &mut slot.step)] {
                 let name = format!("{}.{part}", slot.name);

@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::dense::{Dense, Parameter};
 use super::device_deferred::{DeviceDeferredRows, TableState};
-use super::{Ema, Optimizer, Slot, Touched};
-use crate::libtorch::{GradScale, Number, count_up};
+use super::{Optimizer, Slot, StepRates, Touched};
+use crate::libtorch::{GradScale, count_up};
 
 pub(super) struct OnDevice {
     dense: Dense,
@@ -17,7 +17,7 @@ pub(super) struct OnDevice {
 impl Optimizer {
     /// Uses the custom kernels from now on, if the device has them. The rows of `tables` then wait until a step reads
     /// them; `halves` are 16-bit copies of parameters, by number, which are kept up to date.
-    pub fn work_on_device(&mut self, tables: Vec<usize>, halves: &[(usize, &Tensor)], average: Option<&Ema>) {
+    pub fn work_on_device(&mut self, tables: Vec<usize>, halves: &[(usize, &Tensor)]) {
         let device = self.slots.first().map_or(Device::Cpu, |slot| slot.parameter.device());
         // On the CPU there are kernels only for tests.
         let serves = (Dense::serves(device) && DeviceDeferredRows::serves(device)) || cfg!(test);
@@ -29,7 +29,7 @@ impl Optimizer {
             weights: &self.slots[number].parameter,
             first: &self.slots[number].first,
             second: &self.slots[number].second,
-            average: average.map(|average| average.of(number)),
+            average: self.average.as_ref().map(|average| average.of(number)),
             half: halves.iter().find(|(own, _)| *own == number).map(|(_, half)| *half),
             step: &self.slots[number].step,
             decays: self.slots[number].decays,
@@ -56,35 +56,36 @@ impl Optimizer {
     }
 
     /// Must be called once before each step, computed or replayed.
-    pub fn begin(&mut self, average: Option<&Ema>) -> Result<()> {
-        self.with_backlog(average, DeviceDeferredRows::begin)
+    pub fn begin(&mut self) -> Result<()> {
+        self.with_backlog(DeviceDeferredRows::begin)
     }
 
-    pub(super) fn settle_on_device(&mut self, average: Option<&Ema>) -> Result<()> {
-        self.with_backlog(average, DeviceDeferredRows::settle)
+    pub(super) fn settle_on_device(&mut self) -> Result<()> {
+        self.with_backlog(DeviceDeferredRows::settle)
     }
 
-    fn with_backlog(
-        &mut self,
-        average: Option<&Ema>,
-        work: fn(&mut DeviceDeferredRows, &[TableState]) -> Result<()>,
-    ) -> Result<()> {
+    fn with_backlog(&mut self, work: fn(&mut DeviceDeferredRows, &[TableState]) -> Result<()>) -> Result<()> {
         let Some(mut own) = self.on_device.take() else { return Ok(()) };
-        let done = own.deferred.as_mut().map_or(Ok(()), |deferred| work(deferred, &self.numbers(deferred, average)));
+        let done = own.deferred.as_mut().map_or(Ok(()), |deferred| work(deferred, &self.numbers(deferred)));
         self.on_device = Some(own);
         done
     }
 
     /// Brings the waiting rows that the current step reads up to date.
-    pub fn read(&self, rows: &Touched, average: Option<&Ema>) -> Result<()> {
+    pub fn read(&self, rows: &Touched) -> Result<()> {
         let Some(OnDevice { deferred: Some(deferred), .. }) = &self.on_device else { return Ok(()) };
-        deferred.read(&rows.ids, &self.numbers(deferred, average))
+        deferred.read(&rows.ids, &self.numbers(deferred))
     }
 
-    fn numbers<'a>(&'a self, deferred: &DeviceDeferredRows, average: Option<&'a Ema>) -> Vec<TableState<'a>> {
+    fn numbers(&self, deferred: &DeviceDeferredRows) -> Vec<TableState<'_>> {
         let numbers = |number: usize| {
             let Slot { parameter, first, second, .. } = &self.slots[number];
-            TableState { weights: parameter, first, second, average: average.map(|average| average.of(number)) }
+            TableState {
+                weights: parameter,
+                first,
+                second,
+                average: self.average.as_ref().map(|average| average.of(number)),
+            }
         };
         deferred.tables().map(numbers).collect()
     }
@@ -121,12 +122,11 @@ impl Optimizer {
         OnDevice { dense, deferred }: &OnDevice,
         gradients: &[Tensor],
         rows: Option<&Touched>,
-        (rate, average): (Number, Option<(&Ema, Number)>),
+        rates: StepRates,
         grad_scale: GradScale,
     ) -> Result<()> {
         let device = self.slots[0].parameter.device();
-        let (average, share) = average.unzip();
-        let (rate, share) = (rate.on(device), share.unwrap_or(Number::Host(0.0)).on(device));
+        let (rate, share) = (rates.learning_rate.on(device), rates.share.on(device));
         let gradient = |number: usize| gradients.get(number).filter(|gradient| gradient.defined());
         let moving = dense.numbers().filter(|&number| gradient(number).is_some());
         let steps: Vec<&Tensor> = moving.map(|number| &self.slots[number].step).collect();
@@ -138,7 +138,7 @@ impl Optimizer {
         let scalars = [&rate, &share, grad_scale.skip, &divisor];
         dense.update(gradients, scalars)?;
         let (Some(deferred), Some(rows)) = (deferred, rows) else { return Ok(()) };
-        let numbers = self.numbers(deferred, average).into_iter().zip(deferred.tables());
+        let numbers = self.numbers(deferred).into_iter().zip(deferred.tables());
         let tables: Vec<_> =
             numbers.map(|(numbers, number)| (numbers, gradient(number), &self.slots[number].step)).collect();
         deferred.step(&rows.ids, &tables, scalars)
@@ -163,9 +163,9 @@ mod tests {
         };
         let parameters = [("embedding.weight", random(&[ROWS, WIDTH], 1)), ("bias", random(&[3], 2))];
         let named = || parameters.iter().map(|(name, tensor)| (*name, tensor));
-        let (mut optimizer, mut average) = (Optimizer::new(config, named()), Ema::new(0.9, named()));
+        let mut optimizer = Optimizer::new(config, named()).with_average(0.9);
         if waits {
-            optimizer.work_on_device(vec![0], &[], Some(&average));
+            optimizer.work_on_device(vec![0], &[]);
         }
         for step in 0..70 {
             // Row 2 occurs twice, row 0 is padding, row 6 is read only in the first step.
@@ -173,9 +173,9 @@ mod tests {
             let ids = Tensor::from_slice(ids);
             let at_places = random(&[ids.size()[0], WIDTH], 10 + step as i64);
             let bias = random(&[3], 1000 + step as i64);
-            optimizer.begin(Some(&average)).unwrap();
+            optimizer.begin().unwrap();
             let touched = Touched { ids: ids.shallow_clone(), host: Vec::new(), padding: 0, tables: vec![0] };
-            optimizer.read(&touched, Some(&average)).unwrap();
+            optimizer.read(&touched).unwrap();
             let whole = Tensor::embedding_dense_backward(&at_places, &ids, ROWS, 0, false);
             let mut gradients = [if waits { at_places } else { whole.shallow_clone() }, bias];
             if waits {
@@ -189,16 +189,16 @@ mod tests {
                 gradients[0] = Tensor::new();
             }
             let skip = Tensor::from(f32::from(u8::from(skips(step))));
-            let share = Number::Host(average.share(step));
             let rows = waits.then_some(&touched);
-            let rate = 0.01 / (1.0 + step as f64);
-            optimizer.step(&gradients, rows, rate, &skip, Some((&mut average, share))).unwrap();
+            let learning_rate = (0.01 / (1.0 + step as f64)).into();
+            let rates = StepRates { learning_rate, share: optimizer.share(step).into() };
+            optimizer.step(&gradients, rows, rates, &skip).unwrap();
             if step % settle_every == 0 {
-                optimizer.catch_up(None, Some(&mut average)).unwrap();
+                optimizer.catch_up(None).unwrap();
             }
         }
-        optimizer.catch_up(None, Some(&mut average)).unwrap();
-        let state = optimizer.state().into_iter().chain(average.state()).map(|(_, tensor)| tensor);
+        optimizer.catch_up(None).unwrap();
+        let state = optimizer.state().into_iter().map(|(_, tensor)| tensor);
         parameters.into_iter().map(|(_, tensor)| tensor).chain(state).collect()
     }
 
@@ -232,7 +232,7 @@ mod tests {
             let half = weights.to_kind(kind);
             let config: OptimizerConfig = serde_json::from_value(json!({"adamw": {}})).unwrap();
             let mut optimizer = Optimizer::new(&config, named());
-            optimizer.work_on_device(Vec::new(), &[(0, &half)], None);
+            optimizer.work_on_device(Vec::new(), &[(0, &half)]);
             // From magnitudes that underflow in float16 to nearly its largest.
             let scales = Tensor::logspace(-9.0, 4.0, 70, 10.0, (Kind::Float, Device::Cpu));
             let gradient = (Tensor::randn([70, 70], (Kind::Float, Device::Cpu)) * scales).to_kind(kind);
@@ -240,10 +240,10 @@ mod tests {
             let squares = optimizer.squares(None, &mut [gradient.shallow_clone()]).unwrap().unwrap();
             let expected = gradient.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
             assert!((squares.sum(Kind::Double).double_value(&[]) - expected).abs() < 1e-5 * expected);
-            optimizer.step(&[gradient.shallow_clone()], None, 0.1, &Tensor::from(0f32), None).unwrap();
+            optimizer.step(&[gradient.shallow_clone()], None, 0.1, &Tensor::from(0f32)).unwrap();
             assert_eq!(half, weights.to_kind(kind), "{kind:?}");
             let mut other = Optimizer::new(&config, [("weights", &before)].into_iter());
-            other.step(&[gradient.to_kind(Kind::Float)], None, 0.1, &Tensor::from(0f32), None).unwrap();
+            other.step(&[gradient.to_kind(Kind::Float)], None, 0.1, &Tensor::from(0f32)).unwrap();
             assert!(weights.allclose(&before, 1e-5, 1e-6, false), "{kind:?}");
         }
     }

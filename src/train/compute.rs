@@ -8,9 +8,9 @@ use super::gradients::{Backward, Gradients, Weighted, as_vector, at_last_layer};
 use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
-use crate::libtorch::{Draws, Number, divide_list, side_by_side};
+use crate::libtorch::{Draws, divide_list, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows, is_part};
-use crate::optim::{LossScale, Touched};
+use crate::optim::{LossScale, StepRates, Touched};
 use crate::rng::Purpose;
 use crate::weighting::{Reference, Wants};
 
@@ -25,9 +25,7 @@ pub(super) struct Inputs<'a> {
     pub rows: Option<&'a TableRows>,
     /// Weights of the losses, unless they depend on the losses.
     pub weights: Option<&'a Tensor>,
-    pub learning_rate: Number<'a>,
-    /// Factor of the new weights in their average.
-    pub share: Number<'a>,
+    pub rates: StepRates<'a>,
     /// Whether to compare the tasks' gradients.
     pub diagnose: bool,
 }
@@ -167,8 +165,7 @@ impl Trainer<'_> {
         {
             divide_list(&defined, &divisor)?;
         }
-        let average = self.average.as_mut().map(|average| (average, inputs.share));
-        self.optimizer.step(gradients, rows, inputs.learning_rate, clipped.grad_scale(), average)?;
+        self.optimizer.step(gradients, rows, inputs.rates, clipped.grad_scale())?;
         Ok(clipped.values)
     }
 
@@ -210,7 +207,7 @@ impl Trainer<'_> {
         let rows = match self.optimizer.waits_on_device() {
             true => {
                 let places = self.model.embedding.places(&token_ids, batch);
-                self.optimizer.read(&places, self.average.as_ref())?;
+                self.optimizer.read(&places)?;
                 Some(self.model.embedding.rows_at(places, batch))
             }
             false => None,

@@ -14,6 +14,7 @@ use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::BatchPlan;
 use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
+use crate::optim::StepRates;
 use crate::weighting::{Reference, Wants};
 
 /// The most shapes that are recorded, as a graph takes memory on host and device.
@@ -170,7 +171,7 @@ impl Trainer<'_> {
     /// The numbers that the device needs for a step.
     fn numbers(&self, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
         let mut numbers = self.train.numbers(plan);
-        numbers.push(rates(inputs));
+        numbers.push(packed(inputs.rates));
         numbers
     }
 
@@ -179,20 +180,16 @@ impl Trainer<'_> {
         let weights = self.graphs.weights.shallow_clone();
         let both = numbers.narrow(0, numbers.size()[0] - 1, 1).view_dtype(Kind::Float);
         let (rate, share) = (both.get(0), both.get(1));
-        let kept = Inputs {
-            weights: inputs.weights.map(|_| &weights),
-            learning_rate: Number::Device(&rate),
-            share: Number::Device(&share),
-            ..*inputs
-        };
+        let rates = StepRates { learning_rate: Number::Device(&rate), share: Number::Device(&share) };
+        let kept = Inputs { weights: inputs.weights.map(|_| &weights), rates, ..*inputs };
         let batch = self.train.gather(plan, numbers);
         self.compute(step, &[[batch]], &kept)
     }
 }
 
-/// The learning rate and the factor of new weights in their average: two float32, one after the other in memory.
-fn rates(inputs: &Inputs) -> i64 {
+/// Two float32, one after the other in memory.
+fn packed(rates: StepRates) -> i64 {
     let bytes = |number: Number| (number.on_host().unwrap_or_default() as f32).to_ne_bytes();
-    let (rate, share) = (bytes(inputs.learning_rate), bytes(inputs.share));
+    let (rate, share) = (bytes(rates.learning_rate), bytes(rates.share));
     i64::from_ne_bytes([rate[0], rate[1], rate[2], rate[3], share[0], share[1], share[2], share[3]])
 }

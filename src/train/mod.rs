@@ -29,7 +29,7 @@ use crate::data::{DeviceSplit, Sampler};
 use crate::evaluate::{CheckpointScore, Report, TaskReport, evaluate};
 use crate::libtorch::caught;
 use crate::model::Model;
-use crate::optim::{Ema, LossScale, Optimizer};
+use crate::optim::{LossScale, Optimizer};
 use crate::problem::Place;
 use crate::rng::Seed;
 use crate::run::{Records, RunDirectory, checkpoint};
@@ -42,9 +42,8 @@ pub struct Trainer<'a> {
     pub config: &'a TrainingConfig,
     pub tasks: &'a [Task],
     pub model: &'a Model,
+    /// With the moving average of the weights, which is evaluated and kept in their place.
     pub optimizer: Optimizer,
-    /// The moving average of the weights, which is evaluated and kept in their place.
-    pub average: Option<Ema>,
     /// For float16.
     pub loss_scale: Option<LossScale>,
     pub weighting: Weighting,
@@ -117,9 +116,6 @@ impl Trainer<'_> {
         let state: State = serde_json::from_value(saved.state).with_context(|| format!("{}", path.display()))?;
         let mut moments = saved.optimizer;
         self.model.parameters.load(saved.model)?;
-        if let Some(average) = &mut self.average {
-            average.load(&mut moments)?;
-        }
         if let Some(scale) = &mut self.loss_scale {
             scale.load(&mut moments)?;
         }
@@ -268,7 +264,7 @@ impl Trainer<'_> {
     ) -> Result<Report> {
         self.settle()?;
         // The best checkpoints hold the average, if there is one; the last one holds the weights and their average.
-        self.swap_average()?;
+        self.optimizer.swap_average()?;
         let report = evaluate(self.model, dev, self.tasks)?;
         let mut values =
             Map::from_iter([("epoch".to_owned(), json!(epoch + 1)), ("mean".to_owned(), json!(report.mean()))]);
@@ -307,19 +303,15 @@ impl Trainer<'_> {
         for (task, _) in self.tasks.iter().zip(&by_task).filter(|(_, better)| better.is_some()) {
             keep(&format!("best-{}", task.name))?;
         }
-        self.swap_average()?;
+        self.optimizer.swap_average()?;
         state.judge(merit, improved, by_task);
         self.save(state, run)?;
         Ok(report)
     }
 
-    fn swap_average(&mut self) -> Result<()> {
-        self.average.as_mut().map_or(Ok(()), Ema::swap)
-    }
-
     /// Brings all weights and their averages up to date: between steps, updates of table rows may be deferred.
     pub fn settle(&mut self) -> Result<()> {
-        self.optimizer.catch_up(None, self.average.as_mut())
+        self.optimizer.catch_up(None)
     }
 
     fn save(&mut self, state: &State, run: &RunDirectory) -> Result<()> {
@@ -330,7 +322,6 @@ impl Trainer<'_> {
         // The same key as in the best checkpoints.
         about["epoch"] = json!(state.step.div_ceil(self.steps_per_epoch()));
         let mut moments = self.optimizer.state();
-        moments.extend(self.average.iter().flat_map(Ema::state));
         moments.extend(self.loss_scale.iter().flat_map(LossScale::state));
         checkpoint::save(&run.checkpoint("last"), &model, &moments, &about)
     }

@@ -7,7 +7,8 @@ use super::compute::Inputs;
 use super::step_timer::Part;
 use super::{State, Step, Trainer};
 use crate::data::{Batch, BatchPlan};
-use crate::libtorch::{Number, workers};
+use crate::libtorch::workers;
+use crate::optim::StepRates;
 use crate::task::{Task, TaskId};
 use crate::weighting::{Observed, Wants};
 
@@ -82,7 +83,7 @@ impl Trainer<'_> {
     /// Takes one step and returns its number of tokens without padding. Only recording a graph waits for the device.
     pub fn take(&mut self, step: &Step, pending: &mut Pending) -> Result<i64> {
         self.timer.start();
-        self.optimizer.begin(self.average.as_ref())?;
+        self.optimizer.begin()?;
         self.timer.end(Part::Update);
         let plans: Vec<Vec<BatchPlan>> = step.batches.iter().map(|rows| self.parts(rows)).collect();
         let parts = || plans.iter().flatten();
@@ -97,7 +98,7 @@ impl Trainer<'_> {
         self.timer.end(Part::Batch);
         let rows = match touched {
             Some(touched) => {
-                self.optimizer.catch_up(Some(&touched), self.average.as_mut())?;
+                self.optimizer.catch_up(Some(&touched))?;
                 Some(self.model.embedding.rows(touched))
             }
             None => None,
@@ -112,8 +113,10 @@ impl Trainer<'_> {
             n_decisions: &n_decisions,
             rows: rows.as_ref(),
             weights: weights.as_ref(),
-            learning_rate: Number::Host(self.learning_rate(step.number, step.n_steps)),
-            share: Number::Host(self.average.as_ref().map_or(0.0, |average| average.share(step.number))),
+            rates: StepRates {
+                learning_rate: self.learning_rate(step.number, step.n_steps).into(),
+                share: self.optimizer.share(step.number).into(),
+            },
             diagnose: step.diagnose && present.iter().filter(|&&present| present).count() > 1,
         };
         let computed = match self.recorded(step, &plans, &inputs)? {

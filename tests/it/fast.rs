@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use polytask::libtorch::{Draws, Number};
+use polytask::libtorch::Draws;
 use polytask::model::{Mode, Model, Precision};
-use polytask::optim::{Ema, Optimizer, OptimizerConfig, Touched};
+use polytask::optim::{Optimizer, OptimizerConfig, StepRates, Touched};
 use polytask::train::graphs::Graphs;
 use polytask::train::{Pending, State, Step};
 use serde_json::json;
@@ -126,9 +126,9 @@ fn lazy_rows_leave_the_others_alone_and_the_rest_is_adamw() {
         for _ in 0..3 {
             let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), padding: -1, tables: vec![0] };
             let gradient = Tensor::full([ids.len() as i64, 2], 0.5, (Kind::Float, Device::Cpu));
-            optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32), None).unwrap();
+            optimizer.step(&[gradient], Some(&touched), 0.1, &Tensor::from(0.0f32)).unwrap();
         }
-        optimizer.catch_up(None, None).unwrap();
+        optimizer.catch_up(None).unwrap();
         table.detach()
     };
     let (lazy, dense) = (step(true, &[1, 3]), step(false, &[1, 3]));
@@ -147,24 +147,21 @@ fn rows_that_wait_take_the_steps_of_whole_tables() {
         let numbers: Vec<f32> = (0..60).map(|i| (1.0 + i as f32).sin()).collect();
         let table = Tensor::from_slice(&numbers).view([3, 20]).set_requires_grad(true);
         let named = [("embedding.weight", &table)];
-        let mut optimizer = Optimizer::new(&config, named.into_iter());
-        let mut average = Ema::new(0.9, named.into_iter());
+        let mut optimizer = Optimizer::new(&config, named.into_iter()).with_average(0.9);
         for number in 0..400usize {
             let ids: &[i64] = if number.is_multiple_of(5) { &[2, 0] } else { &[2] };
             let touched = Touched { ids: Tensor::from_slice(ids), host: ids.to_vec(), padding: -1, tables: vec![0] };
             let rows = in_rows.then_some(&touched);
-            optimizer.catch_up(rows, Some(&mut average)).unwrap();
+            optimizer.catch_up(rows).unwrap();
             let gradient = Tensor::full([ids.len() as i64, 20], (number as f64).cos(), (Kind::Float, Device::Cpu));
             let whole = table.detach().zeros_like().index_add(0, &touched.ids, &gradient);
             let gradient = if in_rows { gradient } else { whole };
-            let rate = 1e-2 / (1.0 + number as f64);
-            let share = Number::Host(average.share(number));
-            let average = Some((&mut average, share));
-            optimizer.step(&[gradient], rows, rate, &Tensor::from(0.0f32), average).unwrap();
+            let learning_rate = (1e-2 / (1.0 + number as f64)).into();
+            let rates = StepRates { learning_rate, share: optimizer.share(number).into() };
+            optimizer.step(&[gradient], rows, rates, &Tensor::from(0.0f32)).unwrap();
         }
-        optimizer.catch_up(None, Some(&mut average)).unwrap();
+        optimizer.catch_up(None).unwrap();
         let mut all = optimizer.state();
-        all.extend(average.state());
         all.push(("weight".to_owned(), table.detach().copy()));
         all
     };
@@ -225,7 +222,7 @@ fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize
     }
     pending.drain(&mut state, &s.tasks).unwrap();
     trainer.settle().unwrap();
-    trainer.average.as_mut().unwrap().swap().unwrap();
+    trainer.optimizer.swap_average().unwrap();
     (
         model.parameters.tensors().into_iter().map(Tensor::copy).collect(),
         state.epoch.means(),

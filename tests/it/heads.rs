@@ -85,7 +85,7 @@ fn ensure_trains_saves_and_loads(overrides: &[&str]) {
         }
         let (_, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), None, 5.0, None).unwrap();
         let grad_scale = GradScale { divisor: divisor.as_ref(), ..GradScale::from(&never) };
-        optimizer.step(&gradients, None, 1e-2, grad_scale, None).unwrap();
+        optimizer.step(&gradients, None, 1e-2, grad_scale).unwrap();
         losses.push(total.double_value(&[]));
     }
     assert!(losses[59] < 0.35 * losses[0], "{overrides:?}: loss {} to {}", losses[0], losses[59]);
@@ -199,7 +199,7 @@ fn weights_that_decay_and_weights_that_do_not() {
     let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
     // With gradients of 0, only weight decay changes a weight.
     let gradients: Vec<Tensor> = before.iter().map(Tensor::zeros_like).collect();
-    optimizer.step(&gradients, None, 0.1, &Tensor::from(0.0f32), None).unwrap();
+    optimizer.step(&gradients, None, 0.1, &Tensor::from(0.0f32)).unwrap();
     for ((name, tensor), before) in model.parameters.iter().zip(&before) {
         let spared = name.starts_with("embedding.") || tensor.dim() < 2;
         let factor = if spared { 1.0 } else { 1.0 - 0.1 * 0.5 };
@@ -328,7 +328,7 @@ fn momentum_descends() {
         let encoded = model.encode(&batch, &batch.token_ids, None, Mode::Eval);
         let total = model.losses(&encoded, &batch, Mode::Eval).into_iter().flatten().reduce(|a, b| a + b).unwrap();
         let gradients = Tensor::run_backward(&[&total], &model.parameters.tensors(), false, false);
-        optimizer.step(&gradients, None, 0.1, &Tensor::from(0.0f32), None).unwrap();
+        optimizer.step(&gradients, None, 0.1, &Tensor::from(0.0f32)).unwrap();
         losses.push(total.double_value(&[]));
     }
     assert!(losses[39] < 0.6 * losses[0], "{losses:?}");
@@ -342,7 +342,7 @@ fn nothing_moves_once_a_loss_was_not_finite() {
     let before = copy(&model);
     let mut optimizer = Optimizer::new(&s.experiment.training.optimizer, model.parameters.iter());
     let gradients: Vec<Tensor> = before.iter().map(|tensor| tensor.full_like(f64::NAN)).collect();
-    optimizer.step(&gradients, None, 1e-2, &Tensor::from(1.0f32), None).unwrap();
+    optimizer.step(&gradients, None, 1e-2, &Tensor::from(1.0f32)).unwrap();
     assert_eq!(copy(&model), before);
 }
 

@@ -214,7 +214,7 @@ fn uncertainty_finds_the_noise_of_two_regressions() {
         let losses = [fit(0), fit(1)];
         let total = weighted_sum(&losses, &strategy.weights(step, &[true; 2], None)).unwrap();
         let gradients = Tensor::run_backward(&[total], &parameters.iter().collect::<Vec<_>>(), false, false);
-        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32), None).unwrap();
+        optimizer.step(&gradients, None, 1e-2, &Tensor::from(0.0f32)).unwrap();
         let observed = Observed { losses: &as_vector(&losses, Device::Cpu), present: &[true; 2], norms: None };
         strategy.learn(&observed).unwrap();
     }
@@ -262,7 +262,7 @@ fn toy(config: &str) -> [f64; 2] {
         let norms = Tensor::stack(&losses.iter().map(norm).collect::<Vec<_>>(), 0).to_kind(Kind::Double);
         let total = weighted_sum(&losses, &strategy.weights(step, &[true; 2], None)).unwrap();
         let gradients = Tensor::run_backward(&[total], &parameters.iter().collect::<Vec<_>>(), false, false);
-        optimizer.step(&gradients, None, 1e-3, &Tensor::from(0.0f32), None).unwrap();
+        optimizer.step(&gradients, None, 1e-3, &Tensor::from(0.0f32)).unwrap();
         let vector = as_vector(&losses, Device::Cpu);
         strategy.learn(&Observed { losses: &vector, present: &[true; 2], norms: Some(&norms) }).unwrap();
     }

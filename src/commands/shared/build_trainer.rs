@@ -8,7 +8,7 @@ use crate::config::Experiment;
 use crate::data::{DeviceSplit, Sampler, Tokenizer};
 use crate::libtorch;
 use crate::model::{HeadConfig, Model, Precision, is_part};
-use crate::optim::{Ema, LossScale, Optimizer};
+use crate::optim::{LossScale, Optimizer};
 use crate::problem::invalid;
 use crate::rng::Seed;
 use crate::task::{Task, TaskId};
@@ -97,19 +97,20 @@ impl<'a> Parts<'a> {
         let &Parts { experiment, config, tasks, tokenizer, model, train, .. } = self;
         let (seed, device) = (Seed(experiment.seed), model.parameters.device());
         let rate = experiment.tokenizer.unknown_rate();
-        let average = (config.ema_decay > 0.0).then(|| Ema::new(config.ema_decay, model.parameters.iter()));
         let mut optimizer = Optimizer::new(&config.optimizer, model.parameters.iter());
+        if config.ema_decay > 0.0 {
+            optimizer = optimizer.with_average(config.ema_decay);
+        }
         if device != Device::Cpu {
             // Several batches per step read different table rows, so tables are updated like other parameters.
             let tables = if config.accumulate_steps == 1 { model.embedding.trained_tables() } else { Vec::new() };
-            optimizer.work_on_device(tables, &model.halves(), average.as_ref());
+            optimizer.work_on_device(tables, &model.halves());
         }
         Trainer {
             config,
             tasks,
             model,
             optimizer,
-            average,
             loss_scale: (config.precision == Precision::Float16).then(|| LossScale::new(device)),
             weighting: Weighting::new(self.weighting, &self.weighted(), seed, device),
             sampler: Sampler::new(&train.set, &config.sampling, config.batch_size, seed),
