@@ -135,6 +135,19 @@ pub fn write(path: &Path, content: &[u8]) -> Result<()> {
     filled().with_context(|| format!("{} could not be written", path.display()))?.keep()
 }
 
+/// Replaces the file by a hard link to the first of `others` that has the same content, so that it needs no space of its own.
+pub fn share(path: &Path, mut others: impl Iterator<Item = PathBuf>) -> IoResult<()> {
+    let own = std::fs::read(path)?;
+    let is_same = |other: &PathBuf| {
+        let as_long = other.metadata().is_ok_and(|about| about.len() == own.len() as u64);
+        other != path && as_long && std::fs::read(other).is_ok_and(|content| content == own)
+    };
+    let Some(same) = others.find(is_same) else { return Ok(()) };
+    let link = tempfile::Builder::new().prefix(PREFIX).make_in(folder_of(path), |at| std::fs::hard_link(&same, at))?;
+    link.persist(path)?;
+    Ok(())
+}
+
 /// Renames a file or folder so that after a power failure it is at `to` completely or not at all.
 pub fn rename(from: &Path, to: &Path) -> IoResult<()> {
     sync(from)?;
@@ -158,6 +171,8 @@ pub fn folder_of(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -176,5 +191,22 @@ mod tests {
         assert!(!Path::new("/dev/null").is_file());
         assert!(write(folder.path(), b"a folder").is_err());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn files_of_the_same_content_are_stored_once_and_replaced_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let [first, other, again] = ["first", "other", "again"].map(|name| folder.path().join(name));
+        std::fs::write(&first, "same").unwrap();
+        std::fs::write(&other, "else").unwrap();
+        std::fs::write(&again, "same").unwrap();
+        let all = || [&again, &other, &first].map(PathBuf::clone).into_iter();
+        share(&again, all()).unwrap();
+        share(&other, all()).unwrap();
+        let file = |path: &Path| path.metadata().unwrap().ino();
+        assert!(file(&again) == file(&first) && file(&other) != file(&first));
+        write(&again, b"new").unwrap();
+        assert_eq!(std::fs::read(&first).unwrap(), b"same");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
     }
 }

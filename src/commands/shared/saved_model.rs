@@ -11,7 +11,7 @@ use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::problem::invalid;
-use crate::run::{RunDirectory, checkpoint};
+use crate::run::{RunDirectory, atomic, checkpoint};
 use crate::task::Task;
 
 /// A trained run with one of its checkpoints, or an exported model.
@@ -27,14 +27,21 @@ pub struct Trained {
 /// The file of pretrained vectors in a run directory.
 const VECTORS: &str = "vectors.safetensors";
 
-/// Saves the tokenizer's pretrained vectors, if any, in the run directory.
+/// Saves the tokenizer's pretrained vectors, if any, in the run directory. Runs beside it that have the same, as most of
+/// a study do, share the file.
 pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
     if tokenizer.vectors().is_empty() {
         return Ok(());
     }
     let tables = tokenizer.vectors().iter().enumerate();
     let tables: Vec<_> = tables.map(|(i, table)| (i.to_string(), table.shallow_clone())).collect();
-    checkpoint::save(&run.file(VECTORS), &tables, &[], &tokenizer.n_trained().into())
+    let file = run.file(VECTORS);
+    checkpoint::save(&file, &tables, &[], &tokenizer.n_trained().into())?;
+    let beside = std::fs::read_dir(atomic::folder_of(&run.path)).into_iter().flatten().flatten();
+    if let Err(error) = atomic::share(&file, beside.map(|entry| entry.path().join(VECTORS))) {
+        log::debug!("{} is not shared with other runs: {error}", file.display());
+    }
+    Ok(())
 }
 
 /// The tokenizer of a trained model, from its experiment and `tokenizer.json`.
