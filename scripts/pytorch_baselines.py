@@ -48,8 +48,12 @@ def model_of(experiment, tasks, vocabulary):
     config = experiment["model"]
     trunk, embedding = config["trunk"], config["embedding"]
 
+    def rows(n, dim):
+        """Random rows; the first, of padding, is 0."""
+        return nn.Parameter(torch.cat([torch.zeros(1, dim), torch.randn(n - 1, dim)]))
+
     class Crf(nn.Module):
-        """-log p of tags in float32, by logsumexp over time steps."""
+        """-log p of tags in float32; a step of the forward algorithm is a matrix product, scaled by the row's maximum."""
 
         def __init__(self, labels, constrained):
             super().__init__()
@@ -69,9 +73,11 @@ def model_of(experiment, tasks, vocabulary):
             score = start[tags[:, 0]] + (x.gather(2, tags.unsqueeze(2)).squeeze(2) * on).sum(1)
             score = score + (transitions[tags[:, :-1], tags[:, 1:]] * on[:, 1:]).sum(1)
             score = score + self.end[tags.gather(1, on.sum(1, keepdim=True) - 1).squeeze(1)]
-            alpha = start + x[:, 0]
+            alpha, step = start + x[:, 0], transitions.exp()
             for t in range(1, x.size(1)):
-                ahead = torch.logsumexp(alpha.unsqueeze(2) + transitions, 1) + x[:, t]
+                most = alpha.amax(1, keepdim=True).detach()
+                # A tag that cannot be reached has the gradient 0, not that of log 0.
+                ahead = ((alpha - most).exp() @ step).clamp_min(1e-30).log() + most + x[:, t]
                 alpha = torch.where(on[:, t : t + 1], ahead, alpha)
             return (torch.logsumexp(alpha + self.end, 1) - score).sum() / on.sum()
 
@@ -80,9 +86,10 @@ def model_of(experiment, tasks, vocabulary):
 
         def __init__(self, cnn):
             super().__init__()
-            self.weight = nn.Parameter(torch.zeros(257, cnn["dim"]))
-            self.filters = nn.Parameter(torch.zeros(cnn["filters"], cnn["dim"], cnn["width"]))
-            self.bias = nn.Parameter(torch.zeros(cnn["filters"]))
+            self.weight = rows(257, cnn["dim"])
+            bound = (cnn["dim"] * cnn["width"]) ** -0.5
+            uniform = lambda *size: nn.Parameter(torch.empty(*size).uniform_(-bound, bound))  # noqa: E731
+            self.filters, self.bias = uniform(cnn["filters"], cnn["dim"], cnn["width"]), uniform(cnn["filters"])
 
         def forward(self, spelling):
             flat = spelling.flatten(0, 1)
@@ -93,7 +100,7 @@ def model_of(experiment, tasks, vocabulary):
     class Embedding(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.zeros(vocabulary, embedding["dim"]))
+            self.weight = rows(vocabulary, embedding["dim"])
             cnn = embedding["characters"].get("cnn")
             self.characters = Characters(cnn) if cnn else None
             self.width = embedding["dim"] + (cnn["filters"] if cnn else 0)
@@ -124,8 +131,7 @@ def model_of(experiment, tasks, vocabulary):
         def encode(self, batch, packed):
             x = self.dropout(self.embedding(batch), embedding["dropout"], embedding["locked_dropout"])
             if packed or not batch["even"]:
-                lengths = batch["lengths"].cpu()
-                x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+                x = nn.utils.rnn.pack_padded_sequence(x, batch["lengths"], batch_first=True, enforce_sorted=False)
                 x, _ = self.trunk(x)
                 x, _ = nn.utils.rnn.pad_packed_sequence(x, batch_first=True)
             else:
@@ -152,8 +158,15 @@ def build(folder, device):
 
     weights, _ = read_safetensors(folder / "weights.safetensors")
     arrays, about = read_safetensors(folder / "steps.safetensors")
-    tasks = about["tasks"]
-    model = model_of(about["experiment"], tasks, len(weights["embedding.weight"]))
+    tasks, experiment = about["tasks"], about["experiment"]
+    for missing, what in (
+        (experiment["model"]["embedding"]["dim"] == 0 or experiment["model"]["embedding"]["vectors"], "pretrained vectors"),
+        ("adamw" not in experiment["training"]["optimizer"], "optimizer but AdamW"),
+        ("range" in experiment["training"]["schedule"], "schedule `range`"),
+    ):
+        if missing:
+            sys.exit(f"the baselines have no {what}")
+    model = model_of(experiment, tasks, len(weights["embedding.weight"]))
     unlike = sorted(set(weights) ^ set(model.state_dict()))
     if unlike:
         sys.exit(f"the baselines have no such model: they differ in {', '.join(unlike)}")
@@ -161,11 +174,12 @@ def build(folder, device):
     model.to(device).train()
     steps = []
     for number in range(len(about["losses"])):
-        names = ("token_ids", "lengths", "bytes")
-        batch = {name: arrays[f"{number}.{name}"].to(device) for name in names if f"{number}.{name}" in arrays}
+        batch = {name: arrays[f"{number}.{name}"].to(device) for name in ("token_ids", "bytes") if f"{number}.{name}" in arrays}
         width = batch["token_ids"].size(1)
+        # Packing wants lengths on the host.
+        batch["lengths"] = arrays[f"{number}.lengths"]
         batch["even"] = bool((batch["lengths"] == width).all())
-        batch["mask"] = torch.arange(width, device=device) < batch["lengths"].unsqueeze(1)
+        batch["mask"] = (torch.arange(width) < batch["lengths"].unsqueeze(1)).to(device)
         for task in tasks:
             rows = arrays.get(f"{number}.{task['name']}.rows", ())
             if len(rows) != len(batch["lengths"]):
@@ -212,12 +226,14 @@ def p1_step(model, optimizer, batch, tasks, weighting, clip):
     if weighting is None:
         sum(losses).backward()
     else:
-        at_states = [torch.autograd.grad(loss, states, retain_graph=True)[0] for loss in losses]
-        heads = list(model.heads.parameters())
         weights = weighting["weights"].detach()
-        total = (weights * torch.stack(losses)).sum()
-        for parameter, gradient in zip(heads, torch.autograd.grad(total, heads, retain_graph=True)):
-            parameter.grad = gradient
+        at_states = []
+        for task, loss, weight in zip(tasks, losses, weights):
+            head = list(model.heads[task["name"]].parameters())
+            at_state, *of_head = torch.autograd.grad(loss, [states, *head], retain_graph=True)
+            at_states.append(at_state)
+            for parameter, gradient in zip(head, of_head):
+                parameter.grad = gradient * weight
         trunk = [p for n, p in model.named_parameters() if not n.startswith("heads.")]
         joined = sum(weight * gradient for weight, gradient in zip(weights, at_states))
         for parameter, gradient in zip(trunk, torch.autograd.grad(states, trunk, joined)):
@@ -240,8 +256,6 @@ class Optimizer:
     def __init__(self, baseline, model, config, n_steps):
         import torch
 
-        if "adamw" not in config["optimizer"]:
-            sys.exit("the baselines have AdamW alone")
         adamw, named = config["optimizer"]["adamw"], list(model.named_parameters())
         decays = lambda name, p: adamw["decay_all"] or (p.dim() > 1 and not name.startswith("embedding."))  # noqa: E731
         groups = [
@@ -273,11 +287,13 @@ class Optimizer:
             group["lr"] = self.config["optimizer"]["adamw"]["learning_rate"] * self.factor()
         self.adamw.step()
         self.n_done += 1
+        if not self.average:
+            return
         share = 1 - min(self.config["ema_decay"], (1 + self.n_done) / (10 + self.n_done))
-        if self.average and self.baseline == "P0":
+        if self.baseline == "P0":
             for average, parameter in zip(self.average, self.parameters):
                 average.mul_(1 - share).add_(parameter, alpha=share)
-        elif self.average:
+        else:
             torch._foreach_lerp_(self.average, self.parameters, share)
 
 
@@ -288,6 +304,7 @@ def graphed(model, optimizer, steps, tasks, clip):
     import torch
 
     graphs = {}
+    key_of = lambda batch: tuple(x.shape if torch.is_tensor(x) else x for x in batch.values())  # noqa: E731
 
     def run(batch):
         with torch.autocast("cuda", torch.float16):
@@ -299,7 +316,7 @@ def graphed(model, optimizer, steps, tasks, clip):
         return losses
 
     for batch in steps:
-        key = (tuple(batch["token_ids"].shape), batch["even"])
+        key = key_of(batch)
         if key in graphs or not batch["even"]:
             continue
         static = {k: v.clone() if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -317,7 +334,7 @@ def graphed(model, optimizer, steps, tasks, clip):
         graphs[key] = (graph, static, losses)
 
     def step(batch):
-        found = graphs.get((tuple(batch["token_ids"].shape), batch["even"]))
+        found = graphs.get(key_of(batch))
         if found is None:
             optimizer.adamw.zero_grad(set_to_none=True)
             return run(batch)
@@ -335,21 +352,24 @@ def read_split(experiment, split):
     """Rows of the only set: by column, the words or tags of a sentence as a list, its class as a text."""
     (data,) = experiment["data"]["sets"].values()
     paths = [Path(experiment["data"]["root"]) / path for path in data[split]]
+    if data["format"] not in ("jsonl", "parallel"):
+        sys.exit("the baseline's epoch reads JSON lines and parallel files alone; try --no-epoch")
+    read = lambda path: [line.rstrip("\n") for line in open(path, encoding="utf-8", newline="\n")]  # noqa: E731
     if data["format"] == "jsonl":
-        return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+        return [json.loads(line) for path in paths for line in read(path)]
     heads = [(kind, head) for kinds in experiment["tasks"].values() for kind, head in kinds.items()]
     words = {data["tokens"]} | {head["column"] for kind, head in heads if kind == "tagging"}
     classes = {head["column"] for kind, head in heads if kind == "classification"}
     rows = []
     for path in paths:
-        columns = {name: [line.split() for line in (path / name).read_text().splitlines()] for name in words}
-        columns |= {name: (path / name).read_text().splitlines() for name in classes}
+        columns = {name: [line.split() for line in read(path / name)] for name in words}
+        columns |= {name: read(path / name) for name in classes}
         rows += [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
     return rows
 
 
-def encode_split(rows, words, columns, ids, max_bytes):
-    """Tensors of the rows of each length: sentences of one length lie together."""
+def encode_split(rows, words, columns, ids, forms):
+    """Tensors of the rows of each length: sentences of one length lie together. `forms` numbers all words by spelling."""
     import torch
 
     by_length = {}
@@ -358,10 +378,7 @@ def encode_split(rows, words, columns, ids, max_bytes):
     groups = []
     for rows in by_length.values():
         group = {"token_ids": torch.tensor([[ids.get(word, 1) for word in row[words]] for row in rows])}
-        if max_bytes:
-            spelled = [[[byte + 1 for byte in word.encode()[:max_bytes]] for word in row[words]] for row in rows]
-            longest = max(len(word) for row in spelled for word in row)
-            group["bytes"] = torch.tensor([[word + [0] * (longest - len(word)) for word in row] for row in spelled])
+        group["forms"] = torch.tensor([[forms[word] for word in row[words]] for row in rows])
         for name, (column, number) in columns.items():
             of = lambda x: number.get(x, -1) if isinstance(x, str) else [number.get(tag, -1) for tag in x]  # noqa: E731, B023
             group[name] = torch.tensor([of(row[column]) for row in rows])
@@ -387,8 +404,25 @@ def epoch(folder, device):
         values = [row[head["column"]] for row in read["train"]]
         labels = sorted(set(values) if kind == "classification" else {tag for tags in values for tag in tags})
         columns[name] = (head["column"], {label: i for i, label in enumerate(labels)})
-    max_bytes = experiment["model"]["embedding"]["characters"].get("cnn", {}).get("max_bytes")
-    encoded = {split: encode_split(rows, words, columns, ids, max_bytes) for split, rows in read.items()}
+    forms = {}
+    for row in read["train"] + read["dev"]:
+        for word in row[words]:
+            forms.setdefault(word, len(forms))
+    cnn = experiment["model"]["embedding"]["characters"].get("cnn")
+    if cnn:
+        spelled = [torch.tensor([byte + 1 for byte in word.encode()[: cnn["max_bytes"]]]) for word in forms]
+        spelling = torch.nn.utils.rnn.pad_sequence(spelled, batch_first=True).to(device)
+        n_bytes = torch.tensor([len(word) for word in spelled], device=device)
+
+    def with_bytes(batch):
+        """The batch with the bytes of its words, up to the longest; on a GPU up to the longest of all, without waiting."""
+        if cnn:
+            batch["bytes"] = spelling[batch["forms"]]
+            if device.type == "cpu":
+                batch["bytes"] = batch["bytes"][..., : n_bytes[batch["forms"]].max()]
+        return {**batch, "even": True}
+
+    encoded = {split: encode_split(rows, words, columns, ids, forms) for split, rows in read.items()}
     encoded = {split: [{name: x.to(device) for name, x in group.items()} for group in encoded[split]] for split in encoded}
     tasks = [{**task, "labels": list(columns[task["name"]][1])} for task in tasks]
     model = model_of(experiment, tasks, len(ids) + 2).to(device).train()
@@ -399,13 +433,13 @@ def epoch(folder, device):
     random.shuffle(batches)
     optimizer = Optimizer("P1", model, config, len(batches))
     for group, rows in batches:
-        batch = {name: tensor[rows] for name, tensor in group.items()}
-        p1_step(model, optimizer, {**batch, "even": True}, tasks, None, config["clip_norm"])
+        batch = with_bytes({name: tensor[rows] for name, tensor in group.items()})
+        p1_step(model, optimizer, batch, tasks, None, config["clip_norm"] or math.inf)
     model.eval()
     right = {name: 0 for name in columns}
     with torch.no_grad():
         for group in encoded["dev"]:
-            states = model.encode({**group, "even": True}, False)
+            states = model.encode(with_bytes(group), False)
             for name in columns:
                 head = model.heads[name]["output"]
                 logits = head(states) if group[name].dim() > 1 else head(states.amax(1))

@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::cli::CompareArgs;
-use super::run_report::{self, RunReport};
+use super::run_report::RunReport;
 use super::{End, output, say, table};
 use crate::compare::html::{self, Chart};
 use crate::compare::{Comparison, Group, Run, RunTask, Settings, compare};
 use crate::config::{Experiment, is_tag};
 use crate::problem::invalid;
-use crate::run::RunDirectory;
+use crate::run::{RunDirectory, names};
 
 /// The list of a study's runs, one [`Planned`] each.
 pub const PLAN: &str = "plan.json";
@@ -125,7 +125,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         let plan = path.join(PLAN);
         if !plan.is_file() {
             let directory = RunDirectory::open(path)?;
-            if !directory.file(run_report::FILE).is_file() {
+            if !directory.file(names::REPORT).is_file() {
                 return Err(invalid(format!("{} is not finished: it has no report.json", path.display())));
             }
             found.push(read(&directory, None)?);
@@ -137,7 +137,7 @@ fn find(paths: &[PathBuf]) -> Result<Vec<Found>> {
         let mut n_open = 0;
         for entry in &plan {
             let run = path.join("runs").join(&entry.name);
-            if run.join(run_report::FILE).is_file() {
+            if run.join(names::REPORT).is_file() {
                 let mut of_study = read(&RunDirectory::open(&run)?, Some(&entry.label))?;
                 of_study.run.variant = entry.variant.clone();
                 of_study.source = known_as(path);
@@ -192,7 +192,7 @@ fn tell_settings(found: &mut [Found]) {
         };
         let alike: Vec<&Found> = bare.iter().map(|&other| &found[other]).filter(is_like).collect();
         let own = &found[i].run;
-        let told = own.settings.told_apart(&alike.iter().map(|other| &other.run.settings).collect(), is_tag);
+        let told = own.settings.unlike_most(&alike.iter().map(|other| &other.run.settings).collect(), is_tag);
         let first = alike.iter().find(|other| other.run.settings == own.settings);
         found[i].run.variant = match first {
             Some(first) if told.len() > 3 => first.path.display().to_string(),
@@ -220,7 +220,7 @@ fn tell_apart(found: &mut [Found]) {
 }
 
 fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
-    let experiment = Experiment::load(&directory.file("resolved.yaml"), &[])?;
+    let experiment = Experiment::load(&directory.file(names::RESOLVED), &[])?;
     let finished = RunReport::read(directory)?;
     let split_of = |i: usize| if finished.score("test", i).is_some() { "test" } else { "dev" };
     let scored_on = |i: usize| finished.rows.get(split_of(i))?.get(i).cloned();
@@ -236,7 +236,7 @@ fn read(directory: &RunDirectory, label: Option<&str>) -> Result<Found> {
         Some((task, scored_on(i)))
     };
     let (tasks, scored_on): (Vec<RunTask>, Vec<_>) = experiment.tasks.keys().enumerate().filter_map(task).unzip();
-    ensure!(!tasks.is_empty(), "{} contains no score", directory.file(run_report::FILE).display());
+    ensure!(!tasks.is_empty(), "{} contains no score", directory.file(names::REPORT).display());
     let strategy = serde_json::to_value(&experiment.weighting)?;
     let strategy = strategy.as_object().and_then(|object| object.keys().next().cloned()).unwrap_or_default();
     let own = match experiment.tasks.keys().collect::<Vec<_>>()[..] {
@@ -291,7 +291,7 @@ fn charts(found: &[Found], comparison: &Comparison) -> Result<Vec<Chart>> {
                 && run.learning_rate == group.learning_rate
         });
         for found in chosen {
-            let text = RunDirectory { path: found.path.clone() }.read("metrics.jsonl")?;
+            let text = RunDirectory { path: found.path.clone() }.read(names::METRICS)?;
             for record in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
                 let step = record["step"].as_u64().unwrap_or(0);
                 for (title, value) in points(&record, &found.run.tasks) {

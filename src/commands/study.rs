@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use super::cli::StudyArgs;
 use super::compare::{self, PLAN, Planned};
-use super::run_report::{self, RunReport};
+use super::run_report::RunReport;
 use super::{End, prepare, table};
 use crate::compare::Settings;
 use crate::config::{Experiment, PlannedRun};
@@ -24,7 +24,7 @@ use crate::data::{Corpus, Split};
 use crate::evaluate::TaskReport;
 use crate::libtorch;
 use crate::problem::{counted, fail_on_errors, invalid};
-use crate::run::{NewRun, RunDirectory, atomic};
+use crate::run::{NewRun, RunDirectory, atomic, names};
 use crate::task::TaskId;
 
 /// A planned run with its paths.
@@ -72,7 +72,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     std::fs::create_dir_all(&out).map_err(|error| invalid(format!("{} cannot be created: {error}", out.display())))?;
     let _lock = RunDirectory { path: out.clone() }.lock()?;
     let jobs = write_plan(&out, &runs)?;
-    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(run_report::FILE).is_file());
+    let (done, open): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| job.run.join(names::REPORT).is_file());
     let n_side_by_side = usize::from(args.jobs).max(args.devices.len()).min(open.len().max(1));
     log::info!(
         "{}: {} runs, {} of them done, {n_side_by_side} in parallel; results go to {}",
@@ -83,7 +83,7 @@ pub fn run(args: &StudyArgs) -> Result<End> {
     );
     let n_other = std::fs::read_dir(out.join("runs"))?
         .flatten()
-        .filter(|entry| entry.path().join(run_report::FILE).is_file())
+        .filter(|entry| entry.path().join(names::REPORT).is_file())
         .filter(|entry| !done.iter().any(|job| job.run == entry.path()))
         .count();
     if n_other > 0 {

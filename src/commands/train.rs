@@ -22,7 +22,7 @@ use crate::evaluate::evaluate;
 use crate::libtorch;
 use crate::model::Model;
 use crate::problem::{counted, fail_on_errors, invalid};
-use crate::run::{NewRun, RunDirectory, atomic, checkpoint};
+use crate::run::{NewRun, RunDirectory, atomic, checkpoint, names};
 use crate::task::{Task, TaskId};
 use crate::train::{Course, Outcome, State};
 
@@ -98,8 +98,8 @@ fn write(
 ) -> Result<()> {
     let tasks = prepare::tasks(experiment, corpus);
     let written = std::fs::read_to_string(&args.experiment).context("the experiment file cannot be read any more")?;
-    run.write("experiment.yaml", &written)?;
-    run.write("tokenizer.json", &tokenizer.to_json()?)?;
+    run.write(names::AS_WRITTEN, &written)?;
+    run.write(names::TOKENIZER, &tokenizer.to_json()?)?;
     saved_model::write_vectors(run, tokenizer)?;
     run.write_tasks(&tasks)?;
     let environment = json!({
@@ -110,8 +110,8 @@ fn write(
         "workers": libtorch::workers(),
         "command": std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>(),
     });
-    run.write("environment.json", &serde_json::to_string_pretty(&environment)?)?;
-    run.write("resolved.yaml", &experiment.to_yaml()?)
+    run.write(names::ENVIRONMENT, &serde_json::to_string_pretty(&environment)?)?;
+    run.write(names::RESOLVED, &experiment.to_yaml()?)
 }
 
 /// Trains from the run's current state to the end.
@@ -174,7 +174,7 @@ fn go(
     let before = if args.resume { seconds_before(run) } else { 0.0 };
     let outcome = trainer.train(state, Course { dev: &dev, run }, &mut progress, stop)?;
     let seconds = before + started.elapsed().as_secs_f64();
-    run.write("timing.json", &json!({"training_secs": seconds}).to_string())?;
+    run.write(names::TIMING, &json!({"training_secs": seconds}).to_string())?;
     match outcome {
         Outcome::Interrupted(step) => {
             let command = resume_command(args, run);
@@ -195,7 +195,7 @@ fn go(
 /// Seconds that the run has trained before; 0 if it was killed without recording them.
 fn seconds_before(run: &RunDirectory) -> f64 {
     let timing: Option<serde_json::Value> =
-        run.read("timing.json").ok().and_then(|text| serde_json::from_str(&text).ok());
+        run.read(names::TIMING).ok().and_then(|text| serde_json::from_str(&text).ok());
     timing.and_then(|timing| timing["training_secs"].as_f64()).unwrap_or(0.0)
 }
 

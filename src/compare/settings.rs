@@ -70,7 +70,7 @@ impl Settings {
 
     /// `path=value` of each setting whose value here is not the single most common one in `all`. If a mapping is of
     /// another kind (`is_tag` recognizes the key), its other settings are listed only if they differ within the kind.
-    pub fn told_apart(&self, all: &BTreeSet<&Settings>, is_tag: fn(&str) -> bool) -> Vec<String> {
+    pub fn unlike_most(&self, all: &BTreeSet<&Settings>, is_tag: fn(&str) -> bool) -> Vec<String> {
         let paths: BTreeSet<&str> = all.iter().flat_map(|other| other.0.keys()).map(String::as_str).collect();
         let differs = |path: &&str| {
             let mut counts: BTreeMap<Option<&String>, usize> = BTreeMap::new();
@@ -146,7 +146,7 @@ mod tests {
         let all = [json!({"a": {"b": 1}, "seed": 1}), json!({"a": {"b": 2, "c": "x"}})];
         let [one, other] = all.map(|value| Settings::new(&value, false));
         let told =
-            |own: &Settings, all: &[&Settings]| own.told_apart(&all.iter().copied().collect(), |key| key == "kind");
+            |own: &Settings, all: &[&Settings]| own.unlike_most(&all.iter().copied().collect(), |key| key == "kind");
         assert_eq!(told(&one, &[&one, &other]), ["a.b=1", "a.c=default"]);
         assert_eq!(told(&other, &[&one, &other]), ["a.b=2", "a.c=x"]);
         assert!(told(&one, &[&one]).is_empty());

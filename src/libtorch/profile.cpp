@@ -6,19 +6,12 @@
 #include <algorithm>
 #include <utility>
 
-namespace {
-
-using torch::profiler::impl::ActivityType;
-using torch::profiler::impl::ProfilerConfig;
-using torch::profiler::impl::ProfilerState;
-
-}  // namespace
-
 extern "C" {
 
 // Starts recording what runs on the GPU, or operators on the CPU.
 char* pt_profile_start(bool gpu) {
   return guarded([&] {
+    using namespace torch::profiler::impl;
     ProfilerConfig config(ProfilerState::KINETO);
     std::set<ActivityType> activities{gpu ? ActivityType::CUDA : ActivityType::CPU};
     torch::autograd::profiler::prepareProfiler(config, activities);

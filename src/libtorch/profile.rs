@@ -25,8 +25,9 @@ pub fn busy_time(device: Device, work: impl FnOnce() -> Result<()>) -> Result<Du
     checked(unsafe { pt_profile_start(gpu) })?;
     let done = work();
     // SAFETY: fills one number.
-    checked(unsafe { pt_profile_stop(gpu, &mut nanoseconds) })?;
-    done.map(|()| Duration::from_nanos(nanoseconds))
+    let stopped = checked(unsafe { pt_profile_stop(gpu, &mut nanoseconds) });
+    done.and(stopped)?;
+    Ok(Duration::from_nanos(nanoseconds))
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,18 @@ std::optional<at::Tensor> optional(Handle tensor) {
 
 // The 2-norm of each tensor: [n].
 at::Tensor norms(const Handle* tensors, size_t n) { return at::stack(at::_foreach_norm(list(tensors, n), 2)); }
+
+// The fused operators take all tensors of a parameter to lie in memory alike, and check nothing.
+void check_alike(const std::vector<at::Tensor>& parameters, std::initializer_list<const std::vector<at::Tensor>*> lists) {
+  for (auto* others : lists) {
+    for (size_t i = 0; i < others->size(); i++) {
+      auto &one = parameters[i], &other = (*others)[i];
+      TORCH_CHECK(
+          one.is_contiguous() && other.is_contiguous() && one.sizes() == other.sizes() && one.device() == other.device(),
+          "parameter ", i, " and its gradient or moments differ in shape, device or order in memory");
+    }
+  }
+}
 
 class Listener : public c10::WarningHandler {
  public:
@@ -80,6 +93,7 @@ char* pt_fused_adam(
     const Handle* second, const Handle* steps, const pt_adam* options, Handle rate, Handle divisor, Handle skip) {
   return guarded([&] {
     auto p = list(parameters, n), g = list(gradients, n), m = list(first, n), v = list(second, n), s = list(steps, n);
+    check_alike(p, {&g, &m, &v});
     auto with = [&](auto learning_rate) {
       auto update = [&](auto... rest) {
         decoupled ? at::_fused_adamw_(p, g, m, v, {}, s, rest...) : at::_fused_adam_(p, g, m, v, {}, s, rest...);
@@ -97,6 +111,7 @@ char* pt_fused_sgd(
   return guarded([&] {
     // CUDA's kernel takes no momentum buffers if the momentum is 0.
     auto p = list(parameters, n), g = list(gradients, n), m = list(momenta, momentum > 0 ? n : 0);
+    check_alike(p, {&g, &m});
     auto with = [&](auto rate) {
       at::_fused_sgd_(p, g, m, weight_decay, momentum, rate, 0.0, false, false, false, optional(divisor), *skip);
     };

@@ -104,7 +104,7 @@ impl Scope<'_> {
     pub fn add(&mut self, name: &str, values: Tensor) -> Tensor {
         let name = format!("{}{name}", self.prefix);
         assert!(self.parameters.with_constants().all(|(known, _)| *known != name), "invariant: {name} is unique");
-        let tensor = values.to_device(self.parameters.device).set_requires_grad(true);
+        let tensor = values.to_device(self.parameters.device).contiguous().set_requires_grad(true);
         self.parameters.entries.push((name, tensor.shallow_clone()));
         tensor
     }

@@ -1,8 +1,8 @@
 //! Files that are written completely or not at all.
 
-use std::fs::{File, OpenOptions, Permissions};
-use std::io::{Error as IoError, ErrorKind, Result as IoResult, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::io::{BufRead, BufReader, Error as IoError, ErrorKind, Result as IoResult, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -137,15 +137,29 @@ pub fn write(path: &Path, content: &[u8]) -> Result<()> {
 
 /// Replaces the file by a hard link to the first of `others` that has the same content, so that it needs no space of its own.
 pub fn share(path: &Path, mut others: impl Iterator<Item = PathBuf>) -> IoResult<()> {
-    let own = std::fs::read(path)?;
-    let is_same = |other: &PathBuf| {
-        let as_long = other.metadata().is_ok_and(|about| about.len() == own.len() as u64);
-        other != path && as_long && std::fs::read(other).is_ok_and(|content| content == own)
-    };
+    let own = path.metadata()?;
+    let may_be_same =
+        |about: &Metadata| about.len() == own.len() && (about.dev(), about.ino()) != (own.dev(), own.ino());
+    let is_same = |other: &PathBuf| other.metadata().is_ok_and(|about| may_be_same(&about)) && same_bytes(path, other);
     let Some(same) = others.find(is_same) else { return Ok(()) };
     let link = tempfile::Builder::new().prefix(PREFIX).make_in(folder_of(path), |at| std::fs::hard_link(&same, at))?;
     link.persist(path)?;
     Ok(())
+}
+
+/// Whether two readable files of the same length have the same content.
+fn same_bytes(one: &Path, other: &Path) -> bool {
+    let chunks = |path: &Path| Ok::<_, IoError>(BufReader::with_capacity(1 << 20, File::open(path)?));
+    let (Ok(mut one), Ok(mut other)) = (chunks(one), chunks(other)) else { return false };
+    loop {
+        let (Ok(a), Ok(b)) = (one.fill_buf(), other.fill_buf()) else { return false };
+        let n = a.len().min(b.len());
+        if n == 0 || a[..n] != b[..n] {
+            return a.is_empty() && b.is_empty();
+        }
+        one.consume(n);
+        other.consume(n);
+    }
 }
 
 /// Renames a file or folder so that after a power failure it is at `to` completely or not at all.
@@ -171,8 +185,6 @@ pub fn folder_of(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]
@@ -196,17 +208,20 @@ mod tests {
     #[test]
     fn files_of_the_same_content_are_stored_once_and_replaced_apart() {
         let folder = tempfile::tempdir().unwrap();
-        let [first, other, again] = ["first", "other", "again"].map(|name| folder.path().join(name));
+        let [first, other, again, also] = ["first", "other", "again", "also"].map(|name| folder.path().join(name));
         std::fs::write(&first, "same").unwrap();
         std::fs::write(&other, "else").unwrap();
         std::fs::write(&again, "same").unwrap();
         let all = || [&again, &other, &first].map(PathBuf::clone).into_iter();
         share(&again, all()).unwrap();
         share(&other, all()).unwrap();
+        // The same file by another name.
+        std::os::unix::fs::symlink(&again, &also).unwrap();
+        share(&again, std::iter::once(also)).unwrap();
         let file = |path: &Path| path.metadata().unwrap().ino();
         assert!(file(&again) == file(&first) && file(&other) != file(&first));
         write(&again, b"new").unwrap();
         assert_eq!(std::fs::read(&first).unwrap(), b"same");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4);
     }
 }

@@ -1,8 +1,6 @@
 //! The run directory: the files that a run writes, and reading them back.
 //!
-//! `experiment.yaml` as written, `resolved.yaml` with every default, `environment.json`, `tokenizer.json`,
-//! `labels.json`, `vectors.safetensors` (pretrained vectors, if any), `metrics.jsonl`, TensorBoard event files,
-//! `checkpoints/{last,best,best-TASK}.safetensors`, `timing.json`, `report.json`.
+//! Besides those of [`names`], they are TensorBoard event files and `checkpoints/{last,best,best-TASK}.safetensors`.
 
 pub mod atomic;
 pub mod checkpoint;
@@ -21,6 +19,21 @@ pub use records::Records;
 
 use crate::problem::invalid;
 use crate::task::Task;
+
+/// The names of a run's files.
+pub mod names {
+    /// The experiment file as the user wrote it.
+    pub const AS_WRITTEN: &str = "experiment.yaml";
+    /// The experiment with every default; once it exists, the run has started.
+    pub const RESOLVED: &str = "resolved.yaml";
+    pub const ENVIRONMENT: &str = "environment.json";
+    pub const TOKENIZER: &str = "tokenizer.json";
+    pub const LABELS: &str = "labels.json";
+    pub const VECTORS: &str = "vectors.safetensors";
+    pub const METRICS: &str = "metrics.jsonl";
+    pub const TIMING: &str = "timing.json";
+    pub const REPORT: &str = "report.json";
+}
 
 /// A run directory.
 #[derive(Clone, Debug)]
@@ -43,7 +56,7 @@ const STARTING: &str = ".partial-run";
 
 /// Whether a folder is empty, or contains only the files of a run that was killed before it started.
 fn is_free(path: &Path) -> std::io::Result<bool> {
-    let killed = path.join(STARTING).exists() && !path.join("resolved.yaml").exists();
+    let killed = path.join(STARTING).exists() && !path.join(names::RESOLVED).exists();
     Ok(killed || std::fs::read_dir(path)?.next().is_none())
 }
 
@@ -55,7 +68,7 @@ impl NewRun {
         let holds = match occupied {
             false => return Ok(()),
             true if !path.is_dir() => "is not a folder: ",
-            true if path.join("resolved.yaml").exists() => "is not empty: add --resume to resume the run in it, or ",
+            true if path.join(names::RESOLVED).exists() => "is not empty: add --resume to resume the run in it, or ",
             true => "is not empty and contains no run: ",
         };
         Err(invalid(format!("{} {holds}choose another folder with --out", path.display())))
@@ -131,7 +144,7 @@ fn make(path: &Path) -> Result<bool> {
 impl Drop for NewRun {
     fn drop(&mut self) {
         let run = &self.directory;
-        let recorded = std::fs::metadata(run.file("metrics.jsonl")).is_ok_and(|file| file.len() > 0);
+        let recorded = std::fs::metadata(run.file(names::METRICS)).is_ok_and(|file| file.len() > 0);
         if recorded || run.checkpoint("last").exists() {
             return;
         }
@@ -169,11 +182,11 @@ impl RunDirectory {
         let runs = entries.filter(|entry| is_numbered(name, &entry.file_name().to_string_lossy()));
         // A folder with such a name may contain a run of another experiment.
         let ours = |run: &PathBuf| {
-            let old = std::fs::read_to_string(run.join("resolved.yaml"));
+            let old = std::fs::read_to_string(run.join(names::RESOLVED));
             old.is_ok_and(|old| old.lines().next() == resolved.lines().next())
         };
         // Written once, when a run starts.
-        let began = |run: &PathBuf| run.join("experiment.yaml").metadata().and_then(|file| file.modified()).ok();
+        let began = |run: &PathBuf| run.join(names::AS_WRITTEN).metadata().and_then(|file| file.modified()).ok();
         let mut runs: Vec<PathBuf> = runs.map(|entry| entry.path()).filter(ours).collect();
         runs.sort_by_key(|run| Reverse(began(run)));
         runs
@@ -184,7 +197,7 @@ impl RunDirectory {
         if !path.exists() {
             return Err(invalid(format!("{} does not exist", path.display())));
         }
-        for file in ["resolved.yaml", "labels.json", "tokenizer.json"] {
+        for file in [names::RESOLVED, names::LABELS, names::TOKENIZER] {
             if !path.join(file).is_file() {
                 return Err(invalid(format!("{} is not a run directory: it has no {file}", path.display())));
             }
@@ -210,11 +223,11 @@ impl RunDirectory {
     }
 
     pub fn write_tasks(&self, tasks: &[Task]) -> Result<()> {
-        self.write("labels.json", &serde_json::to_string_pretty(tasks)?)
+        self.write(names::LABELS, &serde_json::to_string_pretty(tasks)?)
     }
 
     pub fn read_tasks(&self) -> Result<Vec<Task>> {
-        serde_json::from_str(&self.read("labels.json")?)
-            .with_context(|| format!("{} is damaged", self.file("labels.json").display()))
+        serde_json::from_str(&self.read(names::LABELS)?)
+            .with_context(|| format!("{} is damaged", self.file(names::LABELS).display()))
     }
 }

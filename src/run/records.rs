@@ -6,9 +6,9 @@ use std::io::Write;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
-use super::RunDirectory;
 use super::atomic;
 use super::tensorboard::EventWriter;
+use super::{RunDirectory, names};
 
 pub struct Records {
     lines: File,
@@ -18,7 +18,7 @@ pub struct Records {
 impl Records {
     /// Opens the records of a run that has done `step` steps; records of later steps are dropped.
     pub fn open(run: &RunDirectory, step: usize) -> Result<Self> {
-        let path = run.file("metrics.jsonl");
+        let path = run.file(names::METRICS);
         // A run that was killed before its first checkpoint has records too.
         let goes_on = path.exists();
         if goes_on {

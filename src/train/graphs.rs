@@ -42,7 +42,7 @@ enum How {
 
 struct Recorded {
     graph: Option<CudaGraph>,
-    /// The step's numbers on the device: a batch, then [`rates`].
+    /// The step's numbers on the device: a batch, then [`packed`].
     numbers: Tensor,
     computed: Option<Computed>,
 }

@@ -1,7 +1,7 @@
 //! Agreement with PyTorch on embedding, characters, BiLSTM, CRF, classification and 20 AdamW steps; see
 //! fixtures/make_parity.py.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::util::DRAWS;
@@ -98,6 +98,9 @@ fn model_gradients_and_twenty_steps_agree_with_pytorch() {
         let (norm, divisor) = clip_gradients(&gradients.iter().collect::<Vec<_>>(), None, 1.0, None).unwrap();
         let divisor = divisor.unwrap();
         if step == 0 {
+            // They are scaled in place.
+            let places: BTreeSet<_> = gradients.iter().map(Tensor::data_ptr).collect();
+            assert_eq!(places.len(), gradients.len(), "gradients share memory");
             let theirs = of("gradient.");
             for ((name, _), gradient) in model.parameters.iter().zip(&gradients) {
                 close(name, &(gradient / &divisor), &theirs[name], TOLERANCE);

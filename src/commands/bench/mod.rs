@@ -52,8 +52,9 @@ struct Findings<'a> {
     steps: usize,
     rounds: u16,
     peak_memory_bytes: Option<usize>,
-    /// Fraction of a step, with the first strategy, in which at least one kernel or copy runs on the GPU.
-    gpu_busy: Option<f64>,
+    /// Time in which at least one kernel or copy runs on the GPU, in a step with the first strategy under the profiler,
+    /// relative to the time of a step without it.
+    gpu_busy_fraction: Option<f64>,
     strategies: Vec<Measured>,
     /// Parts of a step with the first strategy.
     parts_ms: IndexMap<&'static str, f64>,
@@ -137,10 +138,11 @@ pub fn run(args: &BenchArgs) -> Result<End> {
     let parts_ms = parts(&mut trainers[0], &steps, device)?;
     // Read before the bound is measured, which allocates larger arrays.
     let peak_memory_bytes = peak_memory(device);
-    let gpu_busy = gpu_busy(&mut trainers[0], &steps, device).map(|ms| ms / measured[0].ms_per_step);
     let lstm = (device == Device::Cpu && config.precision == Precision::Float32)
         .then(|| kernels::measure(&rehearsal.model, config));
     let bound = bound(&rehearsal, &steps);
+    // Last, since the profiler slows the device down.
+    let busy = gpu_busy_ms(&mut trainers[0], &steps, device);
     let findings = Findings {
         experiment: &experiment.name,
         device: prepare::device_name(device),
@@ -149,7 +151,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         steps: n_steps,
         rounds: args.rounds,
         peak_memory_bytes,
-        gpu_busy,
+        gpu_busy_fraction: busy.map(|ms| ms / measured[0].ms_per_step),
         time_over_bound: measured[0].ms_per_step / bound.ms_per_step,
         strategies: measured,
         parts_ms,
@@ -175,7 +177,7 @@ fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Resu
 }
 
 /// Milliseconds of a step in which the GPU works; `None` on the CPU and, with a warning, if it cannot be measured.
-fn gpu_busy(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Option<f64> {
+fn gpu_busy_ms(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Option<f64> {
     if device == Device::Cpu {
         return None;
     }
@@ -271,7 +273,7 @@ fn print(findings: &Findings) -> Result<()> {
             lstm.onednn_ms, lstm.step_by_step_ms
         ))?;
     }
-    if let Some(busy) = findings.gpu_busy {
+    if let Some(busy) = findings.gpu_busy_fraction {
         say(format!("the GPU works for {:.0} % of a step", 100.0 * busy))?;
     }
     let bound = &findings.bound;

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Tensor};
 
-use super::run_report;
 use super::saved_model::{self, Trained};
 use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::problem::invalid;
+use crate::run::names;
 use crate::task::{Task, TaskKind};
 
 /// The earlier run that the experiment's `init_from` names, if any.
@@ -24,7 +24,7 @@ pub fn earlier(experiment: &Experiment) -> Result<Option<Trained>> {
         return Err(wrong("not a run directory".to_owned()));
     }
     let earlier = saved_model::open(from, "best", Device::Cpu)?;
-    if !from.join(run_report::FILE).exists() {
+    if !from.join(names::REPORT).exists() {
         log::warn!("init_from: {} is not finished; its best checkpoint so far is used", from.display());
     }
     let (theirs, ours) = (&earlier.experiment.model, &experiment.model);

@@ -6,9 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::evaluate::Report;
 use crate::metrics::Score;
-use crate::run::RunDirectory;
-
-pub const FILE: &str = "report.json";
+use crate::run::{RunDirectory, names};
 
 #[derive(Serialize, Deserialize)]
 pub struct RunReport {
@@ -26,11 +24,12 @@ pub struct RunReport {
 
 impl RunReport {
     pub fn write(&self, run: &RunDirectory) -> Result<()> {
-        run.write(FILE, &serde_json::to_string_pretty(self)?)
+        run.write(names::REPORT, &serde_json::to_string_pretty(self)?)
     }
 
     pub fn read(run: &RunDirectory) -> Result<Self> {
-        serde_json::from_str(&run.read(FILE)?).with_context(|| format!("{} is damaged", run.file(FILE).display()))
+        serde_json::from_str(&run.read(names::REPORT)?)
+            .with_context(|| format!("{} is damaged", run.file(names::REPORT).display()))
     }
 
     /// The main score of task `number` on `split`, if that has labels for it.

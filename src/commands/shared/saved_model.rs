@@ -11,7 +11,7 @@ use crate::config::Experiment;
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::problem::invalid;
-use crate::run::{RunDirectory, atomic, checkpoint};
+use crate::run::{RunDirectory, atomic, checkpoint, names};
 use crate::task::Task;
 
 /// A trained run with one of its checkpoints, or an exported model.
@@ -24,9 +24,6 @@ pub struct Trained {
     pub about: serde_json::Value,
 }
 
-/// The file of pretrained vectors in a run directory.
-const VECTORS: &str = "vectors.safetensors";
-
 /// Saves the tokenizer's pretrained vectors, if any, in the run directory. Runs beside it that have the same, as most of
 /// a study do, share the file.
 pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
@@ -35,10 +32,10 @@ pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
     }
     let tables = tokenizer.vectors().iter().enumerate();
     let tables: Vec<_> = tables.map(|(i, table)| (i.to_string(), table.shallow_clone())).collect();
-    let file = run.file(VECTORS);
+    let file = run.file(names::VECTORS);
     checkpoint::save(&file, &tables, &[], &tokenizer.n_trained().into())?;
     let beside = std::fs::read_dir(atomic::folder_of(&run.path)).into_iter().flatten().flatten();
-    if let Err(error) = atomic::share(&file, beside.map(|entry| entry.path().join(VECTORS))) {
+    if let Err(error) = atomic::share(&file, beside.map(|entry| entry.path().join(names::VECTORS))) {
         log::debug!("{} is not shared with other runs: {error}", file.display());
     }
     Ok(())
@@ -94,12 +91,12 @@ fn of_file(path: &Path, device: Device) -> Result<Trained> {
 
 /// The experiment, the task table and the tokenizer of a run directory.
 pub fn of_run(run: &RunDirectory) -> Result<(Experiment, Vec<Task>, Tokenizer)> {
-    let experiment = Experiment::load(&run.file("resolved.yaml"), &[])?;
-    let json = run.read("tokenizer.json")?;
+    let experiment = Experiment::load(&run.file(names::RESOLVED), &[])?;
+    let json = run.read(names::TOKENIZER)?;
     let mut tokenizer =
-        tokenizer_of(&experiment, &json).with_context(|| format!("{}", run.file("tokenizer.json").display()))?;
+        tokenizer_of(&experiment, &json).with_context(|| format!("{}", run.file(names::TOKENIZER).display()))?;
     if !experiment.model.embedding.vectors.is_empty() {
-        let saved = checkpoint::load(&run.file(VECTORS))?;
+        let saved = checkpoint::load(&run.file(names::VECTORS))?;
         let n_trained = serde_json::from_value(saved.state)?;
         let tables = saved.model.into_iter().map(|(name, table)| Ok((name.parse()?, table)));
         let tables: BTreeMap<usize, Tensor> = tables.collect::<Result<_>>()?;
@@ -116,7 +113,7 @@ impl Trained {
         }
         if !overrides.is_empty() {
             let yaml = self.experiment.to_yaml()?;
-            self.experiment = Experiment::of_text((Path::new("resolved.yaml"), &yaml), overrides)?;
+            self.experiment = Experiment::of_text((Path::new(names::RESOLVED), &yaml), overrides)?;
         }
         Ok(())
     }

@@ -6,11 +6,10 @@ use anyhow::{Context, Result};
 
 use super::RUNS;
 use crate::commands::cli::TrainArgs;
-use crate::commands::run_report;
 use crate::compare::Settings;
 use crate::config::Experiment;
 use crate::problem::invalid;
-use crate::run::RunDirectory;
+use crate::run::{RunDirectory, names};
 use crate::train::Trainer;
 
 /// `args` with the experiment and the output folder taken from a run directory given in place of the experiment.
@@ -20,7 +19,7 @@ pub fn of_folder(args: &TrainArgs) -> Result<TrainArgs> {
         let message = "is a folder: name an experiment file, or add --resume to resume the run in it";
         return Err(invalid(format!("{} {message}", folder.display())));
     }
-    let experiment = RunDirectory::open(folder)?.file("resolved.yaml");
+    let experiment = RunDirectory::open(folder)?.file(names::RESOLVED);
     Ok(TrainArgs { experiment, out: Some(args.out.clone().unwrap_or_else(|| folder.clone())), ..args.clone() })
 }
 
@@ -41,18 +40,18 @@ pub fn open(args: &TrainArgs, experiment: &Experiment) -> Result<RunDirectory> {
     };
     let mut runs = paths.iter().map(opened);
     let newest = runs.next().ok_or_else(|| invalid(format!("there is no {RUNS}/{name} to resume")))?;
-    let unfinished = |run: &RunDirectory| !run.file(run_report::FILE).exists();
+    let unfinished = |run: &RunDirectory| !run.file(names::REPORT).exists();
     newest.or_else(|error| runs.filter_map(Result::ok).find(unfinished).ok_or(error))
 }
 
 fn fail_on_change(run: &RunDirectory, experiment: &Experiment) -> Result<()> {
-    let mut old = Experiment::load(&run.file("resolved.yaml"), &[])?;
+    let mut old = Experiment::load(&run.file(names::RESOLVED), &[])?;
     old.take_changeable(experiment);
     let changes = Settings::of_all(&experiment.to_value()?).changes_from(&Settings::of_all(&old.to_value()?));
     if changes.is_empty() {
         return Ok(());
     }
-    let (run, yaml) = (run.path.display(), run.file("resolved.yaml"));
+    let (run, yaml) = (run.path.display(), run.file(names::RESOLVED));
     Err(invalid(format!(
         "{run} was started with another experiment:\n  {}\nOf a run that has begun, only when it ends, what it records and \
          where its data lies may change. To resume it, use {}; to start a new run from its weights, --set init_from={run}",
@@ -76,11 +75,11 @@ pub fn write_changes(
         return Err(invalid(format!("{path} has already taken {step} steps, and cannot end after {n_steps}")));
     }
     // A run with a report counts as finished.
-    let report = run.file(run_report::FILE);
+    let report = run.file(names::REPORT);
     if report.exists() {
         std::fs::remove_file(&report).with_context(|| format!("{} cannot be removed", report.display()))?;
     }
-    run.write("resolved.yaml", &now.to_yaml()?)?;
+    run.write(names::RESOLVED, &now.to_yaml()?)?;
     if ends(before) != ends(now) {
         let rate = trainer.learning_rate(step, n_steps);
         log::info!(

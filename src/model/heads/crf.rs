@@ -120,7 +120,8 @@ impl Crf {
         // E[i, j] = sum exp(alpha_i + transitions_ij + ahead_j - log Z), each factor scaled by its maximum.
         let (before, ahead) = (alphas.narrow(1, 0, n_words - 1), (x + betas).narrow(1, 1, n_words - 1));
         let (low, high) = (before.amax([-1], true), ahead.amax([-1], true));
-        let scale = (&low + &high - log_z_of_word).exp() * on.narrow(1, 1, n_words - 1);
+        // Limited, so that exp stays finite where a forbidden transition joins the best tags of both sides.
+        let scale = (&low + &high - log_z_of_word).clamp_max(700.0).exp() * on.narrow(1, 1, n_words - 1);
         let left = ((before - low).exp() * scale).flatten(0, 1); // [b * (W - 1), C]
         let pairs = left.tr().matmul(&(ahead - high).exp().flatten(0, 1)) * step;
         Inference { log_z, marginals, pairs }
