@@ -138,6 +138,7 @@ pub struct StepRates<'a> {
     pub share: Number<'a>,
 }
 
+/// A learning rate alone; an average stays as it is.
 impl From<f64> for StepRates<'_> {
     fn from(learning_rate: f64) -> Self {
         StepRates { learning_rate: learning_rate.into(), share: 0.0.into() }
