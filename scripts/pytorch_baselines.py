@@ -386,6 +386,15 @@ def encode_split(rows, words, columns, ids, forms):
     return groups
 
 
+def spelling_of(words, max_bytes):
+    """The bytes of each word, each plus 1, [N + 1, L] with 0 beyond its end, and how many, at least 1; the last row is of padding."""
+    import torch
+
+    spelled = [torch.tensor([byte + 1 for byte in word.encode()[:max_bytes]]) for word in words]
+    table = torch.nn.utils.rnn.pad_sequence([*spelled, torch.zeros(1, dtype=torch.long)], batch_first=True)
+    return table, torch.tensor([*map(len, spelled), 1])
+
+
 def epoch(folder, device):
     """P1 from files to weights, with the experiment's numbers."""
     import torch
@@ -410,9 +419,7 @@ def epoch(folder, device):
             forms.setdefault(word, len(forms))
     cnn = experiment["model"]["embedding"]["characters"].get("cnn")
     if cnn:
-        spelled = [torch.tensor([byte + 1 for byte in word.encode()[: cnn["max_bytes"]]]) for word in forms]
-        spelling = torch.nn.utils.rnn.pad_sequence(spelled, batch_first=True).to(device)
-        n_bytes = torch.tensor([len(word) for word in spelled], device=device)
+        spelling, n_bytes = (x.to(device) for x in spelling_of(forms, cnn["max_bytes"]))
 
     def with_bytes(batch):
         """The batch with the bytes of its words, up to the longest; on a GPU up to the longest of all, without waiting."""

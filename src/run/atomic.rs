@@ -136,7 +136,7 @@ pub fn write(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 /// Replaces the file by a hard link to the first of `others` that has the same content, so that it needs no space of its own.
-pub fn share(path: &Path, mut others: impl Iterator<Item = PathBuf>) -> IoResult<()> {
+pub fn link_to_same(path: &Path, mut others: impl Iterator<Item = PathBuf>) -> IoResult<()> {
     let own = path.metadata()?;
     let may_be_same =
         |about: &Metadata| about.len() == own.len() && (about.dev(), about.ino()) != (own.dev(), own.ino());
@@ -213,11 +213,11 @@ mod tests {
         std::fs::write(&other, "else").unwrap();
         std::fs::write(&again, "same").unwrap();
         let all = || [&again, &other, &first].map(PathBuf::clone).into_iter();
-        share(&again, all()).unwrap();
-        share(&other, all()).unwrap();
+        link_to_same(&again, all()).unwrap();
+        link_to_same(&other, all()).unwrap();
         // The same file by another name.
         std::os::unix::fs::symlink(&again, &also).unwrap();
-        share(&again, std::iter::once(also)).unwrap();
+        link_to_same(&again, std::iter::once(also)).unwrap();
         let file = |path: &Path| path.metadata().unwrap().ino();
         assert!(file(&again) == file(&first) && file(&other) != file(&first));
         write(&again, b"new").unwrap();

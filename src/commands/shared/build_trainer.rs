@@ -31,10 +31,10 @@ pub fn check_precision(config: &TrainingConfig, device: Device) -> Result<()> {
 
 /// Fails if dev has rows but no labels for one of `metrics`, which select the best checkpoint.
 pub fn fail_without_choice(metrics: &[String], dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
-    metrics.iter().try_for_each(|metric| check_choice(metric, dev, tasks))
+    metrics.iter().try_for_each(|metric| fail_without_labels_for(metric, dev, tasks))
 }
 
-fn check_choice(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
+fn fail_without_labels_for(metric: &str, dev: &DeviceSplit, tasks: &[Task]) -> Result<()> {
     let n_labelled = |row: usize| (0..tasks.len()).filter(|&i| dev.set.gold(TaskId(i), row).is_some()).count();
     let of_task = metric.split('.').next().and_then(|name| tasks.iter().position(|task| task.name == name));
     let tells = |row: usize| match of_task {

@@ -35,7 +35,7 @@ pub fn write_vectors(run: &RunDirectory, tokenizer: &Tokenizer) -> Result<()> {
     let file = run.file(names::VECTORS);
     checkpoint::save(&file, &tables, &[], &tokenizer.n_trained().into())?;
     let beside = std::fs::read_dir(atomic::folder_of(&run.path)).into_iter().flatten().flatten();
-    if let Err(error) = atomic::share(&file, beside.map(|entry| entry.path().join(names::VECTORS))) {
+    if let Err(error) = atomic::link_to_same(&file, beside.map(|entry| entry.path().join(names::VECTORS))) {
         log::debug!("{} is not shared with other runs: {error}", file.display());
     }
     Ok(())
