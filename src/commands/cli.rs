@@ -256,6 +256,10 @@ pub struct BenchArgs {
     /// Instead of timing, write the batches, the initial weights and the losses of the steps to a folder
     #[arg(long, value_name = "DIR")]
     pub write: Option<PathBuf>,
+    /// Write what the GPU does during the first strategy's steps to a file, for Perfetto or chrome://tracing; on the
+    /// CPU, the operators that the main thread runs
+    #[arg(long, value_name = "FILE", conflicts_with = "write")]
+    pub trace: Option<PathBuf>,
     /// Number of rounds; every strategy is timed in each
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     pub rounds: u16,

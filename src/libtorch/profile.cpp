@@ -1,4 +1,4 @@
-// How long a device works, by libtorch's profiler.
+// What a device works on, and for how long, by libtorch's profiler.
 #include "guarded.h"
 
 #include <torch/csrc/autograd/profiler_kineto.h>
@@ -19,10 +19,12 @@ char* pt_profile_start(bool gpu) {
   });
 }
 
-// Ends the recording. nanoseconds: for how long at least one kernel, copy or operator ran.
-char* pt_profile_stop(bool gpu, uint64_t* nanoseconds) {
+// Ends the recording. nanoseconds: for how long at least one kernel, copy or operator ran. `trace`: the file that all of
+// them are written to, in Chrome's trace format; may be null.
+char* pt_profile_stop(bool gpu, const char* trace, uint64_t* nanoseconds) {
   return guarded([&] {
     auto result = torch::autograd::profiler::disableProfiler();
+    if (trace) result->save(trace);
     std::vector<std::pair<uint64_t, uint64_t>> spans;
     for (auto& event : result->events()) {
       if (event.deviceType() == (gpu ? at::kCUDA : at::kCPU)) spans.emplace_back(event.startNs(), event.endNs());

@@ -8,9 +8,11 @@ mod bound;
 mod kernels;
 mod workload;
 
+use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::json;
@@ -25,6 +27,7 @@ use crate::evaluate::predict;
 use crate::libtorch::{busy_time, configure, peak_device_memory, workers};
 use crate::model::Precision;
 use crate::problem::invalid;
+use crate::run::atomic::Partial;
 use crate::train::step_timer::{Part, StepTimer};
 use crate::train::{Pending, Step, Trainer};
 use crate::weighting::WeightingConfig;
@@ -91,12 +94,14 @@ fn candidates(experiment: &Experiment) -> Result<Vec<(String, WeightingConfig)>>
 pub fn run(args: &BenchArgs) -> Result<End> {
     let yaml = args.experiment.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
     if args.experiment.is_dir() || (args.experiment.is_file() && !yaml) {
-        if !(args.overrides.is_empty() && args.only.is_empty() && args.write.is_none()) {
-            return Err(invalid("--set, --only and --write apply to experiments, not to trained models"));
+        if !(args.overrides.is_empty() && args.only.is_empty() && args.write.is_none() && args.trace.is_none()) {
+            return Err(invalid("--set, --only, --write and --trace apply to experiments, not to trained models"));
         }
         return labelling(args);
     }
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
+    let open = |path: &PathBuf| Partial::new(path).with_context(|| format!("{} could not be written", path.display()));
+    let mut trace = args.trace.as_ref().map(open).transpose()?;
     let (device, threads) = prepare::machine(&args.machine)?;
     let mut candidates = candidates(&experiment)?;
     if let Some(unknown) = args.only.iter().find(|name| candidates.iter().all(|(known, _)| known != *name)) {
@@ -142,7 +147,8 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         .then(|| kernels::measure(&rehearsal.model, config));
     let bound = bound(&rehearsal, &steps);
     // Last, since the profiler slows the device down.
-    let busy = gpu_busy_ms(&mut trainers[0], &steps, device);
+    let busy = profiled(&mut trainers[0], &steps, device, trace.as_mut())?;
+    trace.map(Partial::keep).transpose()?;
     let findings = Findings {
         experiment: &experiment.name,
         device: prepare::device_name(device),
@@ -177,15 +183,23 @@ fn parts(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Resu
 }
 
 /// Milliseconds of a step in which the GPU works; `None` on the CPU and, with a warning, if it cannot be measured.
-fn gpu_busy_ms(trainer: &mut Trainer, steps: &[&[Vec<usize>]], device: Device) -> Option<f64> {
-    if device == Device::Cpu {
-        return None;
+fn profiled(
+    trainer: &mut Trainer,
+    steps: &[&[Vec<usize>]],
+    device: Device,
+    trace: Option<&mut Partial>,
+) -> Result<Option<f64>> {
+    let traced = trace.is_some();
+    if device == Device::Cpu && !traced {
+        return Ok(None);
     }
-    match busy_time(device, || time(trainer, steps, 0, device).map(drop)) {
-        Ok(busy) => Some(1000.0 * busy.as_secs_f64() / steps.len() as f64),
+    let trace = trace.map(|file| file as &mut dyn Write);
+    match busy_time(device, trace, || time(trainer, steps, 0, device).map(drop)) {
+        Ok(busy) => Ok((device != Device::Cpu).then(|| 1000.0 * busy.as_secs_f64() / steps.len() as f64)),
+        Err(error) if traced => Err(error.context("the steps could not be traced")),
         Err(error) => {
             log::warn!("how long the GPU works is unknown: {error:#}");
-            None
+            Ok(None)
         }
     }
 }
