@@ -167,7 +167,7 @@ impl Setting {
     }
 
     fn weights(&self) -> Tensor {
-        Tensor::from_slice(&[0.3f64, 1.9, 0.8]).to_device(self.device())
+        Tensor::from_slice(&[0.3f32, 1.9, 0.8]).to_device(self.device())
     }
 
     /// The gradient of sum w L, one tensor per parameter.
@@ -183,7 +183,7 @@ impl Setting {
             Backward { model: &self.model, tasks: &self.tasks, reference: Some(reference), halves: false, frozen: &[] };
         let gradients =
             backward.pass(&shared, None, Weighted { losses: &losses, weights: &self.weights(), scale: None })?;
-        let norms = gradients.norms(self.device());
+        let norms = gradients.norms(self.device())?;
         Ok((gradients.sum, norms))
     }
 

@@ -6,7 +6,7 @@ struct Listed {
 };
 
 // One block. squares [n]: partial sums of the gradients' squares. values: the n_losses losses, then the norm.
-// grad_scale: the gradients' divisor, skip (1 or 0), 1 - skip, and overflow (1 or 0). `halted` becomes 1 at the first
+// grad_scale: the gradients' divisor, skip (1 or 0), 1 - skip, and 1 / loss_scale, NaN in an overflow. `halted` becomes 1 at the first
 // norm or loss that is not finite; from then on all steps are skipped. `limit` has the bits of a float; 0 is none.
 // With to_grow > 0 the gradients are `loss_scale` times too large. While the scale exceeds 1, a norm that is not finite
 // is an overflow: only this step is skipped, the scale is halved and the norm is -1. `sound` counts steps without
@@ -39,5 +39,5 @@ extern "C" __global__ void clip(
   *halted = *halted > 0 || all * 0 != 0;
   values[n_losses] = overflow ? -1 : norm;
   const float over = most > 0 ? (norm + 1e-6f) / most : 1, skip = *halted > 0 || overflow;
-  grad_scale[0] = (over < 1 ? 1 : over) * scale, grad_scale[1] = skip, grad_scale[2] = 1 - skip, grad_scale[3] = overflow;
+  grad_scale[0] = (over < 1 ? 1 : over) * scale, grad_scale[1] = skip, grad_scale[2] = 1 - skip, grad_scale[3] = overflow ? __int_as_float(0x7fc00000) : 1 / scale;
 }

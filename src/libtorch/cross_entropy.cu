@@ -2,7 +2,7 @@
 //
 // N rows of C logits; float32, sums in float64 and in a fixed order.
 
-// One block per row: x and the gradient to_x [N, C], labels and losses [N]; rows labelled -1 do not count. `smoothing`
+// One block per row, whose size is a power of two: x and the gradient to_x [N, C], labels and losses [N]; rows labelled -1 do not count. `smoothing`
 // has the bits of a float.
 extern "C" __global__ void cross_entropy_rows(
     const float* x, const long long* labels, float* to_x, float* losses, int n_classes, int n_decisions, int smoothing) {
@@ -18,15 +18,22 @@ extern "C" __global__ void cross_entropy_rows(
   float most = x[0];
   for (int c = i; c < n_classes; c += by) most = fmaxf(most, x[c]);
   shared[i] = most;
+  for (int half = by / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (i < half) shared[i] = fmax(shared[i], shared[i + half]);
+  }
   __syncthreads();
-  for (int k = 0; k < by; k++) most = fmaxf(most, (float)shared[k]);
+  most = shared[0];
   __syncthreads();
   double sum = 0, all = 0;
   for (int c = i; c < n_classes; c += by) sum += expf(x[c] - most), all += x[c] - most;
   shared[i] = sum, shared[by + i] = all;
+  for (int half = by / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (i < half) shared[i] += shared[i + half], shared[by + i] += shared[by + i + half];
+  }
   __syncthreads();
-  sum = all = 0;
-  for (int k = 0; k < by; k++) sum += shared[k], all += shared[by + k];
+  sum = shared[0], all = shared[by];
   const float spread = __int_as_float(smoothing), log_sum = logf((float)sum);
   for (int c = i; c < n_classes; c += by) {
     float target = (c == label ? 1 - spread : 0) + spread / n_classes;

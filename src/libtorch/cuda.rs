@@ -34,6 +34,15 @@ type Launch = unsafe extern "C" fn(
 type MaxPool =
     unsafe extern "C" fn(*mut c_void, *mut c_void, *mut C_tensor, *mut C_tensor, *mut *mut C_tensor) -> *mut c_char;
 
+type NarrowLinear = unsafe extern "C" fn(
+    *mut c_void,
+    *mut c_void,
+    *mut C_tensor,
+    *mut C_tensor,
+    *mut C_tensor,
+    *mut *mut C_tensor,
+) -> *mut c_char;
+
 /// The library's functions, with the types of the C++ files.
 pub struct Functions {
     pub graph_begin: Symbol<unsafe extern "C" fn(*mut u64, *mut *mut Recording) -> *mut c_char>,
@@ -44,6 +53,7 @@ pub struct Functions {
     pub kernel_find: Symbol<unsafe extern "C" fn(*const c_char, *const c_char, *mut *mut c_void) -> *mut c_char>,
     pub kernel_launch: Symbol<Launch>,
     pub max_pool: Symbol<MaxPool>,
+    pub narrow_linear: Symbol<NarrowLinear>,
     pub peak_memory: Symbol<unsafe extern "C" fn(*mut i64) -> *mut c_char>,
 }
 
@@ -76,6 +86,7 @@ pub fn functions() -> Result<&'static Functions> {
             kernel_find: library.get(b"pt_kernel_find")?,
             kernel_launch: library.get(b"pt_kernel_launch")?,
             max_pool: library.get(b"pt_max_pool")?,
+            narrow_linear: library.get(b"pt_narrow_linear")?,
             peak_memory: library.get(b"pt_peak_memory")?,
         }
     };

@@ -14,6 +14,8 @@
 #define __shared__
 #define __launch_bounds__(threads)
 
+using std::min;
+
 struct Place {
   unsigned x, y;
 };

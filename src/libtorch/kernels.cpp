@@ -3,6 +3,8 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -140,6 +142,43 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
   }
 };
 
+// A linear layer whose gradients come from the kernels of linear.cu.
+struct NarrowLinear : torch::autograd::Function<NarrowLinear> {
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t gradients,
+      int64_t sum) {
+    context->save_for_backward({x, weight});
+    context->saved_data["gradients"] = gradients, context->saved_data["sum"] = sum;
+    return at::linear(x, weight, bias);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& given) {
+    auto saved = context->get_saved_variables();
+    auto &x = saved[0], &weight = saved[1];
+    auto to_y = given[0].contiguous();
+    torch::autograd::variable_list all(5);
+    if (context->needs_input_grad(0)) all[0] = at::mm(to_y, weight);
+    if (!context->needs_input_grad(1) && !context->needs_input_grad(2)) return all;
+    auto kernel = [&](const char* name) { return reinterpret_cast<void*>(context->saved_data[name].toInt()); };
+    auto n = x.size(0), width = x.size(1), n_outputs = weight.size(0);
+    // At most 64 blocks of rows, each a multiple of 32.
+    auto n_rows = std::max<int64_t>(32, (n + 64 * 32 - 1) / (64 * 32) * 32), n_parts = (n + n_rows - 1) / n_rows;
+    auto parts = at::empty({n_parts > 1 ? n_parts : 0, n_outputs, width + 1}, x.options());
+    all[1] = at::empty({n_outputs, width}, x.options()), all[2] = at::empty({n_outputs}, x.options());
+    auto number = [](int64_t value) { return static_cast<int32_t>(value); };
+    dim3 grid(static_cast<uint32_t>(n_parts), static_cast<uint32_t>((width + 64) / 64));
+    launch(
+        kernel("gradients"), grid, 256, static_cast<uint32_t>(32 * (64 + n_outputs) * sizeof(float)),
+        {x, to_y, parts, all[1], all[2]}, {number(n), number(width), number(n_outputs), number(n_rows)});
+    if (n_parts > 1) {
+      dim3 threads(static_cast<uint32_t>((n_outputs * (width + 1) + 127) / 128));
+      launch(kernel("sum"), threads, 128, 0, {parts, all[1], all[2]}, {number(n_parts), number(width), number(n_outputs)});
+    }
+    return all;
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -180,6 +219,16 @@ char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths,
     c10::AutoGradMode as_before(grad_mode);
     *out = new at::Tensor(
         MaxPool::apply(*x, *lengths, reinterpret_cast<int64_t>(kernel), reinterpret_cast<int64_t>(gradient_kernel)));
+  });
+}
+
+// x [N, F] W^T + b for at most 128 outputs, float32, contiguous; its gradients by the kernels of linear.cu.
+char* pt_narrow_linear(void* gradients, void* sum, Handle x, Handle weight, Handle bias, Handle* out) {
+  auto grad_mode = c10::GradMode::is_enabled();
+  return guarded([&] {
+    c10::AutoGradMode as_before(grad_mode);
+    *out = new at::Tensor(
+        NarrowLinear::apply(*x, *weight, *bias, reinterpret_cast<int64_t>(gradients), reinterpret_cast<int64_t>(sum)));
   });
 }
 

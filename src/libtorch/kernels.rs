@@ -152,6 +152,35 @@ pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
     }
 }
 
+const LINEAR_SOURCE: &str = include_str!("linear.cu");
+static LINEAR_GRADIENTS: Kernel = Kernel::new(LINEAR_SOURCE, "linear_gradients");
+static LINEAR_SUM: Kernel = Kernel::new(LINEAR_SOURCE, "linear_sum");
+
+/// The most outputs that `linear.cu` has room for.
+const NARROW: i64 = 128;
+
+/// x W^T + b for `x` [..., F] and `weight` [C, F] with few outputs C, whose gradients by weights and bias a kernel computes.
+/// `None` if there is no kernel for it.
+pub fn narrow_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {
+    let (outputs, width) = weight.size2().ok()?;
+    let fits = x.kind() == Kind::Float && weight.kind() == Kind::Float && x.is_contiguous() && x.numel() > 0;
+    if !fits || outputs > NARROW || x.device() == Device::Cpu || x.numel() > i32::MAX as usize {
+        return None;
+    }
+    let (gradients, sum, functions) = (LINEAR_GRADIENTS.get()?, LINEAR_SUM.get()?, functions().ok()?);
+    let (mut size, flat) = (x.size(), x.view([-1, width]));
+    let [flat, weight, bias] = [&flat, weight, bias].map(|tensor| tensor.as_ptr().cast_mut());
+    let mut out = std::ptr::null_mut();
+    // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
+    let y = unsafe {
+        checked((functions.narrow_linear)(gradients.0, sum.0, flat, weight, bias, &mut out))
+            .expect("invariant: the layer's sizes fit its input");
+        Tensor::from_ptr(out)
+    };
+    *size.last_mut()? = outputs;
+    Some(y.view(size.as_slice()))
+}
+
 /// The peak number of bytes that libtorch has reserved on the GPU.
 pub fn peak_device_memory() -> Result<usize> {
     let mut bytes = 0;
@@ -163,6 +192,35 @@ pub fn peak_device_memory() -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gradients_of_a_narrow_layer_are_libtorch_s() {
+        tch::manual_seed(4);
+        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
+        // One block of rows and three, the last one not full; more inputs than a block has columns, and few.
+        for (n, width, outputs) in [(5, 70, 7), (70, 64, 3), (70, 3, 41)] {
+            let (x, to_y) = (random(&[n, width]), random(&[n, outputs]));
+            let n_parts = (n as usize).div_ceil(32);
+            let nan = |size: &[i64]| Tensor::full(size, f64::NAN, (Kind::Float, Device::Cpu));
+            let (parts, to_weight) = (nan(&[n_parts as i64, outputs, width + 1]), nan(&[outputs, width]));
+            let to_bias = nan(&[outputs]);
+            let shape = LaunchConfig {
+                grid: [n_parts, (width as usize + 64) / 64],
+                block: [256, 1],
+                shared: 32 * (64 + outputs as usize) * size_of::<f32>(),
+            };
+            let sizes = [n, width, outputs, 32];
+            LINEAR_GRADIENTS.launch(shape, &[&x, &to_y, &parts, &to_weight, &to_bias], &sizes).unwrap();
+            if n_parts > 1 {
+                let grid = (outputs * (width + 1)).unsigned_abs().div_ceil(128) as usize;
+                let shape = LaunchConfig { grid: [grid, 1], block: [128, 1], shared: 0 };
+                LINEAR_SUM.launch(shape, &[&parts, &to_weight, &to_bias], &[n_parts as i64, width, outputs]).unwrap();
+            }
+            assert!(to_weight.allclose(&to_y.tr().matmul(&x), 1e-5, 1e-5, false), "{n} {width} {outputs}");
+            let sums = to_y.sum_dim_intlist([0].as_slice(), false, Kind::Float);
+            assert!(to_bias.allclose(&sums, 1e-5, 1e-5, false), "{n} {width} {outputs}");
+        }
+    }
 
     #[test]
     fn the_largest_states_and_their_gradients_are_libtorch_s() {

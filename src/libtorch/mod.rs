@@ -3,6 +3,7 @@
 //! `unsafe` code of the project.
 
 mod autograd;
+mod beside;
 mod byte_convolution;
 mod cuda;
 mod device;
@@ -27,10 +28,11 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 pub use autograd::{backward, with_gradients};
+pub use beside::Beside;
 pub use byte_convolution::byte_convolution;
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
-pub use kernels::{Kernel, LaunchConfig, max_pool, peak_device_memory};
+pub use kernels::{Kernel, LaunchConfig, max_pool, narrow_linear, peak_device_memory};
 pub(crate) use kernels::{LISTED, Listed};
 pub use lstm::both_directions;
 pub use optimizers::{

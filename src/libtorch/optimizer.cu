@@ -104,7 +104,7 @@ extern "C" __global__ void sum_rows(
     __syncthreads();
     for (int e = threadIdx.x; e < width && found > 0; e += blockDim.x) {
       float sum = own[e];
-#pragma unroll 4
+#pragma unroll 16
       for (int k = 0; k < found; k++) sum += gradients[(size_t)places[k] * width + e];
       own[e] = sum;
     }

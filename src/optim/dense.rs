@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, upload};
 
 /// Elements per block of threads, and threads per block.
-const PIECE: usize = 4096;
+const PIECE: usize = 1024;
 const BLOCK: usize = 256;
 /// Fields of the kernel's `Piece`.
 const FIELDS: i64 = 11;

@@ -28,6 +28,8 @@ pub struct Clipped {
     skip: Tensor,
     /// 1 - skip, if known.
     taken: Option<Tensor>,
+    /// 1 / loss scale; NaN if float16 skips the step.
+    unscale: Option<Tensor>,
 }
 
 static KERNEL: Kernel = Kernel::new(include_str!("../libtorch/clip.cu"), "clip");
@@ -36,31 +38,29 @@ impl Clipped {
     pub fn grad_scale(&self) -> GradScale<'_> {
         GradScale { divisor: self.divisor.as_ref(), skip: &self.skip, taken: self.taken.as_ref() }
     }
+
+    /// Norms of the tasks' gradients without the loss scale; NaN if float16 skips the step.
+    pub fn unscaled(&self, norms: Tensor) -> Tensor {
+        self.unscale.as_ref().map_or(norms.shallow_clone(), |unscale| norms * unscale)
+    }
 }
 
 impl Clip<'_> {
-    /// With `loss_scale` the gradients are that many times too large; so are `norms`, which are corrected here.
-    pub fn apply(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {
+    /// With `loss_scale` the gradients are that many times too large.
+    pub fn apply(&self, loss_scale: Option<&mut LossScale>) -> Result<Clipped> {
         let fits = self.losses.len() <= LISTED && self.losses.iter().all(|loss| loss.kind() == Kind::Float);
         match self.squares.filter(|_| fits && KERNEL.serves(self.halted.device())) {
-            Some(squares) => self.by_kernel(squares, loss_scale, norms),
-            None => self.by_operators(loss_scale, norms),
+            Some(squares) => self.by_kernel(squares, loss_scale),
+            None => self.by_operators(loss_scale),
         }
     }
 
-    fn by_kernel(
-        &self,
-        squares: &Tensor,
-        loss_scale: Option<&mut LossScale>,
-        norms: &mut Option<Tensor>,
-    ) -> Result<Clipped> {
+    fn by_kernel(&self, squares: &Tensor, loss_scale: Option<&mut LossScale>) -> Result<Clipped> {
         let (n, n_losses) = (squares.numel() as i64, self.losses.len() as i64);
         let new = |size: i64| Tensor::empty([size], (Kind::Float, squares.device()));
-        let (values, grad_scale, threads) = (new(n_losses + 1), new(4), 256);
+        let (values, grad_scale, threads) =
+            (new(n_losses + 1), new(4), squares.numel().next_power_of_two().clamp(32, 1024));
         let scaled = loss_scale.is_some();
-        if let Some(scale) = &loss_scale {
-            *norms = norms.take().map(|norms| norms / scale.value());
-        }
         // Placeholders that the kernel does not read without a scale.
         let (scale, sound, to_grow) = loss_scale.map_or((squares, squares, 0), |scale| scale.parts());
         KERNEL.launch_with(
@@ -69,18 +69,16 @@ impl Clip<'_> {
             &[n, n_losses, i64::from((self.limit as f32).to_bits() as i32), to_grow],
             Some(&Listed::of(self.losses)?),
         )?;
-        if scaled {
-            *norms = norms.take().map(|norms| norms.masked_fill(&grad_scale.get(3).gt(0.0), f64::NAN));
-        }
         Ok(Clipped {
             values,
             divisor: Some(grad_scale.get(0)),
             skip: grad_scale.get(1),
             taken: Some(grad_scale.get(2)),
+            unscale: scaled.then(|| grad_scale.get(3)),
         })
     }
 
-    fn by_operators(&self, loss_scale: Option<&mut LossScale>, norms: &mut Option<Tensor>) -> Result<Clipped> {
+    fn by_operators(&self, loss_scale: Option<&mut LossScale>) -> Result<Clipped> {
         let (mut norm, divisor) = match self.gradients.is_empty() {
             // Everything that the step has labels for is frozen.
             true => (Tensor::zeros([], (Kind::Float, self.halted.device())), None),
@@ -88,13 +86,13 @@ impl Clip<'_> {
                 clip_gradients(self.gradients, self.squares, self.limit, loss_scale.as_deref().map(LossScale::value))?
             }
         };
+        let mut unscale = loss_scale.as_ref().map(|scale| scale.value().reciprocal());
         let overflow = match loss_scale {
             Some(scale) => {
-                *norms = norms.take().map(|norms| norms / scale.value());
                 let overflow = scale.adapt(&norm)?;
                 // The step is skipped, and no weighting strategy learns from its gradients.
                 norm = norm.masked_fill(&overflow, -1.0);
-                *norms = norms.take().map(|norms| norms.masked_fill(&overflow, f64::NAN));
+                unscale = unscale.map(|unscale| unscale.masked_fill(&overflow, f64::NAN));
                 Some(overflow)
             }
             None => None,
@@ -103,7 +101,7 @@ impl Clip<'_> {
         let halted = self.halted.maximum(&is_not_finite(&values.sum(Kind::Float)));
         self.halted.shallow_clone().f_copy_(&halted)?;
         let skip = overflow.map_or(halted.shallow_clone(), |overflow| halted.maximum(&overflow));
-        Ok(Clipped { values, divisor, skip, taken: None })
+        Ok(Clipped { values, divisor, skip, taken: None, unscale })
     }
 }
 
@@ -133,16 +131,16 @@ mod tests {
                 let _ = new.parts().0.shallow_clone().fill_(f64::from(scale));
                 new
             });
-            let mut norms = Some(Tensor::from_slice(&[2.0f64, f64::NAN]));
-            let (by, of) = (scale.as_mut(), &mut norms);
-            let clipped = if by_kernel { clip.by_kernel(&squares, by, of) } else { clip.by_operators(by, of) }.unwrap();
+            let by = scale.as_mut();
+            let clipped = if by_kernel { clip.by_kernel(&squares, by) } else { clip.by_operators(by) }.unwrap();
+            let norms = clipped.unscaled(Tensor::from_slice(&[2.0f64, f64::NAN]));
             assert!(clipped.taken.as_ref().is_none_or(|taken| *taken == 1.0 - &clipped.skip));
             // The divisor of a skipped step is not used.
             let divisor = clipped.divisor.as_ref().filter(|_| clipped.skip == Tensor::from(0f32));
             let divisor = divisor.map_or(1.0, |divisor| divisor.double_value(&[]));
             let mut all = Vec::<f64>::try_from(clipped.values.to_kind(Kind::Double)).unwrap();
             all.extend([divisor, clipped.skip.double_value(&[]), halted.double_value(&[])]);
-            all.extend(Vec::<f64>::try_from(norms.unwrap()).unwrap());
+            all.extend(Vec::<f64>::try_from(norms).unwrap());
             let state = scale.iter().flat_map(LossScale::state).map(|(_, number)| number.double_value(&[]));
             all.extend(state.collect::<Vec<_>>());
             all

@@ -8,7 +8,7 @@ use super::gradients::{Backward, Gradients, Weighted, as_vector, at_last_layer};
 use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
-use crate::libtorch::{Draws, divide_list, side_by_side};
+use crate::libtorch::{Beside, Draws, divide_list, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows, is_part};
 use crate::optim::{LossScale, StepRates, Touched};
 use crate::rng::Purpose;
@@ -18,13 +18,12 @@ use crate::weighting::{Reference, Wants};
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a> {
     pub wants: Wants,
-    pub present: &'a [bool],
+    /// Whether the strategy's work may be recorded.
+    pub recordable: bool,
     /// Number of labels in the step, by task.
     pub n_decisions: &'a [i64],
     /// The table rows that the step reads; without them gradients are those of whole tables.
     pub rows: Option<&'a TableRows>,
-    /// Weights of the losses, unless they depend on the losses.
-    pub weights: Option<&'a Tensor>,
     pub rates: StepRates<'a>,
     /// Whether to compare the tasks' gradients.
     pub diagnose: bool,
@@ -34,32 +33,16 @@ pub(super) struct Inputs<'a> {
 pub(super) struct Computed {
     /// The losses of the tasks present, in order, then the gradient norm.
     pub values: Tensor,
+    /// The weights of the losses, `[T]`, which the next step may overwrite.
     pub weights: Tensor,
-    pub norms: Option<Tensor>,
     /// The products g_i . g_j of the gradients of the tasks' losses at the last layer's weights: [T, T] float64.
     pub gram: Option<Tensor>,
 }
 
 impl Computed {
-    /// The losses, `[T]` float64, 0 for absent tasks.
-    pub fn losses(&self, present: &[bool]) -> Tensor {
-        if present.iter().all(|&present| present) {
-            return self.values.narrow(0, 0, present.len() as i64).to_kind(Kind::Double);
-        }
-        let mut all = self.values.unbind(0).into_iter();
-        let losses = present.iter().map(|&present| present.then(|| all.next()).flatten()).collect::<Vec<_>>();
-        as_vector(&losses, self.values.device())
-    }
-
-    /// Copies the results out of the graph's memory, which the next replay overwrites. Norms are shared, not copied:
-    /// the strategy reads them before that. `weights`, if given, replace the recorded ones.
-    pub fn copy(&self, weights: Option<&Tensor>) -> Computed {
-        Computed {
-            values: self.values.detach_copy(),
-            weights: weights.map_or_else(|| self.weights.detach_copy(), Tensor::shallow_clone),
-            norms: self.norms.as_ref().map(Tensor::shallow_clone),
-            gram: None,
-        }
+    /// Copies the values out of the graph's memory, which the next replay overwrites.
+    pub fn copy(&self) -> Computed {
+        Computed { values: self.values.detach_copy(), weights: self.weights.shallow_clone(), gram: None }
     }
 }
 
@@ -99,15 +82,14 @@ impl Trainer<'_> {
         let mut losses = None;
         // The tasks' gradients at the last layer, if they are compared: [T, n].
         let mut by_task: Option<Tensor> = None;
-        let mut weights = inputs.weights.map(Tensor::shallow_clone);
+        let mut weights = (inputs.wants != Wants::Losses).then(|| self.weighting.weights(None));
         for (i, parts) in batches.iter().map(AsRef::as_ref).enumerate() {
             let forward = |part: usize| self.forward(step, i, &parts[part], inputs);
             let mut passes = side_by_side(parts.len(), &forward).into_iter().collect::<Result<Vec<_>>>()?;
             let here = passes.iter().fold(None, |sum, pass| add_losses(sum, copies(&pass.losses))).unwrap_or_default();
             self.timer.end(Part::Forward);
             let weights = weights.get_or_insert_with(|| {
-                let losses = known.as_ref().unwrap_or(&here);
-                self.weighting.weights(step.number, inputs.present, Some(&as_vector(losses, device)))
+                self.weighting.weights(Some(&as_vector(known.as_ref().unwrap_or(&here), device)))
             });
             let scale = self.loss_scale.as_ref().map(LossScale::value);
             if inputs.diagnose {
@@ -130,27 +112,25 @@ impl Trainer<'_> {
             self.timer.end(Part::Backward);
         }
         let losses = losses.unwrap_or_default();
-        let mut norms = reference.map(|_| gradients.norms(device));
         let rows = read.as_ref().or(inputs.rows).map(|rows| &rows.touched);
         let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
-        let values = self.update((&gradients.sum, rows), squares.as_ref(), &losses, &mut norms, inputs)?;
+        let values = self.update((&gradients, rows), squares.as_ref(), &losses, inputs)?;
         self.timer.end(Part::Update);
-        let weights = weights.unwrap_or_else(|| Tensor::ones([losses.len() as i64], (Kind::Double, device)));
-        Ok(Computed { values, weights, norms, gram: by_task.map(|own| own.matmul(&own.tr())) })
+        let weights = weights.unwrap_or_else(|| self.weighting.weights(None));
+        Ok(Computed { values, weights, gram: by_task.map(|own| own.matmul(&own.tr())) })
     }
 
-    /// Clips, updates and averages the weights, unless something is not finite. Returns the losses of the tasks
-    /// present, in order, then the gradient norm before clipping.
+    /// Clips, updates and averages the weights, unless something is not finite; the strategy learns. Returns the losses of
+    /// the tasks present, in order, then the gradient norm before clipping.
     fn update(
         &mut self,
-        (gradients, rows): (&[Tensor], Option<&Touched>),
+        (gradients, rows): (&Gradients, Option<&Touched>),
         squares: Option<&Tensor>,
         losses: &[Option<Tensor>],
-        norms: &mut Option<Tensor>,
         inputs: &Inputs,
     ) -> Result<Tensor> {
         let device = self.model.parameters.device();
-        let defined: Vec<&Tensor> = gradients.iter().filter(|gradient| gradient.defined()).collect();
+        let defined: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
         let clip = Clip {
             gradients: &defined,
             squares,
@@ -158,14 +138,23 @@ impl Trainer<'_> {
             limit: self.config.clip_norm,
             halted: &self.halted,
         };
-        let mut clipped = clip.apply(self.loss_scale.as_mut(), norms)?;
+        let mut clipped = clip.apply(self.loss_scale.as_mut())?;
+        let learning = Beside::run(device, || {
+            if !self.weighting.learns() {
+                return Ok(());
+            }
+            let norms = reference(inputs.wants).map(|_| gradients.norms(device)).transpose()?;
+            let norms = norms.map(|norms| clipped.unscaled(norms));
+            self.weighting.learn(&as_vector(losses, device), norms.as_ref())
+        })?;
         // On the CPU deferred updates of table rows do not apply the divisor, so it is applied here.
         if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu)
             && divisor.double_value(&[]) > 1.0
         {
             divide_list(&defined, &divisor)?;
         }
-        self.optimizer.step(gradients, rows, inputs.rates, clipped.grad_scale())?;
+        self.optimizer.step(&gradients.sum, rows, inputs.rates, clipped.grad_scale())?;
+        learning.join()?;
         Ok(clipped.values)
     }
 

@@ -29,10 +29,27 @@ pub struct Backward<'a> {
 pub struct Gradients {
     /// The gradient of sum_i w_i L_i by parameter; undefined if no loss depends on it, only rows with [`TableRows`].
     pub sum: Vec<Tensor>,
-    /// With `Reference::Representation`: squared norms of the tasks' unweighted gradients, `[T]` float64.
-    squares: Option<Tensor>,
+    /// With `Reference::Representation`: squared norms of the tasks' unweighted gradients.
+    squares: Option<Squares>,
     /// With `Reference::LastLayer`: by task, its unweighted gradients at that layer's weights.
     own: Vec<Vec<Tensor>>,
+}
+
+enum Squares {
+    /// `[T]` float64.
+    Known(Tensor),
+    /// Still to be computed, from the gradients of weighted losses at what heads read from the trunk: the task of each, and
+    /// the tasks' weights.
+    Of(Vec<Tensor>, Vec<usize>, Tensor),
+}
+
+impl Squares {
+    fn value(&self) -> Result<Tensor> {
+        match self {
+            Squares::Known(squares) => Ok(squares.shallow_clone()),
+            Squares::Of(gradients, tasks, weights) => squared_norms(gradients, tasks, weights),
+        }
+    }
 }
 
 /// The losses of one batch, and their factors.
@@ -40,22 +57,18 @@ pub struct Gradients {
 pub struct Weighted<'a> {
     /// By task.
     pub losses: &'a [Option<Tensor>],
-    /// `[T]`
+    /// `[T]` float32.
     pub weights: &'a Tensor,
     /// A further factor of all losses, so that small gradients do not underflow in float16.
     pub scale: Option<&'a Tensor>,
 }
 
 /// The losses of the tasks present, each with its entry of `weights` `[T]`.
-fn with_weights<'a>(
-    losses: &'a [Option<Tensor>],
-    weights: &Tensor,
-) -> impl Iterator<Item = (&'a Tensor, Tensor)> + use<'a> {
-    let weights = weights.to_kind(Kind::Float);
+fn with_weights<'a>(losses: &'a [Option<Tensor>], weights: &'a Tensor) -> impl Iterator<Item = (&'a Tensor, Tensor)> {
     losses.iter().enumerate().filter_map(move |(i, loss)| Some((loss.as_ref()?, weights.get(i as i64))))
 }
 
-/// sum_i w_i L_i over the tasks present; `weights` `[T]` float64.
+/// sum_i w_i L_i over the tasks present; `weights` `[T]` float32.
 pub fn weighted_sum(losses: &[Option<Tensor>], weights: &Tensor) -> Option<Tensor> {
     with_weights(losses, weights).map(|(loss, weight)| loss * weight).reduce(|a, b| a + b)
 }
@@ -97,7 +110,7 @@ impl Backward<'_> {
         shared: &'a Shared,
         mut inputs: Vec<&'a Tensor>,
         Weighted { losses, weights, scale }: Weighted,
-        squares: &mut Option<Tensor>,
+        squares: &mut Option<Squares>,
     ) -> Result<Vec<Tensor>> {
         let scaled = scale.map(|scale| weights * scale);
         let (outputs, own): (Vec<&Tensor>, Vec<Tensor>) =
@@ -128,8 +141,9 @@ impl Backward<'_> {
             self.ensure_path(task, &at_taps[tasks.len()])?;
             tasks.extend(shared.taps[task].iter().map(|_| task));
         }
-        // The gradients at the taps are those of w_i L_i.
-        *squares = Some(squared_norms(&at_taps, &tasks, weights)?);
+        let of = Squares::Of(at_taps, tasks, weights.shallow_clone());
+        // A GPU computes them later, beside the update.
+        *squares = Some(if weights.device() == Device::Cpu { Squares::Known(of.value()?) } else { of });
         Ok(gradients)
     }
 
@@ -148,7 +162,6 @@ impl Backward<'_> {
         // Inputs that come only from frozen vectors have no gradient.
         let cuts: Vec<&Tensor> = shared.cuts.iter().filter(|cut| cut.requires_grad()).collect();
         inputs.extend(&cuts);
-        let weights = weights.to_kind(Kind::Float);
         let one = scale.map_or_else(|| weights.ones_like().get(0), Tensor::shallow_clone);
         let last = losses.iter().rposition(Option::is_some);
         let mut sum: Vec<Tensor> = Vec::new();
@@ -191,22 +204,22 @@ impl Gradients {
             accumulate(own, more)?;
         }
         self.squares = match (self.squares.take(), other.squares) {
-            (Some(squares), Some(more)) => Some(squares + more),
+            (Some(squares), Some(more)) => Some(Squares::Known(squares.value()? + more.value()?)),
             (squares, more) => squares.or(more),
         };
         accumulate(&mut self.sum, other.sum)
     }
 
     /// 2-norms of the tasks' unweighted gradients at the reference, `[T]` float64, 0 for absent tasks.
-    pub fn norms(&self, device: Device) -> Tensor {
+    pub fn norms(&self, device: Device) -> Result<Tensor> {
         if let Some(squares) = &self.squares {
-            return squares.sqrt();
+            return Ok(squares.value()?.sqrt());
         }
         let square = |own: &Vec<Tensor>| {
             let squares = own.iter().map(|g| g.norm().to_kind(Kind::Double).square());
             squares.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (Kind::Double, device)))
         };
-        Tensor::stack(&self.own.iter().map(square).collect::<Vec<_>>(), 0).sqrt()
+        Ok(Tensor::stack(&self.own.iter().map(square).collect::<Vec<_>>(), 0).sqrt())
     }
 }
 

@@ -1,8 +1,8 @@
 //! Steps as CUDA graphs, one per batch shape: gathering the batch, forward, backward, clipping, update and average.
 //!
 //! A shape is recorded when it occurs the second time. Operators are called one by one before that, and for steps that
-//! cannot be recorded: those of several batches, with weights that depend on the losses while a task is absent, that
-//! compare the tasks' gradients, or with `lazy_rows`.
+//! cannot be recorded: those of several batches, that compare the tasks' gradients, in which GradNorm sets its initial losses,
+//! or with `lazy_rows`.
 
 use std::collections::HashMap;
 
@@ -26,10 +26,6 @@ pub struct Graphs {
     steps: HashMap<Vec<i64>, Option<Recorded>>,
     pool: GraphPool,
     recording: bool,
-    /// The weights of the losses on the device, `[T]`.
-    weights: Tensor,
-    /// The tensor that they were copied from. Strategies return new weights in a new tensor.
-    given: Option<Tensor>,
 }
 
 /// How steps of one shape are taken.
@@ -48,21 +44,19 @@ struct Recorded {
 }
 
 impl Graphs {
-    /// For `n_tasks` tasks; off if `on` is false or there is no CUDA.
-    pub fn new(on: bool, n_tasks: usize, device: Device) -> Self {
+    /// Off if `on` is false or there is no CUDA.
+    pub fn new(on: bool, device: Device) -> Self {
         Graphs {
             how: if on && device != Device::Cpu { How::Replayed } else { How::Off },
             steps: HashMap::new(),
             pool: GraphPool::default(),
             recording: false,
-            weights: Tensor::ones([n_tasks as i64], (Kind::Float, device)),
-            given: None,
         }
     }
 
     /// As with CUDA, except that steps are computed again, not replayed.
-    pub fn rehearsed(n_tasks: usize, device: Device) -> Self {
-        Graphs { how: How::Computed, ..Graphs::new(false, n_tasks, device) }
+    pub fn rehearsed(device: Device) -> Self {
+        Graphs { how: How::Computed, ..Graphs::new(false, device) }
     }
 
     pub fn on(&self) -> bool {
@@ -90,9 +84,7 @@ impl Trainer<'_> {
     ) -> Result<Option<Computed>> {
         let [parts] = plans else { return Ok(None) };
         let [plan] = parts.as_slice() else { return Ok(None) };
-        // Only the host knows which tasks are present: weights that depend on the losses are recorded only if all are.
-        let weighted = inputs.weights.is_some() || inputs.present.iter().all(|&present| present);
-        if !self.graphs.on() || inputs.diagnose || inputs.rows.is_some() || !weighted {
+        if !self.graphs.on() || inputs.diagnose || inputs.rows.is_some() || !inputs.recordable {
             return Ok(None);
         }
         let key = self.shape(step, plan, inputs);
@@ -115,21 +107,11 @@ impl Trainer<'_> {
                 return Ok(None);
             }
         };
-        let given = self.graphs.given.as_ref().map(Tensor::data_ptr);
-        if let Some(weights) = inputs.weights.filter(|weights| given != Some(weights.data_ptr())) {
-            self.graphs.weights.f_copy_(weights)?;
-            self.graphs.given = Some(weights.shallow_clone());
-        }
         tch::manual_seed(self.dropout_seed(step, 0) as i64);
         upload_into(&self.numbers(plan, inputs), &recorded.numbers)?;
         let again = match &recorded.graph {
-            Some(graph) => {
-                graph.replay().map(|()| recorded.computed.as_ref().map(|computed| computed.copy(inputs.weights)))
-            }
-            None => {
-                let computed = self.compute_kept(step, plan, &recorded.numbers, inputs);
-                computed.map(|computed| Some(computed.copy(inputs.weights)))
-            }
+            Some(graph) => graph.replay().map(|()| recorded.computed.as_ref().map(Computed::copy)),
+            None => self.compute_kept(step, plan, &recorded.numbers, inputs).map(Some),
         };
         self.graphs.steps.insert(key, Some(recorded));
         self.timer.end(Part::Graph);
@@ -177,11 +159,10 @@ impl Trainer<'_> {
 
     /// Computes a step from the memory that graphs read.
     fn compute_kept(&mut self, step: &Step, plan: &BatchPlan, numbers: &Tensor, inputs: &Inputs) -> Result<Computed> {
-        let weights = self.graphs.weights.shallow_clone();
         let both = numbers.narrow(0, numbers.size()[0] - 1, 1).view_dtype(Kind::Float);
         let (rate, share) = (both.get(0), both.get(1));
         let rates = StepRates { learning_rate: Number::Device(&rate), share: Number::Device(&share) };
-        let kept = Inputs { weights: inputs.weights.map(|_| &weights), rates, ..*inputs };
+        let kept = Inputs { rates, ..*inputs };
         let batch = self.train.gather(plan, numbers);
         self.compute(step, &[[batch]], &kept)
     }

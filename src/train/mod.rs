@@ -174,7 +174,7 @@ impl Trainer<'_> {
                     // The last epoch may be cut short, and continue when the run is trained further.
                     if state.step.is_multiple_of(per_epoch) {
                         state.epoch.reset();
-                        self.weighting.epoch_ended();
+                        self.weighting.epoch_ended()?;
                     }
                     let report = self.evaluate(&mut state, course, &mut records, epoch)?;
                     observer.epoch_ended(epoch + 1, &losses, &report, state.best_step == Some(state.step));
@@ -237,8 +237,8 @@ impl Trainer<'_> {
             values.insert("loss_scale".to_owned(), json!(scale.value().double_value(&[])));
             values.insert("steps_left_out".to_owned(), json!(state.interval.left_out));
         }
-        if let Some((weights, present)) = &pending.weights {
-            let report = self.weighting.report(weights, present);
+        if let Some(weights) = &pending.weights {
+            let report = self.weighting.report(weights);
             values.insert("weight".to_owned(), named(&report.weights));
             values.extend(report.details.iter().map(|(name, details)| ((*name).to_owned(), named(details))));
             if let Some(warning) = report.warning {

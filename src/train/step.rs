@@ -10,7 +10,6 @@ use crate::data::{Batch, BatchPlan};
 use crate::libtorch::workers;
 use crate::optim::StepRates;
 use crate::task::{Task, TaskId};
-use crate::weighting::{Observed, Wants};
 
 /// The fewest rows per part: splitting a batch further costs more than it gains.
 const ROWS_A_WORKER: usize = 4;
@@ -19,8 +18,8 @@ const ROWS_A_WORKER: usize = 4;
 pub struct Pending {
     steps: Vec<Waiting>,
     device: Device,
-    /// Weights of the last step, `[T]`, and which tasks were present.
-    pub weights: Option<(Tensor, Vec<bool>)>,
+    /// Weights of the last step, `[T]`.
+    pub weights: Option<Tensor>,
     /// From the last step that compared the tasks' gradients: which were present, and the inner products [T, T].
     pub gram: Option<(Vec<bool>, Tensor)>,
 }
@@ -104,15 +103,13 @@ impl Trainer<'_> {
             None => None,
         };
         self.timer.end(Part::Update);
-        let wants = self.weighting.wants(step.number);
-        let weights = (wants != Wants::Losses).then(|| self.weighting.weights(step.number, &present, None));
+        let recordable = self.weighting.prepare(step.number, &present)?;
         self.timer.end(Part::Weighting);
         let inputs = Inputs {
-            wants,
-            present: &present,
+            wants: self.weighting.wants(step.number),
+            recordable,
             n_decisions: &n_decisions,
             rows: rows.as_ref(),
-            weights: weights.as_ref(),
             rates: StepRates {
                 learning_rate: self.learning_rate(step.number, step.n_steps).into(),
                 share: self.optimizer.share(step.number).into(),
@@ -128,16 +125,11 @@ impl Trainer<'_> {
                 self.compute(step, &batches, &inputs)?
             }
         };
-        if self.weighting.learns() {
-            let losses = computed.losses(&present);
-            self.weighting.learn(&Observed { losses: &losses, present: &present, norms: computed.norms.as_ref() })?;
-        }
         if let Some(gram) = computed.gram {
             pending.gram = Some((present.clone(), gram));
         }
-        pending.weights = Some((computed.weights, present.clone()));
+        pending.weights = Some(computed.weights);
         pending.steps.push(Waiting { number: step.number, values: computed.values, present });
-        self.timer.end(Part::Weighting);
         Ok(parts().map(BatchPlan::n_tokens).sum())
     }
 

@@ -1,5 +1,5 @@
 //! The norm of each task's gradient at what its heads read of the trunk: by operators, or by the kernels of
-//! `src/libtorch/gradnorm.cu`.
+//! `src/libtorch/weighting.cu`.
 //!
 //! T tasks, K tensors, one or more per task.
 
@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, norms_of};
 
-const SOURCE: &str = include_str!("../libtorch/gradnorm.cu");
+const SOURCE: &str = include_str!("../libtorch/weighting.cu");
 static SQUARES: Kernel = Kernel::new(SOURCE, "squares_of");
 static BY_TASK: Kernel = Kernel::new(SOURCE, "squares_by_task");
 
@@ -17,10 +17,8 @@ const PARTS: usize = 32;
 const BLOCK: usize = 256;
 
 /// Squared 2-norms of the tasks' gradients, `[T]` float64, 0 for tasks without a tensor. `gradients` are those of
-/// w_i L_i, `tasks` the task of each, and `weights` `[T]` float64 the w_i.
+/// w_i L_i, `tasks` the task of each, and `weights` `[T]` float32 the w_i.
 pub fn squared_norms(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result<Tensor> {
-    // The losses were multiplied by float32 weights.
-    let weights = &weights.to_kind(Kind::Float).to_kind(Kind::Double);
     let fits = gradients.len() <= LISTED / 2 && gradients.iter().all(|x| x.kind() == Kind::Float);
     let serve = |kernel: &Kernel| kernel.serves(weights.device());
     match fits && weights.numel() <= BLOCK && serve(&SQUARES) && serve(&BY_TASK) {
@@ -35,7 +33,8 @@ fn by_operators(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Resu
         let own = tasks.iter().enumerate().filter(|(_, own)| **own == task).map(|(k, _)| squares.get(k as i64));
         own.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([], (Kind::Double, weights.device())))
     };
-    Ok(Tensor::stack(&(0..weights.numel()).map(of_task).collect::<Vec<_>>(), 0) / weights.square())
+    Ok(Tensor::stack(&(0..weights.numel()).map(of_task).collect::<Vec<_>>(), 0)
+        / weights.to_kind(Kind::Double).square())
 }
 
 fn by_kernels(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result<Tensor> {
@@ -46,7 +45,7 @@ fn by_kernels(gradients: &[Tensor], tasks: &[usize], weights: &Tensor) -> Result
     let pairs = gradients.iter().flat_map(|x| [x.data_ptr() as i64, x.numel() as i64]).collect::<Vec<_>>();
     let tasks = tasks.iter().map(|&task| task as i64).collect::<Vec<_>>();
     let (n, double) = (gradients.len(), (Kind::Double, weights.device()));
-    let (parts, squares) = (Tensor::empty([n as i64, PARTS as i64], double), weights.empty_like());
+    let (parts, squares) = (Tensor::empty([n as i64, PARTS as i64], double), Tensor::empty(weights.size(), double));
     let shape = LaunchConfig { grid: [PARTS, n], block: [BLOCK, 1], shared: BLOCK * size_of::<f64>() };
     SQUARES.launch_with(shape, &[&parts], &[], Some(&Listed::new(&pairs)?))?;
     let shape = LaunchConfig { grid: [1, 1], block: [weights.numel().next_multiple_of(32), 1], shared: 0 };
@@ -67,7 +66,7 @@ mod tests {
         let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
         let of_mean = random(&[3, 1, 4]).expand([3, 6, 4], false);
         let gradients = [random(&[3, 5, 40]), random(&[7, 2, 3]).transpose(0, 1), of_mean];
-        let weights = Tensor::from_slice(&[0.5f64, 2.0, 1.0]);
+        let weights = Tensor::from_slice(&[0.5f32, 2.0, 1.0]);
         for tasks in [[0, 1, 2], [0, 0, 2]] {
             let (ours, theirs) = (by_kernels(&gradients, &tasks, &weights), by_operators(&gradients, &tasks, &weights));
             let (ours, theirs) = (ours.unwrap(), theirs.unwrap());

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{LossWeighting, Observed, from_json, numbers, to_json, vector};
+use super::{LossWeighting, Observed, Present, load_into, numbers, to_json, vector};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -27,6 +27,7 @@ impl Default for DwaConfig {
 
 pub struct Dwa {
     temperature: f64,
+    weights: Tensor,
     /// Each task's summed losses in this epoch, and the number of steps that had it.
     sums: Tensor,
     counts: Vec<u32>,
@@ -38,10 +39,17 @@ impl Dwa {
     pub fn new(config: &DwaConfig, n: usize, device: Device) -> Self {
         Dwa {
             temperature: config.temperature,
+            weights: Tensor::ones([n as i64], (Kind::Double, device)),
             sums: Tensor::zeros([n as i64], (Kind::Double, device)),
             counts: vec![0; n],
             history: [vec![None; n], vec![None; n]],
         }
+    }
+
+    /// The weights after the epochs in `history`.
+    fn weigh(&mut self) -> Result<()> {
+        let weights = (self.rates() / self.temperature).softmax(0, Kind::Double) * self.counts.len() as f64;
+        Ok(self.weights.f_copy_(&weights)?)
     }
 
     fn rates(&self) -> Tensor {
@@ -55,26 +63,31 @@ impl Dwa {
 }
 
 impl LossWeighting for Dwa {
-    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
-        (self.rates() / self.temperature).softmax(0, Kind::Double) * self.counts.len() as f64
+    fn prepare(&mut self, _: usize, present: &Present) -> Result<bool> {
+        for (count, &present) in self.counts.iter_mut().zip(&present.flags) {
+            *count += u32::from(present);
+        }
+        Ok(true)
+    }
+
+    fn weights(&self, _: &Present, _: Option<&Tensor>) -> Tensor {
+        self.weights.shallow_clone()
     }
 
     fn learn(&mut self, step: &Observed) -> Result<()> {
-        self.sums = &self.sums + step.losses;
-        for (count, &present) in self.counts.iter_mut().zip(step.present) {
-            *count += u32::from(present);
-        }
+        let _ = self.sums.f_add_(step.losses)?;
         Ok(())
     }
 
-    fn epoch_ended(&mut self) {
+    fn epoch_ended(&mut self) -> Result<()> {
         let sums = numbers(&self.sums);
         let means = sums.iter().zip(&self.counts).map(|(sum, &n)| (n > 0).then(|| sum / f64::from(n)));
         let means: Vec<Option<f64>> = means.collect();
         self.history.swap(0, 1);
         self.history[0] = means;
-        self.sums = self.sums.zeros_like();
+        let _ = self.sums.f_zero_()?;
         self.counts.fill(0);
+        self.weigh()
     }
 
     fn details(&self) -> Vec<(&'static str, Tensor)> {
@@ -86,9 +99,9 @@ impl LossWeighting for Dwa {
     }
 
     fn load(&mut self, state: &Value) -> Result<()> {
-        self.sums = from_json(state, "sums", self.counts.len(), self.sums.device())?;
+        load_into(&mut self.sums, state, "sums")?;
         self.counts = serde_json::from_value(state["counts"].clone()).context("`counts` is missing or damaged")?;
         self.history = serde_json::from_value(state["history"].clone()).context("`history` is missing or damaged")?;
-        Ok(())
+        self.weigh()
     }
 }

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{FixedConfig, LossWeighting, WeightedTask, vector};
+use super::{FixedConfig, LossWeighting, Present, WeightedTask, vector};
 
 pub struct Fixed(Tensor);
 
@@ -25,7 +25,11 @@ impl LossWeighting for Fixed {
         false
     }
 
-    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
+    fn constant(&self) -> bool {
+        true
+    }
+
+    fn weights(&self, _: &Present, _: Option<&Tensor>) -> Tensor {
         self.0.shallow_clone()
     }
 }

@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::optimizer::{KernelInputs, WeightOptimizer};
+use super::optimizer::{WEIGHTING, WeightOptimizer};
 use super::{
-    LossWeighting, Observed, Reference, Wants, WeightOptimizerKind, WeightedTask, count, from_json, mask, numbers,
-    to_json, vector,
+    LossWeighting, Observed, Present, Reference, Wants, WeightOptimizerKind, WeightedTask, load_into, numbers, to_json,
+    vector,
 };
-use crate::libtorch::{Kernel, LaunchConfig};
+use crate::libtorch::Kernel;
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -79,16 +79,21 @@ const SMALLEST_LOSS: f64 = 1e-12;
 
 pub struct Gradnorm {
     config: GradnormConfig,
-    priorities: Vec<f64>,
+    priorities: Tensor,
     pub(super) weights: Tensor,
     optimizer: WeightOptimizer,
     initial: Tensor,
     /// Steps in each task's initial loss so far; `log_classes` needs none.
     n_initial: Vec<u32>,
-    /// The kernel's last constant inputs, on the host and on the device.
-    given: Option<(Vec<f64>, Tensor)>,
-    /// Norms, rates and targets of the last update, for display.
-    seen: Option<[Tensor; 3]>,
+    /// Of the step that was prepared last: the tasks, as a mask, whose initial loss it is part of.
+    open: Option<Tensor>,
+    /// Of that step: whether the weights may change in it.
+    ready: bool,
+    /// Constant inputs of the kernel: alpha, floor, smallest loss.
+    given: Tensor,
+    /// Norms, rates and targets of the last update, for display, [3, T], if there was one.
+    seen: Tensor,
+    updated: bool,
     /// How often a weight hit the floor, and whether the user was warned.
     floored: Tensor,
     warned: bool,
@@ -113,13 +118,16 @@ impl Gradnorm {
         };
         Gradnorm {
             config: config.clone(),
-            priorities: tasks.iter().map(|task| task.priority).collect(),
+            priorities: vector(&tasks.iter().map(|task| task.priority).collect::<Vec<_>>(), device),
             weights: Tensor::ones([n as i64], (Kind::Double, device)),
             optimizer: WeightOptimizer::new(config.optimizer, config.learning_rate, n, device),
             initial: vector(&initial, device),
             n_initial: vec![0; n],
-            given: None,
-            seen: None,
+            open: None,
+            ready: false,
+            given: vector(&[config.alpha, config.floor, SMALLEST_LOSS], device),
+            seen: Tensor::full([3, n as i64], f64::NAN, (Kind::Double, device)),
+            updated: false,
             floored: Tensor::zeros([], (Kind::Double, device)),
             warned: false,
         }
@@ -134,74 +142,52 @@ impl Gradnorm {
         }
     }
 
-    /// Accumulates initial losses; returns whether those of all present tasks are complete.
-    fn note_initial(&mut self, step: &Observed) -> bool {
-        let wanted = self.n_wanted();
-        let open: Vec<bool> =
-            step.present.iter().zip(&self.n_initial).map(|(&present, &n)| present && n < wanted).collect();
-        if open.contains(&true) {
-            let share = step.losses / f64::from(wanted);
-            self.initial = &self.initial + share * mask(&open, step.losses.device());
-            for (n, open) in self.n_initial.iter_mut().zip(open) {
-                *n += u32::from(open);
-            }
-        }
-        step.present.iter().zip(&self.n_initial).all(|(&present, &n)| !present || n >= wanted)
+    /// Whether a step with these tasks changes the weights, if it has norms and all initial losses.
+    fn balances(present: &Present) -> bool {
+        // A single task has nothing to be balanced against.
+        present.count() > 1
     }
 
-    pub(super) fn closed_form(&self, losses: &Tensor, present: &[bool], norms: &Tensor) -> Closed {
-        let device = losses.device();
-        let here = mask(present, device);
-        let priorities = vector(&self.priorities, device) * &here;
+    pub(super) fn closed_form(&self, losses: &Tensor, present: &Present, norms: &Tensor) -> Closed {
+        let here = &present.mask;
+        let priorities = &self.priorities * here;
         let slopes = norms * &priorities; // dG_i / dw_i
         let magnitudes = &self.weights * &slopes;
         let mean = magnitudes.sum(Kind::Double) / priorities.sum(Kind::Double);
         // Rounding can make a loss of 0 negative.
-        let ratios = losses.clamp_min(0.0) / self.initial.clamp_min(SMALLEST_LOSS) * &here;
-        let rates = &ratios / (ratios.sum(Kind::Double) / count(present) as f64).clamp_min(f64::MIN_POSITIVE);
+        let ratios = losses.clamp_min(0.0) / self.initial.clamp_min(SMALLEST_LOSS) * here;
+        let rates = &ratios / (ratios.sum(Kind::Double) / present.count() as f64).clamp_min(f64::MIN_POSITIVE);
         let targets = priorities * mean * rates.pow_tensor_scalar(self.config.alpha);
         let off = magnitudes - &targets;
         Closed { gradient: off.sign() * slopes, loss: off.abs().sum(Kind::Double), rates, targets }
     }
 }
 
-static KERNEL: Kernel = Kernel::new(include_str!("../libtorch/gradnorm.cu"), "gradnorm");
+static KERNEL: Kernel = Kernel::new(WEIGHTING, "gradnorm");
 
 impl Gradnorm {
-    fn learn_by_kernel(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
-        let (n, device) = (step.present.len(), norms.device());
-        let adam = self.config.optimizer == WeightOptimizerKind::Adam;
-        let KernelInputs { numbers, moments: [first, second], steps } = self.optimizer.for_kernel();
-        let mut given = vec![self.config.alpha, self.config.floor, SMALLEST_LOSS];
-        given.extend(numbers);
-        given.extend(&self.priorities);
-        given.extend(step.present.iter().map(|&present| f64::from(present)));
-        let known = self.given.take().filter(|(known, _)| *known == given);
-        let (_, given) = &*self.given.insert(known.unwrap_or_else(|| {
-            let uploaded = vector(&given, device);
-            (given, uploaded)
-        }));
-        let (moved, seen) = (self.weights.empty_like(), Tensor::empty([3, n as i64], (Kind::Double, device)));
-        KERNEL.launch(
-            LaunchConfig { grid: [1, 1], block: [1, 1], shared: 0 },
-            &[
-                step.losses,
-                norms,
-                &self.initial,
-                given,
-                &self.weights,
-                &moved,
-                first,
-                second,
-                steps,
-                &self.floored,
-                &seen,
-            ],
-            &[n as i64, i64::from(adam)],
-        )?;
-        self.weights = moved;
-        self.seen = Some([0, 1, 2].map(|row| seen.get(row)));
-        Ok(())
+    fn learn_by_kernel(&self, step: &Observed, norms: &Tensor) -> Result<()> {
+        let Observed { losses, present, .. } = step;
+        let known = [norms, &self.initial, &self.given, &self.priorities, &present.mask];
+        let tensors = [&[*losses][..], &known, &[&self.weights, &self.floored, &self.seen]].concat();
+        self.optimizer.launch(&KERNEL, &tensors)
+    }
+
+    fn learn_by_operators(&mut self, step: &Observed, norms: &Tensor) -> Result<()> {
+        // Norms that are not finite, as in a step skipped by float16 loss scaling, change nothing.
+        let here = &step.present.mask;
+        let known = here.gt(0.0);
+        let moves = known.logical_and(&(norms * here).sum(Kind::Double).isfinite());
+        let closed = self.closed_form(step.losses, step.present, norms);
+        let moved = self.optimizer.step(&self.weights, &closed.gradient, step.present)?;
+        let floored = moved.lt(self.config.floor).logical_and(&moves).sum(Kind::Double);
+        let _ = self.floored.f_add_(&floored)?;
+        let moved = moved.clamp_min(self.config.floor);
+        // The weights of present tasks keep their sum, so that all weights always sum to T.
+        let scale = (&self.weights * here).sum(Kind::Double) / (&moved * here).sum(Kind::Double);
+        self.weights.f_copy_(&(&moved * scale).where_self(&moves, &self.weights))?;
+        let seen = Tensor::stack(&[norms, &closed.rates, &closed.targets], 0);
+        Ok(self.seen.f_copy_(&seen.where_self(&known, &seen.full_like(f64::NAN)))?)
     }
 }
 
@@ -217,39 +203,37 @@ impl LossWeighting for Gradnorm {
         }
     }
 
-    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
+    fn prepare(&mut self, step: usize, present: &Present) -> Result<bool> {
+        let wanted = self.n_wanted();
+        let open: Vec<bool> =
+            present.flags.iter().zip(&self.n_initial).map(|(&present, &n)| present && n < wanted).collect();
+        self.n_initial.iter_mut().zip(&open).for_each(|(n, &open)| *n += u32::from(open));
+        self.open = open.contains(&true).then(|| Present::new(&open, self.weights.device()).mask);
+        self.ready = present.flags.iter().zip(&self.n_initial).all(|(&present, &n)| !present || n >= wanted);
+        self.updated |= self.ready && Self::balances(present) && self.wants(step) != Wants::Nothing;
+        Ok(self.ready && self.open.is_none())
+    }
+
+    fn weights(&self, _: &Present, _: Option<&Tensor>) -> Tensor {
         self.weights.shallow_clone()
     }
 
     fn learn(&mut self, step: &Observed) -> Result<()> {
-        let ready = self.note_initial(step);
-        let (Some(norms), true) = (step.norms, ready) else { return Ok(()) };
-        // A single task has nothing to be balanced against.
-        if count(step.present) < 2 {
-            return Ok(());
+        if let Some(open) = &self.open {
+            let _ = self.initial.f_add_(&(step.losses / f64::from(self.n_wanted()) * open))?;
         }
-        if KERNEL.serves(norms.device()) {
-            return self.learn_by_kernel(step, norms);
+        match step.norms {
+            Some(norms) if self.ready && Self::balances(step.present) => match KERNEL.serves(norms.device()) {
+                true => self.learn_by_kernel(step, norms),
+                false => self.learn_by_operators(step, norms),
+            },
+            _ => Ok(()),
         }
-        // Norms that are not finite, as in a step skipped by float16 loss scaling, change nothing.
-        let here = mask(step.present, norms.device());
-        let sound = (norms * &here).sum(Kind::Double).isfinite();
-        let closed = self.closed_form(step.losses, step.present, norms);
-        let moved = self.optimizer.step(&self.weights, &closed.gradient, step.present);
-        self.floored = &self.floored + moved.lt(self.config.floor).logical_and(&sound).sum(Kind::Double);
-        let moved = moved.clamp_min(self.config.floor);
-        // The weights of present tasks keep their sum, so that all weights always sum to T.
-        let scale = (&self.weights * &here).sum(Kind::Double) / (&moved * &here).sum(Kind::Double);
-        self.weights = (&moved * scale).where_self(&here.gt(0.0).logical_and(&sound), &self.weights);
-        let unknown = |x: &Tensor| x.where_self(&here.gt(0.0), &x.full_like(f64::NAN));
-        self.seen = Some([unknown(norms), unknown(&closed.rates), unknown(&closed.targets)]);
-        Ok(())
     }
 
     fn details(&self) -> Vec<(&'static str, Tensor)> {
-        let Some([norms, rates, targets]) = &self.seen else { return Vec::new() };
-        let pairs = [("reference_norm", norms), ("training_rate", rates), ("target", targets)];
-        pairs.map(|(name, values)| (name, values.shallow_clone())).into()
+        let names = ["reference_norm", "training_rate", "target"].into_iter().filter(|_| self.updated);
+        names.zip(self.seen.copy().unbind(0)).collect()
     }
 
     fn warning(&mut self) -> Option<String> {
@@ -270,26 +254,24 @@ impl LossWeighting for Gradnorm {
             "initial": to_json(&self.initial),
             "n_initial": self.n_initial,
             "optimizer": self.optimizer.save(),
-            "seen": self.seen.as_ref().map(|seen| seen.each_ref().map(to_json)),
+            "seen": self.updated.then(|| self.seen.unbind(0).iter().map(to_json).collect::<Vec<_>>()),
             "floored": numbers(&self.floored.view([1]))[0],
             "warned": self.warned,
         })
     }
 
     fn load(&mut self, state: &Value) -> Result<()> {
-        let (n, device) = (self.n_initial.len(), self.weights.device());
-        self.weights = from_json(state, "weights", n, device)?;
-        self.initial = from_json(state, "initial", n, device)?;
+        load_into(&mut self.weights, state, "weights")?;
+        load_into(&mut self.initial, state, "initial")?;
         self.n_initial = serde_json::from_value(state["n_initial"].clone()).context("`n_initial` is damaged")?;
         self.optimizer.load(&state["optimizer"])?;
-        self.seen = match &state["seen"] {
-            Value::Array(seen) => {
-                let one = |i: usize| from_json(&json!({"seen": seen.get(i)}), "seen", n, device);
-                Some([one(0)?, one(1)?, one(2)?])
+        self.updated = !state["seen"].is_null();
+        if self.updated {
+            for (i, mut row) in self.seen.unbind(0).into_iter().enumerate() {
+                load_into(&mut row, &json!({"seen": state["seen"].get(i)}), "seen")?;
             }
-            _ => None,
-        };
-        self.floored = vector(&[state["floored"].as_f64().unwrap_or(0.0)], device).squeeze();
+        }
+        let _ = self.floored.f_fill_(state["floored"].as_f64().unwrap_or(0.0))?;
         self.warned = state["warned"] == true;
         Ok(())
     }
@@ -311,9 +293,9 @@ mod tests {
             let [mut ours, mut theirs] = both;
             tch::manual_seed(5);
             for step in 0..12 {
-                let present = [true, step % 3 != 1, step % 4 != 2];
+                let present = Present::new(&[true, step % 3 != 1, step % 4 != 2], Device::Cpu);
                 let random = || Tensor::rand([3], (Kind::Double, Device::Cpu)) + 0.1;
-                let (mut losses, mut norms) = (random() * mask(&present, Device::Cpu), random());
+                let (mut losses, mut norms) = (random() * &present.mask, random());
                 if step == 5 {
                     losses = losses.index_put(&[Some(Tensor::from(0i64))], &Tensor::from(-1e-15f64), false);
                 }
@@ -322,11 +304,11 @@ mod tests {
                 }
                 let before = numbers(&ours.weights);
                 let seen = Observed { losses: &losses, present: &present, norms: Some(&norms) };
-                ours.note_initial(&seen);
-                if count(&present) > 1 {
+                ours.observe(step, &Observed { norms: None, ..seen }).unwrap();
+                if present.count() > 1 {
                     ours.learn_by_kernel(&seen, &norms).unwrap();
                 }
-                theirs.learn(&seen).unwrap();
+                theirs.observe(step, &seen).unwrap();
                 let details = |strategy: &Gradnorm| strategy.details().into_iter().map(|(_, x)| x).collect::<Vec<_>>();
                 for (a, b) in details(&ours).iter().zip(&details(&theirs)).chain([(&ours.weights, &theirs.weights)]) {
                     let near = step == 7 || a.allclose(b, 1e-12, 1e-12, true);

@@ -1,8 +1,10 @@
 //! Loss weighting: combines the task losses of a step into one. Strategies know losses, not models.
 //!
 //! T tasks. The network is trained on sum_i p_i w_i L_i with p_i the task's priority and w_i the strategy's weight, held
-//! constant: no gradient of a strategy's own loss ever reaches the network. Vectors are float64 on the training device.
+//! constant: no gradient of a strategy's own loss ever reaches the network. Vectors are float64 on the training device, and
+//! stay where they are in memory: a CUDA graph that was recorded in one step computes and updates them in others.
 
+mod config;
 mod dwa;
 mod fixed;
 pub mod golden;
@@ -14,12 +16,12 @@ mod uncertainty_softmax;
 mod vectors;
 
 use anyhow::{Context, Result};
-use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+pub use config::{EqualConfig, FixedConfig, RandomConfig, WeightingConfig};
 pub use dwa::DwaConfig;
 pub use gradnorm::{GradnormConfig, InitialLoss};
 pub use optimizer::WeightOptimizerKind;
@@ -27,48 +29,8 @@ pub use uncertainty::UncertaintyConfig;
 pub use uncertainty_softmax::UncertaintySoftmaxConfig;
 
 use crate::rng::Seed;
-use vectors::{count, from_json, mask, numbers, to_json, vector};
-
-/// How the losses of the tasks are weighted.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightingConfig {
-    /// Every task counts the same: w_i = 1. The baseline for all other strategies.
-    Equal(EqualConfig),
-    /// Constant weights given in the file.
-    Fixed(FixedConfig),
-    /// Homoscedastic uncertainty (Kendall, Gal, Cipolla 2018).
-    Uncertainty(UncertaintyConfig),
-    /// Softmax of inverse losses (Kirchdorfer 2024).
-    UncertaintySoftmax(UncertaintySoftmaxConfig),
-    /// Gradient normalization (Chen 2018).
-    Gradnorm(GradnormConfig),
-    /// Dynamic weight average (Liu 2019).
-    Dwa(DwaConfig),
-    /// New random weights at every step (Lin 2022): a baseline that the other strategies must beat.
-    Random(RandomConfig),
-}
-
-impl Default for WeightingConfig {
-    fn default() -> Self {
-        WeightingConfig::Equal(EqualConfig {})
-    }
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct EqualConfig {}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RandomConfig {}
-
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct FixedConfig {
-    /// The weight of every task by name, more than 0; the weights are scaled to sum to the number of tasks.
-    pub weights: IndexMap<String, f64>,
-}
+pub use vectors::Present;
+use vectors::{load_into, numbers, to_json, vector};
 
 /// Where the norm of a task's gradient is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -97,12 +59,15 @@ pub struct Observed<'a> {
     /// Unweighted losses in nats, `[T]`.
     pub losses: &'a Tensor,
     /// Which tasks have labels in the step.
-    pub present: &'a [bool],
+    pub present: &'a Present,
     /// 2-norms of the unweighted losses' gradients, before clipping, `[T]`; given if requested.
     pub norms: Option<&'a Tensor>,
 }
 
 /// A way to weight the losses of the tasks present in a step.
+///
+/// `weights` and `learn` are work of the device alone: a CUDA graph may repeat it in their place. What the host has to know
+/// or to upload is the business of `prepare`.
 pub trait LossWeighting {
     /// What step `step` (from 0) needs.
     fn wants(&self, step: usize) -> Wants {
@@ -110,20 +75,40 @@ pub trait LossWeighting {
         Wants::Nothing
     }
 
-    /// The weights of step `step`, `[T]`, undefined for absent tasks; `losses` `[T]` are given if requested.
-    fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor;
+    /// Must be called before step `step` (from 0). Returns whether the device does in it what it does in every later step
+    /// with the same tasks and the same [`Wants`].
+    fn prepare(&mut self, step: usize, present: &Present) -> Result<bool> {
+        let _ = (step, present);
+        Ok(true)
+    }
+
+    /// The weights of the step, `[T]`, undefined for absent tasks; `losses` `[T]` are given if requested.
+    fn weights(&self, present: &Present, losses: Option<&Tensor>) -> Tensor;
+
+    /// Whether [`Self::weights`] are the same in all steps.
+    fn constant(&self) -> bool {
+        false
+    }
 
     /// Whether [`Self::learn`] has an effect.
     fn learns(&self) -> bool {
         true
     }
 
-    /// Learns from the step that was just taken.
+    /// Learns from the step that was prepared last.
     fn learn(&mut self, _step: &Observed) -> Result<()> {
         Ok(())
     }
 
-    fn epoch_ended(&mut self) {}
+    /// A step without weights.
+    fn observe(&mut self, number: usize, step: &Observed) -> Result<()> {
+        self.prepare(number, step.present)?;
+        self.learn(step)
+    }
+
+    fn epoch_ended(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Named values per task that explain the weights: `[T]` each, NaN where unknown.
     fn details(&self) -> Vec<(&'static str, Tensor)> {
@@ -160,6 +145,12 @@ pub struct Weighting {
     priorities: Tensor,
     /// Whether all priorities are 1.
     plain: bool,
+    /// p_i w_i, if they never change.
+    constant: Option<Tensor>,
+    /// Which tasks were present in steps so far, without duplicates.
+    known: Vec<Present>,
+    /// The place there of the step that was prepared last.
+    current: usize,
 }
 
 /// Weights for display, scaled so that, with priorities of 1, those of the present tasks sum to their number.
@@ -187,39 +178,64 @@ impl Weighting {
             }
             WeightingConfig::Gradnorm(config) => Box::new(gradnorm::Gradnorm::new(config, tasks, device)),
             WeightingConfig::Dwa(config) => Box::new(dwa::Dwa::new(config, n, device)),
-            WeightingConfig::Random(_) => Box::new(random::Random { seed, device, n }),
+            WeightingConfig::Random(_) => Box::new(random::Random::new(seed, n, device)),
         };
-        Weighting { strategy, priorities, plain }
+        let known = vec![Present::new(&vec![true; n], device)];
+        let mut own = Weighting { strategy, priorities, plain, constant: None, known, current: 0 };
+        own.constant = own.strategy.constant().then(|| own.weights(None));
+        own
+    }
+
+    /// The tasks of the step that was prepared last.
+    fn present(&self) -> &Present {
+        &self.known[self.current]
     }
 
     pub fn wants(&self, step: usize) -> Wants {
         self.strategy.wants(step)
     }
 
-    /// p_i w_i, `[T]`.
-    pub fn weights(&self, step: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
-        let weights = self.strategy.weights(step, present, losses);
-        if self.plain { weights } else { weights * &self.priorities }
+    /// Must be called before step `step` (from 0), in which the tasks `present` have labels. Returns whether a CUDA graph may
+    /// take the place of [`Self::weights`] and [`Self::learn`] in this step, if it was recorded in one with the same tasks and
+    /// [`Wants`], of which this is true too.
+    pub fn prepare(&mut self, step: usize, present: &[bool]) -> Result<bool> {
+        let device = self.priorities.device();
+        self.current = self.known.iter().position(|known| known.flags == present).unwrap_or(self.known.len());
+        if self.current == self.known.len() {
+            self.known.push(Present::new(present, device));
+        }
+        self.strategy.prepare(step, &self.known[self.current])
+    }
+
+    /// p_i w_i of the step, `[T]` float32: factors of the losses.
+    pub fn weights(&self, losses: Option<&Tensor>) -> Tensor {
+        if let Some(weights) = &self.constant {
+            return weights.shallow_clone();
+        }
+        let weights = self.strategy.weights(self.present(), losses);
+        let weights = if self.plain { weights } else { weights * &self.priorities };
+        weights.to_kind(Kind::Float)
     }
 
     pub fn learns(&self) -> bool {
         self.strategy.learns()
     }
 
-    pub fn learn(&mut self, step: &Observed) -> Result<()> {
-        self.strategy.learn(step)
+    /// Learns from the step's losses and, if requested, norms: see [`Observed`].
+    pub fn learn(&mut self, losses: &Tensor, norms: Option<&Tensor>) -> Result<()> {
+        self.strategy.learn(&Observed { losses, present: &self.known[self.current], norms })
     }
 
-    pub fn epoch_ended(&mut self) {
-        self.strategy.epoch_ended();
+    pub fn epoch_ended(&mut self) -> Result<()> {
+        self.strategy.epoch_ended()
     }
 
-    /// Reports on `weights`, those of the last step, which had the tasks `present`. Waits for the device.
-    pub fn report(&mut self, weights: &Tensor, present: &[bool]) -> WeightReport {
-        let here = mask(present, weights.device());
-        let scale = (weights / &self.priorities * &here).sum(Kind::Double);
-        let scaled = weights * count(present) as f64 / scale;
-        let weights = numbers(&scaled.where_self(&here.gt(0.0), &scaled.full_like(f64::NAN)));
+    /// Reports on `weights`, those of the last step. Waits for the device.
+    pub fn report(&mut self, weights: &Tensor) -> WeightReport {
+        let (weights, present) = (weights.to_kind(Kind::Double), self.present());
+        let scale = (&weights / &self.priorities * &present.mask).sum(Kind::Double);
+        let scaled = weights * present.count() as f64 / scale;
+        let weights = numbers(&scaled.where_self(&present.mask.gt(0.0), &scaled.full_like(f64::NAN)));
         let details = self.strategy.details().into_iter().map(|(name, values)| (name, numbers(&values))).collect();
         WeightReport { weights, details, warning: self.strategy.warning() }
     }
@@ -268,12 +284,13 @@ mod tests {
                 values.iter().zip(present).map(|(value, present)| if present { *value } else { 0.0 }).collect()
             };
             let losses = vector(&keep(losses), Device::Cpu);
-            weights = numbers(&weighting.weights(step, &present, Some(&losses)));
+            weighting.prepare(step, &present).unwrap();
+            weights = numbers(&weighting.strategy.weights(weighting.present(), Some(&losses)));
             let norms = vector(&keep(norms), Device::Cpu);
             let norms = matches!(weighting.wants(step), Wants::Norms(_)).then_some(&norms);
-            weighting.learn(&Observed { losses: &losses, present: &present, norms }).unwrap();
+            weighting.learn(&losses, norms).unwrap();
             if step % 5 == 4 {
-                weighting.epoch_ended();
+                weighting.epoch_ended().unwrap();
             }
         }
         weights
@@ -289,7 +306,7 @@ mod tests {
     #[test]
     fn fixed_weights_are_scaled_to_the_number_of_tasks() {
         let weighting = build(r#"{"fixed": {"weights": {"c": 4, "a": 1, "b": 1}}}"#);
-        assert_eq!(numbers(&weighting.weights(0, &[true; 3], None)), [0.5, 0.5, 2.0]);
+        assert_eq!(numbers(&weighting.weights(None)), [0.5, 0.5, 2.0]);
     }
 
     #[test]
@@ -326,10 +343,11 @@ mod tests {
         for config in STRATEGIES {
             let mut weighting = build(config);
             let same = vector(&[0.7; 3], Device::Cpu);
-            for _ in 0..20 {
-                weighting.learn(&Observed { losses: &same, present: &[true; 3], norms: Some(&same) }).unwrap();
+            for step in 0..20 {
+                weighting.prepare(step, &[true; 3]).unwrap();
+                weighting.learn(&same, Some(&same)).unwrap();
             }
-            let weights = numbers(&weighting.weights(20, &[true; 3], Some(&same)));
+            let weights = numbers(&weighting.weights(Some(&same)));
             assert!(weights.iter().all(|w| (w - weights[0]).abs() < 1e-12), "{config}: {weights:?}");
         }
     }
@@ -350,8 +368,11 @@ mod tests {
 
     #[test]
     fn random_weights_have_mean_one_and_repeat() {
-        let weighting = build(r#"{"random": {}}"#);
-        let draws = |step| numbers(&weighting.weights(step, &[true; 3], None));
+        let mut weighting = build(r#"{"random": {}}"#);
+        let mut draws = |step| {
+            weighting.prepare(step, &[true; 3]).unwrap();
+            numbers(&weighting.strategy.weights(weighting.present(), None))
+        };
         assert_eq!(draws(5), draws(5));
         assert_ne!(draws(5), draws(6));
         assert!((draws(5).iter().sum::<f64>() - 3.0).abs() < 1e-12);
@@ -364,7 +385,8 @@ mod tests {
     fn reports_sum_to_the_number_of_tasks() {
         let mut weighting = build(r#"{"uncertainty": {}}"#);
         run(&mut weighting, 0..40, [0, 1, 2], 1.0);
-        let report = weighting.report(&weighting.weights(40, &[true; 3], None), &[true; 3]);
+        weighting.prepare(40, &[true; 3]).unwrap();
+        let report = weighting.report(&weighting.weights(None));
         assert!((report.weights.iter().sum::<f64>() - 3.0).abs() < 1e-12);
         assert_eq!(report.details[0].0, "sigma");
     }
@@ -373,12 +395,13 @@ mod tests {
     fn the_floor_holds_and_is_told_once() {
         let mut weighting = build(r#"{"gradnorm": {"learning_rate": 5.0, "optimizer": "sgd"}}"#);
         let (losses, norms) = (vector(&[1.0; 3], Device::Cpu), vector(&[9.0, 1.0, 1.0], Device::Cpu));
-        weighting.learn(&Observed { losses: &losses, present: &[true; 3], norms: Some(&norms) }).unwrap();
-        let weights = weighting.weights(1, &[true; 3], None);
+        weighting.prepare(0, &[true; 3]).unwrap();
+        weighting.learn(&losses, Some(&norms)).unwrap();
+        let weights = weighting.weights(None);
         // The first goes down to the floor and the others up to 6; then all are scaled to a sum of 3.
         let expected = [0.001, 6.0, 6.0].map(|weight| weight * 3.0 / 12.001);
-        assert!(numbers(&weights).iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{weights:?}");
-        assert!(weighting.report(&weights, &[true; 3]).warning.is_some_and(|text| text.contains("floor of 0.001")));
-        assert!(weighting.report(&weights, &[true; 3]).warning.is_none());
+        assert!(numbers(&weights).iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{weights:?}");
+        assert!(weighting.report(&weights).warning.is_some_and(|text| text.contains("floor of 0.001")));
+        assert!(weighting.report(&weights).warning.is_none());
     }
 }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{from_json, mask, to_json};
+use super::{Present, load_into, to_json, vector};
+use crate::libtorch::{Kernel, LaunchConfig};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -27,50 +28,46 @@ pub struct WeightOptimizer {
     second: Tensor,
     /// Number of steps of each task, `[T]` float64.
     steps: Tensor,
+    /// Learning rate, both betas, epsilon.
+    rule: Tensor,
 }
 
-/// What a kernel needs from a [`WeightOptimizer`].
-pub struct KernelInputs<'a> {
-    /// Learning rate, both betas, epsilon.
-    pub numbers: [f64; 4],
-    pub moments: [&'a Tensor; 2],
-    pub steps: &'a Tensor,
-}
+/// The source of the strategies' kernels.
+pub const WEIGHTING: &str = include_str!("../libtorch/weighting.cu");
 
 impl WeightOptimizer {
     pub fn new(kind: WeightOptimizerKind, learning_rate: f64, n: usize, device: Device) -> Self {
         let zeros = || Tensor::zeros([n as i64], (Kind::Double, device));
-        WeightOptimizer { kind, learning_rate, first: zeros(), second: zeros(), steps: zeros() }
+        let rule = vector(&[learning_rate, BETAS.0, BETAS.1, EPSILON], device);
+        WeightOptimizer { kind, learning_rate, first: zeros(), second: zeros(), steps: zeros(), rule }
     }
 
     /// `values` `[T]` after one descent step along `gradient` `[T]`. Values of absent tasks are unchanged; all are
     /// unchanged if `gradient` is not finite.
-    pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &[bool]) -> Tensor {
-        let device = values.device();
-        let here = mask(present, device).gt(0.0).logical_and(&gradient.sum(Kind::Double).isfinite());
+    pub fn step(&mut self, values: &Tensor, gradient: &Tensor, present: &Present) -> Result<Tensor> {
+        let here = present.mask.gt(0.0).logical_and(&gradient.sum(Kind::Double).isfinite());
         let moved = match self.kind {
             WeightOptimizerKind::Sgd => values - gradient * self.learning_rate,
             WeightOptimizerKind::Adam => {
-                self.steps = &self.steps + here.to_kind(Kind::Double);
+                let _ = self.steps.f_add_(&here.to_kind(Kind::Double))?;
                 let first = &self.first * BETAS.0 + gradient * (1.0 - BETAS.0);
                 let second = &self.second * BETAS.1 + gradient.square() * (1.0 - BETAS.1);
-                self.first = first.where_self(&here, &self.first);
-                self.second = second.where_self(&here, &self.second);
+                self.first.f_copy_(&first.where_self(&here, &self.first))?;
+                self.second.f_copy_(&second.where_self(&here, &self.second))?;
                 let correction = |beta: f64| -> Tensor { 1.0 - Tensor::pow_scalar(beta, &self.steps.clamp_min(1.0)) };
                 let (mean, variance) = (&self.first / correction(BETAS.0), &self.second / correction(BETAS.1));
                 values - mean / (variance.sqrt() + EPSILON) * self.learning_rate
             }
         };
-        moved.where_self(&here, values)
+        Ok(moved.where_self(&here, values))
     }
 
-    /// Inputs for a kernel that takes the step and updates moments and steps in place.
-    pub fn for_kernel(&self) -> KernelInputs<'_> {
-        KernelInputs {
-            numbers: [self.learning_rate, BETAS.0, BETAS.1, EPSILON],
-            moments: [&self.first, &self.second],
-            steps: &self.steps,
-        }
+    /// Launches a kernel that takes the step in place, on one thread; `tensors` are its first arguments.
+    pub fn launch(&self, kernel: &Kernel, tensors: &[&Tensor]) -> Result<()> {
+        let own = [&self.rule, &self.first, &self.second, &self.steps];
+        let adam = i64::from(self.kind == WeightOptimizerKind::Adam);
+        let shape = LaunchConfig { grid: [1, 1], block: [1, 1], shared: 0 };
+        kernel.launch(shape, &[tensors, &own].concat(), &[self.steps.numel() as i64, adam])
     }
 
     pub fn save(&self) -> Value {
@@ -78,10 +75,8 @@ impl WeightOptimizer {
     }
 
     pub fn load(&mut self, state: &Value) -> Result<()> {
-        let (n, device) = (self.first.numel(), self.first.device());
-        self.first = from_json(state, "first", n, device)?;
-        self.second = from_json(state, "second", n, device)?;
-        self.steps = from_json(state, "steps", n, device)?;
-        Ok(())
+        load_into(&mut self.first, state, "first")?;
+        load_into(&mut self.second, state, "second")?;
+        load_into(&mut self.steps, state, "steps")
     }
 }

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::optimizer::WeightOptimizer;
-use super::{LossWeighting, Observed, WeightOptimizerKind, from_json, to_json};
+use super::optimizer::{WEIGHTING, WeightOptimizer};
+use super::{LossWeighting, Observed, Present, WeightOptimizerKind, load_into, to_json};
+use crate::libtorch::Kernel;
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -30,16 +31,32 @@ impl Default for UncertaintyConfig {
 }
 
 pub struct Uncertainty {
-    pub(super) log_variances: Tensor,
-    pub(super) optimizer: WeightOptimizer,
+    log_variances: Tensor,
+    /// exp(-s)
+    weights: Tensor,
+    optimizer: WeightOptimizer,
 }
+
+static KERNEL: Kernel = Kernel::new(WEIGHTING, "uncertainty");
 
 impl Uncertainty {
     pub fn new(config: &UncertaintyConfig, n: usize, device: Device) -> Self {
         Uncertainty {
             log_variances: Tensor::zeros([n as i64], (Kind::Double, device)),
+            weights: Tensor::ones([n as i64], (Kind::Double, device)),
             optimizer: WeightOptimizer::new(config.optimizer, config.learning_rate, n, device),
         }
+    }
+
+    /// Replaces s, `[T]`.
+    pub(super) fn set(&mut self, log_variances: &Tensor) -> Result<()> {
+        self.log_variances.f_copy_(log_variances)?;
+        Ok(self.weights.f_copy_(&self.log_variances.neg().exp())?)
+    }
+
+    fn learn_by_kernel(&self, step: &Observed) -> Result<()> {
+        let tensors = [step.losses, &step.present.mask, &self.log_variances, &self.weights];
+        self.optimizer.launch(&KERNEL, &tensors)
     }
 
     /// d total / ds, `[T]`.
@@ -49,14 +66,17 @@ impl Uncertainty {
 }
 
 impl LossWeighting for Uncertainty {
-    fn weights(&self, _: usize, _: &[bool], _: Option<&Tensor>) -> Tensor {
-        self.log_variances.neg().exp()
+    fn weights(&self, _: &Present, _: Option<&Tensor>) -> Tensor {
+        self.weights.shallow_clone()
     }
 
     fn learn(&mut self, step: &Observed) -> Result<()> {
+        if KERNEL.serves(step.losses.device()) {
+            return self.learn_by_kernel(step);
+        }
         let gradient = self.gradient(step.losses);
-        self.log_variances = self.optimizer.step(&self.log_variances, &gradient, step.present);
-        Ok(())
+        let moved = self.optimizer.step(&self.log_variances, &gradient, step.present)?;
+        self.set(&moved)
     }
 
     fn details(&self) -> Vec<(&'static str, Tensor)> {
@@ -68,8 +88,37 @@ impl LossWeighting for Uncertainty {
     }
 
     fn load(&mut self, state: &Value) -> Result<()> {
-        let n = self.log_variances.numel();
-        self.log_variances = from_json(state, "log_variances", n, self.log_variances.device())?;
+        load_into(&mut self.log_variances, state, "log_variances")?;
+        self.set(&self.log_variances.shallow_clone())?;
         self.optimizer.load(&state["optimizer"])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weighting::numbers;
+
+    #[test]
+    fn the_kernel_computes_what_operators_do() {
+        for optimizer in [WeightOptimizerKind::Adam, WeightOptimizerKind::Sgd] {
+            let config = UncertaintyConfig { optimizer, learning_rate: 0.1 };
+            let [ours, mut theirs] = [0, 1].map(|_| Uncertainty::new(&config, 3, Device::Cpu));
+            tch::manual_seed(8);
+            for step in 0..12 {
+                let present = Present::new(&[true, step % 3 != 1, step % 4 != 2], Device::Cpu);
+                let mut losses = Tensor::rand([3], (Kind::Double, Device::Cpu)) * &present.mask;
+                if step == 5 {
+                    losses = losses * f64::NAN;
+                }
+                let seen = Observed { losses: &losses, present: &present, norms: None };
+                ours.learn_by_kernel(&seen).unwrap();
+                theirs.observe(step, &seen).unwrap();
+                for (a, b) in [(&ours.log_variances, &theirs.log_variances), (&ours.weights, &theirs.weights)] {
+                    assert!(a.allclose(b, 1e-12, 1e-12, false), "step {step}: {:?} {:?}", numbers(a), numbers(b));
+                }
+            }
+            assert!(numbers(&ours.log_variances).iter().all(|&s| s != 0.0));
+        }
     }
 }

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{LossWeighting, Wants, count, mask};
+use super::{LossWeighting, Present, Wants};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -40,13 +40,12 @@ impl LossWeighting for UncertaintySoftmax {
         false
     }
 
-    fn weights(&self, _: usize, present: &[bool], losses: Option<&Tensor>) -> Tensor {
+    fn weights(&self, present: &Present, losses: Option<&Tensor>) -> Tensor {
         let losses = losses.expect("invariant: the caller gives what is wanted");
         let mut logits = losses.clamp_min(SMALLEST_LOSS).reciprocal() / self.temperature;
-        if present.contains(&false) {
-            let absent = mask(present, losses.device()).eq(0.0);
-            logits = logits.masked_fill(&absent, f64::NEG_INFINITY);
+        if present.flags.contains(&false) {
+            logits = logits.masked_fill(&present.mask.eq(0.0), f64::NEG_INFINITY);
         }
-        logits.softmax(0, Kind::Double) * count(present) as f64
+        logits.softmax(0, Kind::Double) * present.count() as f64
     }
 }

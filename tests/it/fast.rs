@@ -209,7 +209,7 @@ fn stepped(s: &Setting, recorded: bool) -> (Vec<Tensor>, Vec<Option<f64>>, usize
     let model = build(s);
     let mut trainer = parts(s, &model).trainer();
     if recorded {
-        trainer.graphs = Graphs::rehearsed(s.tasks.len(), Device::Cpu);
+        trainer.graphs = Graphs::rehearsed(Device::Cpu);
     }
     let (mut pending, mut state) = (Pending::new(Device::Cpu), State::new(s.tasks.len()));
     let mut number = 0;

@@ -118,7 +118,7 @@ impl<'a> Parts<'a> {
             train,
             seed,
             timer: StepTimer::default(),
-            graphs: Graphs::new(config.cuda_graphs, tasks.len(), device),
+            graphs: Graphs::new(config.cuda_graphs, device),
             halted: Tensor::zeros([], (Kind::Float, device)),
         }
     }

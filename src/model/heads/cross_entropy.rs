@@ -76,13 +76,13 @@ fn by_kernels(logits: &Tensor, labels: &Tensor, n_decisions: i64, smoothing: f64
     let (rows, classes) = logits.size2()?;
     let float = |size: &[i64]| Tensor::empty(size, (Kind::Float, logits.device()));
     let (to_logits, losses, loss) = (float(&[rows, classes]), float(&[rows]), float(&[]));
-    let across = (classes as usize).next_multiple_of(32).min(128);
+    let across = (classes as usize).next_power_of_two().clamp(32, 128);
     ROWS.launch(
         LaunchConfig { grid: [rows as usize, 1], block: [across, 1], shared: 2 * across * size_of::<f64>() },
         &[&logits, &labels, &to_logits, &losses],
         &[classes, n_decisions, i64::from((smoothing as f32).to_bits() as i32)],
     )?;
-    let across = 256;
+    let across = (rows as usize).next_power_of_two().clamp(32, 1024);
     SUM.launch(
         LaunchConfig { grid: [1, 1], block: [across, 1], shared: across * size_of::<f64>() },
         &[&losses, &loss],
