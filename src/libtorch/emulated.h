@@ -13,6 +13,7 @@
 #define __device__ static
 #define __shared__
 #define __launch_bounds__(threads)
+#define __align__(bytes) alignas(bytes)
 
 using std::min;
 

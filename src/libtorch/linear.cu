@@ -8,40 +8,59 @@
 #define TALL 32
 #define MOST 128
 
-// Block (s, w) sums rows [s * n_rows, (s + 1) * n_rows) for inputs [w * 64, (w + 1) * 64), with 256 threads: parts [S, C, F + 1].
-// With one s, to_weight [C, F] and to_bias [C] are written instead.
+struct __align__(16) Four {
+  float at[4];
+};
+
+// Block (s, w) sums rows [s * n_rows, (s + 1) * n_rows) for inputs [w * 64, (w + 1) * 64): parts [S, C, F + 1]. Its 256
+// threads have four inputs and every sixteenth output each. With one s, to_weight [C, F] and to_bias [C] are written instead.
 extern "C" __global__ void __launch_bounds__(256) linear_gradients(
     const float* x, const float* to_y, float* parts, float* to_weight, float* to_bias, int n, int width, int n_outputs, int n_rows) {
-  extern __shared__ float shared[];
-  float *inputs = shared, *outputs = shared + TALL * WIDE;
-  const int column = threadIdx.x % WIDE, first = threadIdx.x / WIDE, by = blockDim.x / WIDE, at = blockIdx.y * WIDE + column;
+  extern __shared__ Four shared[];
+  float *inputs = (float*)shared, *outputs = inputs + TALL * WIDE;
+  const int four = threadIdx.x % 16, first = threadIdx.x / 16, from = blockIdx.y * WIDE;
   const int end = min(n, ((int)blockIdx.x + 1) * n_rows);
-  float sums[MOST / 4];
+  float sums[MOST / 16][4];
 #pragma unroll
-  for (int k = 0; k < MOST / 4; k++) sums[k] = 0;
+  for (int k = 0; k < MOST / 16; k++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) sums[k][j] = 0;
+  }
   for (int row = blockIdx.x * n_rows; row < end; row += TALL) {
     const int tall = min(TALL, end - row);
-    for (int r = first; r < tall; r += by) inputs[r * WIDE + column] = at < width ? x[(size_t)(row + r) * width + at] : at == width;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < tall * WIDE; i += blockDim.x) {
+      const int at = from + i % WIDE;
+      inputs[i] = at < width ? x[(size_t)(row + i / WIDE) * width + at] : at == width;
+    }
+#pragma unroll 4
     for (int i = threadIdx.x; i < tall * n_outputs; i += blockDim.x) outputs[i] = to_y[(size_t)row * n_outputs + i];
     __syncthreads();
+#pragma unroll 4
     for (int r = 0; r < tall; r++) {
-      const float input = inputs[r * WIDE + column];
+      const Four input = shared[r * (WIDE / 4) + four];
 #pragma unroll
-      for (int k = 0; k < MOST / 4; k++) {
-        if (first + 4 * k >= n_outputs) break;
-        sums[k] += input * outputs[r * n_outputs + first + 4 * k];
+      for (int k = 0; k < MOST / 16; k++) {
+        if (first + 16 * k >= n_outputs) break;
+        const float output = outputs[r * n_outputs + first + 16 * k];
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[k][j] += input.at[j] * output;
       }
     }
     __syncthreads();
   }
-  if (at > width) return;
 #pragma unroll
-  for (int k = 0; k < MOST / 4; k++) {
-    const int c = first + 4 * k;
+  for (int k = 0; k < MOST / 16; k++) {
+    const int c = first + 16 * k;
     if (c >= n_outputs) break;
-    if (gridDim.x > 1) parts[((size_t)blockIdx.x * n_outputs + c) * (width + 1) + at] = sums[k];
-    else if (at < width) to_weight[(size_t)c * width + at] = sums[k];
-    else to_bias[c] = sums[k];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int at = from + four * 4 + j;
+      if (at > width) break;
+      if (gridDim.x > 1) parts[((size_t)blockIdx.x * n_outputs + c) * (width + 1) + at] = sums[k][j];
+      else if (at < width) to_weight[(size_t)c * width + at] = sums[k][j];
+      else to_bias[c] = sums[k][j];
+    }
   }
 }
 

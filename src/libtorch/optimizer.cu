@@ -79,7 +79,7 @@ extern "C" __global__ void sum_rows(
     const float* gradients, const long long* ids, const int* first, const int* count, float* sums, float* squares, int n, int width,
     int skipped) {
   extern __shared__ int shared[];
-  int *places = shared, *counts = shared + blockDim.x;
+  int *places = shared, *counts = shared + 2 * blockDim.x;
   const int place = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long id = ids[place];
   float* own = sums + (size_t)place * width;
@@ -89,7 +89,8 @@ extern "C" __global__ void sum_rows(
     return;
   }
   for (int e = threadIdx.x; e < width; e += blockDim.x) own[e] = gradients[(size_t)place * width + e];
-  int left = count[id] - 1;
+  // Places are collected until the list may be too short for the next chunk's, so that many rows are read at a time.
+  int left = count[id] - 1, held = 0;
   for (int chunk = place + 1; left > 0 && chunk < n; chunk += blockDim.x) {
     int i = chunk + threadIdx.x;
     unsigned here = __ballot_sync(0xffffffff, i < n && ids[i] == id);
@@ -100,15 +101,17 @@ extern "C" __global__ void sum_rows(
       if (w < warp) at += counts[w];
       found += counts[w];
     }
-    if (here >> lane & 1) places[at] = i;
+    if (here >> lane & 1) places[held + at] = i;
+    held += found, left -= found;
     __syncthreads();
-    for (int e = threadIdx.x; e < width && found > 0; e += blockDim.x) {
+    if (left > 0 && held <= blockDim.x) continue;
+    for (int e = threadIdx.x; e < width; e += blockDim.x) {
       float sum = own[e];
 #pragma unroll 16
-      for (int k = 0; k < found; k++) sum += gradients[(size_t)places[k] * width + e];
+      for (int k = 0; k < held; k++) sum += gradients[(size_t)places[k] * width + e];
       own[e] = sum;
     }
-    left -= found;
+    held = 0;
     __syncthreads();
   }
   float square = 0;

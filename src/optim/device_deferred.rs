@@ -120,7 +120,8 @@ impl DeviceDeferredRows {
         let width = gradients.numel() / n;
         let sums = Tensor::empty([n as i64, width as i64], (Kind::Float, ids.device()));
         let block = width.next_multiple_of(32).min(512);
-        let shape = LaunchConfig { grid: [n, 1], block: [block, 1], shared: (block + block / 32) * size_of::<i32>() };
+        let shape =
+            LaunchConfig { grid: [n, 1], block: [block, 1], shared: (2 * block + block / 32) * size_of::<i32>() };
         let numbers = [n as i64, width as i64, skipped];
         SUM.launch(shape, &[&gradients, ids, &self.first, &self.count, &sums, squares], &numbers)?;
         Ok(sums)

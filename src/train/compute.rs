@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::clip::Clip;
+use super::clip::{Clip, Clipped};
 use super::gradients::{Backward, Gradients, Weighted, as_vector, at_last_layer};
 use super::step_timer::Part;
 use super::{Step, Trainer};
@@ -113,8 +113,7 @@ impl Trainer<'_> {
         }
         let losses = losses.unwrap_or_default();
         let rows = read.as_ref().or(inputs.rows).map(|rows| &rows.touched);
-        let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
-        let values = self.update((&gradients, rows), squares.as_ref(), &losses, inputs)?;
+        let values = self.update((&mut gradients, rows), &losses, inputs)?;
         self.timer.end(Part::Update);
         let weights = weights.unwrap_or_else(|| self.weighting.weights(None));
         Ok(Computed { values, weights, gram: by_task.map(|own| own.matmul(&own.tr())) })
@@ -124,29 +123,27 @@ impl Trainer<'_> {
     /// the tasks present, in order, then the gradient norm before clipping.
     fn update(
         &mut self,
-        (gradients, rows): (&Gradients, Option<&Touched>),
-        squares: Option<&Tensor>,
+        (gradients, rows): (&mut Gradients, Option<&Touched>),
         losses: &[Option<Tensor>],
         inputs: &Inputs,
     ) -> Result<Tensor> {
         let device = self.model.parameters.device();
+        let unscaled = self.loss_scale.is_none();
+        let early = unscaled.then(|| self.learn(gradients, losses, None, inputs.wants)).transpose()?;
+        let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
         let defined: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
         let clip = Clip {
             gradients: &defined,
-            squares,
+            squares: squares.as_ref(),
             losses: &losses.iter().flatten().collect::<Vec<_>>(),
             limit: self.config.clip_norm,
             halted: &self.halted,
         };
         let mut clipped = clip.apply(self.loss_scale.as_mut())?;
-        let learning = Beside::run(device, || {
-            if !self.weighting.learns() {
-                return Ok(());
-            }
-            let norms = reference(inputs.wants).map(|_| gradients.norms(device)).transpose()?;
-            let norms = norms.map(|norms| clipped.unscaled(norms));
-            self.weighting.learn(&as_vector(losses, device), norms.as_ref())
-        })?;
+        let learning = match early {
+            Some(learning) => learning,
+            None => self.learn(gradients, losses, Some(&clipped), inputs.wants)?,
+        };
         // On the CPU deferred updates of table rows do not apply the divisor, so it is applied here.
         if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu)
             && divisor.double_value(&[]) > 1.0
@@ -154,8 +151,31 @@ impl Trainer<'_> {
             divide_list(&defined, &divisor)?;
         }
         self.optimizer.step(&gradients.sum, rows, inputs.rates, clipped.grad_scale())?;
-        learning.join()?;
+        learning.map(Beside::join).transpose()?;
         Ok(clipped.values)
+    }
+
+    /// Lets the strategy learn, if it does, beside what follows; `clipped` removes a loss scale from its norms.
+    fn learn(
+        &mut self,
+        gradients: &Gradients,
+        losses: &[Option<Tensor>],
+        clipped: Option<&Clipped>,
+        wants: Wants,
+    ) -> Result<Option<Beside>> {
+        let device = self.model.parameters.device();
+        if !self.weighting.learns() {
+            return Ok(None);
+        }
+        let learn = || {
+            let norms = reference(wants).map(|_| gradients.norms(device)).transpose()?;
+            let norms = norms.map(|norms| match clipped {
+                Some(clipped) => clipped.unscaled(norms),
+                None => norms,
+            });
+            self.weighting.learn(&as_vector(losses, device), norms.as_ref())
+        };
+        Beside::run(device, learn).map(Some)
     }
 
     /// The parts that are frozen at a step.

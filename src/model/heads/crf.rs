@@ -285,7 +285,11 @@ mod tests {
             let gold = Tensor::randint(n_tags, [4, 6], (Kind::Int64, Device::Cpu));
             let gold = gold.where_self(&on, &gold.full_like(i64::from(NO_LABEL)));
             for scale in [1.0, 30.0] {
-                let x = Tensor::randn([4, 6, n_tags], (Kind::Float, Device::Cpu)) * scale;
+                // Sentences first in memory, or words.
+                let x = match scale {
+                    1.0 => Tensor::randn([4, 6, n_tags], (Kind::Float, Device::Cpu)),
+                    _ => Tensor::randn([6, 4, n_tags], (Kind::Float, Device::Cpu)).transpose(0, 1) * scale,
+                };
                 let (ours, theirs) = tch::no_grad(|| {
                     // The operators do not support rows without words.
                     let rows = Tensor::from_slice(&[0i64, 1, 3]);
