@@ -156,7 +156,7 @@ impl Setting {
     /// A forward pass with the same dropout masks each time.
     fn forward(&self) -> (Shared, Vec<Option<Tensor>>) {
         Seed(7).seed_torch(Purpose::Dropout, 0);
-        let mode = Mode::Train(Draws { seed: 7, first_row: 0 });
+        let mode = Mode::Train(Draws::new(7));
         let shared = self.model.encode(&self.batch, &self.batch.token_ids, None, mode);
         let losses = self.model.losses(&shared, &self.batch, mode);
         (shared, losses)

@@ -17,18 +17,18 @@ namespace {
 
 struct Words {
   const int64_t* bytes;
-  int64_t longest, offsets, values, filters;
+  int64_t longest, offsets, filters;
 
   const int64_t* word(int64_t n) const { return bytes + n * longest; }
 
   int64_t length(const int64_t* word) const { return std::find(word, word + longest, 0) - word; }
 
-  // Calls `f` with where in a table [offsets, values, filters] the rows lie that filters at position t read.
+  // Calls `f` with where in a table [values, offsets, filters] the rows lie that filters at position t read.
   template <typename F>
   void rows(const int64_t* word, int64_t length, int64_t t, F f) const {
     auto first = t - offsets / 2;
     for (int64_t k = std::max<int64_t>(0, -first); k < std::min(offsets, length - first); k++) {
-      f((k * values + word[first + k]) * filters);
+      f((word[first + k] * offsets + k) * filters);
     }
   }
 };
@@ -51,7 +51,7 @@ VECTORIZED void add_where(float* sum, const float* gradient, const int32_t* at, 
 }
 
 Words words_of(const at::Tensor& table, const at::Tensor& bytes) {
-  return {bytes.data_ptr<int64_t>(), bytes.size(1), table.size(0), table.size(1), table.size(2)};
+  return {bytes.data_ptr<int64_t>(), bytes.size(1), table.size(1), table.size(2)};
 }
 
 struct ByteConvolution : torch::autograd::Function<ByteConvolution> {
@@ -102,7 +102,7 @@ struct ByteConvolution : torch::autograd::Function<ByteConvolution> {
 
 extern "C" {
 
-// max over t of relu(bias + sum over k of table[k, word[t + k - K / 2]]), of each word: [N, F]. table [K, values, F] and
+// max over t of relu(bias + sum over k of table[word[t + k - K / 2], k]), of each word: [N, F]. table [values, K, F] and
 // bias [F], float32; bytes [N, L], 0 beyond a word's end.
 char* pt_byte_convolution(Handle table, Handle bias, Handle bytes, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
@@ -110,7 +110,7 @@ char* pt_byte_convolution(Handle table, Handle bias, Handle bytes, Handle* out) 
     c10::AutoGradMode as_before(grad_mode);
     if (bytes->numel() > 0) {
       auto [least, most] = at::aminmax(*bytes);
-      TORCH_CHECK(least.item<int64_t>() >= 0 && most.item<int64_t>() < table->size(1), "a byte is not in the table");
+      TORCH_CHECK(least.item<int64_t>() >= 0 && most.item<int64_t>() < table->size(0), "a byte is not in the table");
     }
     *out = new at::Tensor(ByteConvolution::apply(table->contiguous(), bias->contiguous(), bytes->contiguous()));
   });

@@ -43,6 +43,23 @@ type NarrowLinear = unsafe extern "C" fn(
     *mut *mut C_tensor,
 ) -> *mut c_char;
 
+type Dropout = unsafe extern "C" fn(
+    *mut c_void,
+    *mut C_tensor,
+    *mut C_tensor,
+    usize,
+    *const i64,
+    *mut *mut C_tensor,
+) -> *mut c_char;
+
+type ByteConvolution = unsafe extern "C" fn(
+    *const *mut c_void,
+    *mut C_tensor,
+    *mut C_tensor,
+    *mut C_tensor,
+    *mut *mut C_tensor,
+) -> *mut c_char;
+
 /// The library's functions, with the types of the C++ files.
 pub struct Functions {
     pub graph_begin: Symbol<unsafe extern "C" fn(*mut u64, *mut *mut Recording) -> *mut c_char>,
@@ -54,6 +71,8 @@ pub struct Functions {
     pub kernel_launch: Symbol<Launch>,
     pub max_pool: Symbol<MaxPool>,
     pub narrow_linear: Symbol<NarrowLinear>,
+    pub dropout: Symbol<Dropout>,
+    pub byte_convolution: Symbol<ByteConvolution>,
     pub peak_memory: Symbol<unsafe extern "C" fn(*mut i64) -> *mut c_char>,
 }
 
@@ -87,6 +106,8 @@ pub fn functions() -> Result<&'static Functions> {
             kernel_launch: library.get(b"pt_kernel_launch")?,
             max_pool: library.get(b"pt_max_pool")?,
             narrow_linear: library.get(b"pt_narrow_linear")?,
+            dropout: library.get(b"pt_dropout")?,
+            byte_convolution: library.get(b"pt_byte_convolution_cuda")?,
             peak_memory: library.get(b"pt_peak_memory")?,
         }
     };

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::checked;
-use super::kernels::{Kernel, LISTED, LaunchConfig, Listed};
+use super::kernels::{Kernel, LaunchConfig, List};
 
 unsafe extern "C" {
     fn pt_upload(host: *mut C_tensor, device: i8, out: *mut *mut C_tensor) -> *mut c_char;
@@ -81,8 +81,10 @@ pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
 
 static PUT: Kernel = Kernel::new(include_str!("put.cu"), "put");
 
-/// The most kernel launches that take less time than a copy.
-const FEW: usize = 6;
+/// The most numbers in one launch: its arguments take 4 KiB at most.
+const ROOM: usize = 480;
+/// The most launches that take less time than a copy.
+const FEW: usize = 4;
 
 /// Writes `values` into the memory of `out` `[n]`, which has the same length. Nothing waits for the write.
 ///
@@ -90,7 +92,7 @@ const FEW: usize = 6;
 /// A different number of values, or an `out` that is not int64.
 pub fn upload_into(values: &[i64], out: &Tensor) -> Result<()> {
     ensure!(values.len() == out.numel() && out.kind() == Kind::Int64, "other numbers than those that were there");
-    if values.len() <= FEW * LISTED && PUT.serves(out.device()) {
+    if values.len() <= FEW * ROOM && PUT.serves(out.device()) {
         return put(values, out);
     }
     let host = Tensor::from_slice(values);
@@ -102,11 +104,11 @@ pub fn upload_into(values: &[i64], out: &Tensor) -> Result<()> {
 }
 
 fn put(values: &[i64], out: &Tensor) -> Result<()> {
-    let shape = LaunchConfig { grid: [1, 1], block: [LISTED, 1], shared: 0 };
-    for (i, values) in values.chunks(LISTED).enumerate() {
+    let shape = LaunchConfig { grid: [1, 1], block: [ROOM, 1], shared: 0 };
+    for (i, values) in values.chunks(ROOM).enumerate() {
         let n = values.len() as i64;
-        let own = out.narrow(0, (i * LISTED) as i64, n);
-        PUT.launch_with(shape, &[&own], &[n], Some(&Listed::new(values)?))?;
+        let own = out.narrow(0, (i * ROOM) as i64, n);
+        PUT.launch_with(shape, &[&own], &[n], Some(&List::<ROOM>::new(values)?))?;
     }
     Ok(())
 }
@@ -117,7 +119,7 @@ mod tests {
 
     #[test]
     fn numbers_are_put_where_they_belong() {
-        let values: Vec<i64> = (0..LISTED as i64 * 2 + 3).map(|i| i << 33).collect();
+        let values: Vec<i64> = (0..ROOM as i64 * 2 + 3).map(|i| i << 33).collect();
         let out = Tensor::zeros([values.len() as i64], (Kind::Int64, Device::Cpu));
         put(&values, &out).unwrap();
         assert_eq!(out, Tensor::from_slice(&values));

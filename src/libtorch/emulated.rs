@@ -47,12 +47,12 @@ fn compile(source: &str, name: &str) -> Result<Symbol<Run>> {
 }
 
 /// As [`super::Kernel::launch`], with tensors on the CPU. One launch at a time, since all share one block memory.
-pub fn launch(
+pub fn launch<const N: usize>(
     (source, name): (&'static str, &'static str),
     shape: LaunchConfig,
     tensors: &[&Tensor],
     numbers: &[i64],
-    listed: Option<&super::kernels::Listed>,
+    listed: Option<&super::kernels::List<N>>,
 ) -> Result<()> {
     ensure!(tensors.iter().all(|tensor| tensor.is_contiguous()), "a kernel needs contiguous tensors");
     ensure!(shape.shared <= 1 << 16, "a block has no {} bytes here", shape.shared);

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -142,6 +143,84 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
   }
 };
 
+int32_t number(int64_t value) { return static_cast<int32_t>(value); }
+
+// The convolution of byte_convolution.cu.
+struct ByteConvolution : torch::autograd::Function<ByteConvolution> {
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context, const at::Tensor& table, const at::Tensor& bias, const at::Tensor& bytes,
+      const std::vector<int64_t>& kernels) {
+    auto n = bytes.size(0), longest = bytes.size(1), offsets = table.size(1), filters = table.size(2);
+    auto y = at::empty({n, filters}, table.options());
+    auto seen = at::empty({offsets, n, filters}, table.options().dtype(at::kShort));
+    constexpr uint32_t BLOCK = 128;
+    launch(
+        reinterpret_cast<void*>(kernels[0]), {static_cast<uint32_t>(n), static_cast<uint32_t>((filters + BLOCK - 1) / BLOCK)}, BLOCK,
+        static_cast<uint32_t>(longest * sizeof(int32_t)), {table, bias, bytes, y, seen},
+        {number(n), number(longest), number(offsets), number(filters)});
+    context->save_for_backward({seen});
+    context->saved_data["kernels"] = kernels, context->saved_data["values"] = table.size(0);
+    return y;
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& given) {
+    auto seen = context->get_saved_variables()[0];
+    auto kernels = context->saved_data["kernels"].toIntVector();
+    auto to_y = given[0].contiguous();
+    auto offsets = seen.size(0), n = seen.size(1), filters = seen.size(2), values = context->saved_data["values"].toInt();
+    auto n_rows = std::max<int64_t>(64, (n + 63) / 64), n_parts = (n + n_rows - 1) / n_rows;
+    auto parts = at::empty({n_parts, values, offsets, filters}, to_y.options());
+    launch(
+        reinterpret_cast<void*>(kernels[1]), {static_cast<uint32_t>(n_parts), static_cast<uint32_t>(offsets * ((filters + 31) / 32))}, 32,
+        static_cast<uint32_t>(values * 32 * sizeof(float)), {to_y, seen, parts},
+        {number(n), number(n_rows), number(values), number(offsets), number(filters)});
+    auto to_table = parts[0];
+    if (n_parts > 1) {
+      to_table = at::empty_like(to_table);
+      auto size = to_table.numel();
+      launch(
+          reinterpret_cast<void*>(kernels[2]), static_cast<uint32_t>((size + 127) / 128), 128, 0, {parts, to_table},
+          {number(n_parts), number(size)});
+    }
+    // Whatever a filter reads, it reads a byte at the offset in the middle.
+    return {to_table, to_table.select(1, offsets / 2).sum(0), at::Tensor(), at::Tensor()};
+  }
+};
+
+// Dropout by the kernel of random.cu, which draws the same mask for the gradients.
+struct Dropout : torch::autograd::Function<Dropout> {
+  // `numbers` are the kernel's last ones, from first_row on; the last tells whether positions share their draws.
+  static at::Tensor applied(const at::Tensor& x, const at::Tensor& seed, int64_t kernel, const std::vector<int64_t>& numbers) {
+    States states(x);
+    auto y = at::empty_like(states.memory);
+    std::vector<int32_t> all{number(states.rows), number(states.width), number(states.features), states.by_row(), states.by_position()};
+    for (auto value : numbers) all.push_back(number(value));
+    auto draws = numbers.back() ? states.width * ((states.features + 3) / 4) : (states.width * states.features + 3) / 4;
+    constexpr uint32_t BLOCK = 128;
+    launch(
+        reinterpret_cast<void*>(kernel), static_cast<uint32_t>((states.rows * draws + BLOCK - 1) / BLOCK), BLOCK, 0,
+        {states.memory, seed, y}, all);
+    return states.of(y);
+  }
+
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& seed, int64_t kernel,
+      const std::vector<int64_t>& numbers) {
+    context->save_for_backward({seed});
+    context->saved_data["kernel"] = kernel, context->saved_data["numbers"] = numbers;
+    return applied(x, seed, kernel, numbers);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, const torch::autograd::variable_list& gradients) {
+    auto to_x = applied(
+        gradients[0], context->get_saved_variables()[0], context->saved_data["kernel"].toInt(),
+        context->saved_data["numbers"].toIntVector());
+    return {to_x, at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
 // A linear layer whose gradients come from the kernels of linear.cu.
 struct NarrowLinear : torch::autograd::Function<NarrowLinear> {
   static at::Tensor forward(
@@ -166,7 +245,6 @@ struct NarrowLinear : torch::autograd::Function<NarrowLinear> {
     auto n_rows = std::max<int64_t>(32, (n + 64 * 32 - 1) / (64 * 32) * 32), n_parts = (n + n_rows - 1) / n_rows;
     auto parts = at::empty({n_parts > 1 ? n_parts : 0, n_outputs, width + 1}, x.options());
     all[1] = at::empty({n_outputs, width}, x.options()), all[2] = at::empty({n_outputs}, x.options());
-    auto number = [](int64_t value) { return static_cast<int32_t>(value); };
     dim3 grid(static_cast<uint32_t>(n_parts), static_cast<uint32_t>((width + 64) / 64));
     launch(
         kernel("gradients"), grid, 256, static_cast<uint32_t>(32 * (64 + n_outputs) * sizeof(float)),
@@ -219,6 +297,28 @@ char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths,
     c10::AutoGradMode as_before(grad_mode);
     *out = new at::Tensor(
         MaxPool::apply(*x, *lengths, reinterpret_cast<int64_t>(kernel), reinterpret_cast<int64_t>(gradient_kernel)));
+  });
+}
+
+// The convolution of byte_convolution.cu, by its three kernels in their order: table [V, K, F], bias [F], bytes [N, L] to
+// [N, F].
+char* pt_byte_convolution_cuda(void* const kernels[3], Handle table, Handle bias, Handle bytes, Handle* out) {
+  auto grad_mode = c10::GradMode::is_enabled();
+  return guarded([&] {
+    c10::AutoGradMode as_before(grad_mode);
+    std::vector<int64_t> all;
+    for (int i = 0; i < 3; i++) all.push_back(reinterpret_cast<int64_t>(kernels[i]));
+    *out = new at::Tensor(ByteConvolution::apply(*table, *bias, *bytes, all));
+  });
+}
+
+// Dropout of x [B, T, F], float32, by the kernel of random.cu; `numbers` are its arguments from first_row on.
+char* pt_dropout(void* kernel, Handle x, Handle seed, size_t n, const int64_t* numbers, Handle* out) {
+  auto grad_mode = c10::GradMode::is_enabled();
+  return guarded([&] {
+    c10::AutoGradMode as_before(grad_mode);
+    *out = new at::Tensor(
+        Dropout::apply(*x, *seed, reinterpret_cast<int64_t>(kernel), std::vector<int64_t>(numbers, numbers + n)));
   });
 }
 

@@ -24,18 +24,23 @@ pub(crate) const LISTED: usize = 256;
 
 /// Values that change from launch to launch: numbers or addresses of tensors, 0 for none. Kernels take it by value.
 #[derive(Clone, Copy)]
-pub(crate) struct Listed([i64; LISTED]);
+pub(crate) struct List<const N: usize>([i64; N]);
+
+/// The list of most kernels.
+pub(crate) type Listed = List<LISTED>;
+
+impl<const N: usize> List<N> {
+    /// # Errors
+    /// More than `N` values.
+    pub fn new(values: &[i64]) -> Result<Self> {
+        ensure!(values.len() <= N, "a kernel's list has {N} entries at most");
+        let mut list = [0; N];
+        list[..values.len()].copy_from_slice(values);
+        Ok(List(list))
+    }
+}
 
 impl Listed {
-    /// # Errors
-    /// More than [`LISTED`] values.
-    pub fn new(values: &[i64]) -> Result<Listed> {
-        ensure!(values.len() <= LISTED, "a kernel's list has {LISTED} entries at most");
-        let mut list = [0; LISTED];
-        list[..values.len()].copy_from_slice(values);
-        Ok(Listed(list))
-    }
-
     /// The addresses of tensors; 0 for undefined ones.
     ///
     /// # Errors
@@ -76,6 +81,11 @@ impl Kernel {
         device != Device::Cpu && self.get().is_some()
     }
 
+    /// The kernel, for functions of the shared library.
+    pub(super) fn handle(&self) -> Option<*mut c_void> {
+        self.get().map(|found| found.0)
+    }
+
     fn get(&self) -> Option<&Found> {
         let find = || -> Result<Found> {
             ensure!(std::env::var(SWITCH).as_deref() != Ok("0"), "{SWITCH} is 0");
@@ -96,16 +106,16 @@ impl Kernel {
     /// # Errors
     /// Tensors that are not contiguous on the GPU; a launch configuration that the GPU rejects.
     pub(crate) fn launch(&self, shape: LaunchConfig, tensors: &[&Tensor], numbers: &[i64]) -> Result<()> {
-        self.launch_with(shape, tensors, numbers, None)
+        self.launch_with::<LISTED>(shape, tensors, numbers, None)
     }
 
     /// As [`Self::launch`], with a list as the last argument.
-    pub(crate) fn launch_with(
+    pub(crate) fn launch_with<const N: usize>(
         &self,
         shape: LaunchConfig,
         tensors: &[&Tensor],
         numbers: &[i64],
-        listed: Option<&Listed>,
+        listed: Option<&List<N>>,
     ) -> Result<()> {
         #[cfg(test)]
         if tensors.iter().all(|tensor| tensor.device() == Device::Cpu) {

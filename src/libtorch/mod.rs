@@ -14,6 +14,7 @@ mod kernels;
 mod lstm;
 mod optimizers;
 mod profile;
+mod random;
 mod script;
 
 use std::any::Any;
@@ -39,6 +40,7 @@ pub use optimizers::{
     Adam, AdamLists, GradScale, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
 };
 pub use profile::busy_time;
+pub use random::{Draws, bernoulli, dropout, with_seed_at};
 pub use script::ScriptModule;
 
 type List = *const *mut C_tensor;
@@ -47,7 +49,6 @@ unsafe extern "C" {
     fn pt_free(text: *mut c_char);
     fn pt_copy(n: usize, into: List, from: List) -> *mut c_char;
     fn pt_add(n: usize, into: List, from: List) -> *mut c_char;
-    fn pt_bernoulli(out: *mut C_tensor, seed: u64, first_row: u64, p: f64) -> *mut c_char;
     fn pt_use_onednn(on: bool) -> *mut c_char;
     fn _exit(code: i32) -> !;
     fn pt_configure(deterministic: bool, tf32: bool, warn: extern "C" fn(*const c_char)) -> *mut c_char;
@@ -136,26 +137,6 @@ pub(crate) fn floats(tensor: &mut Tensor) -> Result<&mut [f32]> {
     }
     // SAFETY: the tensor owns this many floats while borrowed. Other handles to the same memory are not used meanwhile.
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
-}
-
-/// Where random draws come from in training: a seed, and the index of the first row within the whole batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Draws {
-    pub seed: u64,
-    pub first_row: u64,
-}
-
-/// 1 with probability `p`, else 0, float32 `[rows, ...]`. On the CPU each row has its own random stream (Philox), so
-/// draws do not depend on how a batch is split; on CUDA libtorch's generator draws.
-pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
-    if device != Device::Cpu {
-        return Tensor::empty(size, (Kind::Float, device)).bernoulli_float_(p);
-    }
-    let out = Tensor::empty(size, (Kind::Float, device));
-    // SAFETY: `out` is a live, contiguous float tensor on the CPU.
-    checked(unsafe { pt_bernoulli(out.as_ptr().cast_mut(), draws.seed, draws.first_row, p) })
-        .expect("invariant: a new tensor can be filled");
-    out
 }
 
 /// Runs `work` and returns a panic as an error: tch's operators panic where libtorch throws, mostly for lack of memory.

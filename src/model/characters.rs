@@ -10,7 +10,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::lstm::{Lstm, Reversal, SCRIPT_HELPERS, SCRIPT_REVERSAL, last_states, last_states_onnx, last_states_script};
 use super::parameters::Scope;
@@ -144,11 +144,13 @@ impl Characters {
     pub fn forward(&self, bytes: &Tensor, mode: Mode) -> Tensor {
         let flat = bytes.flatten(0, 1); // [N, L]
         let words = match &self.reader {
-            Reader::Cnn(filters, bias) if flat.device() == Device::Cpu => {
-                let table = self.weight.matmul(&filters.permute([2, 1, 0])); // [width, 257, F]
-                byte_convolution(&table, bias, &flat).expect("invariant: all bytes are in the table")
+            Reader::Cnn(filters, bias) => {
+                let by_offset = filters.permute([1, 2, 0]).flatten(1, 2); // [E, width * F]
+                let table = self.weight.matmul(&by_offset).view([N_BYTES, filters.size()[2], filters.size()[0]]);
+                byte_convolution(&table, bias, &flat)
+                    .expect("invariant: all bytes are in the table")
+                    .unwrap_or_else(|| convolution_by_operators(&self.embedded(&flat), filters, bias, &flat))
             }
-            Reader::Cnn(filters, bias) => convolution_by_operators(&self.embedded(&flat), filters, bias, &flat),
             Reader::Lstm(lstm, hidden) => {
                 let (x, lengths) = (self.embedded(&flat), lengths(&flat));
                 let states = lstm.forward(&x, &Reversal::of(&lengths, flat.size()[1]), mode);
@@ -242,6 +244,8 @@ fn lengths(flat: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
     use crate::model::parameters::Parameters;
 

@@ -6,7 +6,7 @@
 use tch::Tensor;
 
 use super::{Mode, Site};
-use crate::libtorch::bernoulli;
+use crate::libtorch::{bernoulli, dropout as dropout_by_kernel};
 
 /// Which elements share a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,11 @@ pub enum Masks {
 /// unchanged in evaluation.
 pub fn dropout(x: &Tensor, rate: f64, masks: Masks, mode: Mode, site: Site) -> Tensor {
     let Some(draws) = mode.draws(site).filter(|_| rate > 0.0) else { return x.shallow_clone() };
+    // A sentence's vector is a sentence of one position.
+    let positions = if x.dim() == 2 { x.unsqueeze(1) } else { x.shallow_clone() };
+    if let Some(dropped) = dropout_by_kernel(&positions, rate, masks == Masks::Locked, draws) {
+        return if x.dim() == 2 { dropped.squeeze_dim(1) } else { dropped };
+    }
     let mut size = x.size();
     if masks == Masks::Locked {
         size[1] = 1;
@@ -39,7 +44,7 @@ mod tests {
     #[test]
     fn a_share_is_dropped_the_rest_scaled_and_a_sentence_may_share_its_mask() {
         let x = Tensor::ones([50, 6, 80], (Kind::Float, Device::Cpu));
-        let train = Mode::Train(Draws { seed: 7, first_row: 0 });
+        let train = Mode::Train(Draws::new(7));
         for (masks, one_a_row) in [(Masks::Locked, true), (Masks::PerElement, false)] {
             let y = dropout(&x, 0.3, masks, train, Site::Embedding);
             let dropped = y.eq(0.0);

@@ -237,7 +237,7 @@ impl Model {
         let embedded =
             Tensor::ones([rows, tokens, self.embedding.width()], (tch::Kind::Float, self.parameters.device()));
         let lengths = Lengths::new(vec![tokens; rows as usize], self.parameters.device());
-        let mode = Mode::Train(Draws { seed: 0, first_row: 0 });
+        let mode = Mode::Train(Draws::new(0));
         let states = self.trunk.forward(&embedded, &lengths, mode, &mut |_, input| input.shallow_clone());
         let total = states.last().map_or_else(Tensor::new, |states| states.sum(tch::Kind::Float));
         let inputs = self.inputs(None);

@@ -1,7 +1,6 @@
 //! Training or evaluation, and the places in a model that draw random numbers.
 
 use crate::libtorch::Draws;
-use crate::rng::mix;
 use crate::task::TaskId;
 
 /// Whether dropout is on, and its source of random numbers.
@@ -19,9 +18,9 @@ pub enum Site {
     RowDropout,
     Embedding,
     /// The input of a head's layer, from 0.
-    Head(u64),
+    Head(u16),
     /// The output of a layer of the trunk, from 0.
-    Layer(u64),
+    Layer(u16),
 }
 
 impl Mode {
@@ -41,7 +40,7 @@ impl Mode {
         };
         match self {
             Mode::Eval => None,
-            Mode::Train(draws) => Some(Draws { seed: mix(draws.seed.wrapping_add(number)), ..draws }),
+            Mode::Train(draws) => Some(draws.of_site(number)),
         }
     }
 
@@ -49,7 +48,7 @@ impl Mode {
     pub fn of_head(self, task: TaskId) -> Mode {
         match self {
             Mode::Eval => Mode::Eval,
-            Mode::Train(draws) => Mode::Train(Draws { seed: mix(draws.seed ^ mix(task.0 as u64 + 1)), ..draws }),
+            Mode::Train(draws) => Mode::Train(draws.of_head(task.0 as u64)),
         }
     }
 
@@ -57,7 +56,7 @@ impl Mode {
     pub fn from_row(self, first_row: usize) -> Mode {
         match self {
             Mode::Eval => Mode::Eval,
-            Mode::Train(draws) => Mode::Train(Draws { first_row: first_row as u64, ..draws }),
+            Mode::Train(draws) => Mode::Train(draws.from_row(first_row)),
         }
     }
 }

@@ -113,7 +113,7 @@ impl Trunk {
         for (number, layer) in self.layers.iter().enumerate() {
             let input = cut(number, states.last().unwrap_or(embedded));
             let output = self.past(number, &input, layer.forward(&input, &reversal, mode));
-            states.push(dropout(&output, self.dropout, self.masks, mode, Site::Layer(number as u64)));
+            states.push(dropout(&output, self.dropout, self.masks, mode, Site::Layer(number as u16)));
         }
         states
     }

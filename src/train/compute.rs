@@ -203,11 +203,7 @@ impl Trainer<'_> {
 
     /// The forward pass of one part of batch `i`. Its losses are its share of the means over the step's labels.
     fn forward(&self, step: &Step, i: usize, batch: &Batch, inputs: &Inputs) -> Result<Pass> {
-        let seed = self.dropout_seed(step, i);
-        if batch.token_ids.device() != Device::Cpu && !self.graphs.recording() {
-            tch::manual_seed(seed as i64);
-        }
-        let mode = Mode::Train(Draws { seed, first_row: batch.first_row as u64 });
+        let mode = Mode::Train(Draws::new(self.dropout_seed(step, i)).from_row(batch.first_row));
         let token_ids = match (&self.unknown, mode.draws(Site::UnknownWords)) {
             (Some(unknown), Some(draws)) => unknown.replace(&batch.token_ids, draws),
             _ => batch.token_ids.shallow_clone(),

@@ -13,7 +13,7 @@ use super::compute::{Computed, Inputs};
 use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::BatchPlan;
-use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into};
+use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into, with_seed_at};
 use crate::optim::StepRates;
 use crate::weighting::{Reference, Wants};
 
@@ -38,7 +38,7 @@ enum How {
 
 struct Recorded {
     graph: Option<CudaGraph>,
-    /// The step's numbers on the device: a batch, then [`packed`].
+    /// The step's numbers on the device: a batch, the seed of dropout, then [`packed`].
     numbers: Tensor,
     computed: Option<Computed>,
 }
@@ -107,8 +107,7 @@ impl Trainer<'_> {
                 return Ok(None);
             }
         };
-        tch::manual_seed(self.dropout_seed(step, 0) as i64);
-        upload_into(&self.numbers(plan, inputs), &recorded.numbers)?;
+        upload_into(&self.numbers(step, plan, inputs), &recorded.numbers)?;
         let again = match &recorded.graph {
             Some(graph) => graph.replay().map(|()| recorded.computed.as_ref().map(Computed::copy)),
             None => self.compute_kept(step, plan, &recorded.numbers, inputs).map(Some),
@@ -132,7 +131,7 @@ impl Trainer<'_> {
     }
 
     fn record(&mut self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Result<Recorded> {
-        let numbers = upload(&self.numbers(plan, inputs), self.model.parameters.device());
+        let numbers = upload(&self.numbers(step, plan, inputs), self.model.parameters.device());
         if let How::Computed = self.graphs.how {
             return Ok(Recorded { graph: None, numbers, computed: None });
         }
@@ -151,9 +150,9 @@ impl Trainer<'_> {
     }
 
     /// The numbers that the device needs for a step.
-    fn numbers(&self, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
+    fn numbers(&self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
         let mut numbers = self.train.numbers(plan);
-        numbers.push(packed(inputs.rates));
+        numbers.extend([self.dropout_seed(step, 0) as i64, packed(inputs.rates)]);
         numbers
     }
 
@@ -164,7 +163,8 @@ impl Trainer<'_> {
         let rates = StepRates { learning_rate: Number::Device(&rate), share: Number::Device(&share) };
         let kept = Inputs { rates, ..*inputs };
         let batch = self.train.gather(plan, numbers);
-        self.compute(step, &[[batch]], &kept)
+        let seed = numbers.narrow(0, numbers.size()[0] - 2, 1);
+        with_seed_at(self.dropout_seed(step, 0), &seed, || self.compute(step, &[[batch]], &kept))
     }
 }
 

@@ -48,7 +48,7 @@ mod tests {
         let set = EncodedSplit::of_words(&[vec!["once", "often"], vec!["often", "too"]], &tokenizer, &[]).unwrap();
         let unknown = UnknownWords::new(&set, 5, 1, 0.4, Device::Cpu).unwrap();
         let ids = Tensor::from_slice(&[2i64, 3]).expand([2000, 2], false);
-        let read = unknown.replace(&ids, Draws { seed: 3, first_row: 0 });
+        let read = unknown.replace(&ids, Draws::new(3));
         assert_eq!(read.select(1, 1), ids.select(1, 1), "a word seen twice stays");
         let share = read.select(1, 0).eq(1).to_kind(tch::Kind::Double).mean(tch::Kind::Double).double_value(&[]);
         assert!((share - 0.4).abs() < 0.05, "{share}");

@@ -182,7 +182,7 @@ fn rows_that_wait_take_the_steps_of_whole_tables() {
 fn a_bfloat16_trunk_has_nearly_the_gradient_and_trains_and_resumes() {
     let s = setting(&["model.trunk.layers=2", "model.trunk.connection=highway"]);
     let mut model = build(&s);
-    let mode = Mode::Train(Draws { seed: 9, first_row: 0 });
+    let mode = Mode::Train(Draws::new(9));
     let exact = gradients(&model, &s, Of::Tables, mode);
     model.set_precision(Precision::Bfloat16);
     model.refresh().unwrap();

@@ -221,7 +221,7 @@ fn words_are_dropped_one_by_one_and_types_throughout_a_batch() {
     let s = setting(&[&PLAIN[..], &by_vectors].concat());
     let (model, batch) = (build(&s), s.train.batch(&(0..80).collect::<Vec<_>>()));
     let states = |seed| {
-        let mode = Mode::Train(Draws { seed, first_row: 0 });
+        let mode = Mode::Train(Draws::new(seed));
         let shared = model.encode(&batch, &batch.token_ids, None, mode);
         model.head_logits(&shared.taps[0], Mode::Eval)
     };

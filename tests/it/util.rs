@@ -7,7 +7,7 @@ use assert_cmd::Command;
 use tch::Tensor;
 
 /// The random stream for dropout in tests of a single step.
-pub const DRAWS: polytask::libtorch::Draws = polytask::libtorch::Draws { seed: 5, first_row: 0 };
+pub const DRAWS: polytask::libtorch::Draws = polytask::libtorch::Draws::new(5);
 
 pub struct Folder(tempfile::TempDir);
 

@@ -153,7 +153,7 @@ impl Classification {
 
 impl Head for Classification {
     fn logits(&self, encoded: &Encoded, mode: Mode) -> Tensor {
-        let dropped = |x: Tensor, layer: u64| dropout(&x, self.dropout, Masks::PerElement, mode, Site::Head(layer));
+        let dropped = |x: Tensor, layer: u16| dropout(&x, self.dropout, Masks::PerElement, mode, Site::Head(layer));
         let mut x = dropped(encoded.with_beside(self.pool(encoded)), 0);
         if let Some(hidden) = &self.hidden {
             x = dropped(hidden.forward(&x).relu(), 1);

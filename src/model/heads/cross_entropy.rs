@@ -98,7 +98,7 @@ mod tests {
     use super::*;
     use crate::libtorch::Draws;
 
-    const TRAIN: Mode = Mode::Train(Draws { seed: 1, first_row: 0 });
+    const TRAIN: Mode = Mode::Train(Draws::new(1));
 
     #[test]
     fn smoothed_losses_are_libtorch_s() {

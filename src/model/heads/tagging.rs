@@ -269,7 +269,7 @@ mod tests {
         };
         // The first word is in a span and the second is not, so only the first's score of `O`, 1.0, rises.
         let raised = Tensor::from_slice(&[0.5f32, 2.5, -1.0, 0.2, 0.1, 0.3, 2.0, 0.0, 1.0]).view([1, 3, 3]);
-        let train = Mode::Train(Draws { seed: 1, first_row: 0 });
+        let train = Mode::Train(Draws::new(1));
         for decoder in ["softmax", "crf"] {
             let config = json!({"set": "s", "column": "c", "decoder": decoder, "missed_cost": 1.5});
             let config: TaggingConfig = serde_json::from_value(config).unwrap();
