@@ -33,6 +33,7 @@ pub fn run(args: &TrainArgs) -> Result<End> {
     let experiment = Experiment::load(&args.experiment, &args.overrides)?;
     let (device, threads) = prepare::machine(&args.machine)?;
     build_trainer::check_precision(&experiment.training, device)?;
+    let _compiling = libtorch::compile_ahead(device);
     if args.resume {
         let run = resume::open(args, &experiment)?;
         let _lock = run.lock()?;

@@ -51,11 +51,11 @@ struct Nvrtc {
   }
 };
 
-std::string compiled(const char* source) {
+std::string compiled(const char* source, int device) {
   static Nvrtc nvrtc;
   int major, minor;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, c10::cuda::current_device()));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, c10::cuda::current_device()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   auto target = "--gpu-architecture=sm_" + std::to_string(major) + std::to_string(minor);
   const char* options[] = {target.c_str(), "--std=c++17"};
   Nvrtc::Program program;
@@ -77,6 +77,24 @@ cudaLibrary_t loaded(const std::string& code) {
   C10_CUDA_CHECK(load(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
   return library;
 }
+
+// A source, which the first thread that needs it compiles, for the one device of the process.
+struct Source {
+  std::once_flag compiled_once, loaded_once;
+  std::string code;
+  cudaLibrary_t library = nullptr;
+
+  static Source& of(const char* text) {
+    static std::mutex mutex;
+    static std::map<std::string, Source> sources;
+    std::lock_guard<std::mutex> lock(mutex);
+    return sources[text];
+  }
+
+  void compile(const char* text, int device) {
+    std::call_once(compiled_once, [&] { code = compiled(text, device); });
+  }
+};
 
 void launch(
     void* kernel, dim3 grid, dim3 block, uint32_t shared, const std::vector<at::Tensor>& tensors, const std::vector<int32_t>& numbers,
@@ -261,19 +279,22 @@ struct NarrowLinear : torch::autograd::Function<NarrowLinear> {
 
 extern "C" {
 
+// Compiles a source, so that its kernels are found sooner.
+char* pt_kernel_compile(const char* source, int device) {
+  return guarded([&] { Source::of(source).compile(source, device); });
+}
+
 // Finds the kernel `name` in `source`; each source is compiled once per process.
 char* pt_kernel_find(const char* source, const char* name, void** out) {
   return guarded([&] {
     // Looked up at run time: some versions of CUDA 12 lack it, and graphs do not need it.
     auto* get = reinterpret_cast<decltype(&cudaLibraryGetKernel)>(dlsym(RTLD_DEFAULT, "cudaLibraryGetKernel"));
     TORCH_CHECK(get, "this CUDA runtime loads no kernels");
-    static std::mutex mutex;
-    static std::map<std::string, cudaLibrary_t> libraries;
-    std::lock_guard<std::mutex> lock(mutex);
-    auto found = libraries.find(source);
-    if (found == libraries.end()) found = libraries.emplace(source, loaded(compiled(source))).first;
+    auto& own = Source::of(source);
+    own.compile(source, c10::cuda::current_device());
+    std::call_once(own.loaded_once, [&] { own.library = loaded(own.code); });
     cudaKernel_t kernel;
-    C10_CUDA_CHECK(get(&kernel, found->second, name));
+    C10_CUDA_CHECK(get(&kernel, own.library, name));
     *out = kernel;
   });
 }

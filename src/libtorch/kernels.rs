@@ -2,6 +2,8 @@
 
 use std::ffi::{CString, c_void};
 use std::sync::OnceLock;
+use std::thread::JoinHandle;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -56,6 +58,53 @@ impl Listed {
     }
 }
 
+/// The sources of all kernels.
+const SOURCES: [&str; 11] = [
+    // The longest to compile first.
+    include_str!("optimizer.cu"),
+    include_str!("crf.cu"),
+    include_str!("weighting.cu"),
+    LINEAR_SOURCE,
+    include_str!("byte_convolution.cu"),
+    include_str!("cross_entropy.cu"),
+    include_str!("random.cu"),
+    MAX_POOL_SOURCE,
+    include_str!("clip.cu"),
+    include_str!("gather.cu"),
+    include_str!("put.cu"),
+];
+
+/// Kernels being compiled by other threads, which are waited for when this is dropped: a process cannot end before.
+#[must_use]
+pub struct Compiling(Vec<JoinHandle<()>>);
+
+impl Drop for Compiling {
+    fn drop(&mut self) {
+        self.0.drain(..).for_each(|thread| drop(thread.join()));
+    }
+}
+
+fn switched_off() -> bool {
+    std::env::var(SWITCH).is_ok_and(|value| value == "0")
+}
+
+/// Compiles all kernels for a GPU beside what this thread does; nothing on the CPU.
+pub fn compile_ahead(device: Device) -> Compiling {
+    let Device::Cuda(index) = device else { return Compiling(Vec::new()) };
+    // Opened here, so that it is opened once.
+    let Ok(functions) = functions() else { return Compiling(Vec::new()) };
+    let compile = move |source: &str| -> Result<()> {
+        let source = CString::new(source)?;
+        // SAFETY: the text lives for the call.
+        checked(unsafe { (functions.kernel_compile)(source.as_ptr(), index as i32) })
+    };
+    let begin = |source: &'static str| {
+        // Errors are reported where a kernel is needed.
+        std::thread::Builder::new().spawn(move || drop(compile(source))).ok()
+    };
+    Compiling(SOURCES.into_iter().filter(|_| !switched_off()).filter_map(begin).collect())
+}
+
 /// A kernel of a CUDA source, compiled at its first use.
 pub struct Kernel {
     source: &'static str,
@@ -88,11 +137,12 @@ impl Kernel {
 
     fn get(&self) -> Option<&Found> {
         let find = || -> Result<Found> {
-            ensure!(std::env::var(SWITCH).as_deref() != Ok("0"), "{SWITCH} is 0");
+            ensure!(!switched_off(), "{SWITCH} is 0");
             let (source, name) = (CString::new(self.source)?, CString::new(self.name)?);
-            let mut kernel = std::ptr::null_mut();
+            let (mut kernel, started) = (std::ptr::null_mut(), Instant::now());
             // SAFETY: both texts live for the call, which fills `kernel` if it succeeds.
             checked(unsafe { (functions()?.kernel_find)(source.as_ptr(), name.as_ptr(), &mut kernel) })?;
+            log::debug!("kernel {} is there after {:.0?}", self.name, started.elapsed());
             Ok(Found(kernel))
         };
         let told = |error: anyhow::Error| {
@@ -202,6 +252,19 @@ pub fn peak_device_memory() -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_sources_are_compiled_ahead() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/libtorch");
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let mut sources: Vec<String> = files
+            .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+            .map(|path| std::fs::read_to_string(path).unwrap())
+            .collect();
+        let mut known = SOURCES;
+        (sources.sort(), known.sort());
+        assert!(sources == known, "SOURCES does not list every .cu file");
+    }
 
     #[test]
     fn gradients_of_a_narrow_layer_are_libtorch_s() {

@@ -33,7 +33,7 @@ pub use beside::Beside;
 pub use byte_convolution::byte_convolution;
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
-pub use kernels::{Kernel, LaunchConfig, max_pool, narrow_linear, peak_device_memory};
+pub use kernels::{Compiling, Kernel, LaunchConfig, compile_ahead, max_pool, narrow_linear, peak_device_memory};
 pub(crate) use kernels::{LISTED, Listed};
 pub use lstm::both_directions;
 pub use optimizers::{

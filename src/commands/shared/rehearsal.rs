@@ -8,6 +8,7 @@ use tch::Device;
 use super::{build_trainer, init_from, prepare};
 use crate::config::Experiment;
 use crate::data::{DeviceSplit, Sampler, Tokenizer};
+use crate::libtorch::compile_ahead;
 use crate::model::Model;
 use crate::problem::fail_on_errors;
 use crate::rng::Seed;
@@ -28,6 +29,7 @@ impl Rehearsal {
     pub fn new(experiment: Experiment, device: Device) -> Result<Self> {
         let started = Instant::now();
         build_trainer::check_precision(&experiment.training, device)?;
+        let _compiling = compile_ahead(device);
         let (corpus, problems) = prepare::corpus(&experiment)?;
         fail_on_errors(problems)?;
         let (tokenizer, _) = prepare::tokenizer(&experiment, &corpus)?;
