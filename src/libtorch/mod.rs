@@ -40,7 +40,7 @@ pub use optimizers::{
     Adam, AdamLists, GradScale, Sgd, clip_gradients, count_up, divide_list, fused_adam, fused_sgd, norms_of,
 };
 pub use profile::busy_time;
-pub use random::{Draws, bernoulli, dropout, with_seed_at};
+pub use random::{Draws, bernoulli, draws_alike, dropout, seed_generator, with_seed_at};
 pub use script::ScriptModule;
 
 type List = *const *mut C_tensor;

@@ -1,4 +1,4 @@
-//! Random draws in training, which are the same on the CPU and on a GPU.
+//! Random draws in training, which are the same on the CPU and on a GPU with the kernels of `random.cu`.
 
 use std::cell::RefCell;
 
@@ -93,18 +93,32 @@ fn bits(value: f64) -> i64 {
     i64::from((value as f32).to_bits() as i32)
 }
 
-/// 1 with probability `p`, else 0, float32 `[rows, ...]`.
+/// 1 with probability `p`, else 0, float32 `[rows, ...]`; on a GPU without kernels, libtorch's generator draws.
 pub fn bernoulli(size: &[i64], p: f64, draws: Draws, device: Device) -> Tensor {
-    let out = Tensor::empty(size, (Kind::Float, device));
-    if device != Device::Cpu && out.numel() > 0 && BERNOULLI.serves(device) {
-        fill(&out, p, draws, &seed_on(device, draws.seed)).expect("invariant: a new tensor can be filled");
+    let mut out = Tensor::empty(size, (Kind::Float, device));
+    if out.numel() == 0 {
         return out;
     }
-    let on_host = Tensor::empty(size, (Kind::Float, Device::Cpu));
-    // SAFETY: the tensor is live, contiguous, of floats and on the CPU.
-    checked(unsafe { pt_bernoulli(on_host.as_ptr().cast_mut(), draws.derived(), draws.first_row.into(), p) })
-        .expect("invariant: a new tensor can be filled");
-    on_host.to_device(device)
+    let filled = match device {
+        // SAFETY: the tensor is live, contiguous, of floats and on the CPU.
+        Device::Cpu => checked(unsafe { pt_bernoulli(out.as_mut_ptr(), draws.derived(), draws.first_row.into(), p) }),
+        _ if draws_alike(device) => fill(&out, p, draws, &seed_on(device, draws.seed)),
+        _ => return out.bernoulli_float_(p),
+    };
+    filled.expect("invariant: a new tensor can be filled");
+    out
+}
+
+/// Whether a device draws what the CPU does; otherwise libtorch's generator draws, from [`seed_generator`].
+pub fn draws_alike(device: Device) -> bool {
+    device == Device::Cpu || (BERNOULLI.serves(device) && DROPOUT.serves(device))
+}
+
+/// Seeds libtorch's generator, if it draws on `device`.
+pub fn seed_generator(seed: u64, device: Device) {
+    if !draws_alike(device) {
+        tch::manual_seed(seed as i64);
+    }
 }
 
 fn fill(out: &Tensor, p: f64, draws: Draws, seed: &Tensor) -> Result<()> {
@@ -120,7 +134,7 @@ fn fill(out: &Tensor, p: f64, draws: Draws, seed: &Tensor) -> Result<()> {
 /// scaled up. `None` if there is no kernel for it.
 pub fn dropout(x: &Tensor, rate: f64, locked: bool, draws: Draws) -> Option<Tensor> {
     let fits = x.kind() == Kind::Float && x.dim() == 3 && x.numel() > 0 && x.numel() < i32::MAX as usize;
-    if !fits || x.device() == Device::Cpu || !DROPOUT.serves(x.device()) {
+    if !fits || x.device() == Device::Cpu || !draws_alike(x.device()) {
         return None;
     }
     let (kernel, functions, seed) = (DROPOUT.handle()?, functions().ok()?, seed_on(x.device(), draws.seed));

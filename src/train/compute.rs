@@ -8,7 +8,7 @@ use super::gradients::{Backward, Gradients, Weighted, as_vector, at_last_layer};
 use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::Batch;
-use crate::libtorch::{Beside, Draws, divide_list, side_by_side};
+use crate::libtorch::{Beside, Draws, divide_list, seed_generator, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows, is_part};
 use crate::optim::{LossScale, StepRates, Touched};
 use crate::rng::Purpose;
@@ -203,7 +203,11 @@ impl Trainer<'_> {
 
     /// The forward pass of one part of batch `i`. Its losses are its share of the means over the step's labels.
     fn forward(&self, step: &Step, i: usize, batch: &Batch, inputs: &Inputs) -> Result<Pass> {
-        let mode = Mode::Train(Draws::new(self.dropout_seed(step, i)).from_row(batch.first_row));
+        let seed = self.dropout_seed(step, i);
+        if !self.graphs.recording() {
+            seed_generator(seed, batch.token_ids.device());
+        }
+        let mode = Mode::Train(Draws::new(seed).from_row(batch.first_row));
         let token_ids = match (&self.unknown, mode.draws(Site::UnknownWords)) {
             (Some(unknown), Some(draws)) => unknown.replace(&batch.token_ids, draws),
             _ => batch.token_ids.shallow_clone(),

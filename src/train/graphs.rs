@@ -13,7 +13,7 @@ use super::compute::{Computed, Inputs};
 use super::step_timer::Part;
 use super::{Step, Trainer};
 use crate::data::BatchPlan;
-use crate::libtorch::{CudaGraph, GraphPool, Number, upload, upload_into, with_seed_at};
+use crate::libtorch::{CudaGraph, GraphPool, Number, seed_generator, upload, upload_into, with_seed_at};
 use crate::optim::StepRates;
 use crate::weighting::{Reference, Wants};
 
@@ -107,6 +107,7 @@ impl Trainer<'_> {
                 return Ok(None);
             }
         };
+        seed_generator(self.dropout_seed(step, 0), recorded.numbers.device());
         upload_into(&self.numbers(step, plan, inputs), &recorded.numbers)?;
         let again = match &recorded.graph {
             Some(graph) => graph.replay().map(|()| recorded.computed.as_ref().map(Computed::copy)),
