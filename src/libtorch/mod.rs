@@ -5,6 +5,7 @@
 mod autograd;
 mod beside;
 mod byte_convolution;
+mod crf;
 mod cuda;
 mod device;
 #[cfg(test)]
@@ -31,6 +32,7 @@ use torch_sys::C_tensor;
 pub use autograd::{backward, with_gradients};
 pub use beside::Beside;
 pub use byte_convolution::byte_convolution;
+pub use crf::crf_loss;
 pub use device::{device, upload, upload_into};
 pub use graph::{CudaGraph, GraphPool};
 pub use kernels::{Compiling, Kernel, LaunchConfig, compile_ahead, max_pool, narrow_linear, peak_device_memory};

@@ -4,8 +4,9 @@
 //! loss = sum over sentences of log Z(x) - score(y | x), log Z by the forward algorithm.
 //!
 //! The gradient is computed analytically, without autograd: d loss / d x[t, c] = p(y_t = c) - [y_t = c], and likewise
-//! for transitions, from one forward-backward pass in float64 with a running maximum so that exp never overflows. The
-//! pass uses tensor operators, word by word, or on a GPU the kernels of `src/libtorch/crf.cu`.
+//! for transitions, from one forward-backward pass in float64: on the CPU `src/libtorch/crf.cpp`, on a GPU the kernels of
+//! `src/libtorch/crf.cu`. Where neither serves, tensor operators do the same, word by word, with a running maximum so that
+//! exp never overflows.
 //!
 //! b sentences, W words, C tags.
 
@@ -13,10 +14,11 @@ mod decode;
 mod export;
 mod kernels;
 
-use tch::{Kind, Tensor};
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
 
 use crate::data::labels::NO_LABEL;
-use crate::libtorch::with_gradients;
+use crate::libtorch::{crf_loss, with_gradients};
 use crate::model::parameters::Scope;
 
 /// Score of a forbidden tag or transition; its exp is 0.
@@ -130,9 +132,11 @@ impl Crf {
     /// The summed negative log-likelihood of `labels` [b, W] (-1 beyond a sentence's end) under `x` [b, W, C], in nats:
     /// a scalar with gradients to `x` and to the CRF's parameters.
     pub fn negative_log_likelihood(&self, x: &Tensor, labels: &Tensor) -> Tensor {
-        let loss = tch::no_grad(|| match kernels::serve(x) {
-            true => self.loss_by_kernels(x, labels),
-            false => Ok(self.loss_by_operators(x, labels)),
+        let loss = tch::no_grad(|| {
+            if kernels::serve(x) {
+                return self.loss_by_kernels(x, labels);
+            }
+            Ok(self.loss_on_host(x, labels)?.unwrap_or_else(|| self.loss_by_operators(x, labels)))
         });
         let known = |loss: Loss| {
             let known = [
@@ -144,6 +148,23 @@ impl Crf {
             with_gradients(&loss.value, &known)
         };
         loss.and_then(known).expect("invariant: the shapes are those of the head")
+    }
+
+    /// `None` on a GPU, and if probabilities are too far apart.
+    fn loss_on_host(&self, x: &Tensor, labels: &Tensor) -> Result<Option<Loss>> {
+        if x.device() != Device::Cpu || x.kind() != Kind::Float {
+            return Ok(None);
+        }
+        let (transitions, start, end) = self.scores();
+        let found = crf_loss(&x.detach(), labels, [&transitions, &start, &end])?;
+        let float = |x: Tensor| x.to_kind(Kind::Float);
+        Ok(found.map(|found| Loss {
+            value: Tensor::from(found.value as f32),
+            to_x: found.to_x,
+            to_transitions: float(found.to_transitions),
+            to_start: float(found.to_start),
+            to_end: float(found.to_end),
+        }))
     }
 
     fn loss_by_operators(&self, x: &Tensor, labels: &Tensor) -> Loss {
@@ -184,7 +205,6 @@ impl Crf {
 mod tests {
     use super::*;
     use crate::model::Parameters;
-    use tch::Device;
 
     fn crf(labels: &[&str], constrained: bool) -> (Crf, Parameters) {
         let mut parameters = Parameters::new(Device::Cpu);
@@ -276,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_compute_what_operators_do() {
+    fn kernels_and_the_cpu_compute_what_operators_do() {
         for (labels, constrained) in [(vec!["O", "B-a", "I-a", "B-b", "I-b"], true), (vec!["a"; 35], false)] {
             let (crf, _) = crf(&labels, constrained);
             let n_tags = labels.len() as i64;
@@ -294,17 +314,20 @@ mod tests {
                     // The operators do not support rows without words.
                     let rows = Tensor::from_slice(&[0i64, 1, 3]);
                     let some = |x: &Tensor| x.index_select(0, &rows);
-                    (crf.loss_by_kernels(&x, &gold).unwrap(), crf.loss_by_operators(&some(&x), &some(&gold)))
+                    let on_host = crf.loss_on_host(&x, &gold).unwrap().unwrap();
+                    ([crf.loss_by_kernels(&x, &gold).unwrap(), on_host], crf.loss_by_operators(&some(&x), &some(&gold)))
                 });
                 let check = |name: &str, a: &Tensor, b: &Tensor| {
                     assert!(a.allclose(b, 1e-5, 1e-5, false), "{name} of {n_tags} tags at {scale}");
                 };
-                check("loss", &ours.value, &theirs.value);
-                check("emissions", &ours.to_x.index_select(0, &Tensor::from_slice(&[0i64, 1, 3])), &theirs.to_x);
-                check("no word", &ours.to_x.get(2), &ours.to_x.get(2).zeros_like());
-                check("transitions", &ours.to_transitions, &theirs.to_transitions);
-                check("start", &ours.to_start, &theirs.to_start);
-                check("end", &ours.to_end, &theirs.to_end);
+                for ours in ours {
+                    check("loss", &ours.value, &theirs.value);
+                    check("emissions", &ours.to_x.index_select(0, &Tensor::from_slice(&[0i64, 1, 3])), &theirs.to_x);
+                    check("no word", &ours.to_x.get(2), &ours.to_x.get(2).zeros_like());
+                    check("transitions", &ours.to_transitions, &theirs.to_transitions);
+                    check("start", &ours.to_start, &theirs.to_start);
+                    check("end", &ours.to_end, &theirs.to_end);
+                }
             }
         }
     }
