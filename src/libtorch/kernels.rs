@@ -262,7 +262,8 @@ mod tests {
             .map(|path| std::fs::read_to_string(path).unwrap())
             .collect();
         let mut known = SOURCES;
-        (sources.sort(), known.sort());
+        sources.sort();
+        known.sort();
         assert!(sources == known, "SOURCES does not list every .cu file");
     }
 

@@ -109,7 +109,7 @@ mod tests {
                 let present = Present::new(&[true, step % 3 != 1, step % 4 != 2], Device::Cpu);
                 let mut losses = Tensor::rand([3], (Kind::Double, Device::Cpu)) * &present.mask;
                 if step == 5 {
-                    losses = losses * f64::NAN;
+                    losses *= f64::NAN;
                 }
                 let seen = Observed { losses: &losses, present: &present, norms: None };
                 ours.learn_by_kernel(&seen).unwrap();
