@@ -23,8 +23,8 @@ static CONVOLUTION: Kernel = Kernel::new(SOURCE, "byte_convolution");
 static GRADIENTS: Kernel = Kernel::new(SOURCE, "byte_gradients");
 static SUM: Kernel = Kernel::new(SOURCE, "byte_sum");
 
-/// The most values of a byte and the longest word that a block's memory on a GPU has room for.
-const MOST: (i64, i64) = (384, 12_000);
+/// The most values of a byte and the longest word that a block's memory on a GPU has room for, and the most blocks.
+const MOST: (i64, i64, i64) = (384, 12_000, 65_535);
 
 /// The kernels, if `device` is a GPU that has them.
 fn kernels(device: Device) -> Option<[*mut c_void; 3]> {
@@ -43,8 +43,12 @@ pub fn byte_convolution(table: &Tensor, bias: &Tensor, bytes: &Tensor) -> Result
         "a table and a bias of float32 and bytes of int64 are needed, on one device"
     );
     ensure!(table.size()[2] == bias.size()[0], "table and bias differ in the number of filters");
-    let kernels =
-        kernels(device).filter(|_| table.size()[0] <= MOST.0 && bytes.size()[1] <= MOST.1 && bytes.numel() > 0);
+    let (values, offsets, filters) = table.size3()?;
+    let small = values <= MOST.0
+        && bytes.size()[1] <= MOST.1
+        && offsets * ((filters + 31) / 32) <= MOST.2
+        && table.numel() < i32::MAX as usize;
+    let kernels = kernels(device).filter(|_| small && bytes.numel() > 0);
     if device != Device::Cpu && kernels.is_none() {
         return Ok(None);
     }

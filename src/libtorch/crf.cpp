@@ -103,16 +103,17 @@ char* pt_crf(
 
       for (int64_t c = 0; c < C; c++) beta[c] = ends[c] / all;
       for (int64_t t = n - 1; t >= 0; t--) {
-        double top = 0;
+        bool small = true;
         for (int64_t c = 0; c < C; c++) {
           auto probability = alpha[t * C + c] * beta[c];
           auto off = probability - (gold[t] == c);
           gradient[t * C + c] = static_cast<float>(off);
           if (t == 0) of_start[c] += off;
           if (t == n - 1) of_end[c] += off;
-          top = std::max(top, beta[c]);
+          // Not where it is NaN.
+          small &= beta[c] / scales[t] < MOST;
         }
-        if (!(top < MOST)) return void(*sound = false);
+        if (!small) return void(*sound = false);
         if (t == 0) break;
         multiply(own_right + t * C, word + t * C, beta.data(), 1 / scales[t], C);
         times(beta.data(), own_right + t * C, ways_back, C);

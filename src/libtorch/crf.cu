@@ -111,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(1024) crf_sentences(
     const int t = i / n_tags, tag = i % n_tags;
     to_x[t * by_word + tag] = t < n ? exp(alphas[i] + betas[i] - log_z) - (labels[t] == tag) : 0;
     if (t == 0 || t >= n) left[i] = right[i] = 0;
-    else left[i] *= exp(scales[2 * t] + scales[2 * t + 1] - log_z);
+    // Limited, so that exp stays finite where a forbidden transition joins the best tags of both sides.
+    else left[i] *= exp(fmin(scales[2 * t] + scales[2 * t + 1] - log_z, 700.0));
   }
 }
 

@@ -81,7 +81,7 @@ cudaLibrary_t loaded(const std::string& code) {
 // A source, which the first thread that needs it compiles, for the one device of the process.
 struct Source {
   std::once_flag compiled_once, loaded_once;
-  std::string code;
+  std::string code, failed;
   cudaLibrary_t library = nullptr;
 
   static Source& of(const char* text) {
@@ -92,7 +92,14 @@ struct Source {
   }
 
   void compile(const char* text, int device) {
-    std::call_once(compiled_once, [&] { code = compiled(text, device); });
+    std::call_once(compiled_once, [&] {
+      try {
+        code = compiled(text, device);
+      } catch (const std::exception& error) {
+        failed = error.what();
+      }
+    });
+    TORCH_CHECK(failed.empty(), failed);
   }
 };
 

@@ -219,12 +219,22 @@ static LINEAR_SUM: Kernel = Kernel::new(LINEAR_SOURCE, "linear_sum");
 /// The most outputs that `linear.cu` has room for.
 const NARROW: i64 = 128;
 
+unsafe extern "C" {
+    fn pt_grad_enabled() -> bool;
+}
+
 /// x W^T + b for `x` [..., F] and `weight` [C, F] with few outputs C, whose gradients by weights and bias a kernel computes.
-/// `None` if there is no kernel for it.
+/// `None` if there is no kernel for it, or without gradients.
 pub fn narrow_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {
     let (outputs, width) = weight.size2().ok()?;
     let fits = x.kind() == Kind::Float && weight.kind() == Kind::Float && x.is_contiguous() && x.numel() > 0;
-    if !fits || outputs > NARROW || x.device() == Device::Cpu || x.numel() > i32::MAX as usize {
+    // SAFETY: takes nothing.
+    if !fits
+        || !unsafe { pt_grad_enabled() }
+        || outputs > NARROW
+        || x.device() == Device::Cpu
+        || x.numel() > i32::MAX as usize
+    {
         return None;
     }
     let (gradients, sum, functions) = (LINEAR_GRADIENTS.get()?, LINEAR_SUM.get()?, functions().ok()?);

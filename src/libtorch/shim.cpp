@@ -230,6 +230,8 @@ char* pt_use_cuda(int8_t index) {
   });
 }
 
+bool pt_grad_enabled() { return c10::GradMode::is_enabled(); }
+
 char* pt_use_onednn(bool on) {
   return guarded([&] { at::globalContext().setUserEnabledMkldnn(on); });
 }

@@ -220,7 +220,7 @@ struct Lanes {
     average: [f32; LANES],
 }
 
-#[multiversion(targets("x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
 fn advance(lanes: &mut Lanes, steps: &[PastStep], gradient: Option<&[f32; LANES]>) {
     let Lanes { mut weights, mut first, mut second, mut average } = *lanes;
     let given = gradient.copied().unwrap_or_default();

@@ -130,6 +130,7 @@ impl Trainer<'_> {
         let device = self.model.parameters.device();
         let unscaled = self.loss_scale.is_none();
         let early = unscaled.then(|| self.learn(gradients, losses, None, inputs.wants)).transpose()?;
+        self.timer.end(Part::Weighting);
         let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
         let defined: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
         let clip = Clip {
