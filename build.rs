@@ -5,7 +5,7 @@ use std::{env, fs};
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    for file in ["guarded.h", "graph.cpp", "kernels.cpp"] {
+    for file in ["guarded.h", "launch.h", "graph.cpp", "kernels.cpp", "functions.cpp"] {
         println!("cargo:rerun-if-changed=src/libtorch/{file}");
     }
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
@@ -50,7 +50,7 @@ fn build_cuda(build: &cc::Build, headers: &std::path::Path) {
     let mut command = build.clone().include(headers).get_compiler().to_command();
     // -s strips the symbol table; the functions called from Rust stay in the dynamic one.
     command.args(["-shared", "-fPIC", "-s", "-o"]).arg(&library);
-    command.args(["src/libtorch/graph.cpp", "src/libtorch/kernels.cpp"]);
+    command.args(["graph", "kernels", "functions"].map(|name| format!("src/libtorch/{name}.cpp")));
     let status = command.status().expect("the C++ compiler runs");
-    assert!(status.success(), "src/libtorch/graph.cpp and kernels.cpp do not compile");
+    assert!(status.success(), "the C++ files that need CUDA do not compile");
 }

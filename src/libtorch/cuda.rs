@@ -11,7 +11,7 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use torch_sys::C_tensor;
 
-/// `graph.cpp` and `kernels.cpp` as a shared library; empty if the program was built without CUDA's headers.
+/// `graph.cpp`, `kernels.cpp` and `functions.cpp` as a shared library; empty if the program was built without CUDA's headers.
 static LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libpolytask_cuda.so"));
 
 #[repr(C)]

@@ -1,4 +1,4 @@
-// CUDA graphs of the stream that pt_use_cuda makes current. With kernels.cpp this is a shared library of its own,
+// CUDA graphs of the stream that pt_use_cuda makes current. With kernels.cpp and functions.cpp this is a shared library of its own,
 // opened after libtorch_cuda.so, whose symbols it needs; on the CPU it is never opened.
 #include "guarded.h"
 
