@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/profiler_kineto.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 extern "C" {
@@ -12,6 +13,8 @@ extern "C" {
 char* pt_profile_start(bool gpu) {
   return guarded([&] {
     using namespace torch::profiler::impl;
+    // The profiler reports a missing GPU as an error, even if only operators on the CPU are recorded.
+    if (!gpu) setenv("KINETO_LOG_LEVEL", "99", 0);
     ProfilerConfig config(ProfilerState::KINETO);
     std::set<ActivityType> activities{gpu ? ActivityType::CUDA : ActivityType::CPU};
     torch::autograd::profiler::prepareProfiler(config, activities);

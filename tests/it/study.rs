@@ -246,4 +246,10 @@ fn a_benchmark_measures_every_strategy() {
     let strategies = json["strategies"].as_array().unwrap();
     assert_eq!(strategies.len(), 10);
     assert!(strategies.iter().all(|s| s["tokens_per_sec"].as_f64().unwrap() > 0.0 && s["ratio"][0].is_number()));
+    let traced = ["bench", "small.yaml", "--steps", "3", "--rounds", "1", "--only", "equal", "--trace"];
+    said(&folder, &[&traced[..], &["trace.json"]].concat(), 0);
+    let trace: Value = serde_json::from_slice(&std::fs::read(folder.path().join("trace.json")).unwrap()).unwrap();
+    assert!(trace["traceEvents"].as_array().unwrap().len() > 100);
+    let (_, error) = said(&folder, &[&traced[..], &["nowhere/trace.json"]].concat(), 1);
+    assert!(error.contains("there is no folder nowhere"), "{error}");
 }
