@@ -5,7 +5,7 @@ use std::{env, fs};
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    for file in ["guarded.h", "launch.h", "graph.cpp", "kernels.cpp", "functions.cpp"] {
+    for file in ["guarded.h", "vectorized.h", "launch.h", "graph.cpp", "kernels.cpp", "functions.cpp"] {
         println!("cargo:rerun-if-changed=src/libtorch/{file}");
     }
     let libtorch = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());

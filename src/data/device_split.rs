@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::batch::{Batch, BatchPlan, Lengths, PlannedTargets, Targets};
 use super::encoded::{EncodedSplit, TargetValues};
 use super::labels::NO_LABEL;
-use crate::libtorch::{Kernel, LaunchConfig, upload};
+use crate::libtorch::{Kernel, LaunchConfig, sources, upload};
 use crate::task::TaskId;
 
 /// An [`EncodedSplit`] with its arrays on a device.
@@ -187,7 +187,7 @@ impl DeviceSplit {
     }
 }
 
-static GATHER: Kernel = Kernel::new(include_str!("../libtorch/gather.cu"), "gather_rows");
+static GATHER: Kernel = Kernel::new(sources::GATHER, "gather_rows");
 
 /// `flat[starts[b] + t]` where `t` is within row `b`, else `fill`: [B, max] of 64-bit integers.
 fn gather(flat: &Tensor, starts: &Tensor, lengths: &Lengths, fill: i64) -> Tensor {

@@ -9,6 +9,7 @@ use torch_sys::C_tensor;
 use super::{List, checked, handles};
 
 unsafe extern "C" {
+    fn pt_grad_enabled() -> bool;
     fn pt_backward(
         n: usize,
         outputs: List,
@@ -25,6 +26,12 @@ unsafe extern "C" {
         gradients: List,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+}
+
+/// Whether this thread records what gradients need.
+pub(super) fn grad_enabled() -> bool {
+    // SAFETY: takes nothing.
+    unsafe { pt_grad_enabled() }
 }
 
 /// The gradients of sum_i weights_i . outputs_i with respect to `inputs`, each weight of its output's shape. A gradient

@@ -1,6 +1,7 @@
 // Convolution over the bytes of words with ReLU and max pooling, on the CPU, forward and backward. There are few
 // different bytes, so that what a filter's weights at an offset make of a byte is looked up in a table.
 #include "guarded.h"
+#include "vectorized.h"
 
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/full.h>
@@ -11,8 +12,6 @@
 #include <algorithm>
 
 // Additions alone, in the same order whatever the width of the registers: the results are the same on all machines.
-#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
-
 namespace {
 
 struct Words {

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::cuda::functions;
-use super::{Kernel, checked};
+use super::{Kernel, checked, sources};
 
 unsafe extern "C" {
     fn pt_byte_convolution(
@@ -18,13 +18,15 @@ unsafe extern "C" {
     ) -> *mut c_char;
 }
 
-const SOURCE: &str = include_str!("byte_convolution.cu");
-static CONVOLUTION: Kernel = Kernel::new(SOURCE, "byte_convolution");
-static GRADIENTS: Kernel = Kernel::new(SOURCE, "byte_gradients");
-static SUM: Kernel = Kernel::new(SOURCE, "byte_sum");
+static CONVOLUTION: Kernel = Kernel::new(sources::BYTE_CONVOLUTION, "byte_convolution");
+static GRADIENTS: Kernel = Kernel::new(sources::BYTE_CONVOLUTION, "byte_gradients");
+static SUM: Kernel = Kernel::new(sources::BYTE_CONVOLUTION, "byte_sum");
 
-/// The most values of a byte and the longest word that a block's memory on a GPU has room for, and the most blocks.
-const MOST: (i64, i64, i64) = (384, 12_000, 65_535);
+/// The most values of a byte, and bytes of a word, that a block's memory on a GPU has room for.
+const MOST_VALUES: i64 = 384;
+const MOST_BYTES: i64 = 12_000;
+/// The most blocks along a grid's second axis.
+const MOST_BLOCKS: i64 = 65_535;
 
 /// The kernels, if `device` is a GPU that has them.
 fn kernels(device: Device) -> Option<[*mut c_void; 3]> {
@@ -44,9 +46,9 @@ pub fn byte_convolution(table: &Tensor, bias: &Tensor, bytes: &Tensor) -> Result
     );
     ensure!(table.size()[2] == bias.size()[0], "table and bias differ in the number of filters");
     let (values, offsets, filters) = table.size3()?;
-    let small = values <= MOST.0
-        && bytes.size()[1] <= MOST.1
-        && offsets * ((filters + 31) / 32) <= MOST.2
+    let small = values <= MOST_VALUES
+        && bytes.size()[1] <= MOST_BYTES
+        && offsets * ((filters + 31) / 32) <= MOST_BLOCKS
         && table.numel() < i32::MAX as usize;
     let kernels = kernels(device).filter(|_| small && bytes.numel() > 0);
     if device != Device::Cpu && kernels.is_none() {

@@ -2,6 +2,7 @@
 // by word, in the domain of logarithms. Here probabilities are scaled to sum to 1 at each word instead (Rabiner 1989, section
 // V.A), which takes an exp per word and tag, and no logarithm.
 #include "guarded.h"
+#include "vectorized.h"
 
 #include <ATen/ops/amax.h>
 #include <ATen/ops/exp.h>
@@ -12,8 +13,6 @@
 #include <cmath>
 #include <numeric>
 #include <vector>
-
-#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 
 namespace {
 

@@ -8,6 +8,7 @@ use torch_sys::C_tensor;
 
 use super::checked;
 use super::kernels::{Kernel, LaunchConfig, List};
+use super::sources;
 
 unsafe extern "C" {
     fn pt_upload(host: *mut C_tensor, device: i8, out: *mut *mut C_tensor) -> *mut c_char;
@@ -79,7 +80,7 @@ pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
     }
 }
 
-static PUT: Kernel = Kernel::new(include_str!("put.cu"), "put");
+static PUT: Kernel = Kernel::new(sources::PUT, "put");
 
 /// The most numbers in one launch: its arguments take 4 KiB at most.
 const ROOM: usize = 480;

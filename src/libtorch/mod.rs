@@ -10,6 +10,7 @@ mod cuda;
 mod device;
 #[cfg(test)]
 mod emulated;
+mod functions;
 mod graph;
 mod kernels;
 mod lstm;
@@ -17,6 +18,7 @@ mod optimizers;
 mod profile;
 mod random;
 mod script;
+pub mod sources;
 
 use std::any::Any;
 use std::collections::BTreeSet;
@@ -34,8 +36,9 @@ pub use beside::Beside;
 pub use byte_convolution::byte_convolution;
 pub use crf::crf_loss;
 pub use device::{device, upload, upload_into};
+pub use functions::{max_pool, narrow_linear};
 pub use graph::{CudaGraph, GraphPool};
-pub use kernels::{Compiling, Kernel, LaunchConfig, compile_ahead, max_pool, narrow_linear, peak_device_memory};
+pub use kernels::{Compiling, Kernel, LaunchConfig, compile_ahead, peak_device_memory};
 pub(crate) use kernels::{LISTED, Listed};
 pub use lstm::both_directions;
 pub use optimizers::{

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::cuda::functions;
-use super::{Kernel, LaunchConfig, checked, upload};
+use super::{Kernel, LaunchConfig, checked, sources, upload};
 use crate::rng::mix;
 
 unsafe extern "C" {
@@ -82,9 +82,8 @@ fn seed_on(device: Device, seed: u64) -> Tensor {
     })
 }
 
-const SOURCE: &str = include_str!("random.cu");
-static BERNOULLI: Kernel = Kernel::new(SOURCE, "bernoulli");
-static DROPOUT: Kernel = Kernel::new(SOURCE, "dropout");
+static BERNOULLI: Kernel = Kernel::new(sources::RANDOM, "bernoulli");
+static DROPOUT: Kernel = Kernel::new(sources::RANDOM, "dropout");
 
 /// Threads per block.
 const BLOCK: usize = 128;

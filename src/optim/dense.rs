@@ -4,7 +4,7 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, upload};
+use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, sources, upload};
 
 /// Elements per block of threads, and threads per block.
 const PIECE: usize = 1024;
@@ -12,9 +12,8 @@ const BLOCK: usize = 256;
 /// Fields of the kernel's `Piece`.
 const FIELDS: i64 = 11;
 
-const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
-static SQUARES: Kernel = Kernel::new(SOURCE, "squares");
-static UPDATE: Kernel = Kernel::new(SOURCE, "update");
+static SQUARES: Kernel = Kernel::new(sources::OPTIMIZER, "squares");
+static UPDATE: Kernel = Kernel::new(sources::OPTIMIZER, "update");
 
 /// A parameter to update. Its tensors are contiguous, never moved, and float32 except for `half`.
 pub struct Parameter<'a> {

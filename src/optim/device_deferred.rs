@@ -7,19 +7,18 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::config::OptimizerConfig;
-use crate::libtorch::{Kernel, LaunchConfig, upload};
+use crate::libtorch::{Kernel, LaunchConfig, sources, upload};
 
 /// The most steps that rows wait. More would save little: all rows are updated once in so many steps.
 const MOST: i64 = 64;
 /// Fields of the kernels' `Step`.
 const STEP: i64 = 8;
 
-const SOURCE: &str = include_str!("../libtorch/optimizer.cu");
-static MARK: Kernel = Kernel::new(SOURCE, "mark_rows");
-static SUM: Kernel = Kernel::new(SOURCE, "sum_rows");
-static NOTE: Kernel = Kernel::new(SOURCE, "note_step");
-static STEP_ROWS: Kernel = Kernel::new(SOURCE, "step_rows");
-static SETTLE: Kernel = Kernel::new(SOURCE, "settle_rows");
+static MARK: Kernel = Kernel::new(sources::OPTIMIZER, "mark_rows");
+static SUM: Kernel = Kernel::new(sources::OPTIMIZER, "sum_rows");
+static NOTE: Kernel = Kernel::new(sources::OPTIMIZER, "note_step");
+static STEP_ROWS: Kernel = Kernel::new(sources::OPTIMIZER, "step_rows");
+static SETTLE: Kernel = Kernel::new(sources::OPTIMIZER, "settle_rows");
 
 /// The tables of an embedding, which have the same row ids.
 pub struct DeviceDeferredRows {

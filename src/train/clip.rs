@@ -6,7 +6,7 @@
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use crate::libtorch::{GradScale, Kernel, LISTED, LaunchConfig, Listed, clip_gradients};
+use crate::libtorch::{GradScale, Kernel, LISTED, LaunchConfig, Listed, clip_gradients, sources};
 use crate::optim::{LossScale, is_not_finite};
 
 /// The gradients of a step, and its losses in float32; a `limit` of 0 is none.
@@ -32,7 +32,7 @@ pub struct Clipped {
     unscale: Option<Tensor>,
 }
 
-static KERNEL: Kernel = Kernel::new(include_str!("../libtorch/clip.cu"), "clip");
+static KERNEL: Kernel = Kernel::new(sources::CLIP, "clip");
 
 impl Clipped {
     pub fn grad_scale(&self) -> GradScale<'_> {

@@ -6,11 +6,10 @@
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, norms_of};
+use crate::libtorch::{Kernel, LISTED, LaunchConfig, Listed, norms_of, sources};
 
-const SOURCE: &str = include_str!("../libtorch/weighting.cu");
-static SQUARES: Kernel = Kernel::new(SOURCE, "squares_of");
-static BY_TASK: Kernel = Kernel::new(SOURCE, "squares_by_task");
+static SQUARES: Kernel = Kernel::new(sources::WEIGHTING, "squares_of");
+static BY_TASK: Kernel = Kernel::new(sources::WEIGHTING, "squares_by_task");
 
 /// Blocks per tensor, and threads per block.
 const PARTS: usize = 32;

@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::optimizer::{WEIGHTING, WeightOptimizer};
+use super::optimizer::WeightOptimizer;
 use super::{
     LossWeighting, Observed, Present, Reference, Wants, WeightOptimizerKind, WeightedTask, load_into, numbers, to_json,
     vector,
 };
-use crate::libtorch::Kernel;
+use crate::libtorch::{Kernel, sources};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -163,7 +163,7 @@ impl Gradnorm {
     }
 }
 
-static KERNEL: Kernel = Kernel::new(WEIGHTING, "gradnorm");
+static KERNEL: Kernel = Kernel::new(sources::WEIGHTING, "gradnorm");
 
 impl Gradnorm {
     fn learn_by_kernel(&self, step: &Observed, norms: &Tensor) -> Result<()> {

@@ -32,9 +32,6 @@ pub struct WeightOptimizer {
     rule: Tensor,
 }
 
-/// The source of the strategies' kernels.
-pub const WEIGHTING: &str = include_str!("../libtorch/weighting.cu");
-
 impl WeightOptimizer {
     pub fn new(kind: WeightOptimizerKind, learning_rate: f64, n: usize, device: Device) -> Self {
         let zeros = || Tensor::zeros([n as i64], (Kind::Double, device));

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::optimizer::{WEIGHTING, WeightOptimizer};
+use super::optimizer::WeightOptimizer;
 use super::{LossWeighting, Observed, Present, WeightOptimizerKind, load_into, to_json};
-use crate::libtorch::Kernel;
+use crate::libtorch::{Kernel, sources};
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -37,7 +37,7 @@ pub struct Uncertainty {
     optimizer: WeightOptimizer,
 }
 
-static KERNEL: Kernel = Kernel::new(WEIGHTING, "uncertainty");
+static KERNEL: Kernel = Kernel::new(sources::WEIGHTING, "uncertainty");
 
 impl Uncertainty {
     pub fn new(config: &UncertaintyConfig, n: usize, device: Device) -> Self {
@@ -51,6 +51,10 @@ impl Uncertainty {
     /// Replaces s, `[T]`.
     pub(super) fn set(&mut self, log_variances: &Tensor) -> Result<()> {
         self.log_variances.f_copy_(log_variances)?;
+        self.weigh()
+    }
+
+    fn weigh(&mut self) -> Result<()> {
         Ok(self.weights.f_copy_(&self.log_variances.neg().exp())?)
     }
 
@@ -89,7 +93,7 @@ impl LossWeighting for Uncertainty {
 
     fn load(&mut self, state: &Value) -> Result<()> {
         load_into(&mut self.log_variances, state, "log_variances")?;
-        self.set(&self.log_variances.shallow_clone())?;
+        self.weigh()?;
         self.optimizer.load(&state["optimizer"])
     }
 }

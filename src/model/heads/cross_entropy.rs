@@ -12,7 +12,7 @@ use tch::{Kind, Reduction, Tensor};
 
 use crate::data::Targets;
 use crate::data::labels::NO_LABEL;
-use crate::libtorch::{Kernel, LaunchConfig, with_gradients};
+use crate::libtorch::{Kernel, LaunchConfig, sources, with_gradients};
 use crate::model::Mode;
 
 /// The loss of `logits` [N, C] with labels `[N]` (-1 is ignored), `targets.n_decisions` of which count: a scalar with a
@@ -61,9 +61,8 @@ fn by_operators(
     plain * (1.0 - smoothing) + mean(spread * labels.ne(ignored)) * smoothing
 }
 
-const SOURCE: &str = include_str!("../../libtorch/cross_entropy.cu");
-static ROWS: Kernel = Kernel::new(SOURCE, "cross_entropy_rows");
-static SUM: Kernel = Kernel::new(SOURCE, "cross_entropy_sum");
+static ROWS: Kernel = Kernel::new(sources::CROSS_ENTROPY, "cross_entropy_rows");
+static SUM: Kernel = Kernel::new(sources::CROSS_ENTROPY, "cross_entropy_sum");
 
 fn serve(logits: &Tensor) -> bool {
     let fits = logits.kind() == Kind::Float && logits.numel() > 0;

@@ -4,12 +4,11 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::{Crf, Loss};
-use crate::libtorch::{Kernel, LaunchConfig};
+use crate::libtorch::{Kernel, LaunchConfig, sources};
 
-const SOURCE: &str = include_str!("../../../libtorch/crf.cu");
-static SCORES: Kernel = Kernel::new(SOURCE, "crf_scores");
-static SENTENCES: Kernel = Kernel::new(SOURCE, "crf_sentences");
-static BATCH: Kernel = Kernel::new(SOURCE, "crf_batch");
+static SCORES: Kernel = Kernel::new(sources::CRF, "crf_scores");
+static SENTENCES: Kernel = Kernel::new(sources::CRF, "crf_sentences");
+static BATCH: Kernel = Kernel::new(sources::CRF, "crf_batch");
 
 /// Most threads per block. Two per tag go through a sentence.
 const MOST: usize = 1024;
