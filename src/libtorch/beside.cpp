@@ -30,11 +30,14 @@ struct Beside {
 
 extern "C" {
 
-// From here on this thread queues its work beside the stream that was current, after all that is queued there.
-char* pt_beside_begin(int8_t device, Beside** out) {
+// Beside the stream that is current.
+char* pt_beside_new(int8_t device, Beside** out) {
+  return guarded([&] { *out = new Beside({c10::kCUDA, device}); });
+}
+
+// From here on this thread queues its work beside that stream, after all that is queued there.
+char* pt_beside_begin(Beside* beside) {
   return guarded([&] {
-    auto* beside = new Beside({c10::kCUDA, device});
-    *out = beside;
     beside->wait(beside->own, beside->main);
     beside->guard->exchangeStream(beside->own);
   });

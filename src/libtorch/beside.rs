@@ -13,7 +13,8 @@ struct Stream {
 }
 
 unsafe extern "C" {
-    fn pt_beside_begin(device: i8, out: *mut *mut Stream) -> *mut c_char;
+    fn pt_beside_new(device: i8, out: *mut *mut Stream) -> *mut c_char;
+    fn pt_beside_begin(stream: *mut Stream) -> *mut c_char;
     fn pt_beside_end(stream: *mut Stream) -> *mut c_char;
     fn pt_beside_join(stream: *mut Stream) -> *mut c_char;
 }
@@ -24,19 +25,27 @@ unsafe extern "C" {
 pub struct Beside(*mut Stream);
 
 impl Beside {
-    /// Queues `work` after what the thread's stream has been given, and beside what it is given from now on.
-    pub fn run(device: Device, work: impl FnOnce() -> Result<()>) -> Result<Beside> {
+    pub fn new(device: Device) -> Result<Beside> {
         let mut beside = Beside(std::ptr::null_mut());
         if let Device::Cuda(index) = device {
             // SAFETY: fills one pointer.
-            checked(unsafe { pt_beside_begin(index as i8, &mut beside.0) })?;
-        }
-        work()?;
-        if !beside.0.is_null() {
-            // SAFETY: the stream is live.
-            checked(unsafe { pt_beside_end(beside.0) })?;
+            checked(unsafe { pt_beside_new(index as i8, &mut beside.0) })?;
         }
         Ok(beside)
+    }
+
+    /// Queues `work` after the work before and what the thread's stream has been given, and beside what it is given from
+    /// now on.
+    pub fn run<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.0.is_null() {
+            return work();
+        }
+        // SAFETY: the stream is live.
+        checked(unsafe { pt_beside_begin(self.0) })?;
+        let done = work();
+        // SAFETY: the stream is live.
+        checked(unsafe { pt_beside_end(self.0) })?;
+        done
     }
 
     /// From here on the thread's stream waits for the work.

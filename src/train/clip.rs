@@ -40,7 +40,7 @@ impl Clipped {
     }
 
     /// Norms of the tasks' gradients without the loss scale; NaN if float16 skips the step.
-    pub fn unscaled(&self, norms: Tensor) -> Tensor {
+    pub fn unscaled(&self, norms: &Tensor) -> Tensor {
         self.unscale.as_ref().map_or(norms.shallow_clone(), |unscale| norms * unscale)
     }
 }
@@ -133,7 +133,7 @@ mod tests {
             });
             let by = scale.as_mut();
             let clipped = if by_kernel { clip.by_kernel(&squares, by) } else { clip.by_operators(by) }.unwrap();
-            let norms = clipped.unscaled(Tensor::from_slice(&[2.0f64, f64::NAN]));
+            let norms = clipped.unscaled(&Tensor::from_slice(&[2.0f64, f64::NAN]));
             assert!(clipped.taken.as_ref().is_none_or(|taken| *taken == 1.0 - &clipped.skip));
             // The divisor of a skipped step is not used.
             let divisor = clipped.divisor.as_ref().filter(|_| clipped.skip == Tensor::from(0f32));

@@ -12,7 +12,7 @@ use crate::libtorch::{Beside, Draws, divide_list, seed_generator, side_by_side};
 use crate::model::{Mode, Shared, Site, TableRows, is_part};
 use crate::optim::{LossScale, StepRates, Touched};
 use crate::rng::Purpose;
-use crate::weighting::{Reference, Wants};
+use crate::weighting::{Reference, Wants, Weighting};
 
 /// The inputs of a step besides its batches.
 #[derive(Clone, Copy)]
@@ -128,8 +128,12 @@ impl Trainer<'_> {
         inputs: &Inputs,
     ) -> Result<Tensor> {
         let device = self.model.parameters.device();
-        let unscaled = self.loss_scale.is_none();
-        let early = unscaled.then(|| self.learn(gradients, losses, None, inputs.wants)).transpose()?;
+        let seen = self.weighting.learns().then(|| Seen::new(gradients, losses, inputs.wants, device)).transpose()?;
+        // Only clipping knows whether a loss scale was too large.
+        let early = self.loss_scale.is_none();
+        if let Some(seen) = seen.as_ref().filter(|_| early) {
+            seen.teach(&mut self.weighting, None)?;
+        }
         self.timer.end(Part::Weighting);
         let squares = self.optimizer.squares(rows, &mut gradients.sum)?;
         let defined: Vec<&Tensor> = gradients.sum.iter().filter(|gradient| gradient.defined()).collect();
@@ -141,10 +145,9 @@ impl Trainer<'_> {
             halted: &self.halted,
         };
         let mut clipped = clip.apply(self.loss_scale.as_mut())?;
-        let learning = match early {
-            Some(learning) => learning,
-            None => self.learn(gradients, losses, Some(&clipped), inputs.wants)?,
-        };
+        if let Some(seen) = seen.as_ref().filter(|_| !early) {
+            seen.teach(&mut self.weighting, Some(&clipped))?;
+        }
         // On the CPU deferred updates of table rows do not apply the divisor, so it is applied here.
         if let Some(divisor) = clipped.divisor.take_if(|_| device == Device::Cpu)
             && divisor.double_value(&[]) > 1.0
@@ -152,31 +155,8 @@ impl Trainer<'_> {
             divide_list(&defined, &divisor)?;
         }
         self.optimizer.step(&gradients.sum, rows, inputs.rates, clipped.grad_scale())?;
-        learning.map(Beside::join).transpose()?;
+        seen.map(|seen| seen.beside.join()).transpose()?;
         Ok(clipped.values)
-    }
-
-    /// Lets the strategy learn, if it does, beside what follows; `clipped` removes a loss scale from its norms.
-    fn learn(
-        &mut self,
-        gradients: &Gradients,
-        losses: &[Option<Tensor>],
-        clipped: Option<&Clipped>,
-        wants: Wants,
-    ) -> Result<Option<Beside>> {
-        let device = self.model.parameters.device();
-        if !self.weighting.learns() {
-            return Ok(None);
-        }
-        let learn = || {
-            let norms = reference(wants).map(|_| gradients.norms(device)).transpose()?;
-            let norms = norms.map(|norms| match clipped {
-                Some(clipped) => clipped.unscaled(norms),
-                None => norms,
-            });
-            self.weighting.learn(&as_vector(losses, device), norms.as_ref())
-        };
-        Beside::run(device, learn).map(Some)
     }
 
     /// The parts that are frozen at a step.
@@ -231,6 +211,30 @@ impl Trainer<'_> {
             }
         }
         Ok(Pass { shared, losses, rows })
+    }
+}
+
+/// What the strategy learns from, beside what follows.
+struct Seen {
+    beside: Beside,
+    losses: Tensor,
+    norms: Option<Tensor>,
+}
+
+impl Seen {
+    fn new(gradients: &Gradients, losses: &[Option<Tensor>], wants: Wants, device: Device) -> Result<Self> {
+        let beside = Beside::new(device)?;
+        let norms = || reference(wants).map(|_| gradients.norms(device)).transpose();
+        let (losses, norms) = beside.run(|| Ok((as_vector(losses, device), norms()?)))?;
+        Ok(Seen { beside, losses, norms })
+    }
+
+    /// `clipped` removes a loss scale from the norms.
+    fn teach(&self, weighting: &mut Weighting, clipped: Option<&Clipped>) -> Result<()> {
+        self.beside.run(|| {
+            let norms = self.norms.as_ref().map(|norms| clipped.map_or(norms.shallow_clone(), |by| by.unscaled(norms)));
+            weighting.learn(&self.losses, norms.as_ref())
+        })
     }
 }
 
