@@ -220,7 +220,7 @@ struct Listed {
   const void* at[256];
 };
 
-// A piece of a parameter: its gradient's place in the list, its first element, its number of elements, then addresses.
+// A piece of a parameter: its gradient's place in the list, the first element there, the number of elements, then addresses.
 // `average` is null if there is none, `half` if there is no 16-bit copy of the weights.
 struct Piece {
   long long gradient, start, n;

@@ -33,7 +33,8 @@ impl Precision {
     }
 }
 
-/// 16-bit copies of float32 weights; the gradient is taken with respect to the copies.
+/// 16-bit copies of float32 weights; the gradient is taken with respect to the copies. Their last dimension may be longer
+/// than that of the weights: the rest of them is 0.
 pub struct HalfPrecisionCopies {
     /// Parameter index of the first weight; the others follow.
     pub first: usize,
@@ -42,13 +43,23 @@ pub struct HalfPrecisionCopies {
 }
 
 impl HalfPrecisionCopies {
-    pub fn of(weights: &[&Tensor], first: usize, kind: Kind) -> Self {
-        let copy = |weight: &&Tensor| tch::no_grad(|| weight.to_kind(kind)).set_requires_grad(true);
-        HalfPrecisionCopies { first, copies: weights.iter().map(copy).collect() }
-    }
-
     /// Updates the copies from `weights`.
     pub fn refresh(&self, weights: &[&Tensor]) -> Result<()> {
-        copy_lists(&self.copies.iter().collect::<Vec<_>>(), weights)
+        let pairs = self.copies.iter().zip(weights);
+        let copies: Vec<Tensor> = pairs.map(|(copy, weight)| trim_last(&copy.detach(), weight)).collect();
+        copy_lists(&copies.iter().collect::<Vec<_>>(), weights)
     }
+}
+
+/// `x` with zeros appended to its last dimension, to `size`.
+pub fn pad_last(x: &Tensor, size: i64) -> Tensor {
+    match size - x.size()[x.dim() - 1] {
+        0 => x.shallow_clone(),
+        missing => x.constant_pad_nd([0, missing]),
+    }
+}
+
+/// `x` with the last dimension as long as that of `like`.
+pub fn trim_last(x: &Tensor, like: &Tensor) -> Tensor {
+    x.narrow(-1, 0, like.size()[like.dim() - 1])
 }

@@ -23,7 +23,7 @@ pub struct Parameter<'a> {
     /// Empty for SGD.
     pub second: &'a Tensor,
     pub average: Option<&'a Tensor>,
-    /// A copy of the weights in 16 bits.
+    /// A copy of the weights in 16 bits, by which gradients are taken; its rows may be longer than those of the weights.
     pub half: Option<&'a Tensor>,
     /// Its number of steps.
     pub step: &'a Tensor,
@@ -115,27 +115,30 @@ impl Parameter<'_> {
     /// The parameter's pieces; its gradient is at `place` of the list.
     fn pieces(&self, place: i64) -> Vec<i64> {
         let n = self.weights.numel();
-        let piece = |start: usize| {
-            let address = |tensor: &Tensor| match tensor.numel() == n {
-                true => tensor.data_ptr() as i64 + (start * tensor.kind().elt_size_in_bytes()) as i64,
-                false => 0,
-            };
-            let beside = |tensor: Option<&Tensor>| tensor.map_or(0, address);
-            let bfloat = self.half.is_some_and(|half| half.kind() == Kind::BFloat16);
+        let at = |tensor: &Tensor, i: usize| tensor.data_ptr() as i64 + (i * tensor.kind().elt_size_in_bytes()) as i64;
+        // Lengths of the runs that are contiguous in the weights and in the copy: all of it, or a row.
+        let (run, copied) = match self.half.filter(|half| half.numel() != n) {
+            Some(half) => (self.weights.size()[1] as usize, half.size()[1] as usize),
+            None => (n, n),
+        };
+        let piece = |row: usize, column: usize| {
+            let (start, in_copy) = (row * run + column, row * copied + column);
+            let address = |tensor: &Tensor| if tensor.numel() == n { at(tensor, start) } else { 0 };
             [
                 place,
-                start as i64,
-                PIECE.min(n - start) as i64,
+                in_copy as i64,
+                PIECE.min(run - column) as i64,
                 address(self.weights),
                 address(self.first),
                 address(self.second),
-                beside(self.average),
-                beside(self.half),
+                self.average.map_or(0, address),
+                self.half.map_or(0, |half| at(half, in_copy)),
                 self.step.data_ptr() as i64,
                 self.decays.into(),
-                bfloat.into(),
+                self.half.is_some_and(|half| half.kind() == Kind::BFloat16).into(),
             ]
         };
-        (0..n).step_by(PIECE).flat_map(piece).collect()
+        let row = |row: usize| (0..run).step_by(PIECE).flat_map(move |column| piece(row, column));
+        (0..n.checked_div(run).unwrap_or(0)).flat_map(row).collect()
     }
 }

@@ -105,6 +105,11 @@ impl Slot {
             Some(rows) if tensor.dim() == self.parameter.dim() => tensor.index_select(0, &rows.ids),
             _ => tensor.shallow_clone(),
         };
+        // Copies in 16 bits, by which it is the gradient, can be padded.
+        let gradient = match self.parameter.size().last() {
+            Some(&width) => gradient.narrow(-1, 0, width),
+            None => gradient.shallow_clone(),
+        };
         Piece {
             parameter: part(&self.parameter),
             // The fused operators read and write in the order of memory.
