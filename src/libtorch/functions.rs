@@ -1,27 +1,42 @@
 //! Functions with gradients of which custom kernels compute all or part.
 
+use std::ffi::c_char;
+
 use tch::{Device, Kind, Tensor};
+
+use torch_sys::C_tensor;
 
 use super::autograd::grad_enabled;
 use super::cuda::functions;
 use super::{Kernel, checked, sources};
 
+unsafe extern "C" {
+    fn pt_max_pool_cpu(x: *mut C_tensor, lengths: *mut C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+}
+
 static MAX_POOL: Kernel = Kernel::new(sources::MAX_POOL, "max_pool");
 static MAX_POOL_GRADIENT: Kernel = Kernel::new(sources::MAX_POOL, "max_pool_gradient");
 
-/// Max pooling over the positions of each sentence of `x` [B, T, F] within `lengths` `[B]`, none of them 0: [B, F].
-/// `None` if there is no kernel for it.
+/// Max pooling over the positions of each sentence of `x` [B, T, F] within `lengths` `[B]`, int64, none of them 0: [B, F].
+/// The gradient of tied states is shared evenly. `None` if `x` is not float32, or on a GPU without kernels for it.
 pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
-    let fits = x.kind() == Kind::Float && x.numel() > 0 && x.numel() < i32::MAX as usize && x.device() != Device::Cpu;
-    let (kernel, gradient) = (fits.then(|| MAX_POOL.handle()).flatten()?, MAX_POOL_GRADIENT.handle()?);
-    let functions = functions().ok()?;
-    let (x, lengths, mut out) = (x.as_ptr().cast_mut(), lengths.as_ptr().cast_mut(), std::ptr::null_mut());
-    // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
-    unsafe {
-        checked((functions.max_pool)(kernel, gradient, x, lengths, &mut out))
-            .expect("invariant: lengths are those of the states");
-        Some(Tensor::from_ptr(out))
+    let device = x.device();
+    if x.kind() != Kind::Float || x.numel() == 0 || (device != Device::Cpu && x.numel() > i32::MAX as usize) {
+        return None;
     }
+    let (x, lengths, mut out) = (x.as_ptr().cast_mut(), lengths.as_ptr().cast_mut(), std::ptr::null_mut());
+    let done = match device {
+        // SAFETY: the tensors are live; on success `out` is one new tensor.
+        Device::Cpu => checked(unsafe { pt_max_pool_cpu(x, lengths, &mut out) }),
+        _ => {
+            let (kernel, gradient, functions) = (MAX_POOL.handle()?, MAX_POOL_GRADIENT.handle()?, functions().ok()?);
+            // SAFETY: likewise, and so are the kernels.
+            checked(unsafe { (functions.max_pool)(kernel, gradient, x, lengths, &mut out) })
+        }
+    };
+    done.expect("invariant: lengths are those of the states");
+    // SAFETY: the function has made it.
+    Some(unsafe { Tensor::from_ptr(out) })
 }
 
 static LINEAR_GRADIENTS: Kernel = Kernel::new(sources::LINEAR, "linear_gradients");
@@ -103,6 +118,11 @@ mod tests {
         for positions_first in [false, true] {
             let lies = |x: &Tensor| if positions_first { x.transpose(0, 1).contiguous() } else { x.contiguous() };
             let strides = if positions_first { [features, rows * features] } else { [width * features, features] };
+            let own = lies(&x.detach());
+            let own = if positions_first { own.transpose(0, 1) } else { own }.set_requires_grad(true);
+            let ours = max_pool(&own, &lengths).unwrap();
+            let to_ours = Tensor::run_backward(&[(&ours * &gradient).sum(Kind::Float)], &[&own], false, false);
+            assert!(ours == theirs && to_ours[0].allclose(&to_theirs, 1e-6, 1e-6, false));
             let (x, to_x) = (lies(&x.detach()), lies(&x.detach()).zeros_like());
             let (most, counts) = (gradient.zeros_like(), gradient.zeros_like());
             MAX_POOL.launch(shape, &[&x, &lengths, &most, &counts], &[features, strides[0], strides[1]]).unwrap();

@@ -328,8 +328,8 @@ pub fn reorder(x: &Tensor, positions: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::parameters::Parameters;
     use crate::model::Draws;
+    use crate::model::parameters::Parameters;
 
     #[test]
     fn padded_copies_give_what_copies_without_padding_give() {

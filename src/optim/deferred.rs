@@ -185,13 +185,15 @@ impl Row<'_> {
         }
         let width = self.weights.len();
         for start in (0..width).step_by(LANES) {
-            let range = start..(start + LANES).min(width);
-            let load = |from: &[f32]| {
-                let mut lanes = [0.0; LANES];
-                if let Some(from) = from.get(range.clone()) {
-                    lanes[..range.len()].copy_from_slice(from);
+            // Whole lanes are copied by a few instructions, others by a call.
+            let load = |from: &[f32]| match from.get(start..).and_then(|rest| rest.first_chunk()) {
+                Some(lanes) => *lanes,
+                None => {
+                    let mut lanes = [0.0; LANES];
+                    let rest = from.get(start..).unwrap_or_default();
+                    lanes[..rest.len()].copy_from_slice(rest);
+                    lanes
                 }
-                lanes
             };
             let mut lanes = Lanes {
                 weights: load(self.weights),
@@ -200,10 +202,10 @@ impl Row<'_> {
                 average: load(self.average),
             };
             advance(&mut lanes, steps, gradient.map(load).as_ref());
-            let store = |into: &mut [f32], lanes: &[f32; LANES]| {
-                if let Some(into) = into.get_mut(range.clone()) {
-                    into.copy_from_slice(&lanes[..range.len()]);
-                }
+            let store = |into: &mut [f32], lanes: &[f32; LANES]| match into.get_mut(start..) {
+                Some(rest) if rest.len() >= LANES => rest[..LANES].copy_from_slice(lanes),
+                Some(rest) => rest.copy_from_slice(&lanes[..rest.len()]),
+                None => {}
             };
             store(self.weights, &lanes.weights);
             store(self.first, &lanes.first);
@@ -224,7 +226,8 @@ struct Lanes {
 fn advance(lanes: &mut Lanes, steps: &[PastStep], gradient: Option<&[f32; LANES]>) {
     let Lanes { mut weights, mut first, mut second, mut average } = *lanes;
     let given = gradient.copied().unwrap_or_default();
-    let mut still = gradient.is_none() && first == [0.0; LANES];
+    let touched = gradient.is_some();
+    let mut still = !touched && first == [0.0; LANES];
     for PastStep { count, rates, share } in steps {
         match *rates {
             Some(Rates { keep, l2: 0.0, rule: Rule::Adam { betas, .. } }) if still => {
@@ -234,15 +237,16 @@ fn advance(lanes: &mut Lanes, steps: &[PastStep], gradient: Option<&[f32; LANES]
                 }
             }
             Some(Rates { keep, l2, rule: Rule::Adam { betas, rests, size, spread, epsilon } }) => {
+                // Without a term of the weights, so that a step's square root need not wait for the step before.
+                let gradient = if l2 == 0.0 { given } else { std::array::from_fn(|k| given[k] + l2 * weights[k]) };
                 let mut updates = [0.0; LANES];
                 for k in 0..LANES {
-                    let gradient = given[k] + l2 * weights[k];
-                    first[k] = betas.0 * first[k] + rests.0 * gradient;
-                    second[k] = betas.1 * second[k] + rests.1 * gradient * gradient;
+                    first[k] = betas.0 * first[k] + rests.0 * gradient[k];
+                    second[k] = betas.1 * second[k] + rests.1 * gradient[k] * gradient[k];
                     updates[k] = first[k] / (spread * second[k].sqrt() + epsilon);
                     weights[k] = keep * weights[k] - size * updates[k];
                 }
-                if count.is_multiple_of(LOOK_EVERY) && l2 == 0.0 && gradient.is_none() {
+                if count.is_multiple_of(LOOK_EVERY) && l2 == 0.0 && !touched {
                     for k in 0..LANES {
                         first[k] = if updates[k].abs() < NOTHING { 0.0 } else { first[k] };
                     }
