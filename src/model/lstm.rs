@@ -20,8 +20,8 @@ use crate::onnx::{Attribute, Element, Graph, Value};
 /// Largest H for which cuDNN, as called by libtorch 2.11, uses kernels for whole sequences, forward and backward.
 const LARGEST_IN_ONE_KERNEL: i64 = 128;
 
-/// Sizes for which 16-bit matrix products on a GPU are fastest: on an H200 a step of 32 x 20 tokens with E 300 spends 63 us on
-/// those of the inputs, and XX us with E padded to 304.
+/// 16-bit matrix products on a GPU are fast for multiples of it: on an H200 the gradient of 1,920 inputs at H 256 takes 36 us with E
+/// 300, and 10 us with E padded to 304.
 const TENSOR_CORE_MULTIPLE: i64 = 8;
 
 /// The weights of one direction: weight_ih, weight_hh, bias_ih, bias_hh.
