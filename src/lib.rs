@@ -28,8 +28,8 @@
 //! the heads' losses into one, and [`train::Trainer`] clips, updates and records without waiting for the device.
 //!
 //! A step reads and updates only the embedding rows that it needs; updates of other rows are deferred until these are read. On
-//! the CPU a batch is split into parts, which workers run forward and backward in parallel. On CUDA the steps of a batch shape are
-//! recorded once and [replayed](train::graphs) as one call. Both use the same [`train`] code, and tests check that results agree.
+//! the CPU a batch is split into parts, which workers run forward and backward in parallel. On CUDA a step whose shape occurred
+//! before is [replayed](train::graphs) as one call. Both use the same [`train`] code, and tests check that results agree.
 
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 pub mod commands;

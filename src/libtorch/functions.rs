@@ -11,6 +11,12 @@ use super::cuda::functions;
 use super::{Kernel, checked, sources};
 
 unsafe extern "C" {
+    fn pt_linear_cpu(
+        x: *mut C_tensor,
+        weight: *mut C_tensor,
+        bias: *mut C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
     fn pt_max_pool_cpu(x: *mut C_tensor, lengths: *mut C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
@@ -45,24 +51,36 @@ static LINEAR_SUM: Kernel = Kernel::new(sources::LINEAR, "linear_sum");
 /// The most outputs that `linear.cu` has room for.
 const NARROW: i64 = 128;
 
-/// x W^T + b for `x` [..., F] and `weight` [C, F] with few outputs C, whose gradients by weights and bias a kernel computes.
-/// `None` if there is no kernel for it, or without gradients.
-pub fn narrow_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {
+/// Multiplications in a smaller layer, for which preparing oneDNN's product on the CPU takes longer than MKL's product.
+const SMALL: i64 = 1 << 20;
+
+/// x W^T + b for `x` [..., F] and `weight` [C, F]: on the CPU by oneDNN; on a GPU with a kernel for the gradients by weights
+/// and bias, if there are few outputs C. `None` if libtorch's operator is as good.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {
     let (outputs, width) = weight.size2().ok()?;
-    let fits = x.kind() == Kind::Float && weight.kind() == Kind::Float && x.is_contiguous() && x.numel() > 0;
-    if !fits || !grad_enabled() || outputs > NARROW || x.device() == Device::Cpu || x.numel() > i32::MAX as usize {
+    if x.kind() != Kind::Float || weight.kind() != Kind::Float || !x.is_contiguous() || x.numel() == 0 {
         return None;
     }
-    let (gradients, sum, functions) = (LINEAR_GRADIENTS.handle()?, LINEAR_SUM.handle()?, functions().ok()?);
     let (mut size, flat) = (x.size(), x.view([-1, width]));
     let [flat, weight, bias] = [&flat, weight, bias].map(|tensor| tensor.as_ptr().cast_mut());
     let mut out = std::ptr::null_mut();
-    // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
-    let y = unsafe {
-        checked((functions.narrow_linear)(gradients, sum, flat, weight, bias, &mut out))
-            .expect("invariant: the layer's sizes fit its input");
-        Tensor::from_ptr(out)
+    let done = match x.device() {
+        Device::Cpu if (x.numel() as i64).saturating_mul(outputs) < SMALL => return None,
+        // SAFETY: the tensors are live; on success `out` is one new tensor or null.
+        Device::Cpu => checked(unsafe { pt_linear_cpu(flat, weight, bias, &mut out) }),
+        _ if !grad_enabled() || outputs > NARROW || x.numel() > i32::MAX as usize => return None,
+        _ => {
+            let (gradients, sum, functions) = (LINEAR_GRADIENTS.handle()?, LINEAR_SUM.handle()?, functions().ok()?);
+            // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
+            checked(unsafe { (functions.narrow_linear)(gradients, sum, flat, weight, bias, &mut out) })
+        }
     };
+    done.expect("invariant: the layer's sizes fit its input");
+    if out.is_null() {
+        return None;
+    }
+    // SAFETY: the function has made it.
+    let y = unsafe { Tensor::from_ptr(out) };
     *size.last_mut()? = outputs;
     Some(y.view(size.as_slice()))
 }
@@ -102,6 +120,22 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_and_its_gradients_by_onednn_are_libtorch_s() {
+        tch::manual_seed(4);
+        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let (x, weight, bias) = (random(&[7, 30, 129]), random(&[41, 129]), random(&[41]));
+        assert!(linear(&x.narrow(0, 0, 1), &weight, &bias).is_none(), "a small layer");
+        let (ours, theirs) = (linear(&x, &weight, &bias).unwrap(), x.linear(&weight, Some(&bias)));
+        assert!(ours.allclose(&theirs, 1e-5, 1e-5, false));
+        let gradient = random(&[7, 30, 41]).detach();
+        let gradients =
+            |y: &Tensor| Tensor::run_backward(&[(y * &gradient).sum(Kind::Float)], &[&x, &weight, &bias], false, false);
+        for (a, b) in gradients(&ours).iter().zip(&gradients(&theirs)) {
+            assert!(a.allclose(b, 1e-4, 1e-4, false), "{}", (a - b).abs().max());
+        }
+    }
+
+    #[test]
     fn the_largest_states_and_their_gradients_are_libtorch_s() {
         tch::manual_seed(3);
         let device = Device::Cpu;
@@ -123,6 +157,8 @@ mod tests {
             let ours = max_pool(&own, &lengths).unwrap();
             let to_ours = Tensor::run_backward(&[(&ours * &gradient).sum(Kind::Float)], &[&own], false, false);
             assert!(ours == theirs && to_ours[0].allclose(&to_theirs, 1e-6, 1e-6, false));
+            let spread = Tensor::stack(&[&own, &own], -1).select(-1, 1);
+            assert_eq!(max_pool(&spread, &lengths).unwrap(), theirs, "features apart in memory");
             let (x, to_x) = (lies(&x.detach()), lies(&x.detach()).zeros_like());
             let (most, counts) = (gradient.zeros_like(), gradient.zeros_like());
             MAX_POOL.launch(shape, &[&x, &lengths, &most, &counts], &[features, strides[0], strides[1]]).unwrap();

@@ -2,6 +2,7 @@
 #include "guarded.h"
 #include "vectorized.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -24,14 +25,19 @@ VECTORIZED void give(float* to_x, const float* x, const float* most, const float
   for (int64_t f = 0; f < n; f++) to_x[f] = x[f] == most[f] ? shares[f] : 0.0f;
 }
 
-// Calls f(row, t) for the positions of all rows of x [B, T, F], in the order of memory.
+// Numbers for which a thread of its own is worth its while.
+constexpr int64_t GRAIN = 1 << 17;
+
+// Calls f(row, t) for the positions of all rows of x [B, T, F]: parts of the rows in parallel, each in the order of memory.
 template <typename F>
-void in_order(const at::Tensor& x, F f) {
+void each_position(const at::Tensor& x, F f) {
   bool rows_first = x.stride(0) >= x.stride(1);
-  auto outer = x.size(rows_first ? 0 : 1), inner = x.size(rows_first ? 1 : 0);
-  for (int64_t i = 0; i < outer; i++) {
-    for (int64_t j = 0; j < inner; j++) rows_first ? f(i, j) : f(j, i);
-  }
+  at::parallel_for(0, x.size(0), 1 + GRAIN / (x.size(1) * x.size(2)), [&](int64_t begin, int64_t end) {
+    auto outer = rows_first ? end - begin : x.size(1), inner = rows_first ? x.size(1) : end - begin;
+    for (int64_t i = 0; i < outer; i++) {
+      for (int64_t j = 0; j < inner; j++) rows_first ? f(begin + i, j) : f(begin + j, i);
+    }
+  });
 }
 
 float* at_position(const at::Tensor& x, int64_t row, int64_t t) { return x.data_ptr<float>() + row * x.stride(0) + t * x.stride(1); }
@@ -41,11 +47,12 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     auto x = given.stride(2) == 1 ? given : given.contiguous();
     auto n = x.size(2);
     auto most = at::empty({x.size(0), n}, x.options()), counts = at::empty_like(most);
+    TORCH_CHECK(lengths.numel() == x.size(0), "each sentence has a length");
     auto* ends = lengths.data_ptr<int64_t>();
     for (int64_t row = 0; row < x.size(0); row++) {
       TORCH_CHECK(ends[row] > 0 && ends[row] <= x.size(1), "a sentence of no or too many positions");
     }
-    in_order(x, [&, largest = most.data_ptr<float>(), tied = counts.data_ptr<float>()](int64_t row, int64_t t) {
+    each_position(x, [&, largest = most.data_ptr<float>(), tied = counts.data_ptr<float>()](int64_t row, int64_t t) {
       auto* states = at_position(x, row, t);
       if (t == 0) {
         std::copy(states, states + n, largest + row * n);
@@ -65,7 +72,7 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
     auto shares = gradients[0].div(saved[3]).contiguous(), to_x = at::empty_like(x);
     auto n = x.size(2);
     auto* ends = saved[1].data_ptr<int64_t>();
-    in_order(x, [&, largest = saved[2].data_ptr<float>(), share = shares.data_ptr<float>()](int64_t row, int64_t t) {
+    each_position(x, [&, largest = saved[2].data_ptr<float>(), share = shares.data_ptr<float>()](int64_t row, int64_t t) {
       auto* own = at_position(to_x, row, t);
       if (t < ends[row]) give(own, at_position(x, row, t), largest + row * n, share + row * n, n);
       else std::fill(own, own + n, 0.0f);

@@ -45,9 +45,14 @@ pub struct HalfPrecisionCopies {
 impl HalfPrecisionCopies {
     /// Updates the copies from `weights`.
     pub fn refresh(&self, weights: &[&Tensor]) -> Result<()> {
-        let pairs = self.copies.iter().zip(weights);
-        let copies: Vec<Tensor> = pairs.map(|(copy, weight)| trim_last(&copy.detach(), weight)).collect();
-        copy_lists(&copies.iter().collect::<Vec<_>>(), weights)
+        let pairs = || self.copies.iter().zip(weights.iter().copied());
+        let (whole, from): (Vec<&Tensor>, Vec<&Tensor>) =
+            pairs().filter(|(copy, weight)| copy.size() == weight.size()).unzip();
+        copy_lists(&whole, &from)?;
+        for (copy, weight) in pairs().filter(|(copy, weight)| copy.size() != weight.size()) {
+            copy.detach().narrow(-1, 0, weight.size()[weight.dim() - 1]).f_copy_(weight)?;
+        }
+        Ok(())
     }
 }
 
@@ -57,9 +62,4 @@ pub fn pad_last(x: &Tensor, size: i64) -> Tensor {
         0 => x.shallow_clone(),
         missing => x.constant_pad_nd([0, missing]),
     }
-}
-
-/// `x` with the last dimension as long as that of `like`.
-pub fn trim_last(x: &Tensor, like: &Tensor) -> Tensor {
-    x.narrow(-1, 0, like.size()[like.dim() - 1])
 }

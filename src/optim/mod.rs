@@ -105,10 +105,10 @@ impl Slot {
             Some(rows) if tensor.dim() == self.parameter.dim() => tensor.index_select(0, &rows.ids),
             _ => tensor.shallow_clone(),
         };
-        // Copies in 16 bits, by which it is the gradient, can be padded.
-        let gradient = match self.parameter.size().last() {
-            Some(&width) => gradient.narrow(-1, 0, width),
-            None => gradient.shallow_clone(),
+        // Copies in 16 bits, by which it is the gradient, can have further columns.
+        let gradient = match (self.parameter.size2(), gradient.size2()) {
+            (Ok((rows, width)), Ok((same, _))) if rows == same => gradient.narrow(1, 0, width),
+            _ => gradient.shallow_clone(),
         };
         Piece {
             parameter: part(&self.parameter),

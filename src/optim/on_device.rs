@@ -225,27 +225,38 @@ mod tests {
 
     #[test]
     fn copies_in_16_bits_follow_the_weights_and_give_their_gradients() {
-        for (kind, width) in [(Kind::Half, 70), (Kind::BFloat16, 70), (Kind::Half, 72)] {
+        // With rows of more than a piece too, and copies with further columns.
+        for (kind, width, copied) in [(Kind::Half, 70, 70), (Kind::BFloat16, 70, 70), (Kind::Half, 1100, 1104)] {
             tch::manual_seed(5);
-            let weights = Tensor::randn([70, 70], (Kind::Float, Device::Cpu));
-            let named = || [("weights", &weights)].into_iter();
-            let padded = |x: Tensor| x.constant_pad_nd([0, width - 70]);
+            let random = || Tensor::randn([70, width], (Kind::Float, Device::Cpu));
+            let weights = random();
+            let padded = |x: Tensor| x.constant_pad_nd([0, copied - width]);
             let half = padded(weights.to_kind(kind));
+            let other_half = half.copy();
             let config: OptimizerConfig = serde_json::from_value(json!({"adamw": {}})).unwrap();
-            let mut optimizer = Optimizer::new(&config, named());
+            let build = |weights| Optimizer::new(&config, [("weights", weights)].into_iter()).with_average(0.9);
+            let (before, floats) = (weights.copy(), weights.copy());
+            let (mut optimizer, mut other, mut plain) = (build(&weights), build(&floats), build(&before));
             optimizer.work_on_device(Vec::new(), &[(0, &half)]);
+            other.work_on_device(Vec::new(), &[(0, &other_half)]);
             // From magnitudes that underflow in float16 to nearly its largest.
-            let scales = Tensor::logspace(-9.0, 4.0, 70, 10.0, (Kind::Float, Device::Cpu));
-            let gradient = padded((Tensor::randn([70, 70], (Kind::Float, Device::Cpu)) * scales).to_kind(kind));
-            let before = weights.copy();
+            let scales = Tensor::logspace(-9.0, 4.0, width, 10.0, (Kind::Float, Device::Cpu));
+            let gradient = padded((random() * scales).to_kind(kind));
             let squares = optimizer.squares(None, &mut [gradient.shallow_clone()]).unwrap().unwrap();
             let expected = gradient.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
             assert!((squares.sum(Kind::Double).double_value(&[]) - expected).abs() < 1e-5 * expected);
-            optimizer.step(&[gradient.shallow_clone()], None, 0.1, &Tensor::from(0f32)).unwrap();
+            let rates = StepRates { learning_rate: 0.1.into(), share: 0.1.into() };
+            let wide = gradient.to_kind(Kind::Float);
+            for (optimizer, gradient) in [(&mut optimizer, &gradient), (&mut other, &wide), (&mut plain, &wide)] {
+                optimizer.step(&[gradient.shallow_clone()], None, rates, &Tensor::from(0f32)).unwrap();
+            }
             assert_eq!(half, padded(weights.to_kind(kind)), "{kind:?}");
-            let mut other = Optimizer::new(&config, [("weights", &before)].into_iter());
-            other.step(&[gradient.to_kind(Kind::Float)], None, 0.1, &Tensor::from(0f32)).unwrap();
-            assert!(weights.allclose(&before, 1e-5, 1e-6, false), "{kind:?}");
+            for averaged in [false, true] {
+                for optimizer in [&mut optimizer, &mut other, &mut plain].into_iter().filter(|_| averaged) {
+                    optimizer.swap_average().unwrap();
+                }
+                assert!(weights == floats && weights.allclose(&before, 1e-5, 1e-6, false), "{kind:?} {averaged}");
+            }
         }
     }
 }

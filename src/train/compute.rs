@@ -214,7 +214,7 @@ impl Trainer<'_> {
     }
 }
 
-/// What the strategy learns from, beside what follows.
+/// A step's losses and norms, computed on a stream beside clipping and update.
 struct Seen {
     beside: Beside,
     losses: Tensor,

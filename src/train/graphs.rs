@@ -1,11 +1,10 @@
 //! Steps as CUDA graphs, one per batch shape: gathering the batch, forward, backward, clipping, update and average.
 //!
-//! A shape is recorded when it first occurs, after one step in which operators were called one by one: libraries set
-//! themselves up in it, which cannot be recorded. Should recording fail nevertheless, each shape gets such a step of its own.
-//! So do steps that cannot be recorded: those of several batches, that compare the tasks' gradients, in which GradNorm sets its
-//! initial losses, or with `lazy_rows`.
+//! A shape is recorded when it occurs the second time. Operators are called one by one before that, and for steps that
+//! cannot be recorded: those of several batches, that compare the tasks' gradients, in which GradNorm sets its initial losses,
+//! or with `lazy_rows`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -23,12 +22,8 @@ const MOST: usize = 512;
 
 pub struct Graphs {
     how: How,
-    /// By shape.
-    steps: HashMap<Vec<i64>, Recorded>,
-    /// What operators were called for: [`Trainer::work`], or shapes if `each`.
-    warm: HashSet<Vec<i64>>,
-    /// Whether a recording failed that no step of its own shape preceded.
-    each: bool,
+    /// By shape; `None` if it has occurred once.
+    steps: HashMap<Vec<i64>, Option<Recorded>>,
     pool: GraphPool,
     recording: bool,
 }
@@ -54,8 +49,6 @@ impl Graphs {
         Graphs {
             how: if on && device != Device::Cpu { How::Replayed } else { How::Off },
             steps: HashMap::new(),
-            warm: HashSet::new(),
-            each: false,
             pool: GraphPool::default(),
             recording: false,
         }
@@ -75,22 +68,9 @@ impl Graphs {
         self.recording
     }
 
-    /// The step is computed by operators instead.
-    fn recording_failed(&mut self, key: Vec<i64>, error: &anyhow::Error) {
-        if self.each {
-            log::warn!("CUDA graphs are off, operators are called one by one: {error:#}");
-            self.how = How::Off;
-            self.steps.clear();
-        } else {
-            log::debug!("shapes are recorded when they occur the second time: {error:#}");
-            self.each = true;
-            self.warm = HashSet::from([key]);
-        }
-    }
-
     /// The number of shapes that are recorded.
     pub fn n_recorded(&self) -> usize {
-        self.steps.len()
+        self.steps.values().flatten().count()
     }
 }
 
@@ -107,19 +87,25 @@ impl Trainer<'_> {
         if !self.graphs.on() || inputs.diagnose || inputs.rows.is_some() || !inputs.recordable {
             return Ok(None);
         }
-        let work = self.work(step, inputs);
-        let key = [work.as_slice(), &plan.shape()].concat();
+        let key = self.shape(step, plan, inputs);
+        if self.graphs.steps.get(&key).is_some_and(Option::is_none) && self.graphs.n_recorded() == MOST {
+            return Ok(None);
+        }
         let recorded = match self.graphs.steps.remove(&key) {
-            Some(recorded) => recorded,
-            None if self.graphs.n_recorded() == MOST => return Ok(None),
-            None if self.graphs.warm.insert(if self.graphs.each { key.clone() } else { work }) => return Ok(None),
-            None => match self.record(step, plan, inputs) {
+            Some(Some(recorded)) => recorded,
+            Some(None) => match self.record(step, plan, inputs) {
                 Ok(recorded) => recorded,
                 Err(error) => {
-                    self.graphs.recording_failed(key, &error);
+                    log::warn!("CUDA graphs are off, operators are called one by one: {error:#}");
+                    self.graphs.how = How::Off;
+                    self.graphs.steps.clear();
                     return Ok(None);
                 }
             },
+            None => {
+                self.graphs.steps.insert(key, None);
+                return Ok(None);
+            }
         };
         seed_generator(self.dropout_seed(step, 0), recorded.numbers.device());
         upload_into(&self.numbers(step, plan, inputs), &recorded.numbers)?;
@@ -127,23 +113,22 @@ impl Trainer<'_> {
             Some(graph) => graph.replay().map(|()| recorded.computed.as_ref().map(Computed::copy)),
             None => self.compute_kept(step, plan, &recorded.numbers, inputs).map(Some),
         };
-        self.graphs.steps.insert(key, recorded);
+        self.graphs.steps.insert(key, Some(recorded));
         self.timer.end(Part::Graph);
         again
     }
 
-    /// What a step computes, whatever the sizes: its norms, the number of frozen parts, whether there are labels for each
-    /// task. With [`BatchPlan::shape`] it is what all steps of a graph have in common.
-    fn work(&self, step: &Step, inputs: &Inputs) -> Vec<i64> {
+    /// The key of a step's graph: what all steps that it serves have in common.
+    fn shape(&self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Vec<i64> {
         let wants = match inputs.wants {
             Wants::Nothing => 0,
             Wants::Losses => 1,
             Wants::Norms(Reference::Representation) => 2,
             Wants::Norms(Reference::LastLayer) => 3,
         };
-        let mut work = vec![wants, self.n_frozen(step.number) as i64];
-        work.extend(inputs.n_decisions.iter().map(|&n| i64::from(n > 0)));
-        work
+        let mut shape = vec![wants, self.n_frozen(step.number) as i64];
+        shape.extend(plan.shape());
+        shape
     }
 
     fn record(&mut self, step: &Step, plan: &BatchPlan, inputs: &Inputs) -> Result<Recorded> {

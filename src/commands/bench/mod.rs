@@ -157,7 +157,7 @@ pub fn run(args: &BenchArgs) -> Result<End> {
         steps: n_steps,
         rounds: args.rounds,
         peak_memory_bytes,
-        gpu_busy_fraction: busy.map(|ms| ms / measured[0].ms_per_step),
+        gpu_busy_fraction: busy.map(|ms| (ms / measured[0].ms_per_step).min(1.0)),
         time_over_bound: measured[0].ms_per_step / bound.ms_per_step,
         strategies: measured,
         parts_ms,
