@@ -25,7 +25,7 @@ fn main() {
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"));
     build_cuda(&build, &libtorch.join("cuda-include"));
-    for name in ["shim", "jit", "beside", "lstm", "byte_convolution", "crf", "linear", "max_pool", "profile"] {
+    for name in ["shim", "jit", "beside", "lstm", "byte_convolution", "crf", "max_pool", "profile"] {
         let file = format!("src/libtorch/{name}.cpp");
         println!("cargo:rerun-if-changed={file}");
         build.file(file);

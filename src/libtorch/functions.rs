@@ -11,12 +11,6 @@ use super::cuda::functions;
 use super::{Kernel, checked, sources};
 
 unsafe extern "C" {
-    fn pt_linear_cpu(
-        x: *mut C_tensor,
-        weight: *mut C_tensor,
-        bias: *mut C_tensor,
-        out: *mut *mut C_tensor,
-    ) -> *mut c_char;
     fn pt_max_pool_cpu(x: *mut C_tensor, lengths: *mut C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
@@ -51,36 +45,24 @@ static LINEAR_SUM: Kernel = Kernel::new(sources::LINEAR, "linear_sum");
 /// The most outputs that `linear.cu` has room for.
 const NARROW: i64 = 128;
 
-/// Multiplications in a smaller layer, for which preparing oneDNN's product on the CPU takes longer than MKL's product.
-const SMALL: i64 = 1 << 20;
-
-/// x W^T + b for `x` [..., F] and `weight` [C, F]: on the CPU by oneDNN; on a GPU with a kernel for the gradients by weights
-/// and bias, if there are few outputs C. `None` if libtorch's operator is as good.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {
+/// x W^T + b for `x` [..., F] and `weight` [C, F] with few outputs C, whose gradients by weights and bias a kernel computes.
+/// `None` if there is no kernel for it, or without gradients.
+pub fn narrow_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {
     let (outputs, width) = weight.size2().ok()?;
-    if x.kind() != Kind::Float || weight.kind() != Kind::Float || !x.is_contiguous() || x.numel() == 0 {
+    let fits = x.kind() == Kind::Float && weight.kind() == Kind::Float && x.is_contiguous() && x.numel() > 0;
+    if !fits || !grad_enabled() || outputs > NARROW || x.device() == Device::Cpu || x.numel() > i32::MAX as usize {
         return None;
     }
+    let (gradients, sum, functions) = (LINEAR_GRADIENTS.handle()?, LINEAR_SUM.handle()?, functions().ok()?);
     let (mut size, flat) = (x.size(), x.view([-1, width]));
     let [flat, weight, bias] = [&flat, weight, bias].map(|tensor| tensor.as_ptr().cast_mut());
     let mut out = std::ptr::null_mut();
-    let done = match x.device() {
-        Device::Cpu if (x.numel() as i64).saturating_mul(outputs) < SMALL => return None,
-        // SAFETY: the tensors are live; on success `out` is one new tensor or null.
-        Device::Cpu => checked(unsafe { pt_linear_cpu(flat, weight, bias, &mut out) }),
-        _ if !grad_enabled() || outputs > NARROW || x.numel() > i32::MAX as usize => return None,
-        _ => {
-            let (gradients, sum, functions) = (LINEAR_GRADIENTS.handle()?, LINEAR_SUM.handle()?, functions().ok()?);
-            // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
-            checked(unsafe { (functions.narrow_linear)(gradients, sum, flat, weight, bias, &mut out) })
-        }
+    // SAFETY: kernels and tensors are live; on success `out` is one new tensor.
+    let y = unsafe {
+        checked((functions.narrow_linear)(gradients, sum, flat, weight, bias, &mut out))
+            .expect("invariant: the layer's sizes fit its input");
+        Tensor::from_ptr(out)
     };
-    done.expect("invariant: the layer's sizes fit its input");
-    if out.is_null() {
-        return None;
-    }
-    // SAFETY: the function has made it.
-    let y = unsafe { Tensor::from_ptr(out) };
     *size.last_mut()? = outputs;
     Some(y.view(size.as_slice()))
 }
@@ -116,22 +98,6 @@ mod tests {
             assert!(to_weight.allclose(&to_y.tr().matmul(&x), 1e-5, 1e-5, false), "{n} {width} {outputs}");
             let sums = to_y.sum_dim_intlist([0].as_slice(), false, Kind::Float);
             assert!(to_bias.allclose(&sums, 1e-5, 1e-5, false), "{n} {width} {outputs}");
-        }
-    }
-
-    #[test]
-    fn a_layer_and_its_gradients_by_onednn_are_libtorch_s() {
-        tch::manual_seed(4);
-        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let (x, weight, bias) = (random(&[7, 30, 129]), random(&[41, 129]), random(&[41]));
-        assert!(linear(&x.narrow(0, 0, 1), &weight, &bias).is_none(), "a small layer");
-        let (ours, theirs) = (linear(&x, &weight, &bias).unwrap(), x.linear(&weight, Some(&bias)));
-        assert!(ours.allclose(&theirs, 1e-5, 1e-5, false));
-        let gradient = random(&[7, 30, 41]).detach();
-        let gradients =
-            |y: &Tensor| Tensor::run_backward(&[(y * &gradient).sum(Kind::Float)], &[&x, &weight, &bias], false, false);
-        for (a, b) in gradients(&ours).iter().zip(&gradients(&theirs)) {
-            assert!(a.allclose(b, 1e-4, 1e-4, false), "{}", (a - b).abs().max());
         }
     }
 

@@ -36,7 +36,7 @@ pub use beside::Beside;
 pub use byte_convolution::byte_convolution;
 pub use crf::crf_loss;
 pub use device::{device, upload, upload_into};
-pub use functions::{linear, max_pool};
+pub use functions::{max_pool, narrow_linear};
 pub use graph::{CudaGraph, GraphPool};
 pub use kernels::{Compiling, Kernel, LaunchConfig, compile_ahead, peak_device_memory};
 pub(crate) use kernels::{LISTED, Listed};

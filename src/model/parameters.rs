@@ -4,7 +4,7 @@ use anyhow::{Result, bail, ensure};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::linear;
+use crate::libtorch::narrow_linear;
 use crate::onnx::{Graph, Value};
 
 /// All parameters of a model. Order is creation order, so that it is the same in every run.
@@ -170,7 +170,7 @@ impl Linear {
     /// [..., inputs] to [..., outputs]; for time-major [B, T, inputs] the output is time-major too.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let affine = |x: &Tensor| {
-            linear(x, &self.weight, &self.bias).unwrap_or_else(|| x.linear(&self.weight, Some(&self.bias)))
+            narrow_linear(x, &self.weight, &self.bias).unwrap_or_else(|| x.linear(&self.weight, Some(&self.bias)))
         };
         match x.dim() == 3 && !x.is_contiguous() {
             true => affine(&x.transpose(0, 1)).transpose(0, 1),
