@@ -25,6 +25,7 @@ unsafe extern "C" {
 pub struct Beside(*mut Stream);
 
 impl Beside {
+    /// Beside the thread's current stream, without work so far.
     pub fn new(device: Device) -> Result<Beside> {
         let mut beside = Beside(std::ptr::null_mut());
         if let Device::Cuda(index) = device {

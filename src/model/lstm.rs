@@ -117,8 +117,9 @@ impl Lstm {
     fn copies(&self, kind: Kind, multiple: i64) -> (HalfPrecisionCopies, Vec<Tensor>) {
         let inputs = (self.forward[0].size()[1] as u64).next_multiple_of(multiple as u64) as i64;
         let copy = |direction: &Direction| {
-            let [w, r, b, c] = direction.each_ref().map(|weight| weight.detach().to_kind(kind));
-            [pad_last(&w, inputs), r, b, c].map(|copy| copy.set_requires_grad(true))
+            let [weight_ih, weight_hh, bias_ih, bias_hh] =
+                direction.each_ref().map(|weight| weight.detach().to_kind(kind));
+            [pad_last(&weight_ih, inputs), weight_hh, bias_ih, bias_hh].map(|copy| copy.set_requires_grad(true))
         };
         let copies: Vec<Tensor> = std::iter::once(&self.forward).chain(&self.reverse).flat_map(copy).collect();
         let memory = self.flatten(&copies.iter().collect::<Vec<_>>());

@@ -49,6 +49,7 @@ impl HalfPrecisionCopies {
         let (whole, from): (Vec<&Tensor>, Vec<&Tensor>) =
             pairs().filter(|(copy, weight)| copy.size() == weight.size()).unzip();
         copy_lists(&whole, &from)?;
+        // One by one: lists are copied at once only if all of their tensors lie in memory alike.
         for (copy, weight) in pairs().filter(|(copy, weight)| copy.size() != weight.size()) {
             copy.detach().narrow(-1, 0, weight.size()[weight.dim() - 1]).f_copy_(weight)?;
         }
