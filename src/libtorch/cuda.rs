@@ -106,7 +106,7 @@ pub fn functions() -> Result<&'static Functions> {
             kernel_compile: library.get(b"pt_kernel_compile")?,
             kernel_find: library.get(b"pt_kernel_find")?,
             kernel_launch: library.get(b"pt_kernel_launch")?,
-            max_pool: library.get(b"pt_max_pool")?,
+            max_pool: library.get(b"pt_max_pool_cuda")?,
             narrow_linear: library.get(b"pt_narrow_linear")?,
             dropout: library.get(b"pt_dropout")?,
             byte_convolution: library.get(b"pt_byte_convolution_cuda")?,

@@ -180,7 +180,7 @@ extern "C" {
 
 // Max pooling over the positions of each sentence of x [B, T, F], float32, within lengths [B], none of them 0, by the
 // kernels of max_pool.cu.
-char* pt_max_pool(void* kernel, void* gradient_kernel, Handle x, Handle lengths, Handle* out) {
+char* pt_max_pool_cuda(void* kernel, void* gradient_kernel, Handle x, Handle lengths, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
     c10::AutoGradMode as_before(grad_mode);

@@ -1,4 +1,4 @@
-//! Functions with gradients of which custom kernels compute all or part.
+//! Functions with gradients that C++ of this project computes on the CPU, or custom kernels, all or part, on a GPU.
 
 use std::ffi::c_char;
 
@@ -11,7 +11,7 @@ use super::cuda::functions;
 use super::{Kernel, checked, sources};
 
 unsafe extern "C" {
-    fn pt_max_pool_cpu(x: *mut C_tensor, lengths: *mut C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    fn pt_max_pool(x: *mut C_tensor, lengths: *mut C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
 static MAX_POOL: Kernel = Kernel::new(sources::MAX_POOL, "max_pool");
@@ -27,7 +27,7 @@ pub fn max_pool(x: &Tensor, lengths: &Tensor) -> Option<Tensor> {
     let (x, lengths, mut out) = (x.as_ptr().cast_mut(), lengths.as_ptr().cast_mut(), std::ptr::null_mut());
     let done = match device {
         // SAFETY: the tensors are live; on success `out` is one new tensor.
-        Device::Cpu => checked(unsafe { pt_max_pool_cpu(x, lengths, &mut out) }),
+        Device::Cpu => checked(unsafe { pt_max_pool(x, lengths, &mut out) }),
         _ => {
             let (kernel, gradient, functions) = (MAX_POOL.handle()?, MAX_POOL_GRADIENT.handle()?, functions().ok()?);
             // SAFETY: likewise, and so are the kernels.

@@ -87,7 +87,7 @@ extern "C" {
 
 // The largest states of each sentence of x [B, T, F], float32, within lengths [B], int64, none of them 0: [B, F]. The gradient
 // of tied states is shared evenly.
-char* pt_max_pool_cpu(Handle x, Handle lengths, Handle* out) {
+char* pt_max_pool(Handle x, Handle lengths, Handle* out) {
   auto grad_mode = c10::GradMode::is_enabled();
   return guarded([&] {
     c10::AutoGradMode as_before(grad_mode);
